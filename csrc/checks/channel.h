@@ -1,0 +1,88 @@
+// What channel attention accepts; called first by the CPU and the CUDA host code.
+#pragma once
+
+#include "check.h"
+
+namespace segattn {
+
+struct ChannelSizes {
+  int64_t batch;           // B
+  int64_t query_channels;  // C, rows of the attention
+  int64_t key_channels;    // K, columns of the attention
+  int64_t query_positions; // S, contracted in the energy
+  int64_t value_positions; // T, positions of value and output
+};
+
+// logsumexp (B, C)
+inline void check_channel_logsumexp(
+    std::string_view op, const Tensor& logsumexp, const Tensor& query, const ChannelSizes& sizes) {
+  const Argument l{"logsumexp", logsumexp};
+  check_same_device(op, l, {"query", query});
+  check_dtype_is(op, l, accumulation_dtype(query.scalar_type()), "for these inputs");
+  check_shape_is(op, l, "[" + std::to_string(sizes.batch) + ", " + std::to_string(sizes.query_channels) + "]");
+}
+
+// query (B, C, *S), key (B, K, *S), value (B, K, *T)
+inline ChannelSizes check_channel_attention(
+    const Tensor& query, const Tensor& key, const Tensor& value, double scale,
+    std::string_view op = "channel_attention") {
+  const Argument q{"query", query}, k{"key", key}, v{"value", value};
+  check_dtype(op, q);
+  check_like(op, k, q);
+  check_like(op, v, q);
+  check_feature_map(op, q);
+  check_feature_map(op, k);
+  check_feature_map(op, v);
+  check_has_channels(op, q);
+  check_has_channels(op, k);
+  check_batch(op, k, q);
+  check_batch(op, v, q);
+  check_spatial(op, k, q);
+  check_channels(op, v, k);
+  check_has_positions(op, q);
+  check_scale(op, scale);
+  return {query.size(0), query.size(1), key.size(1), positions_of(query), positions_of(value)};
+}
+
+// grad_output (B, C, *T), query (B, C, *S), key (B, K, *S), value (B, K, *T), logsumexp (B, C)
+inline ChannelSizes check_channel_attention_backward(
+    const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& logsumexp,
+    double scale) {
+  constexpr std::string_view op = "channel_attention_backward";
+  const ChannelSizes sizes = check_channel_attention(query, key, value, scale, op);
+  const Argument g{"grad_output", grad_output}, q{"query", query};
+  check_like(op, g, q);
+  check_feature_map(op, g);
+  check_batch(op, g, q);
+  check_channels(op, g, q);
+  check_spatial(op, g, {"value", value});
+  check_channel_logsumexp(op, logsumexp, query, sizes);
+  return sizes;
+}
+
+// input (B, C, *S)
+inline ChannelSizes check_channel_self_attention(
+    const Tensor& input, double scale, std::string_view op = "channel_self_attention") {
+  const Argument x{"input", input};
+  check_dtype(op, x);
+  check_feature_map(op, x);
+  check_has_channels(op, x);
+  check_has_positions(op, x);
+  check_scale(op, scale);
+  const int64_t positions = positions_of(input);
+  return {input.size(0), input.size(1), input.size(1), positions, positions};
+}
+
+// grad_output (B, C, *S), input (B, C, *S), logsumexp (B, C)
+inline ChannelSizes check_channel_self_attention_backward(
+    const Tensor& grad_output, const Tensor& input, const Tensor& logsumexp, double scale) {
+  constexpr std::string_view op = "channel_self_attention_backward";
+  const ChannelSizes sizes = check_channel_self_attention(input, scale, op);
+  const Argument g{"grad_output", grad_output}, x{"input", input};
+  check_like(op, g, x);
+  check_shape(op, g, x);
+  check_channel_logsumexp(op, logsumexp, input, sizes);
+  return sizes;
+}
+
+} // namespace segattn

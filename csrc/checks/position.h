@@ -1,0 +1,58 @@
+// What position attention accepts; called first by the CPU and the CUDA host code.
+#pragma once
+
+#include "check.h"
+
+namespace segattn {
+
+struct PositionSizes {
+  int64_t batch;          // B
+  int64_t key_channels;   // E, of query and key
+  int64_t value_channels; // C
+  int64_t queries;        // N, the positions of query
+  int64_t keys;           // M, the positions of key and value
+};
+
+// query (B, E, *S), key (B, E, *T), value (B, C, *T)
+inline PositionSizes check_position_attention(
+    const Tensor& query, const Tensor& key, const Tensor& value, double scale,
+    std::string_view op = "position_attention") {
+  const Argument q{"query", query}, k{"key", key}, v{"value", value};
+  check_dtype(op, q);
+  check_like(op, k, q);
+  check_like(op, v, q);
+  check_feature_map(op, q);
+  check_feature_map(op, k);
+  check_feature_map(op, v);
+  check_has_channels(op, q);
+  check_has_channels(op, v);
+  check_batch(op, k, q);
+  check_batch(op, v, q);
+  check_channels(op, k, q);
+  check_spatial(op, v, k);
+  check_has_positions(op, k);
+  check_scale(op, scale);
+  return {query.size(0), query.size(1), value.size(1), positions_of(query), positions_of(key)};
+}
+
+// grad_output (B, C, *S), query (B, E, *S), key (B, E, *T), value (B, C, *T), output (B, C, *S), logsumexp (B, *S)
+inline PositionSizes check_position_attention_backward(
+    const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output,
+    const Tensor& logsumexp, double scale) {
+  constexpr std::string_view op = "position_attention_backward";
+  const PositionSizes sizes = check_position_attention(query, key, value, scale, op);
+  const Argument q{"query", query}, o{"output", output}, g{"grad_output", grad_output}, l{"logsumexp", logsumexp};
+  check_like(op, o, q);
+  check_like(op, g, q);
+  check_batch(op, o, q);
+  check_channels(op, o, {"value", value});
+  check_spatial(op, o, q);
+  check_shape(op, g, o);
+  check_same_device(op, l, q);
+  check_dtype_is(op, l, accumulation_dtype(query.scalar_type()), "for these inputs");
+  const std::string spatial = shape_of(query, 2);
+  check_shape_is(op, l, "[" + std::to_string(sizes.batch) + ", " + spatial.substr(1));
+  return sizes;
+}
+
+} // namespace segattn

@@ -1,0 +1,45 @@
+// Every operator's schema. Shapes: B samples, E query/key channels, C value channels, *S the spatial sizes of the
+// queries, *T those of the keys and values. logsumexp is float32, or float64 where the inputs are.
+#include "registration.h"
+
+SEGATTN_LIBRARY(SEGATTN_NAMESPACE, m) {
+  // query (B, E, *S), key (B, E, *T), value (B, C, *T) -> output (B, C, *S), logsumexp (B, *S)
+  m.def(
+      "position_attention(Tensor query, Tensor key, Tensor value, float scale)"
+      " -> (Tensor output, Tensor logsumexp)");
+  m.def(
+      "position_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output,"
+      " Tensor logsumexp, float scale) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+
+  // query (B, C, *S), key (B, K, *S), value (B, K, *T) -> output (B, C, *T), logsumexp (B, C)
+  m.def(
+      "channel_attention(Tensor query, Tensor key, Tensor value, float scale)"
+      " -> (Tensor output, Tensor logsumexp)");
+  m.def(
+      "channel_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor logsumexp,"
+      " float scale) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+  // input (B, C, *S) as query, key and value at once -> output (B, C, *S), logsumexp (B, C): the energy is
+  // symmetric, which halves the work
+  m.def("channel_self_attention(Tensor input, float scale) -> (Tensor output, Tensor logsumexp)");
+  m.def(
+      "channel_self_attention_backward(Tensor grad_output, Tensor input, Tensor logsumexp, float scale)"
+      " -> Tensor grad_input");
+
+  // query (B, E, H, W), key (B, E, H, W) -> affinity (B, H + W - 1, H, W)
+  m.def("criss_cross_affinity(Tensor query, Tensor key) -> Tensor affinity");
+  m.def(
+      "criss_cross_affinity_backward(Tensor grad_affinity, Tensor query, Tensor key)"
+      " -> (Tensor grad_query, Tensor grad_key)");
+  // attention (B, H + W - 1, H, W), value (B, C, H, W) -> output (B, C, H, W)
+  m.def("criss_cross_aggregation(Tensor attention, Tensor value) -> Tensor output");
+  m.def(
+      "criss_cross_aggregation_backward(Tensor grad_output, Tensor attention, Tensor value)"
+      " -> (Tensor grad_attention, Tensor grad_value)");
+  // query (B, E, H, W), key (B, E, H, W), value (B, C, H, W) -> output (B, C, H, W), logsumexp (B, H, W)
+  m.def(
+      "criss_cross_attention(Tensor query, Tensor key, Tensor value, float scale)"
+      " -> (Tensor output, Tensor logsumexp)");
+  m.def(
+      "criss_cross_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output,"
+      " Tensor logsumexp, float scale) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+}

@@ -1,0 +1,32 @@
+"""Exact attention for dense prediction (DANet, CCNet, ANN, Non-local) without the N x N map, on CUDA and the CPU."""
+
+from . import _backend
+from ._backend import use_backend
+from ._build_config import build_config
+from ._version import __version__
+from .ops import (
+    channel_attention,
+    criss_cross_affinity,
+    criss_cross_aggregation,
+    criss_cross_attention,
+    criss_cross_attention_map,
+    position_attention,
+    position_attention_map,
+    register,
+)
+
+if _backend.LIBRARIES.serves("cpu"):
+    register("segattn")
+
+__all__ = [
+    "__version__",
+    "build_config",
+    "channel_attention",
+    "criss_cross_affinity",
+    "criss_cross_aggregation",
+    "criss_cross_attention",
+    "criss_cross_attention_map",
+    "position_attention",
+    "position_attention_map",
+    "use_backend",
+]

@@ -1,0 +1,18 @@
+"""`python -m segattn_ops`: prints what this installation is."""
+
+from ._build_config import build_config
+
+
+def _print(values: dict, indent: str = "") -> None:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            print(f"{indent}{name}:")
+            _print(value, indent + "  ")
+        elif isinstance(value, list):
+            print(f"{indent}{name}: {', '.join(map(str, value)) or 'none'}")
+        else:
+            print(f"{indent}{name}: {value}")
+
+
+if __name__ == "__main__":
+    _print(build_config())

@@ -1,0 +1,75 @@
+"""Which implementation serves a call: the native operators, or the plain PyTorch reference."""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from . import _library
+
+LIBRARIES = _library.load()
+
+# Backend name -> operator namespace; None is the reference. Tests add the emulated CUDA kernels.
+_NAMESPACES: dict[str, str | None] = {"native": "segattn", "reference": None}
+_warned: set[str] = set()
+
+
+def _validated(name: str) -> str:
+    if name not in _NAMESPACES:
+        raise ValueError(f"backend must be one of {sorted(_NAMESPACES)} (got {name!r})")
+    return name
+
+
+_current = _validated(os.environ.get("SEGATTN_BACKEND", "native"))
+
+
+def add_backend(name: str, namespace: str) -> None:
+    """Makes the operators of another namespace, which must have the schemas of csrc/ops.cpp, selectable by name."""
+    _NAMESPACES[name] = namespace
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Chooses the implementation by hand within a `with` block.
+
+    Args:
+        name: "native" (the compiled kernels, where the device has any) or "reference" (plain PyTorch: slower, stores
+            the attention map, differentiable twice). The environment variable SEGATTN_BACKEND sets the default.
+
+    The choice holds for the whole process, all threads included. The backward pass uses what the forward pass used.
+
+    Raises:
+        ValueError: for another name.
+    """
+    global _current
+    previous, _current = _current, _validated(name)
+    try:
+        yield
+    finally:
+        _current = previous
+
+
+def operators(device: torch.device):
+    """The operator namespace that serves tensors on `device`; None where the reference does. Warns, once a device
+    type, when that is because native kernels are missing."""
+    namespace = _NAMESPACES[_current]
+    if namespace is None:
+        return None
+    if namespace == "segattn" and not LIBRARIES.serves(device.type):
+        _warn_once(device.type)
+        return None
+    return getattr(torch.ops, namespace)
+
+
+def _warn_once(device_type: str) -> None:
+    if torch.compiler.is_compiling() or device_type in _warned:
+        return
+    _warned.add(device_type)
+    warnings.warn(
+        f"segattn_ops: the plain PyTorch reference serves {device_type} tensors, which is slow and stores the attention "
+        f"map: {LIBRARIES.why_not(device_type)}",
+        RuntimeWarning,
+        stacklevel=4,
+    )

@@ -1,0 +1,28 @@
+"""The ops: public functions, and the Python side of their operators."""
+
+from . import channel, criss_cross, position
+from .channel import channel_attention
+from .criss_cross import (
+    criss_cross_affinity,
+    criss_cross_aggregation,
+    criss_cross_attention,
+    criss_cross_attention_map,
+)
+from .position import position_attention, position_attention_map
+
+__all__ = [
+    "channel_attention",
+    "criss_cross_affinity",
+    "criss_cross_aggregation",
+    "criss_cross_attention",
+    "criss_cross_attention_map",
+    "position_attention",
+    "position_attention_map",
+    "register",
+]
+
+
+def register(namespace: str) -> None:
+    """Registers fake, autograd, vmap and FLOP rules for a namespace with the schemas of csrc/ops.cpp."""
+    for family in (position, channel, criss_cross):
+        family.register(namespace)

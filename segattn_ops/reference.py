@@ -1,0 +1,86 @@
+"""The definitions of the ops in plain PyTorch: the oracle of every test, and what runs where there is no kernel.
+
+Written to be read beside the papers, with the attention map stored. float16 and bfloat16 are computed in float32 and
+rounded once at the end. Every function returns the output and the log-sum-exp of the scaled energies.
+"""
+
+import torch
+from torch import Tensor
+
+
+def _accurate(*tensors: Tensor) -> list[Tensor]:
+    return [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
+
+
+def position_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Fu et al., "Dual Attention Network for Scene Segmentation" (2019), equations 1 and 2, without gamma.
+
+    query (B, E, *S), key (B, E, *T), value (B, C, *T) -> output (B, C, *S), logsumexp (B, *S).
+    """
+    q, k, v = _accurate(query.flatten(2), key.flatten(2), value.flatten(2))
+    energy = scale * (q.transpose(1, 2) @ k)  # (B, N, M)
+    output = v @ energy.softmax(2).transpose(1, 2)
+    spatial = query.shape[2:]
+    return output.unflatten(2, spatial).to(query.dtype), energy.logsumexp(2).unflatten(1, spatial)
+
+
+def channel_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Fu et al. (2019), equations 3 and 4, without beta; the authors' code has scale = -1: softmax(max - E).
+
+    query (B, C, *S), key (B, K, *S), value (B, K, *T) -> output (B, C, *T), logsumexp (B, C).
+    """
+    q, k, v = _accurate(query.flatten(2), key.flatten(2), value.flatten(2))
+    energy = scale * (q @ k.transpose(1, 2))  # (B, C, K)
+    output = energy.softmax(2) @ v
+    return output.unflatten(2, value.shape[2:]).to(query.dtype), energy.logsumexp(2)
+
+
+def criss_cross_affinity(query: Tensor, key: Tensor) -> Tensor:
+    """Huang et al., "CCNet: Criss-Cross Attention for Semantic Segmentation" (2019), section 3.2, Affinity.
+
+    query, key (B, E, H, W) -> (B, H + W - 1, H, W): channels [0, W) the row, self included, then the column, self
+    skipped: channel W + i is row i above the query's row and row i + 1 from it on.
+    """
+    q, k = _accurate(query, key)
+    height = query.shape[2]
+    row = torch.einsum("beyx,beyj->bjyx", q, k)
+    column = torch.einsum("beyx,bejx->bjyx", q, k)  # (B, H, H, W), self included
+    return torch.cat([row, _skip_self(column, height)], 1).to(query.dtype)
+
+
+def criss_cross_aggregation(attention: Tensor, value: Tensor) -> Tensor:
+    """Huang et al. (2019), section 3.2, Aggregation. attention (B, H + W - 1, H, W), value (B, C, H, W) -> as value."""
+    a, v = _accurate(attention, value)
+    height, width = value.shape[2:]
+    row = torch.einsum("bjyx,bcyj->bcyx", a[:, :width], v)
+    column = torch.einsum("bjyx,bcjx->bcyx", _insert_self(a[:, width:], height), v)
+    return (row + column).to(value.dtype)
+
+
+def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Huang et al. (2019), section 3.2: affinity, softmax over row and column, aggregation; without gamma.
+
+    query, key (B, E, H, W), value (B, C, H, W) -> output (B, C, H, W), logsumexp (B, H, W).
+    """
+    q, k, v = _accurate(query, key, value)
+    energy = scale * criss_cross_affinity(q, k)
+    return criss_cross_aggregation(energy.softmax(1), v).to(value.dtype), energy.logsumexp(1)
+
+
+def _other_rows(height: int, device: torch.device) -> Tensor:
+    """(H - 1, H): entry (i, y) is the i-th row other than y."""
+    i = torch.arange(height - 1, device=device).unsqueeze(1)
+    return i + (i >= torch.arange(height, device=device))
+
+
+def _skip_self(column: Tensor, height: int) -> Tensor:
+    """(B, H, H, W) over (key row, query row, x) -> (B, H - 1, H, W)."""
+    index = _other_rows(height, column.device)[None, :, :, None].expand(column.shape[0], -1, -1, column.shape[3])
+    return column.gather(1, index)
+
+
+def _insert_self(column: Tensor, height: int) -> Tensor:
+    """The inverse of `_skip_self`, with zero for self."""
+    index = _other_rows(height, column.device)[None, :, :, None].expand(column.shape[0], -1, -1, column.shape[3])
+    full = column.new_zeros(column.shape[0], height, height, column.shape[3])
+    return full.scatter(1, index, column)

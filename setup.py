@@ -1,0 +1,166 @@
+"""Builds the native libraries of segattn_ops.
+
+`_C` holds the schemas. The CPU kernels are compiled once per instruction set, each set into a library of its own,
+and the best one the processor supports is loaded at run time: a wheel built anywhere runs anywhere, and no code
+of one set can leak into another through the linker. `_C_cuda` holds the CUDA kernels. All of it uses only
+PyTorch's stable ABI and the limited Python API, so that one wheel serves every PyTorch from 2.10 on.
+
+Environment variables:
+  FORCE_CUDA=1            build the CUDA kernels although no GPU is visible; FORCE_CUDA=0 never builds them
+  TORCH_CUDA_ARCH_LIST    architectures to build for, as in PyTorch ("8.0;9.0"); also asks for the CUDA build
+  SEGATTN_CPU_ONLY=SET    compile only this instruction set (and the baseline), for quick development builds
+  MAX_JOBS                parallel compiler processes
+"""
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent.resolve()
+
+
+def find_cuda_toolkit() -> tuple[str | None, str]:
+    """The toolkit's folder and how it was found. nvcc is asked, because on PATH it may be a wrapper script, whose
+    own folder says nothing about the toolkit."""
+    if home := os.environ.get("CUDA_HOME"):
+        return home, "CUDA_HOME"
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None, "no nvcc on PATH and CUDA_HOME is not set"
+    dry_run = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True, check=False)
+    top = re.search(r"^#\$ TOP=(.+)$", dry_run.stderr + dry_run.stdout, re.MULTILINE)
+    if top is None:
+        return None, f"`{nvcc} --dryrun` did not tell where the toolkit is"
+    return os.path.realpath(top.group(1).strip()), "nvcc --dryrun"
+
+
+CUDA_TOOLKIT, CUDA_TOOLKIT_SOURCE = find_cuda_toolkit()
+if CUDA_TOOLKIT is not None:
+    os.environ["CUDA_HOME"] = CUDA_TOOLKIT  # before torch guesses
+
+import torch  # noqa: E402
+from torch.utils.cpp_extension import (  # noqa: E402
+    BuildExtension,
+    CppExtension,
+    CUDAExtension,
+    _get_cuda_arch_flags,
+)
+
+LIMITED_API = ["-DPy_LIMITED_API=0x030A0000", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
+CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", *LIMITED_API]
+
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+CPU_INSTRUCTION_SETS = {"baseline": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    CPU_INSTRUCTION_SETS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+
+
+def decide_cuda() -> tuple[bool, str]:
+    """Whether the CUDA kernels are built, and why."""
+    wanted = os.environ.get("FORCE_CUDA")
+    if wanted == "0":
+        return False, "FORCE_CUDA=0"
+    if torch.version.cuda is None:
+        return False, f"torch {torch.__version__} is a build without CUDA"
+    if CUDA_TOOLKIT is None:
+        return False, CUDA_TOOLKIT_SOURCE
+    if wanted == "1":
+        return True, "FORCE_CUDA=1"
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return True, "TORCH_CUDA_ARCH_LIST is set"
+    if torch.cuda.is_available():
+        return True, "a GPU is visible"
+    return False, "no GPU is visible; set FORCE_CUDA=1 or TORCH_CUDA_ARCH_LIST to build for one elsewhere"
+
+
+def sources(folder: str, *suffixes: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / folder).iterdir() if path.suffix in suffixes)
+
+
+def headers() -> list[str]:
+    return [str(path) for suffix in ("h", "cuh") for path in sorted((ROOT / "csrc").rglob(f"*.{suffix}"))]
+
+
+def cpu_extensions() -> list:
+    only = os.environ.get("SEGATTN_CPU_ONLY")
+    sets = {name: f for name, f in CPU_INSTRUCTION_SETS.items() if only is None or name in (only, "baseline")}
+    schemas = CppExtension(
+        "segattn_ops._C",
+        ["csrc/ops.cpp", "csrc/cpu_capability.cpp"],
+        extra_compile_args={"cxx": CXX_FLAGS},
+        depends=headers(),
+        py_limited_api=True,
+    )
+    kernels = [
+        CppExtension(
+            f"segattn_ops._cpu_{name}",
+            sources("cpu", ".cpp"),
+            extra_compile_args={"cxx": [*CXX_FLAGS, *flags, f'-DSEGATTN_CPU_CAPABILITY_NAME="{name}"']},
+            depends=headers(),
+            py_limited_api=True,
+        )
+        for name, flags in sets.items()
+    ]
+    return [schemas, *kernels]
+
+
+def cuda_extension():
+    if not torch.cuda.is_available() and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        os.environ["TORCH_CUDA_ARCH_LIST"] = "8.0;9.0+PTX"
+    architectures = ",".join(sorted(set(re.findall(r"compute_(\d+a?)", " ".join(_get_cuda_arch_flags())))))
+    return CUDAExtension(
+        "segattn_ops._C_cuda",
+        sources("cuda", ".cu", ".cpp"),
+        extra_compile_args={
+            "cxx": [*CXX_FLAGS, "-DUSE_CUDA"],
+            "nvcc": [
+                "-O3",
+                "-std=c++20",
+                "--expt-relaxed-constexpr",
+                "-DUSE_CUDA",
+                f'-DSEGATTN_CUDA_ARCHITECTURES="{architectures}"',
+                "-Xcompiler=-fvisibility=hidden",
+                *LIMITED_API,
+            ],
+        },
+        depends=headers(),
+        py_limited_api=True,
+    ), architectures.split(",")
+
+
+BUILD_CUDA, CUDA_REASON = decide_cuda()
+print(f"segattn_ops: CUDA kernels {'are' if BUILD_CUDA else 'are not'} built: {CUDA_REASON}", flush=True)
+extensions = cpu_extensions()
+build_info = {
+    "torch": torch.__version__,
+    "cpu_instruction_sets": list(CPU_INSTRUCTION_SETS),
+    "cuda": {"built": BUILD_CUDA, "reason": CUDA_REASON, "architectures": []},
+}
+if BUILD_CUDA:
+    extension, build_info["cuda"]["architectures"] = cuda_extension()
+    extensions.append(extension)
+    toolkit = f"toolkit {CUDA_TOOLKIT} (found by {CUDA_TOOLKIT_SOURCE})"
+    print(f"segattn_ops: {toolkit}, architectures {build_info['cuda']['architectures']}", flush=True)
+
+
+class Build(BuildExtension):
+    """Also writes down what was built, for segattn_ops.build_config()."""
+
+    def run(self) -> None:
+        super().run()
+        package = ROOT / "segattn_ops" if self.inplace else Path(self.build_lib) / "segattn_ops"
+        (package / "_build_info.json").write_text(json.dumps(build_info, indent=1) + "\n")
+
+
+setup(
+    ext_modules=extensions,
+    cmdclass={"build_ext": Build},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
