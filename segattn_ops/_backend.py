@@ -68,8 +68,8 @@ def _warn_once(device_type: str) -> None:
         return
     _warned.add(device_type)
     warnings.warn(
-        f"segattn_ops: the plain PyTorch reference serves {device_type} tensors, which is slow and stores the attention "
-        f"map: {LIBRARIES.why_not(device_type)}",
+        f"segattn_ops: the plain PyTorch reference serves {device_type} tensors, which is slow and stores the "
+        f"attention map: {LIBRARIES.why_not(device_type)}",
         RuntimeWarning,
         stacklevel=4,
     )

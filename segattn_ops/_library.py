@@ -49,7 +49,8 @@ def _choose_cpu_capability(supported: str) -> str:
         return usable[-1]
     if wanted not in usable:
         raise ValueError(
-            f"SEGATTN_CPU_CAPABILITY must be one of {usable}, what was built and this processor supports (got {wanted!r})"
+            f"SEGATTN_CPU_CAPABILITY must be one of {usable}, which were built and this processor can run "
+            f"(got {wanted!r})"
         )
     return wanted
 

@@ -200,9 +200,7 @@ def _fake_aggregation_backward(grad_output: Tensor, attention: Tensor, value: Te
 def _fake(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     _check(query, key, value, scale)
     batch, _, height, width = query.shape
-    return value.new_empty(value.shape), query.new_empty(
-        (batch, height, width), dtype=accumulation_dtype(query.dtype)
-    )
+    return value.new_empty(value.shape), query.new_empty((batch, height, width), dtype=accumulation_dtype(query.dtype))
 
 
 def _fake_backward(grad_output, query, key, value, output, logsumexp, scale):
