@@ -1,0 +1,107 @@
+// Threads and scratch memory.
+//
+//   parallel_units(units, scratch_bytes, work)
+//       calls work(unit, scratch) once for every unit in [0, units), on all threads of torch's pool. Threads take the
+//       next free unit, so slow cores do less. What a unit computes must not depend on which thread runs it nor on
+//       the number of threads: then results are bitwise equal for every thread count. Choose the cut into units by
+//       the sizes of the problem alone wherever a sum runs across units.
+//   Scratch::take<T>(count)
+//       the next `count` elements (uninitialised, 64-byte aligned) of the thread's arena. A unit starts with the whole
+//       arena free again. Asking for more than scratch_bytes in all throws.
+//   scratch_bytes<T>(count)
+//       what take<T>(count) uses up: sum these to get the scratch_bytes of a unit.
+//   Buffer<T>(count)
+//       one aligned, uninitialised array shared by all threads of an op (packed operands, partial sums).
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <stdexcept>
+
+namespace segattn::cpu {
+
+inline constexpr std::size_t kAlignment = 64;
+
+struct AlignedDelete {
+  void operator()(std::byte* memory) const { ::operator delete(memory, std::align_val_t{kAlignment}); }
+};
+using AlignedMemory = std::unique_ptr<std::byte[], AlignedDelete>;
+
+inline AlignedMemory allocate_aligned(std::size_t bytes) {
+  return AlignedMemory(static_cast<std::byte*>(::operator new(bytes, std::align_val_t{kAlignment})));
+}
+
+template <class T>
+constexpr std::size_t scratch_bytes(std::int64_t count) {
+  return (static_cast<std::size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+class Scratch {
+ public:
+  explicit Scratch(std::size_t bytes) : memory_(allocate_aligned(bytes)), size_(bytes) {}
+
+  template <class T>
+  T* take(std::int64_t count) {
+    const std::size_t begin = used_;
+    used_ += scratch_bytes<T>(count);
+    if (used_ > size_) {
+      throw std::logic_error("segattn: a work unit asked for more scratch memory than it announced");
+    }
+    return reinterpret_cast<T*>(memory_.get() + begin);
+  }
+
+  void release_all() { used_ = 0; }
+
+ private:
+  AlignedMemory memory_;
+  std::size_t size_;
+  std::size_t used_ = 0;
+};
+
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(std::int64_t count) : memory_(allocate_aligned(scratch_bytes<T>(count))) {}
+  T* data() const { return reinterpret_cast<T*>(memory_.get()); }
+
+ private:
+  AlignedMemory memory_;
+};
+
+template <class Work>
+void parallel_units(std::int64_t units, std::size_t scratch_bytes, const Work& work) {
+  if (units <= 0) {
+    return;
+  }
+  std::atomic<std::int64_t> next{0};
+  const auto run = [&] {
+    std::int64_t unit = next.fetch_add(1, std::memory_order_relaxed);
+    if (unit >= units) {
+      return;
+    }
+    Scratch scratch(scratch_bytes);
+    for (; unit < units; unit = next.fetch_add(1, std::memory_order_relaxed)) {
+      scratch.release_all();
+      work(unit, scratch);
+    }
+  };
+  const std::int64_t threads = units == 1 ? 1 : static_cast<std::int64_t>(torch::stable::get_num_threads());
+  if (threads == 1) {
+    run();
+    return;
+  }
+  // One iteration a thread; torch may hand several to one thread, or run all serially inside another parallel region.
+  torch::stable::parallel_for(0, threads < units ? threads : units, 1,
+                              [&](std::int64_t begin, std::int64_t end) {
+                                for (; begin < end; ++begin) {
+                                  run();
+                                }
+                              });
+}
+
+}  // namespace segattn::cpu

@@ -1,0 +1,252 @@
+// SIMD layer of the CPU kernels: GCC/Clang vector extensions, one native register wide.
+//
+//   Vec<T>            kLanes<T> lanes of float, double, int32_t, ... (64 bytes with AVX-512, 32 with AVX2, else 16)
+//   VecN<T, n>        n lanes; the compiler splits what is wider than a register
+//   load / store      unaligned; load_partial / store_partial touch only the first `count` elements
+//   broadcast<T>(x)   one value in all lanes; + - * / and comparisons are the language's own operators
+//   fma(a, b, c)      a * b + c, fused where the processor fuses
+//   max(a, b)         NaN in `b` stays (a > b ? a : b)
+//   select(mask, a, b)   lane-wise mask ? a : b
+//   widen / narrow    float16, bfloat16, float32, float64 elements in memory <-> lanes of the accumulator type
+//   exp(x)            see exp.h
+//
+// Why not at::vec: it is ATen's, not part of the stable ABI (torch/headeronly carries only its half conversions),
+// and costs seconds of compile time in each of the four builds of every file. The same source here serves SSE2,
+// AVX2, AVX-512 and NEON; what the language cannot say (float16 conversion, bfloat16 rounding) is in this file.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace segattn::cpu {
+
+using BFloat16 = c10::BFloat16;
+using Half = c10::Half;
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kVectorBytes = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+#endif
+
+template <class T, int n>
+struct VecType {
+  typedef T type __attribute__((vector_size(n * sizeof(T))));
+};
+template <class T, int n>
+using VecN = typename VecType<T, n>::type;
+
+template <class T>
+inline constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+template <class T>
+using Vec = VecN<T, kLanes<T>>;
+
+// Type in which sums are kept: float64 for float64, float32 for all else.
+template <class T>
+using AccumulatorOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class V>
+inline V load(const void* source) {
+  V result;
+  std::memcpy(&result, source, sizeof(V));
+  return result;
+}
+
+template <class V>
+inline void store(void* target, V value) {
+  std::memcpy(target, &value, sizeof(V));
+}
+
+template <class V>
+using ElementOf = std::remove_cvref_t<decltype(std::declval<V>()[0])>;
+
+template <class V>
+inline constexpr int kWidthOf = static_cast<int>(sizeof(V) / sizeof(ElementOf<V>));
+
+// First `count` (0 .. width) elements; the other lanes are zero.
+template <class V>
+inline V load_partial(const ElementOf<V>* source, std::int64_t count) {
+  V result{};
+  std::memcpy(&result, source, static_cast<std::size_t>(count) * sizeof(ElementOf<V>));
+  return result;
+}
+
+template <class V>
+inline void store_partial(ElementOf<V>* target, V value, std::int64_t count) {
+  std::memcpy(target, &value, static_cast<std::size_t>(count) * sizeof(ElementOf<V>));
+}
+
+template <class V>
+inline V broadcast(ElementOf<V> value) {
+  return V{} + value;
+}
+
+// GCC and Clang contract a * b + c of one expression at their default -ffp-contract.
+template <class V>
+inline V fma(V a, V b, V c) {
+  return a * b + c;
+}
+
+template <class V>
+inline V max(V a, V b) {
+  return a > b ? a : b;
+}
+
+template <class M, class V>
+inline V select(M mask, V a, V b) {
+  return mask ? a : b;
+}
+
+template <class To, class From>
+inline To bit_cast_vector(From value) {
+  static_assert(sizeof(To) == sizeof(From));
+  To result;
+  std::memcpy(&result, &value, sizeof(To));
+  return result;
+}
+
+// ---- elements of any supported dtype <-> lanes of the accumulator type ------------------------------------
+
+namespace detail {
+
+template <int n>
+inline VecN<float, n> widen_half(const Half* source) {
+#if defined(__AVX512F__)
+  if constexpr (n == 16) {
+    return bit_cast_vector<VecN<float, 16>>(_mm512_cvtph_ps(load<__m256i>(source)));
+  }
+#endif
+#if defined(__F16C__)
+  if constexpr (n == 8) {
+    return bit_cast_vector<VecN<float, 8>>(_mm256_cvtph_ps(load<__m128i>(source)));
+  }
+#endif
+  VecN<float, n> result;
+  for (int i = 0; i < n; ++i) {
+    result[i] = static_cast<float>(source[i]);
+  }
+  return result;
+}
+
+template <int n>
+inline void narrow_half(Half* target, VecN<float, n> value) {
+#if defined(__AVX512F__)
+  if constexpr (n == 16) {
+    store(target, _mm512_cvtps_ph(bit_cast_vector<__m512>(value), _MM_FROUND_TO_NEAREST_INT));
+    return;
+  }
+#endif
+#if defined(__F16C__)
+  if constexpr (n == 8) {
+    store(target, _mm256_cvtps_ph(bit_cast_vector<__m256>(value), _MM_FROUND_TO_NEAREST_INT));
+    return;
+  }
+#endif
+  for (int i = 0; i < n; ++i) {
+    target[i] = static_cast<Half>(static_cast<float>(value[i]));
+  }
+}
+
+}  // namespace detail
+
+// Bits of the bfloat16 nearest to each lane (ties to even; NaN stays NaN) in the low half of 32-bit lanes.
+template <int n>
+inline VecN<std::uint32_t, n> bfloat16_bits(VecN<float, n> value) {
+  using U = VecN<std::uint32_t, n>;
+#if defined(__AVX512BF16__)
+  if constexpr (n == 16) {
+    const __m256bh narrow = _mm512_cvtneps_pbh(bit_cast_vector<__m512>(value));
+    return bit_cast_vector<U>(_mm512_cvtepu16_epi32(bit_cast_vector<__m256i>(narrow)));
+  }
+#endif
+  const U bits = bit_cast_vector<U>(value);
+  const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return (value == value) ? rounded : U{} + 0x7fc0u;
+}
+
+// n elements at `source` as float (double for double) lanes.
+template <int n, class T>
+inline VecN<AccumulatorOf<T>, n> widen(const T* source) {
+  if constexpr (std::is_same_v<T, Half>) {
+    return detail::widen_half<n>(source);
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    const auto bits = __builtin_convertvector(load<VecN<std::uint16_t, n>>(source), VecN<std::uint32_t, n>);
+    return bit_cast_vector<VecN<float, n>>(bits << 16);
+  } else {
+    return load<VecN<T, n>>(source);
+  }
+}
+
+template <int n, class T>
+inline VecN<AccumulatorOf<T>, n> widen_partial(const T* source, std::int64_t count) {
+  T padded[n] = {};
+  std::memcpy(static_cast<void*>(padded), source, static_cast<std::size_t>(count) * sizeof(T));
+  return widen<n>(padded);
+}
+
+// Rounds n accumulator lanes to T (nearest, ties to even) and stores them.
+template <int n, class T>
+inline void narrow(T* target, VecN<AccumulatorOf<T>, n> value) {
+  if constexpr (std::is_same_v<T, Half>) {
+    detail::narrow_half<n>(target, value);
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    store(target, __builtin_convertvector(bfloat16_bits<n>(value), VecN<std::uint16_t, n>));
+  } else {
+    store(target, value);
+  }
+}
+
+template <int n, class T>
+inline void narrow_partial(T* target, VecN<AccumulatorOf<T>, n> value, std::int64_t count) {
+  T padded[n];
+  narrow<n>(padded, value);
+  std::memcpy(static_cast<void*>(target), padded, static_cast<std::size_t>(count) * sizeof(T));
+}
+
+// ---- square transposes in registers -------------------------------------------------------------------------
+
+namespace detail {
+
+// One butterfly stage: swaps the off-diagonal distance x distance blocks of `low` (row i) and `high` (row i + distance).
+template <int distance, class V, std::size_t... lane>
+inline void transpose_stage(V& low, V& high, std::index_sequence<lane...>) {
+  constexpr int n = sizeof...(lane);
+  const V new_low = __builtin_shufflevector(low, high, ((lane & distance) ? n + int(lane) - distance : int(lane))...);
+  const V new_high = __builtin_shufflevector(low, high, ((lane & distance) ? n + int(lane) : int(lane) + distance)...);
+  low = new_low;
+  high = new_high;
+}
+
+template <int distance, class V, int n>
+inline void transpose_stages(V (&rows)[n]) {
+  if constexpr (distance < n) {
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) {
+      if ((i & distance) == 0) {
+        transpose_stage<distance>(rows[i], rows[i | distance], std::make_index_sequence<n>{});
+      }
+    }
+    transpose_stages<distance * 2>(rows);
+  }
+}
+
+}  // namespace detail
+
+// rows[i][j] becomes rows[j][i]; n (4, 8 or 16) rows of n lanes.
+template <class V, int n>
+inline void transpose(V (&rows)[n]) {
+  static_assert(kWidthOf<V> == n);
+  detail::transpose_stages<1>(rows);
+}
+
+}  // namespace segattn::cpu
