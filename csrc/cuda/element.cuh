@@ -1,0 +1,60 @@
+// Element types: what is stored, and the float (double for double) it is computed in.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace segattn {
+
+// Accumulation is float32 for float16, bfloat16 and float32, float64 for float64.
+template <class T>
+struct AccumulatorOf {
+  using type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+  using type = double;
+};
+template <class T>
+using Accumulator = typename AccumulatorOf<T>::type;
+
+__device__ __forceinline__ float to_accumulator(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_accumulator(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_accumulator(float x) { return x; }
+__device__ __forceinline__ double to_accumulator(double x) { return x; }
+
+// Rounds to nearest even.
+template <class T>
+__device__ __forceinline__ T from_accumulator(Accumulator<T> x);
+template <>
+__device__ __forceinline__ __half from_accumulator<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_accumulator<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+__device__ __forceinline__ float from_accumulator<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ double from_accumulator<double>(double x) {
+  return x;
+}
+
+// Two neighbouring elements in one store: pair[0] = low, pair[1] = high; `pair` is aligned to both.
+__device__ __forceinline__ void store_pair(__half* pair, float low, float high) {
+  *reinterpret_cast<__half2*>(pair) = __floats2half2_rn(low, high);
+}
+__device__ __forceinline__ void store_pair(__nv_bfloat16* pair, float low, float high) {
+  *reinterpret_cast<__nv_bfloat162*>(pair) = __floats2bfloat162_rn(low, high);
+}
+__device__ __forceinline__ void store_pair(float* pair, float low, float high) {
+  *reinterpret_cast<float2*>(pair) = make_float2(low, high);
+}
+
+} // namespace segattn

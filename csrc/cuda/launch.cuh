@@ -1,0 +1,61 @@
+// Kernel launches and dynamic shared memory, the two things that plain C++ cannot say.
+//
+//   SEGATTN_DYNAMIC_SHARED(type, name);    in a kernel: `type* name`, the block's dynamic shared memory, 16-byte aligned
+//   SEGATTN_LAUNCH((kernel<1, 2>), grid, block, shared_bytes, stream, arguments...);
+//
+// A launch asks for more than 48 KB of shared memory where it needs to, and throws std::runtime_error that names the
+// kernel when the launch fails. Nothing here synchronises, so launches can be captured into a CUDA graph.
+//
+// Under SEGATTN_EMULATED, "launch_emulated.h" (tests/emulator) supplies both.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#ifdef SEGATTN_EMULATED
+#include "launch_emulated.h"
+#define SEGATTN_DYNAMIC_SHARED(type, name) \
+  type* name = static_cast<type*>(::segattn::emulator::dynamic_shared_memory())
+#else
+// A block's dynamic shared memory has one name in a translation unit, so every type is cast from the same array.
+#define SEGATTN_DYNAMIC_SHARED(type, name)                                \
+  extern __shared__ __align__(16) unsigned char segattn_dynamic_shared[]; \
+  type* name = reinterpret_cast<type*>(segattn_dynamic_shared)
+#endif
+
+namespace segattn {
+
+inline void check_cuda(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("segattn_ops: ") + what + " failed: " + cudaGetErrorString(error));
+  }
+}
+
+template <class... Parameters, class... Arguments>
+void launch_kernel(
+    void (*kernel)(Parameters...), const char* name, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+    const Arguments&... arguments) {
+  constexpr size_t kWithoutOptIn = 48 * 1024;
+  if (shared_bytes > kWithoutOptIn) {
+    check_cuda(
+        cudaFuncSetAttribute(
+            reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+            static_cast<int>(shared_bytes)),
+        name);
+  }
+#ifdef SEGATTN_EMULATED
+  check_cuda(emulator::launch(name, kernel, grid, block, shared_bytes, stream, arguments...), name);
+#else
+  kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
+  check_cuda(cudaGetLastError(), name);
+#endif
+}
+
+} // namespace segattn
+
+#define SEGATTN_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  ::segattn::launch_kernel(kernel, #kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
