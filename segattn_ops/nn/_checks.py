@@ -1,0 +1,83 @@
+"""Argument checks shared by the modules, so that every one of them complains in the same words."""
+
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def positive_int(module: str, name: str, value: Any) -> int:
+    """Returns ``value`` if it is an int >= 1, else raises ValueError naming the module and the argument."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"{module}: {name} must be a positive integer (got {value!r})")
+    return int(value)
+
+
+def finite_float(module: str, name: str, value: Any) -> float:
+    """Returns ``value`` as a float if it is a finite real number, else raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise ValueError(f"{module}: {name} must be a finite number (got {value!r})")
+    return float(value)
+
+
+def probability(module: str, name: str, value: Any) -> float:
+    """Returns ``value`` as a float if it lies in [0, 1), else raises ValueError."""
+    number = finite_float(module, name, value)
+    if not 0.0 <= number < 1.0:
+        raise ValueError(f"{module}: {name} must lie in [0, 1) (got {value!r})")
+    return number
+
+
+def reduced_channels(module: str, name: str, in_channels: int, given: int | None, reduction: int) -> int:
+    """``given`` if it is not None, else ``in_channels // reduction``, which must not be 0."""
+    if given is not None:
+        return positive_int(module, name, given)
+    channels = in_channels // reduction
+    if channels == 0:
+        raise ValueError(
+            f"{module}: in_channels must be at least {reduction}, because {name} defaults to in_channels // {reduction}"
+            f" (got {in_channels}); give {name} explicitly for fewer channels"
+        )
+    return channels
+
+
+def feature_map(module: str, name: str, x: Any, channels: int | None, spatial_dims: int = 2) -> None:
+    """Raises ValueError unless ``x`` is a floating-point tensor (B, channels, *spatial) of the stated rank."""
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"{module}: {name} must be a tensor (got {type(x).__name__})")
+    if x.dim() != spatial_dims + 2:
+        axes = {1: "(B, C, L)", 2: "(B, C, H, W)", 3: "(B, C, T, H, W)"}[spatial_dims]
+        raise ValueError(
+            f"{module}: {name} must have {spatial_dims + 2} dimensions {axes} (got shape {tuple(x.shape)})"
+        )
+    if not x.is_floating_point():
+        raise ValueError(f"{module}: {name} must be of a floating-point dtype (got {x.dtype})")
+    if channels is not None and x.shape[1] != channels:
+        raise ValueError(f"{module}: {name} must have {channels} channels (got {x.shape[1]})")
+
+
+def same_size(module: str, name: str, x: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Raises ValueError unless the two feature maps have the same batch and spatial sizes."""
+    if x.shape[0] != other.shape[0]:
+        raise ValueError(f"{module}: {name} must have batch size {other.shape[0]} like {other_name} (got {x.shape[0]})")
+    if x.shape[2:] != other.shape[2:]:
+        wanted, got = tuple(other.shape[2:]), tuple(x.shape[2:])
+        raise ValueError(f"{module}: {name} must have spatial size {wanted} like {other_name} (got {got})")
+
+
+class ScalarShapes(nn.Module):
+    """A module whose one-element parameters load from a checkpoint of shape (1,) or () alike.
+
+    The official repositories store the residual weight gamma as (1,), mmcv and mmsegmentation as a 0-dim tensor;
+    ``load_state_dict`` of PyTorch takes the first into the second but not the second into the first.
+    """
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name, parameter in self.named_parameters(recurse=False):
+            stored = state_dict.get(prefix + name)
+            if parameter.numel() == 1 and isinstance(stored, torch.Tensor) and stored.numel() == 1:
+                state_dict[prefix + name] = stored.reshape(parameter.shape)  # load_state_dict passes its own copy
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -1,0 +1,225 @@
+"""Asymmetric non-local blocks of ANN: every position attends to pyramid-pooled keys."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops.position import position_attention
+from ._checks import feature_map, positive_int, probability
+
+NormLayer = Callable[[int], nn.Module]
+
+
+class PyramidPooling(nn.Module):
+    """Adaptive average pooling to several square grids, flattened and joined: (B, C, H, W) -> (B, C, S), S = sum of
+    squares.
+
+    Args:
+        sizes: sides of the grids; (1, 3, 6, 8) gives ANN's S = 110, (1, 2, 3, 6) DRANet's 50.
+    """
+
+    def __init__(self, sizes: Sequence[int] = (1, 3, 6, 8)) -> None:
+        super().__init__()
+        self.sizes = tuple(positive_int("PyramidPooling", "sizes", size) for size in sizes)
+        if not self.sizes:
+            raise ValueError("PyramidPooling: sizes must not be empty")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, S)."""
+        return torch.cat([F.adaptive_avg_pool2d(x, size).flatten(2) for size in self.sizes], dim=2)
+
+    def extra_repr(self) -> str:
+        return f"sizes={self.sizes}"
+
+
+class AsymmetricAttention(nn.Module):
+    r"""One stage of an asymmetric non-local block: queries at every position, keys and values pyramid-pooled.
+
+    ``y = W(position_attention(f_query(high), pool(f_key(low)), pool(f_value(low)), key_channels ** -0.5))``
+
+    f_value is a 1 x 1 convolution, hence affine, and average pooling keeps constants: pool(f_value(low)) =
+    f_value(pool(low)). The second form is the one computed, so that the value projection costs 110 positions and not
+    N.
+
+    Source: Zhu et al., "Asymmetric Non-local Neural Networks for Semantic Segmentation", ICCV 2019, equations 7 to 9.
+    Names are the authors': ``f_key.0, f_key.1.0, f_query.*, f_value, W``; W starts at zero.
+
+    Args:
+        low_channels: channels of the map that keys and values come from.
+        high_channels: channels of the map that queries come from.
+        key_channels: channels of queries and keys.
+        value_channels: channels of the values.
+        out_channels: channels of the result.
+        pool_sizes: grids of :class:`PyramidPooling`.
+        shared: use f_key for the queries as well, as APNB does (``f_query`` and ``f_key`` are then one module under
+            two names).
+        norm_layer: makes a norm layer from its number of channels.
+    """
+
+    def __init__(
+        self,
+        low_channels: int,
+        high_channels: int,
+        key_channels: int,
+        value_channels: int,
+        out_channels: int,
+        pool_sizes: Sequence[int] = (1, 3, 6, 8),
+        shared: bool = False,
+        norm_layer: NormLayer = nn.BatchNorm2d,
+    ) -> None:
+        super().__init__()
+        if shared and low_channels != high_channels:
+            raise ValueError(
+                "AsymmetricAttention: a shared projection needs low_channels = high_channels "
+                f"(got {low_channels} and {high_channels})"
+            )
+
+        def projection(channels: int) -> nn.Sequential:
+            norm = nn.Sequential(norm_layer(key_channels), nn.ReLU())
+            return nn.Sequential(nn.Conv2d(channels, key_channels, 1), norm)
+
+        self.scale = key_channels**-0.5
+        self.f_key = projection(low_channels)
+        self.f_query = self.f_key if shared else projection(high_channels)
+        self.f_value = nn.Conv2d(low_channels, value_channels, 1)
+        self.W = nn.Conv2d(value_channels, out_channels, 1)
+        self.psp = PyramidPooling(pool_sizes)
+        nn.init.zeros_(self.W.weight)
+        nn.init.zeros_(self.W.bias)
+
+    def forward(self, low: Tensor, high: Tensor) -> Tensor:
+        """low (B, low_channels, H', W'), high (B, high_channels, H, W) -> (B, out_channels, H, W)."""
+        key = self.f_key(low)
+        query = key if self.f_query is self.f_key and high is low else self.f_query(high)
+        value = self.f_value(self.psp(low)[..., None])[..., 0]  # (B, value_channels, S)
+        return self.W(position_attention(query, self.psp(key), value, self.scale))
+
+
+def _stages(name: str, sizes: Sequence[int]) -> int:
+    """ANN's ``sizes``: one stage for each, all of size 1 (a reduced query map could not be joined with the input
+    again)."""
+    if not sizes or any(size != 1 for size in sizes):
+        raise ValueError(f"{name}: sizes must be a non-empty sequence of ones (got {tuple(sizes)!r})")
+    return len(sizes)
+
+
+class APNB(nn.Module):
+    r"""ANN's asymmetric pyramid non-local block: ``conv_bn_dropout(cat[sum of stages(x), x])``.
+
+    Source: Zhu et al., "Asymmetric Non-local Neural Networks for Semantic Segmentation", ICCV 2019, section 3.2. Names
+    are the authors': ``stages.0.{f_key,f_query,f_value,W}.*, conv_bn_dropout.0.*, conv_bn_dropout.1.0.*``.
+
+    Args:
+        in_channels: channels of the feature map.
+        out_channels: channels of the result; also of each stage's, which is joined with the input.
+        key_channels: channels of queries and keys.
+        value_channels: channels of the values.
+        dropout: probability of the last layer, Dropout2d.
+        sizes: ones, as many as there are stages; their results are added.
+        pool_sizes: grids that keys and values are pooled to.
+        norm_layer: makes a norm layer from its number of channels.
+
+    Shape:
+        x (B, in_channels, H, W) -> (B, out_channels, H, W).
+
+    Raises:
+        ValueError: for arguments out of range, or an input of the wrong rank, dtype or number of channels.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        key_channels: int,
+        value_channels: int,
+        dropout: float = 0.05,
+        sizes: Sequence[int] = (1,),
+        pool_sizes: Sequence[int] = (1, 3, 6, 8),
+        norm_layer: NormLayer = nn.BatchNorm2d,
+    ) -> None:
+        super().__init__()
+        self.in_channels = positive_int("APNB", "in_channels", in_channels)
+        positive_int("APNB", "out_channels", out_channels)
+        positive_int("APNB", "key_channels", key_channels)
+        positive_int("APNB", "value_channels", value_channels)
+        self.stages = nn.ModuleList(
+            AsymmetricAttention(
+                in_channels, in_channels, key_channels, value_channels, out_channels, pool_sizes, True, norm_layer
+            )
+            for _ in range(_stages("APNB", sizes))
+        )
+        self.conv_bn_dropout = nn.Sequential(
+            nn.Conv2d(in_channels + out_channels, out_channels, 1),
+            nn.Sequential(norm_layer(out_channels), nn.ReLU()),
+            nn.Dropout2d(probability("APNB", "dropout", dropout)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, in_channels, H, W) -> (B, out_channels, H, W)."""
+        feature_map("APNB", "input", x, self.in_channels)
+        context = sum(stage(x, x) for stage in self.stages)
+        return self.conv_bn_dropout(torch.cat([context, x], dim=1))
+
+
+class AFNB(nn.Module):
+    r"""ANN's asymmetric fusion non-local block: high-level queries, low-level keys and values.
+
+    ``y = conv_bn_dropout(cat[sum of stages(low, high), high])``
+
+    Source: Zhu et al., "Asymmetric Non-local Neural Networks for Semantic Segmentation", ICCV 2019, section 3.3. Names
+    are the authors': ``stages.0.{f_key,f_query,f_value,W}.*, conv_bn_dropout.0.*, conv_bn_dropout.1.*`` (batch norm
+    without ReLU).
+
+    Args:
+        low_channels: channels of the low-level map (keys and values).
+        high_channels: channels of the high-level map (queries).
+        out_channels, key_channels, value_channels, dropout, sizes, pool_sizes, norm_layer: as in :class:`APNB`.
+
+    Shape:
+        low (B, low_channels, H', W'), high (B, high_channels, H, W) -> (B, out_channels, H, W); the two sizes may
+        differ.
+
+    Raises:
+        ValueError: for arguments out of range, or an input of the wrong rank, dtype or number of channels.
+    """
+
+    def __init__(
+        self,
+        low_channels: int,
+        high_channels: int,
+        out_channels: int,
+        key_channels: int,
+        value_channels: int,
+        dropout: float = 0.05,
+        sizes: Sequence[int] = (1,),
+        pool_sizes: Sequence[int] = (1, 3, 6, 8),
+        norm_layer: NormLayer = nn.BatchNorm2d,
+    ) -> None:
+        super().__init__()
+        self.low_channels = positive_int("AFNB", "low_channels", low_channels)
+        self.high_channels = positive_int("AFNB", "high_channels", high_channels)
+        positive_int("AFNB", "out_channels", out_channels)
+        positive_int("AFNB", "key_channels", key_channels)
+        positive_int("AFNB", "value_channels", value_channels)
+        self.stages = nn.ModuleList(
+            AsymmetricAttention(
+                low_channels, high_channels, key_channels, value_channels, out_channels, pool_sizes, False, norm_layer
+            )
+            for _ in range(_stages("AFNB", sizes))
+        )
+        self.conv_bn_dropout = nn.Sequential(
+            nn.Conv2d(out_channels + high_channels, out_channels, 1),
+            norm_layer(out_channels),
+            nn.Dropout2d(probability("AFNB", "dropout", dropout)),
+        )
+
+    def forward(self, low: Tensor, high: Tensor) -> Tensor:
+        """low (B, low_channels, H', W'), high (B, high_channels, H, W) -> (B, out_channels, H, W)."""
+        feature_map("AFNB", "low", low, self.low_channels)
+        feature_map("AFNB", "high", high, self.high_channels)
+        if low.shape[0] != high.shape[0]:
+            raise ValueError(f"AFNB: low must have batch size {high.shape[0]} like high (got {low.shape[0]})")
+        context = sum(stage(low, high) for stage in self.stages)
+        return self.conv_bn_dropout(torch.cat([context, high], dim=1))

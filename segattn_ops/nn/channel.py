@@ -1,0 +1,42 @@
+"""Channel attention: DANet's CAM."""
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.channel import channel_attention
+from ._checks import ScalarShapes, feature_map, finite_float, positive_int
+
+
+class ChannelAttention(ScalarShapes):
+    r"""DANet's channel attention module (CAM) on the fused op.
+
+    ``y = gamma * channel_attention(x, x, x, scale) + x``
+
+    Source: Fu et al., "Dual Attention Network for Scene Segmentation", CVPR 2019, equations 3 and 4, in the form of
+    the authors' ``CAM_Module``: softmax(rowmax(E) - E), which is softmax(-E), hence ``scale = -1``. Its only parameter
+    is ``gamma`` (1,); a 0-dim one loads too.
+
+    Args:
+        in_channels: C, which the input must have; any number of channels if None. No parameter depends on it.
+        scale: factor on the energies before the softmax; -1 in DANet's code, +1 as its paper prints it.
+
+    Shape:
+        x (B, C, H, W) -> (B, C, H, W), same dtype. The energies are accumulated in float32 (float64 for float64).
+
+    Raises:
+        ValueError: for arguments out of range, or an input of the wrong rank, dtype or number of channels.
+    """
+
+    def __init__(self, in_channels: int | None = None, scale: float = -1.0) -> None:
+        super().__init__()
+        self.in_channels = None if in_channels is None else positive_int("ChannelAttention", "in_channels", in_channels)
+        self.scale = finite_float("ChannelAttention", "scale", scale)
+        self.gamma = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> gamma * attention + x, of the same shape."""
+        feature_map("ChannelAttention", "input", x, self.in_channels)
+        return self.gamma * channel_attention(x, x, x, self.scale) + x
+
+    def extra_repr(self) -> str:
+        return f"in_channels={self.in_channels}, scale={self.scale:g}"

@@ -1,0 +1,112 @@
+"""DAModule: the dual attention variant of the External-Attention collection, in scaled dot-product form."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops.channel import channel_attention
+from ..ops.position import position_attention
+from ._checks import feature_map, positive_int
+
+
+def _pointwise(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A linear layer over the channels of x (B, C, H, W), without leaving channels-first."""
+    return F.conv2d(x, layer.weight[:, :, None, None], layer.bias)
+
+
+class _PositionProjections(nn.Module):
+    """The four linear layers of single-head attention, named as in the original."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.fc_q = nn.Linear(channels, channels)
+        self.fc_k = nn.Linear(channels, channels)
+        self.fc_v = nn.Linear(channels, channels)
+        self.fc_o = nn.Linear(channels, channels)
+
+
+class _ChannelProjection(nn.Module):
+    """The output layer over positions, which only the size-locked form has."""
+
+    def __init__(self, positions: int) -> None:
+        super().__init__()
+        self.fc_o = nn.Linear(positions, positions)
+
+
+class _PositionBranch(nn.Module):
+    def __init__(self, channels: int, kernel_size: int) -> None:
+        super().__init__()
+        self.cnn = nn.Conv2d(channels, channels, kernel_size, padding=(kernel_size - 1) // 2)
+        self.pa = _PositionProjections(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C, H, W)."""
+        x = self.cnn(x)
+        query, key, value = (_pointwise(layer, x) for layer in (self.pa.fc_q, self.pa.fc_k, self.pa.fc_v))
+        return _pointwise(self.pa.fc_o, position_attention(query, key, value, query.shape[1] ** -0.5))
+
+
+class _ChannelBranch(nn.Module):
+    def __init__(self, channels: int, kernel_size: int, positions: int | None) -> None:
+        super().__init__()
+        self.cnn = nn.Conv2d(channels, channels, kernel_size, padding=(kernel_size - 1) // 2)
+        self.pa = None if positions is None else _ChannelProjection(positions)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C, H, W)."""
+        x = self.cnn(x)
+        y = channel_attention(x, x, x, (x.shape[2] * x.shape[3]) ** -0.5)
+        return y if self.pa is None else self.pa.fc_o(y.flatten(2)).unflatten(2, x.shape[2:])
+
+
+class DAModule(nn.Module):
+    r"""Dual attention by scaled dot products: ``position(x) + channel(x)``, each after a k x k convolution; no
+    residual, no gamma.
+
+    The position branch is single-head attention with scale 1/sqrt(C) and linear layers before and after it. The
+    channel branch has query = key = value, scale 1/sqrt(H * W) and the ordinary sign of the softmax.
+
+    The original (External-Attention-pytorch, ``DAModule``) closes its channel branch with a linear layer over the H *
+    W positions, which locks the size of its input to 7 x 7. Here that layer exists only if H and W are given; without
+    them any size is taken. Names are the original's: ``position_attention_module.{cnn, pa.fc_q, pa.fc_k, pa.fc_v,
+    pa.fc_o}.*`` and ``channel_attention_module.{cnn, pa.fc_o}.*``, so that its state dict loads into the locked form
+    as it is.
+
+    The original drops 10% of the attention map in training. That would need the stored map, and is left out.
+
+    Args:
+        d_model: C, channels of the feature map.
+        kernel_size: odd, of the two convolutions.
+        H, W: both, for the size-locked form; neither for any size.
+
+    Shape:
+        x (B, C, H, W) -> (B, C, H, W).
+
+    Raises:
+        ValueError: for arguments out of range, or an input of the wrong rank, dtype, channels, or size in the locked
+            form.
+    """
+
+    def __init__(self, d_model: int = 512, kernel_size: int = 3, H: int | None = None, W: int | None = None) -> None:
+        super().__init__()
+        self.d_model = positive_int("DAModule", "d_model", d_model)
+        if positive_int("DAModule", "kernel_size", kernel_size) % 2 == 0:
+            raise ValueError(f"DAModule: kernel_size must be odd (got {kernel_size})")
+        if (H is None) != (W is None):
+            raise ValueError(f"DAModule: give both H and W, or neither (got H={H}, W={W})")
+        self.size = None if H is None else (positive_int("DAModule", "H", H), positive_int("DAModule", "W", W))
+        positions = None if self.size is None else self.size[0] * self.size[1]
+        self.position_attention_module = _PositionBranch(d_model, kernel_size)
+        self.channel_attention_module = _ChannelBranch(d_model, kernel_size, positions)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C, H, W)."""
+        feature_map("DAModule", "input", x, self.d_model)
+        if self.size is not None and tuple(x.shape[2:]) != self.size:
+            raise ValueError(
+                f"DAModule: input must have the spatial size {self.size} that the module was made for "
+                f"(got {tuple(x.shape[2:])}); make it without H and W for any size"
+            )
+        return self.position_attention_module(x) + self.channel_attention_module(x)
+
+    def extra_repr(self) -> str:
+        return f"d_model={self.d_model}, size={self.size or 'any'}"

@@ -1,0 +1,47 @@
+"""Position attention: DANet's PAM."""
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.position import position_attention
+from ._checks import ScalarShapes, feature_map, finite_float, positive_int, reduced_channels
+
+
+class PositionAttention(ScalarShapes):
+    r"""DANet's position attention module (PAM) on the fused op: no N x N map is stored.
+
+    ``y = gamma * position_attention(query_conv(x), key_conv(x), value_conv(x), scale) + x``
+
+    Source: Fu et al., "Dual Attention Network for Scene Segmentation", CVPR 2019, equations 1 and 2. Parameter names
+    and shapes are those of the authors' ``PAM_Module``: ``gamma`` (1,) and ``{query,key,value}_conv.{weight,bias}`` (1
+    x 1 convolutions), so that its state dict loads as it is; a 0-dim ``gamma`` loads too.
+
+    Args:
+        in_channels: C, channels of the feature map.
+        key_channels: E, channels of query and key; ``in_channels // 8`` if None.
+        scale: factor on the logits before the softmax; 1 in DANet.
+
+    Shape:
+        x (B, C, H, W), any floating-point dtype the op takes -> (B, C, H, W), same dtype.
+
+    Raises:
+        ValueError: for arguments out of range, or an input of the wrong rank, dtype or number of channels.
+    """
+
+    def __init__(self, in_channels: int, key_channels: int | None = None, scale: float = 1.0) -> None:
+        super().__init__()
+        self.in_channels = positive_int("PositionAttention", "in_channels", in_channels)
+        self.key_channels = reduced_channels("PositionAttention", "key_channels", self.in_channels, key_channels, 8)
+        self.scale = finite_float("PositionAttention", "scale", scale)
+        self.query_conv = nn.Conv2d(self.in_channels, self.key_channels, 1)
+        self.key_conv = nn.Conv2d(self.in_channels, self.key_channels, 1)
+        self.value_conv = nn.Conv2d(self.in_channels, self.in_channels, 1)
+        self.gamma = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> gamma * attention + x, of the same shape."""
+        feature_map("PositionAttention", "input", x, self.in_channels)
+        return self.gamma * position_attention(self.query_conv(x), self.key_conv(x), self.value_conv(x), self.scale) + x
+
+    def extra_repr(self) -> str:
+        return f"in_channels={self.in_channels}, key_channels={self.key_channels}, scale={self.scale:g}"
