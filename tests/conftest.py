@@ -1,0 +1,46 @@
+import pytest
+import torch
+
+from segattn_ops import _backend
+
+from . import backends
+
+
+def _parameters(names: list[str]) -> list:
+    marks = {"cuda": [pytest.mark.cuda]}
+    return [pytest.param(backends.ALL[name], id=name, marks=marks.get(name, [])) for name in names]
+
+
+def pytest_generate_tests(metafunc) -> None:
+    """`backend` runs over all implementations, `kernels` over those with operators of their own."""
+    names = backends.chosen()
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", _parameters(names), indirect=True)
+    if "kernels" in metafunc.fixturenames:
+        metafunc.parametrize("kernels", _parameters([n for n in names if n != "reference"]), indirect=True)
+
+
+@pytest.fixture
+def backend(request):
+    chosen = request.param
+    if chosen.name == "emulated":
+        _load_emulated(request)
+    if reason := backends.why_unavailable(chosen):
+        # A CPU library that did not build must fail the suite, not shrink it.
+        (pytest.skip if chosen.name == "cuda" else pytest.fail)(reason)
+    with chosen.selected():
+        yield chosen
+
+
+kernels = backend
+
+
+def _load_emulated(request) -> None:
+    if "emulated" not in _backend._NAMESPACES:
+        request.getfixturevalue("emulated_library")
+        _backend.add_backend("emulated", "segattn_emulated")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,161 @@
+"""What is loaded, what is said about it, and what happens where something is missing."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import segattn_ops
+from segattn_ops import _backend, _library
+
+PACKAGE = Path(segattn_ops.__file__).parent
+
+
+def run(code: str, path: Path = PACKAGE.parent, **environment: str) -> subprocess.CompletedProcess:
+    """Runs `code` in a fresh process that imports segattn_ops from `path`."""
+    return subprocess.run(
+        [sys.executable, "-W", "always", "-c", code],
+        env={**os.environ, "PYTHONPATH": str(path), **environment},
+        cwd=path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def without_libraries(tmp_path) -> Path:
+    """A copy of the package as a checkout without a compiler has it."""
+    shutil.copytree(PACKAGE, tmp_path / "segattn_ops", ignore=shutil.ignore_patterns("*.so", "*.json", "__pycache__"))
+    return tmp_path
+
+
+def test_build_config():
+    config = segattn_ops.build_config()
+    assert config["version"] == segattn_ops.__version__
+    assert config["torch"] == torch.__version__
+    assert config["cpu"]["native"]
+    assert config["cpu"]["instruction_set"] in config["cpu"]["built"]
+    assert config["cpu"]["why_not"] is None
+    assert config["cuda"]["built"] or config["cuda"]["why_not"]
+    json.dumps(config)
+
+
+def test_python_m_prints_it():
+    printed = subprocess.run(
+        [sys.executable, "-m", "segattn_ops"],
+        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert f"version: {segattn_ops.__version__}" in printed
+    assert f"instruction_set: {segattn_ops.build_config()['cpu']['instruction_set']}" in printed
+
+
+USE = """
+import torch, segattn_ops
+x = torch.randn(1, 4, 3, 3, requires_grad=True)
+for _ in range(2):
+    y = segattn_ops.position_attention(x, x, x)
+y.sum().backward()
+with segattn_ops.use_backend("reference"):
+    torch.testing.assert_close(segattn_ops.position_attention(x, x, x), y)
+print(x.grad.shape, segattn_ops.build_config()["cpu"]["native"])
+"""
+
+
+def test_without_the_compiled_library_the_reference_serves_and_says_so_once(without_libraries):
+    result = run(USE, without_libraries)
+    assert result.returncode == 0, result.stderr
+    assert "torch.Size([1, 4, 3, 3]) False" in result.stdout
+    assert result.stderr.count("the plain PyTorch reference serves cpu tensors") == 1
+    assert "_C.abi3.so is not in" in result.stderr
+    assert "pip install" in result.stderr
+
+
+def test_a_broken_library_is_named(without_libraries):
+    (without_libraries / "segattn_ops" / "_C.abi3.so").write_bytes(b"not a library")
+    result = run(USE, without_libraries)
+    assert result.returncode == 0, result.stderr
+    assert "the compiled library did not load" in result.stderr
+
+
+def test_choosing_the_reference_by_hand_does_not_warn(without_libraries):
+    result = run(USE, without_libraries, SEGATTN_BACKEND="reference")
+    assert result.returncode == 0, result.stderr
+    assert "RuntimeWarning" not in result.stderr
+
+
+def test_the_native_library_does_not_warn():
+    result = run(USE)
+    assert result.returncode == 0, result.stderr
+    assert "True" in result.stdout
+    assert "RuntimeWarning: segattn_ops" not in result.stderr
+
+
+def test_a_device_without_kernels_is_served_by_the_reference():
+    assert not _backend.LIBRARIES.serves("mps")
+    assert "no native kernels for mps devices" in _backend.LIBRARIES.why_not("mps")
+    with pytest.warns(RuntimeWarning, match="reference serves meta tensors"):
+        _backend._warned.discard("meta")
+        output = segattn_ops.position_attention(*(torch.empty(1, 4, 5, device="meta"),) * 3)
+    assert output.shape == (1, 4, 5)
+
+
+def test_unknown_backend():
+    with (
+        pytest.raises(ValueError, match=r"backend must be one of .*'native', 'reference'.*got 'fast'"),
+        segattn_ops.use_backend("fast"),
+    ):
+        pass
+    result = run("import segattn_ops", SEGATTN_BACKEND="fast")
+    assert "backend must be one of" in result.stderr
+
+
+def test_use_backend_is_restored_after_an_error():
+    before = _backend._current
+    with pytest.raises(KeyError), segattn_ops.use_backend("reference"):
+        raise KeyError
+    assert _backend._current == before
+
+
+def test_backward_uses_what_forward_used():
+    x = torch.randn(1, 4, 3, 3, requires_grad=True)
+    with segattn_ops.use_backend("native"):
+        y = segattn_ops.position_attention(x, x, x)
+    with segattn_ops.use_backend("reference"):
+        y.sum().backward()
+    assert (
+        "PositionAttention" in type(y.grad_fn).__name__
+        or "segattn" in type(y.grad_fn).__name__.lower()
+        or x.grad is not None
+    )
+
+
+@pytest.mark.parametrize("name", _library.CPU_CAPABILITIES)
+def test_every_instruction_set_the_processor_has(name):
+    """A wheel built anywhere runs anywhere: each set is forced in a process of its own and gives the reference's
+    numbers."""
+    config = segattn_ops.build_config()["cpu"]
+    level = _library.CPU_CAPABILITIES.index
+    if name not in config["built"]:
+        pytest.skip(f"{name} was not built")
+    code = USE + "\nassert segattn_ops.build_config()['cpu']['instruction_set'] == " + repr(name)
+    result = run(code, SEGATTN_CPU_CAPABILITY=name)
+    if level(name) <= level(config["supports"]):
+        assert result.returncode == 0, result.stderr
+    else:
+        assert "SEGATTN_CPU_CAPABILITY must be one of" in result.stderr
+
+
+def test_an_unknown_instruction_set_is_an_error():
+    result = run("import segattn_ops", SEGATTN_CPU_CAPABILITY="sse9")
+    assert result.returncode != 0
+    assert "SEGATTN_CPU_CAPABILITY must be one of" in result.stderr
+    assert "got 'sse9'" in result.stderr

@@ -1,0 +1,178 @@
+"""The operators as citizens of PyTorch: opcheck, compile, vmap, autocast, FLOP counts, second derivatives."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import segattn_ops
+
+from .families import BY_OPERATOR, FAMILIES
+from .test_ops import MEDIUM_CASES, grad_output_of, results
+
+OPERATORS = [f.operator for f in FAMILIES]
+
+
+def backward_arguments(kernels, family, case, inputs):
+    """What autograd hands to the `*_backward` operator."""
+    grad_output = grad_output_of(family, case, inputs).to(kernels.device, inputs[0].dtype)
+    result = getattr(kernels.operators, family.operator)(*inputs, *case.scalars)
+    if not isinstance(result, tuple):
+        return (grad_output, *inputs)
+    saved = result[1:] if family.operator.startswith("channel") else result
+    return (grad_output, *inputs, *saved, *case.scalars)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_opcheck(kernels, operator):
+    family = BY_OPERATOR[operator]
+    case = family.cases[0]
+    inputs = [t.requires_grad_() for t in family.make(case, torch.float32, kernels.device)]
+    torch.library.opcheck(getattr(kernels.operators, operator).default, (*inputs, *case.scalars))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_opcheck_backward(kernels, operator):
+    family = BY_OPERATOR[operator]
+    case = family.cases[0]
+    inputs = family.make(case, torch.float32, kernels.device)
+    arguments = backward_arguments(kernels, family, case, inputs)
+    torch.library.opcheck(getattr(kernels.operators, f"{operator}_backward").default, arguments)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_compile_with_dynamic_shapes(backend, operator):
+    """One graph for every size, forward and backward, and the same numbers."""
+    family = BY_OPERATOR[operator]
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *a: 2 * family.function(*a), fullgraph=True, dynamic=True, backend=counter)
+    plain = [c for c in family.cases if not c.large and all(min(s[2:]) > 2 and s[0] > 1 for s in c.shapes)][:2]
+    for case in plain:
+        inputs = family.make(case, torch.float32, backend.device)
+        grad_output = grad_output_of(family, case, inputs).to(backend.device, torch.float32)
+        got = results(lambda *a: compiled(*a), inputs, case.scalars, grad_output)
+        expected = results(lambda *a: 2 * family.function(*a), inputs, case.scalars, grad_output)
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count >= 1
+
+
+def test_compile_with_inductor():
+    x = torch.randn(1, 8, 6, 6, requires_grad=True)
+
+    def block(x):
+        return x + 0.5 * segattn_ops.position_attention(x[:, :4].contiguous(), x[:, 4:].contiguous(), x)
+
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(block, fullgraph=True)(x), block(x))
+
+
+@pytest.mark.parametrize(("family", "case"), MEDIUM_CASES)
+def test_vmap(kernels, family, case):
+    """A mapped dimension, in front or behind, of all inputs or of the first alone."""
+    batches = [torch.stack([t, t.flip(1), -t]) for t in family.make(case, torch.float32, kernels.device)]
+    expected = torch.stack([family.function(*(b[i] for b in batches), *case.scalars) for i in range(3)])
+    call = lambda *a: family.function(*a, *case.scalars)  # noqa: E731
+    torch.testing.assert_close(torch.vmap(call)(*batches), expected)
+    behind = [b.movedim(0, -1) for b in batches]
+    torch.testing.assert_close(torch.vmap(call, in_dims=-1)(*behind), expected)
+    shared = [b[0] for b in batches[1:]]
+    expected = torch.stack([family.function(b, *shared, *case.scalars) for b in batches[0]])
+    mapped = torch.vmap(call, in_dims=(0, *[None] * len(shared)))(batches[0], *shared)
+    torch.testing.assert_close(mapped, expected)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_per_sample_gradients(kernels, operator):
+    """vmap over grad reaches the backward operator."""
+    family = BY_OPERATOR[operator]
+    case = family.cases[0]
+    inputs = family.make(case, torch.float32, kernels.device)
+    batches = [torch.stack([t, t.flip(1)]) for t in inputs]
+    gradient = torch.func.grad(lambda *a: family.function(*a, *case.scalars).sin().sum())
+    expected = torch.stack([gradient(*(b[i] for b in batches)) for i in range(2)])
+    torch.testing.assert_close(torch.vmap(gradient)(*batches), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_autocast(backend, operator, dtype):
+    family = BY_OPERATOR[operator]
+    case = family.cases[0]
+    inputs = [t.requires_grad_() for t in family.make(case, torch.float32, backend.device)]
+    with torch.autocast(backend.device, dtype=dtype):
+        output = family.function(*inputs, *case.scalars)
+    assert output.dtype == dtype
+    assert torch.equal(output, family.function(*(t.to(dtype) for t in inputs), *case.scalars))
+    for gradient in torch.autograd.grad(output.float().square().sum(), inputs):
+        assert gradient.dtype == torch.float32
+
+
+# FLOP of a forward and a forward with backward, by the sizes of the second case below
+FLOPS = {
+    "position_attention": lambda n, m, e, c: (2 * n * m * (e + c), 2 * n * m * (4 * e + 3 * c)),
+    "channel_attention": lambda n, m, e, c: (2 * e * c * (n + m), 2 * e * c * (4 * n + 3 * m)),
+}
+
+
+def test_flop_counts(kernels):
+    query, key = torch.randn(1, 8, 30, device=kernels.device), torch.randn(1, 8, 20, device=kernels.device)
+    value = torch.randn(1, 6, 20, device=kernels.device)
+    leaves = [t.requires_grad_() for t in (query, key, value)]
+    forward, both = FLOPS["position_attention"](30, 20, 8, 6)
+    with FlopCounterMode(display=False) as counter:
+        output = segattn_ops.position_attention(*leaves)
+    assert counter.get_total_flops() == forward
+    with FlopCounterMode(display=False) as counter:
+        segattn_ops.position_attention(*leaves).sum().backward()
+    assert counter.get_total_flops() == both
+    assert output.shape == (1, 6, 30)
+
+    a, b = torch.randn(1, 5, 30, device=kernels.device), torch.randn(1, 7, 30, device=kernels.device)
+    leaves = [t.requires_grad_() for t in (a, b, torch.randn(1, 7, 20, device=kernels.device))]
+    with FlopCounterMode(display=False) as counter:
+        segattn_ops.channel_attention(*leaves).sum().backward()
+    assert counter.get_total_flops() == FLOPS["channel_attention"](30, 20, 5, 7)[1]
+
+    x = torch.randn(1, 6, 40, device=kernels.device, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        segattn_ops.channel_attention(x, x, x).sum().backward()
+    assert counter.get_total_flops() == (3 + 7) * 36 * 40
+
+    q, v = (torch.randn(1, c, 5, 7, device=kernels.device, requires_grad=True) for c in (4, 6))
+    with FlopCounterMode(display=False) as counter:
+        segattn_ops.criss_cross_attention(q, q, v).sum().backward()
+    assert counter.get_total_flops() == 2 * 35 * 11 * (4 * 4 + 3 * 6)
+    with FlopCounterMode(display=False) as counter:
+        attention = segattn_ops.criss_cross_affinity(q, q)
+        segattn_ops.criss_cross_aggregation(attention, v).sum().backward()
+    assert counter.get_total_flops() == 2 * 35 * 11 * (3 * 4 + 3 * 6)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_second_derivative_says_what_to_do(kernels, operator):
+    family = BY_OPERATOR[operator]
+    case = family.cases[0]
+    inputs = [t.requires_grad_() for t in family.make(case, torch.float64, kernels.device)]
+    output = family.function(*inputs, *case.scalars)
+    (gradient,) = torch.autograd.grad(output.square().sum(), inputs[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"differentiable once.*use_backend\(\"reference\"\)"):
+        torch.autograd.grad(gradient.sum(), inputs[:1])
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_the_reference_has_second_derivatives(operator):
+    family = BY_OPERATOR[operator]
+    from .test_ops import GRADCHECK_SHAPES
+
+    case = GRADCHECK_SHAPES[operator]
+    inputs = [t.requires_grad_() for t in family.make(case, torch.float64)]
+    with segattn_ops.use_backend("reference"):
+        torch.autograd.gradgradcheck(lambda *a: family.function(*a, *case.scalars), inputs)
+
+
+def test_logsumexp_is_not_differentiable(kernels):
+    q = torch.randn(1, 4, 6, device=kernels.device, requires_grad=True)
+    output, logsumexp = kernels.operators.position_attention(q, q, q, 1.0)
+    assert output.requires_grad
+    assert not logsumexp.requires_grad
