@@ -2,8 +2,9 @@
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -61,6 +62,15 @@ def operators(device: torch.device):
         _warn_once(device.type)
         return None
     return getattr(torch.ops, namespace)
+
+
+def call_reference(definition: Callable[..., Any], *arguments) -> Any:
+    """A definition of reference.py outside autocast, which would round its float32 steps to 16 bits."""
+    device_type = arguments[0].device.type
+    if not torch.amp.is_autocast_available(device_type):
+        return definition(*arguments)
+    with torch.autocast(device_type, enabled=False):
+        return definition(*arguments)
 
 
 def _warn_once(device_type: str) -> None:

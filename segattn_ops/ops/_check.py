@@ -91,5 +91,5 @@ class Arguments:
             fail(self.op, f"{name} must have H + W - 1 = {expected} channels (got {got})")
 
     def scale(self, scale: float) -> None:
-        if not math.isfinite(scale):
+        if not -math.inf < scale < math.inf:  # math.isfinite cannot be traced with a symbolic scale
             fail(self.op, f"scale must be finite (got {scale})")

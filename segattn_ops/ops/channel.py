@@ -38,7 +38,7 @@ def channel_attention(query: Tensor, key: Tensor, value: Tensor, scale: float = 
     operators = _backend.operators(query.device)
     if operators is None:
         _check(query, key, value, scale)
-        return reference.channel_attention(query, key, value, scale)[0]
+        return _backend.call_reference(reference.channel_attention, query, key, value, scale)[0]
     return operators.channel_attention(query, key, value, scale)[0]
 
 
@@ -47,7 +47,7 @@ def _self_attention(x: Tensor, scale: float) -> Tensor:
     operators = _backend.operators(x.device)
     if operators is None:
         _check_self(x, scale)
-        return reference.channel_attention(x, x, x, scale)[0]
+        return _backend.call_reference(reference.channel_attention, x, x, x, scale)[0]
     return operators.channel_self_attention(x, scale)[0]
 
 

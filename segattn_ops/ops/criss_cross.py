@@ -34,7 +34,7 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor, scale: floa
     operators = _backend.operators(query.device)
     if operators is None:
         _check(query, key, value, scale)
-        return reference.criss_cross_attention(query, key, value, scale)[0]
+        return _backend.call_reference(reference.criss_cross_attention, query, key, value, scale)[0]
     return operators.criss_cross_attention(query, key, value, scale)[0]
 
 
@@ -58,7 +58,7 @@ def criss_cross_affinity(query: Tensor, key: Tensor) -> Tensor:
     operators = _backend.operators(query.device)
     if operators is None:
         _check_affinity(query, key)
-        return reference.criss_cross_affinity(query, key)
+        return _backend.call_reference(reference.criss_cross_affinity, query, key)
     return operators.criss_cross_affinity(query, key)
 
 
@@ -83,7 +83,7 @@ def criss_cross_aggregation(attention: Tensor, value: Tensor) -> Tensor:
     operators = _backend.operators(value.device)
     if operators is None:
         _check_aggregation(attention, value)
-        return reference.criss_cross_aggregation(attention, value)
+        return _backend.call_reference(reference.criss_cross_aggregation, attention, value)
     return operators.criss_cross_aggregation(attention, value)
 
 

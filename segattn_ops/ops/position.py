@@ -37,7 +37,7 @@ def position_attention(query: Tensor, key: Tensor, value: Tensor, scale: float =
     operators = _backend.operators(query.device)
     if operators is None:
         _check(query, key, value, scale)
-        return reference.position_attention(query, key, value, scale)[0]
+        return _backend.call_reference(reference.position_attention, query, key, value, scale)[0]
     return operators.position_attention(query, key, value, scale)[0]
 
 

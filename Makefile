@@ -1,0 +1,38 @@
+# `make bench` and `make test` do everything from a fresh clone: environment, build, run.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+MAX_JOBS ?= 2
+export MAX_JOBS
+# The CUDA kernels are built wherever nvcc is, without a GPU too: their compilation is part of what is tested.
+TEST_CUDA_ARCHITECTURES ?= 9.0
+
+.PHONY: bench test environment build lint clean
+
+bench: build
+	$(BIN)/python -m benchmarks
+
+test: build $(VENV)/.interop
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+$(VENV)/.environment: requirements/dev.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -r requirements/dev.txt
+	touch $@
+
+environment: $(VENV)/.environment
+
+build: $(VENV)/.environment
+	if command -v nvcc > /dev/null; then export TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$(TEST_CUDA_ARCHITECTURES)}"; fi; \
+	$(BIN)/python -m pip install --no-build-isolation --no-deps --verbose -e . > $(VENV)/build.log 2>&1 \
+	  || { tail -n 60 $(VENV)/build.log; exit 1; }
+	grep "segattn_ops: " $(VENV)/build.log | sort -u
+	$(BIN)/python -m segattn_ops
+
+lint: $(VENV)/.environment
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf build *.egg-info report segattn_ops/*.so segattn_ops/_build_info.json
