@@ -23,11 +23,12 @@ $(VENV)/.environment: requirements/dev.txt pyproject.toml
 
 environment: $(VENV)/.environment
 
+# In place and incremental; a .pth file makes the checkout importable from anywhere, as an editable install would.
 build: $(VENV)/.environment
 	if command -v nvcc > /dev/null; then export TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$(TEST_CUDA_ARCHITECTURES)}"; fi; \
-	$(BIN)/python -m pip install --no-build-isolation --no-deps --verbose -e . > $(VENV)/build.log 2>&1 \
-	  || { tail -n 60 $(VENV)/build.log; exit 1; }
-	grep "segattn_ops: " $(VENV)/build.log | sort -u
+	$(BIN)/python setup.py build_ext --inplace > $(VENV)/build.log 2>&1 || { tail -n 60 $(VENV)/build.log; exit 1; }
+	grep "^segattn_ops: " $(VENV)/build.log
+	echo "$(CURDIR)" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/segattn_ops.pth"
 	$(BIN)/python -m segattn_ops
 
 lint: $(VENV)/.environment
