@@ -88,9 +88,14 @@ def headers() -> list[str]:
     return [str(path) for suffix in ("h", "cuh") for path in sorted((ROOT / "csrc").rglob(f"*.{suffix}"))]
 
 
-def cpu_extensions() -> list:
+def wanted_instruction_sets() -> dict[str, list[str]]:
     only = os.environ.get("SEGATTN_CPU_ONLY")
-    sets = {name: f for name, f in CPU_INSTRUCTION_SETS.items() if only is None or name in (only, "baseline")}
+    if only is not None and only not in CPU_INSTRUCTION_SETS:
+        raise SystemExit(f"SEGATTN_CPU_ONLY must be one of {list(CPU_INSTRUCTION_SETS)} (got {only!r})")
+    return {name: f for name, f in CPU_INSTRUCTION_SETS.items() if only is None or name in (only, "baseline")}
+
+
+def cpu_extensions(sets: dict[str, list[str]]) -> list:
     schemas = CppExtension(
         "segattn_ops._C",
         ["csrc/ops.cpp", "csrc/cpu_capability.cpp"],
@@ -137,10 +142,11 @@ def cuda_extension():
 
 BUILD_CUDA, CUDA_REASON = decide_cuda()
 print(f"segattn_ops: CUDA kernels {'are' if BUILD_CUDA else 'are not'} built: {CUDA_REASON}", flush=True)
-extensions = cpu_extensions()
+instruction_sets = wanted_instruction_sets()
+extensions = cpu_extensions(instruction_sets)
 build_info = {
     "torch": torch.__version__,
-    "cpu_instruction_sets": list(CPU_INSTRUCTION_SETS),
+    "cpu_instruction_sets": list(instruction_sets),
     "cuda": {"built": BUILD_CUDA, "reason": CUDA_REASON, "architectures": []},
 }
 if BUILD_CUDA:
