@@ -1,0 +1,155 @@
+"""Whole networks: a backbone, a head, and an auxiliary head for training; dictionaries of logits at the image's
+size."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..nn._checks import feature_map
+from .backbone import LAYERS, dilated_resnet
+from .dfn import DFNHead
+from .heads import ANNHead, CCNetHead, DANetHead, FCNHead, NonLocalHead
+
+
+class SegmentationModel(nn.Module):
+    """A backbone, a classifier and perhaps an auxiliary one, as ``torchvision.models.segmentation`` puts them
+    together.
+
+    Args:
+        backbone: image to a dictionary of maps.
+        classifier: a head; its ``inputs`` name the maps it takes, in order. It returns logits or a dictionary of them.
+        aux_classifier: a head that makes "aux", for the loss. Set it to None once training is over.
+        align_corners: of the bilinear upsampling; False as torchvision and mmsegmentation, True as the authors of
+            DANet, CCNet and ANN.
+
+    Shape:
+        image (B, 3, H, W) of any size -> {"out": (B, num_classes, H, W), ...}: "aux" with an auxiliary head, and what
+        else the head returns.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        classifier: nn.Module,
+        aux_classifier: nn.Module | None = None,
+        align_corners: bool = False,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.classifier = classifier
+        self.aux_classifier = aux_classifier
+        self.align_corners = align_corners
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """image (B, 3, H, W) -> logits by name, "out" first, each (B, num_classes, H, W)."""
+        feature_map(type(self).__name__, "input", x, None)
+        size = x.shape[2:]
+        maps = self.backbone(x)
+        logits = self._head(self.classifier, maps)
+        outputs = logits if isinstance(logits, dict) else {"out": logits}
+        if self.aux_classifier is not None:
+            outputs = {**outputs, "aux": self._head(self.aux_classifier, maps)}
+        return {
+            name: F.interpolate(value, size, mode="bilinear", align_corners=self.align_corners)
+            for name, value in outputs.items()
+        }
+
+    @staticmethod
+    def _head(head: nn.Module, maps: dict[str, Tensor]) -> Any:
+        return head(*(maps[name] for name in head.inputs))
+
+
+class DANet(SegmentationModel):
+    """DANet: Fu et al., CVPR 2019. Outputs "out", "position", "channel", and "aux" in training if there is such a
+    head."""
+
+
+class CCNet(SegmentationModel):
+    """CCNet: Huang et al., ICCV 2019. Outputs "out", and "aux" if there is such a head."""
+
+
+class ANN(SegmentationModel):
+    """Asymmetric non-local network: Zhu et al., ICCV 2019. Outputs "out", and "aux" in training if there is such a
+    head."""
+
+
+class NonLocalNet(SegmentationModel):
+    """Non-local segmentation network (mmsegmentation's NLNet). Outputs "out", and "aux" in training if there is such a
+    head."""
+
+
+class DFN(SegmentationModel):
+    """DFN: Yu et al., CVPR 2018. Outputs "out", "smooth_2", "smooth_3", "smooth_4", "border"; see ``dfn_loss``."""
+
+
+def _assemble(
+    network: type[SegmentationModel],
+    name: str,
+    head_class: type[nn.Module],
+    num_classes: int,
+    aux_loss: bool,
+    aux_channels: int | None,
+    align_corners: bool,
+    backbone: dict[str, Any],
+    head: dict[str, Any],
+) -> SegmentationModel:
+    layers = [layer for layer in LAYERS if layer in head_class.inputs or (aux_loss and layer in FCNHead.inputs)]
+    features = dilated_resnet(name, return_layers=layers, **backbone)
+    channels = [features.channels[layer] for layer in head_class.inputs]
+    inputs = (channels,) if head_class is DFNHead else channels
+    classifier = head_class(*inputs, num_classes, **head)
+    aux = FCNHead(features.channels["layer3"], num_classes, aux_channels) if aux_loss else None
+    return network(features, classifier, aux, align_corners)
+
+
+def _builder(network: type[SegmentationModel], head_class: type[nn.Module], resnet: str, stride: int) -> Any:
+    def build(
+        num_classes: int = 21,
+        *,
+        aux_loss: bool = False,
+        aux_channels: int | None = None,
+        weights_backbone: object = None,
+        output_stride: int = stride,
+        stem: str = "torchvision",
+        align_corners: bool = False,
+        **head: Any,
+    ) -> SegmentationModel:
+        options = {"weights": weights_backbone, "output_stride": output_stride, "stem": stem}
+        return _assemble(network, resnet, head_class, num_classes, aux_loss, aux_channels, align_corners, options, head)
+
+    build.__doc__ = f"""{network.__name__} on a {resnet} of torchvision at output stride {stride}.
+
+    Args:
+        num_classes: channels of the logits.
+        aux_loss: add an auxiliary head on layer3, whose logits come as "aux".
+        aux_channels: hidden channels of that head; a quarter of layer3's if None.
+        weights_backbone: weights of the backbone as torchvision takes them ("DEFAULT" downloads); None for random
+            ones.
+        output_stride: input pixels a position of the last map: 8, 16 or 32.
+        stem: "torchvision", "v1c" (mmsegmentation's ResNetV1c), "deep" or "ccnet"; see
+            :func:`~segattn_ops.models.dilated_resnet`.
+        align_corners: of the upsampling of the logits.
+        head: further arguments of :class:`~segattn_ops.models.{head_class.__name__}`.
+
+    Returns:
+        {network.__name__}: image (B, 3, H, W) to a dictionary of logits (B, num_classes, H, W).
+    """
+    return build
+
+
+def _named(name: str, build: Any) -> Any:
+    build.__name__ = build.__qualname__ = name
+    return build
+
+
+danet_resnet50 = _named("danet_resnet50", _builder(DANet, DANetHead, "resnet50", 8))
+danet_resnet101 = _named("danet_resnet101", _builder(DANet, DANetHead, "resnet101", 8))
+ccnet_resnet50 = _named("ccnet_resnet50", _builder(CCNet, CCNetHead, "resnet50", 8))
+ccnet_resnet101 = _named("ccnet_resnet101", _builder(CCNet, CCNetHead, "resnet101", 8))
+ann_resnet50 = _named("ann_resnet50", _builder(ANN, ANNHead, "resnet50", 8))
+ann_resnet101 = _named("ann_resnet101", _builder(ANN, ANNHead, "resnet101", 8))
+nonlocal_resnet50 = _named("nonlocal_resnet50", _builder(NonLocalNet, NonLocalHead, "resnet50", 8))
+nonlocal_resnet101 = _named("nonlocal_resnet101", _builder(NonLocalNet, NonLocalHead, "resnet101", 8))
+dfn_resnet50 = _named("dfn_resnet50", _builder(DFN, DFNHead, "resnet50", 32))
+dfn_resnet101 = _named("dfn_resnet101", _builder(DFN, DFNHead, "resnet101", 32))
