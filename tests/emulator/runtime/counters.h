@@ -1,0 +1,58 @@
+// What a launch did, counted. Memory figures are filled in traced builds only.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "../include/vector_types.h"
+
+namespace segattn::emulator {
+
+// Warp instructions of one kind at one place in the code.
+struct InstructionCounters {
+  int64_t instructions = 0;
+  int64_t bytes = 0;             // asked for by all lanes together
+  int64_t sectors = 0;           // global: 32-byte sectors touched
+  int64_t wavefronts = 0;        // shared: passes needed
+  int64_t ideal_wavefronts = 0;  // shared: passes without bank conflicts
+
+  void add(const InstructionCounters& other) {
+    instructions += other.instructions;
+    bytes += other.bytes;
+    sectors += other.sectors;
+    wavefronts += other.wavefronts;
+    ideal_wavefronts += other.ideal_wavefronts;
+  }
+};
+
+struct LaunchCounters {
+  std::string kernel;
+  dim3 grid_size;
+  dim3 block_size;
+  size_t dynamic_shared_bytes = 0;
+  size_t static_shared_bytes = 0;  // of all kernels of the library together
+  int architecture = 0;
+  double seconds = 0;
+  int64_t block_barriers = 0;
+  int64_t named_barriers = 0;
+  int64_t warp_barriers = 0;
+  int64_t shuffles = 0;
+  int64_t fma_operations = 0;          // through ptx::fma and __fmaf_rn only
+  int64_t mma_instructions[3] = {};    // by MmaType
+  int64_t async_copies = 0;
+  std::map<std::string, InstructionCounters> memory;  // "global_read", "shared_write", "shared_matrix_read", ...
+  // The same by place: "global_read" and the return address (or Site) of the access.
+  std::map<std::pair<std::string, const void*>, InstructionCounters> places;
+};
+
+// Of the launch that runs now.
+extern LaunchCounters counters;
+
+void remember(LaunchCounters finished);
+std::vector<LaunchCounters> finished_launches();
+void forget_launches();
+
+}  // namespace segattn::emulator

@@ -1,0 +1,342 @@
+// The CUDA runtime API of include/runtime_api.h, and launches with the limits of the chosen architecture.
+#include "device.h"
+
+#include <cxxabi.h>
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../include/launch_emulated.h"
+#include "block.h"
+#include "counters.h"
+#include "memory.h"
+#include "random.h"
+#include "trace.h"
+
+namespace segattn::emulator {
+namespace {
+
+constexpr size_t operator""_KB(unsigned long long kilobytes) { return kilobytes * 1024; }
+
+// CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; multiprocessors: V100, T4, A100,
+// RTX 3080 Ti, RTX 4090, H200, B200, RTX 5090.
+constexpr Device kDevices[] = {
+    {70, 80, 96_KB, 96_KB, 2048, 32},     {75, 40, 64_KB, 64_KB, 1024, 16},    {80, 108, 163_KB, 164_KB, 2048, 32},
+    {86, 80, 99_KB, 100_KB, 1536, 16},    {89, 128, 99_KB, 100_KB, 1536, 24},  {90, 132, 227_KB, 228_KB, 2048, 32},
+    {100, 148, 227_KB, 228_KB, 2048, 32}, {120, 170, 99_KB, 100_KB, 1536, 24},
+};
+constexpr int kMaxThreadsPerBlock = 1024;
+constexpr unsigned kMaxGrid[3] = {0x7fffffffu, 65535, 65535};
+constexpr unsigned kMaxBlock[3] = {1024, 1024, 64};
+constexpr int kRegistersPerMultiprocessor = 65536;
+
+Device find_device(int architecture, int multiprocessors) {
+  for (Device found : kDevices) {
+    if (found.architecture != architecture) continue;
+    if (multiprocessors > 0) found.multiprocessors = multiprocessors;
+    return found;
+  }
+  throw std::invalid_argument("emulator: architecture " + std::to_string(architecture) +
+                              " is not one of 70, 75, 80, 86, 89, 90, 100, 120");
+}
+
+int environment(const char* name, int otherwise) {
+  const char* text = std::getenv(name);
+  return text != nullptr && *text != 0 ? std::atoi(text) : otherwise;
+}
+
+Device& chosen_device() {
+  static Device chosen = find_device(environment("SEGATTN_EMULATED_ARCH", 90), environment("SEGATTN_EMULATED_SMS", 0));
+  return chosen;
+}
+
+uint64_t& chosen_seed() {
+  static uint64_t chosen = uint64_t(environment("SEGATTN_EMULATOR_SEED", 0));
+  return chosen;
+}
+
+std::mutex launch_mutex;  // one launch at a time, whatever host threads there are
+std::map<const void*, size_t> dynamic_shared_limits;
+cudaError_t last_error = cudaSuccess;
+
+cudaError_t record(cudaError_t error) {
+  if (error != cudaSuccess) last_error = error;
+  return error;
+}
+
+size_t dynamic_shared_limit(const void* kernel) {
+  const auto found = dynamic_shared_limits.find(kernel);
+  return found != dynamic_shared_limits.end() ? std::max(found->second, kSharedWithoutOptin) : kSharedWithoutOptin;
+}
+
+cudaError_t check(const LaunchRequest& request) {
+  const unsigned grid[3] = {request.grid_size.x, request.grid_size.y, request.grid_size.z};
+  const unsigned block_size[3] = {request.block_size.x, request.block_size.y, request.block_size.z};
+  uint64_t threads = 1;
+  for (int i = 0; i < 3; ++i) {
+    if (grid[i] == 0 || grid[i] > kMaxGrid[i]) return cudaErrorInvalidConfiguration;
+    if (block_size[i] == 0 || block_size[i] > kMaxBlock[i]) return cudaErrorInvalidConfiguration;
+    threads *= block_size[i];
+  }
+  if (threads > kMaxThreadsPerBlock) return cudaErrorInvalidConfiguration;
+  if (request.dynamic_shared_bytes > dynamic_shared_limit(request.kernel)) return cudaErrorInvalidValue;
+  return cudaSuccess;
+}
+
+std::string kernel_name(const LaunchRequest& request) {
+  Dl_info info{};
+  if (dladdr(request.kernel, &info) == 0 || info.dli_sname == nullptr || info.dli_saddr != request.kernel) {
+    return request.name;
+  }
+  int status = 0;
+  const std::unique_ptr<char, void (*)(void*)> readable(
+      abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status), std::free);
+  std::string name = status == 0 ? readable.get() : info.dli_sname;
+  if (name.starts_with("void ")) name.erase(0, 5);
+  const size_t parameters = name.rfind('(');
+  return parameters != std::string::npos && parameters > 0 ? name.substr(0, parameters) : name;
+}
+
+// Blocks come in a random order, as on a GPU; every one exactly once.
+class BlockOrder {
+ public:
+  BlockOrder(uint64_t blocks, Random& random) : blocks_(blocks), next_(random.next() % blocks), step_(1) {
+    do {
+      step_ = (uint64_t(random.next()) << 32 | random.next()) % blocks + 1;
+    } while (std::gcd(step_, blocks) != 1);
+  }
+  uint64_t next() {
+    const uint64_t result = next_;
+    next_ = uint64_t((__uint128_t(next_) + step_) % blocks_);
+    return result;
+  }
+
+ private:
+  uint64_t blocks_, next_, step_;
+};
+
+}  // namespace
+
+const Device& device() { return chosen_device(); }
+void set_device(int architecture, int multiprocessors) { chosen_device() = find_device(architecture, multiprocessors); }
+uint64_t seed() { return chosen_seed(); }
+void set_seed(uint64_t seed) { chosen_seed() = seed; }
+void reset_function_attributes() {
+  dynamic_shared_limits.clear();
+  last_error = cudaSuccess;
+}
+
+cudaError_t launch(const LaunchRequest& request) {
+  const std::lock_guard lock(launch_mutex);
+  if (const cudaError_t error = check(request); error != cudaSuccess) return record(error);
+
+  const auto begin = std::chrono::steady_clock::now();
+  counters = LaunchCounters{};
+  counters.kernel = kernel_name(request);
+  counters.grid_size = request.grid_size;
+  counters.block_size = request.block_size;
+  counters.dynamic_shared_bytes = request.dynamic_shared_bytes;
+  counters.architecture = device().architecture;
+
+  SharedMemory shared(request);
+  counters.static_shared_bytes = shared.static_bytes();
+  block.grid_size = request.grid_size;
+  block.block_size = request.block_size;
+  block.dynamic_shared = shared.dynamic();
+  start_execution(request, counters.kernel);
+  if constexpr (kTrace) trace::launch_started(shared.memory());
+
+  const dim3& grid = request.grid_size;
+  const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
+  const int threads = int(request.block_size.x * request.block_size.y * request.block_size.z);
+  Random random(seed());
+  BlockOrder order(blocks, random);
+  for (uint64_t i = 0; i < blocks; ++i) {
+    const uint64_t index = order.next();
+    block.block_index = {unsigned(index % grid.x), unsigned(index / grid.x % grid.y), unsigned(index / grid.x / grid.y)};
+    shared.poison();
+    if constexpr (kTrace) trace::block_started(threads);
+    run_block(seed() * 0x100000001b3u + index);
+    if constexpr (kTrace) trace::block_finished();
+  }
+  if constexpr (kTrace) trace::launch_finished(counters);
+  counters.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  remember(std::move(counters));
+  return cudaSuccess;
+}
+
+}  // namespace segattn::emulator
+
+using namespace segattn::emulator;
+
+const char* cudaGetErrorName(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "cudaSuccess";
+    case cudaErrorInvalidValue:
+      return "cudaErrorInvalidValue";
+    case cudaErrorMemoryAllocation:
+      return "cudaErrorMemoryAllocation";
+    case cudaErrorInvalidConfiguration:
+      return "cudaErrorInvalidConfiguration";
+    case cudaErrorInvalidDeviceFunction:
+      return "cudaErrorInvalidDeviceFunction";
+    case cudaErrorInvalidDevice:
+      return "cudaErrorInvalidDevice";
+    case cudaErrorNoKernelImageForDevice:
+      return "cudaErrorNoKernelImageForDevice";
+    case cudaErrorLaunchOutOfResources:
+      return "cudaErrorLaunchOutOfResources";
+    case cudaErrorNotSupported:
+      return "cudaErrorNotSupported";
+  }
+  return "unrecognized error code";
+}
+
+const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorMemoryAllocation:
+      return "out of memory";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+    case cudaErrorInvalidDeviceFunction:
+      return "invalid device function";
+    case cudaErrorInvalidDevice:
+      return "invalid device ordinal";
+    case cudaErrorNoKernelImageForDevice:
+      return "no kernel image is available for execution on the device";
+    case cudaErrorLaunchOutOfResources:
+      return "too many resources requested for launch";
+    case cudaErrorNotSupported:
+      return "operation not supported";
+  }
+  return "unrecognized error code";
+}
+
+cudaError_t cudaPeekAtLastError() { return last_error; }
+cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : record(cudaErrorInvalidDevice); }
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 1;
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+  std::memset(memory, value, bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ordinal) {
+  if (ordinal != 0) return record(cudaErrorInvalidDevice);
+  const Device& d = device();
+  switch (attribute) {
+    case cudaDevAttrMaxThreadsPerBlock:
+      return *value = kMaxThreadsPerBlock, cudaSuccess;
+    case cudaDevAttrMaxBlockDimX:
+    case cudaDevAttrMaxBlockDimY:
+    case cudaDevAttrMaxBlockDimZ:
+      return *value = int(kMaxBlock[attribute - cudaDevAttrMaxBlockDimX]), cudaSuccess;
+    case cudaDevAttrMaxGridDimX:
+    case cudaDevAttrMaxGridDimY:
+    case cudaDevAttrMaxGridDimZ:
+      return *value = int(kMaxGrid[attribute - cudaDevAttrMaxGridDimX]), cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlock:
+      return *value = int(kSharedWithoutOptin), cudaSuccess;
+    case cudaDevAttrWarpSize:
+      return *value = kWarpSize, cudaSuccess;
+    case cudaDevAttrMaxRegistersPerBlock:
+    case cudaDevAttrMaxRegistersPerMultiprocessor:
+      return *value = kRegistersPerMultiprocessor, cudaSuccess;
+    case cudaDevAttrMultiProcessorCount:
+      return *value = d.multiprocessors, cudaSuccess;
+    case cudaDevAttrL2CacheSize:
+      return *value = 50 << 20, cudaSuccess;
+    case cudaDevAttrMaxThreadsPerMultiProcessor:
+      return *value = d.threads_per_multiprocessor, cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      return *value = d.architecture / 10, cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      return *value = d.architecture % 10, cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      return *value = int(d.shared_per_multiprocessor), cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      return *value = int(d.shared_per_block_optin), cudaSuccess;
+    case cudaDevAttrMaxBlocksPerMultiprocessor:
+      return *value = d.blocks_per_multiprocessor, cudaSuccess;
+    case cudaDevAttrReservedSharedMemoryPerBlock:
+      return *value = int(kReservedSharedPerBlock), cudaSuccess;
+  }
+  return record(cudaErrorInvalidValue);
+}
+
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int ordinal) {
+  if (ordinal != 0) return record(cudaErrorInvalidDevice);
+  const Device& d = device();
+  *properties = cudaDeviceProp{};
+  std::snprintf(properties->name, sizeof properties->name, "emulated sm_%d", d.architecture);
+  properties->major = d.architecture / 10;
+  properties->minor = d.architecture % 10;
+  properties->multiProcessorCount = d.multiprocessors;
+  properties->warpSize = kWarpSize;
+  properties->maxThreadsPerBlock = kMaxThreadsPerBlock;
+  for (int i = 0; i < 3; ++i) {
+    properties->maxThreadsDim[i] = int(kMaxBlock[i]);
+    properties->maxGridSize[i] = int(kMaxGrid[i]);
+  }
+  properties->maxThreadsPerMultiProcessor = d.threads_per_multiprocessor;
+  properties->maxBlocksPerMultiProcessor = d.blocks_per_multiprocessor;
+  properties->regsPerBlock = kRegistersPerMultiprocessor;
+  properties->regsPerMultiprocessor = kRegistersPerMultiprocessor;
+  properties->l2CacheSize = 50 << 20;
+  properties->totalGlobalMem = size_t(80) << 30;
+  properties->sharedMemPerBlock = kSharedWithoutOptin;
+  properties->sharedMemPerBlockOptin = d.shared_per_block_optin;
+  properties->sharedMemPerMultiprocessor = d.shared_per_multiprocessor;
+  properties->reservedSharedMemPerBlock = kReservedSharedPerBlock;
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) {
+    return value >= -1 && value <= 100 ? cudaSuccess : record(cudaErrorInvalidValue);
+  }
+  if (value < 0 || size_t(value) > device().shared_per_block_optin) return record(cudaErrorInvalidValue);
+  const std::lock_guard lock(launch_mutex);
+  dynamic_shared_limits[kernel] = size_t(value);
+  return cudaSuccess;
+}
+
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* kernel, int block_size,
+                                                          size_t dynamic_shared_bytes) {
+  if (block_size < 1 || block_size > kMaxThreadsPerBlock) return record(cudaErrorInvalidValue);
+  const Device& d = device();
+  const size_t shared = dynamic_shared_bytes + kReservedSharedPerBlock;
+  const int by_shared = dynamic_shared_bytes > dynamic_shared_limit(kernel) ? 0 : int(d.shared_per_multiprocessor / shared);
+  const int threads = (block_size + kWarpSize - 1) / kWarpSize * kWarpSize;
+  *blocks = std::min({by_shared, d.threads_per_multiprocessor / threads, d.blocks_per_multiprocessor});
+  return cudaSuccess;
+}

@@ -1,0 +1,31 @@
+// A launch's shared memory: the dynamic buffer, exactly as large as asked for, and the library's static arrays.
+#pragma once
+
+#include <cstddef>
+
+#include "../include/launch_emulated.h"
+#include "trace.h"
+
+namespace segattn::emulator {
+
+class SharedMemory {
+ public:
+  explicit SharedMemory(const LaunchRequest& request);
+  ~SharedMemory();
+  SharedMemory(const SharedMemory&) = delete;
+  SharedMemory& operator=(const SharedMemory&) = delete;
+
+  void* dynamic() const { return dynamic_; }
+  size_t static_bytes() const { return static_bytes_; }
+  const trace::Memory& memory() const { return memory_; }
+  void poison();
+
+ private:
+  void* dynamic_ = nullptr;
+  size_t dynamic_bytes_ = 0;
+  char* static_ = nullptr;
+  size_t static_bytes_ = 0;
+  trace::Memory memory_;
+};
+
+}  // namespace segattn::emulator

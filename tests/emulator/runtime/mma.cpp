@@ -1,0 +1,196 @@
+// mma.sync, ldmatrix and stmatrix, computed once a warp from the registers of all 32 lanes.
+//
+// Layouts: PTX ISA 9.0, sections "Matrix Fragments for mma.m16n8k16 with floating point type", "... mma.m16n8k8" and
+// "Warp-level matrix load instruction: ldmatrix". tests/emulator/fragments.py states the same layouts independently.
+#include <bit>
+#include <cstring>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "counters.h"
+#include "device.h"
+#include "execution.h"
+#include "trace.h"
+
+namespace segattn::emulator {
+namespace {
+
+struct Mma {
+  float* d;
+  const uint32_t* a;
+  const uint32_t* b;
+};
+
+float from_float16(uint16_t bits) {
+#if defined(__F16C__)
+  return _cvtsh_ss(bits);
+#else
+  _Float16 value;
+  std::memcpy(&value, &bits, sizeof value);
+  return float(value);
+#endif
+}
+float from_bfloat16(uint16_t bits) { return std::bit_cast<float>(uint32_t(bits) << 16); }
+// Tensor cores ignore the low 13 bits of a tf32 operand.
+float from_tf32(uint32_t bits) { return std::bit_cast<float>(bits & ~0x1fffu); }
+
+// d[16][8] += a[16][depth] * b[depth][8], rows of 8 floats: one vector register each.
+template <int kDepth>
+void multiply(float (&d)[16][8], const float (&a)[16][kDepth], const float (&b)[kDepth][8]) {
+  typedef float Row __attribute__((vector_size(32), aligned(4)));
+  for (int m = 0; m < 16; ++m) {
+    Row sum;
+    std::memcpy(&sum, d[m], sizeof sum);
+    for (int k = 0; k < kDepth; ++k) {
+      Row row;
+      std::memcpy(&row, b[k], sizeof row);
+      sum += a[m][k] * row;
+    }
+    std::memcpy(d[m], &sum, sizeof sum);
+  }
+}
+
+template <class F>
+void for_accumulators(void* const* operands, F&& body) {
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    float* d = static_cast<const Mma*>(operands[lane])->d;
+    const int group = lane / 4, pair = lane % 4 * 2;
+    body(d[0], group, pair);
+    body(d[1], group, pair + 1);
+    body(d[2], group + 8, pair);
+    body(d[3], group + 8, pair + 1);
+  }
+}
+
+template <int kDepth>
+void accumulate(void* const* operands, const float (&a)[16][kDepth], const float (&b)[kDepth][8]) {
+  float d[16][8];
+  for_accumulators(operands, [&](float& element, int row, int column) { d[row][column] = element; });
+  multiply(d, a, b);
+  for_accumulators(operands, [&](float& element, int row, int column) { element = d[row][column]; });
+}
+
+template <MmaType kType>
+void run_mma_16bit(void* const* operands, unsigned lanes) {
+  constexpr auto convert = kType == MmaType::kFloat16 ? from_float16 : from_bfloat16;
+  float a[16][16], b[16][8];
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    const auto& mma = *static_cast<const Mma*>(operands[lane]);
+    const int group = lane / 4, pair = lane % 4 * 2;
+    for (int i = 0; i < 4; ++i) {
+      const int row = group + (i & 1) * 8, column = pair + (i >> 1) * 8;
+      a[row][column] = convert(uint16_t(mma.a[i]));
+      a[row][column + 1] = convert(uint16_t(mma.a[i] >> 16));
+    }
+    for (int i = 0; i < 2; ++i) {
+      const int row = pair + i * 8;
+      b[row][group] = convert(uint16_t(mma.b[i]));
+      b[row + 1][group] = convert(uint16_t(mma.b[i] >> 16));
+    }
+  }
+  accumulate(operands, a, b);
+  ++counters.mma_instructions[int(kType)];
+  if constexpr (kTrace) trace::warp_converged(self().warp, lanes);
+}
+
+void run_mma_tf32(void* const* operands, unsigned lanes) {
+  float a[16][8], b[8][8];
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    const auto& mma = *static_cast<const Mma*>(operands[lane]);
+    const int group = lane / 4, in_group = lane % 4;
+    for (int i = 0; i < 4; ++i) a[group + (i & 1) * 8][in_group + (i >> 1) * 4] = from_tf32(mma.a[i]);
+    for (int i = 0; i < 2; ++i) b[in_group + i * 4][group] = from_tf32(mma.b[i]);
+  }
+  accumulate(operands, a, b);
+  ++counters.mma_instructions[int(MmaType::kTf32)];
+  if constexpr (kTrace) trace::warp_converged(self().warp, lanes);
+}
+
+struct MatrixTransfer {
+  uint32_t* registers;
+  char* row;
+  int matrices;
+  bool transposed;
+};
+
+constexpr int kRowBytes = 16;
+
+// Element (row, column) of matrix i lies in the row that lane 8 i + row names.
+uint16_t* element(void* const* operands, int matrix, int row, int column) {
+  return reinterpret_cast<uint16_t*>(static_cast<const MatrixTransfer*>(operands[8 * matrix + row])->row) + column;
+}
+
+template <class F>
+void for_elements(void* const* operands, F&& body) {
+  const auto& model = *static_cast<const MatrixTransfer*>(operands[0]);
+  for (int matrix = 0; matrix < model.matrices; ++matrix) {
+    for (int lane = 0; lane < kWarpSize; ++lane) {
+      uint32_t& word = static_cast<const MatrixTransfer*>(operands[lane])->registers[matrix];
+      const int outer = lane / 4, pair = lane % 4 * 2;
+      if (model.transposed) {
+        body(word, element(operands, matrix, pair, outer), element(operands, matrix, pair + 1, outer));
+      } else {
+        uint16_t* both = element(operands, matrix, outer, pair);
+        body(word, both, both + 1);
+      }
+    }
+  }
+}
+
+void run_load(void* const* operands, unsigned lanes) {
+  for_elements(operands, [](uint32_t& word, const uint16_t* low, const uint16_t* high) {
+    word = uint32_t(*low) | uint32_t(*high) << 16;
+  });
+  if constexpr (kTrace) trace::warp_converged(self().warp, lanes);
+}
+
+void run_store(void* const* operands, unsigned lanes) {
+  for_elements(operands, [](uint32_t word, uint16_t* low, uint16_t* high) {
+    *low = uint16_t(word);
+    *high = uint16_t(word >> 16);
+  });
+  if constexpr (kTrace) trace::warp_converged(self().warp, lanes);
+}
+
+void transfer(const char* operation, trace::Access kind, uint32_t* registers, const void* row, int matrices,
+              bool transposed, Site site, CollectiveFunction run) {
+  MatrixTransfer mine{registers, static_cast<char*>(const_cast<void*>(row)), matrices, transposed};
+  if (self().lane < 8 * matrices) {
+    check_shared(operation, row, kRowBytes, site);
+    if constexpr (kTrace) trace::access(kind, row, kRowBytes, place_of(site));
+  }
+  collective({operation, true, true}, kFullMask, site, &mine, run);
+}
+
+}  // namespace
+
+void mma(MmaType type, float* d, const uint32_t* a, const uint32_t* b, Site site) {
+  Mma mine{d, a, b};
+  switch (type) {
+    case MmaType::kFloat16:
+      return collective({"mma.m16n8k16.f16", true, true}, kFullMask, site, &mine, run_mma_16bit<MmaType::kFloat16>);
+    case MmaType::kBfloat16:
+      return collective({"mma.m16n8k16.bf16", true, true}, kFullMask, site, &mine, run_mma_16bit<MmaType::kBfloat16>);
+    case MmaType::kTf32:
+      return collective({"mma.m16n8k8.tf32", true, true}, kFullMask, site, &mine, run_mma_tf32);
+  }
+}
+
+void load_matrices(uint32_t* registers, const void* row, int matrices, bool transposed, Site site) {
+  constexpr const char* kNames[2][3] = {{"ldmatrix.x1", "ldmatrix.x2", "ldmatrix.x4"},
+                                        {"ldmatrix.x1.trans", "ldmatrix.x2.trans", "ldmatrix.x4.trans"}};
+  transfer(kNames[transposed][matrices / 2], trace::Access::kMatrixRead, registers, row, matrices, transposed, site,
+           run_load);
+}
+
+void store_matrices(const uint32_t* registers, void* row, int matrices, bool transposed, Site site) {
+  if (device().architecture < 90) fail("stmatrix (%s) needs sm_90", describe(site).c_str());
+  constexpr const char* kNames[2][3] = {{"stmatrix.x1", "stmatrix.x2", "stmatrix.x4"},
+                                        {"stmatrix.x1.trans", "stmatrix.x2.trans", "stmatrix.x4.trans"}};
+  transfer(kNames[transposed][matrices / 2], trace::Access::kMatrixWrite, const_cast<uint32_t*>(registers), row,
+           matrices, transposed, site, run_store);
+}
+
+}  // namespace segattn::emulator

@@ -1,0 +1,94 @@
+// The Python side of the runtime: settings, and what the launches did.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "../include/emulator.h"
+#include "counters.h"
+#include "device.h"
+#include "trace.h"
+
+namespace py = pybind11;
+using namespace segattn::emulator;
+
+namespace {
+
+py::tuple as_tuple(const dim3& size) { return py::make_tuple(size.x, size.y, size.z); }
+
+py::dict as_dict(const InstructionCounters& counted) {
+  py::dict result;
+  result["instructions"] = counted.instructions;
+  result["bytes"] = counted.bytes;
+  result["sectors"] = counted.sectors;
+  result["wavefronts"] = counted.wavefronts;
+  result["ideal_wavefronts"] = counted.ideal_wavefronts;
+  return result;
+}
+
+// FLOPs of one mma: 2 m n k.
+constexpr int64_t kMmaFlops[] = {2 * 16 * 8 * 16, 2 * 16 * 8 * 16, 2 * 16 * 8 * 8};
+constexpr const char* kMmaNames[] = {"float16", "bfloat16", "tf32"};
+
+py::dict as_dict(const LaunchCounters& launch) {
+  py::dict result, mma, memory;
+  result["kernel"] = launch.kernel;
+  result["grid"] = as_tuple(launch.grid_size);
+  result["block"] = as_tuple(launch.block_size);
+  result["dynamic_shared_bytes"] = launch.dynamic_shared_bytes;
+  result["static_shared_bytes"] = launch.static_shared_bytes;
+  result["architecture"] = launch.architecture;
+  result["seconds"] = launch.seconds;
+  result["block_barriers"] = launch.block_barriers;
+  result["named_barriers"] = launch.named_barriers;
+  result["warp_barriers"] = launch.warp_barriers;
+  result["shuffles"] = launch.shuffles;
+  result["async_copies"] = launch.async_copies;
+  result["fma_flops"] = 2 * launch.fma_operations;
+  int64_t mma_flops = 0;
+  for (int i = 0; i < 3; ++i) {
+    mma[kMmaNames[i]] = launch.mma_instructions[i] * kMmaFlops[i];
+    mma_flops += launch.mma_instructions[i] * kMmaFlops[i];
+  }
+  result["mma_flops"] = mma_flops;
+  result["mma_flops_by_type"] = mma;
+  if (kTrace) {
+    for (const auto& [kind, counted] : launch.memory) memory[kind.c_str()] = as_dict(counted);
+    py::list places;
+    for (const auto& [place, counted] : launch.places) {
+      py::dict entry = as_dict(counted);
+      entry["kind"] = place.first;
+      entry["place"] = trace::describe_place(place.first, place.second);
+      places.append(entry);
+    }
+    result["memory"] = memory;
+    result["places"] = places;
+  }
+  return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "Control of the CUDA emulator (tests/emulator).";
+  m.attr("traced") = kTrace;
+  m.def("reset", &forget_launches, "Forgets the launches reported so far.");
+  m.def(
+      "report",
+      [] {
+        py::list result;
+        for (const LaunchCounters& launch : finished_launches()) result.append(as_dict(launch));
+        return result;
+      },
+      "One dictionary a launch since reset(), oldest first.");
+  m.def("set_seed", &set_seed, py::arg("seed"), "Chooses the schedule of threads and blocks.");
+  m.def("seed", &seed);
+  m.def(
+      "set_device",
+      [](int architecture, int multiprocessors) {
+        set_device(architecture, multiprocessors);
+        reset_function_attributes();
+      },
+      py::arg("architecture"), py::arg("multiprocessors") = 0,
+      "Chooses the emulated architecture, 80 for sm_80. ValueError for one it does not know.");
+  m.def("architecture", [] { return device().architecture; });
+  m.def("multiprocessors", [] { return device().multiprocessors; });
+}

@@ -1,0 +1,32 @@
+// A small fast generator for schedules (xorshift64*): the same seed gives the same schedule on every machine.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+
+namespace segattn::emulator {
+
+class Random {
+ public:
+  explicit Random(uint64_t seed = 1) : state_(seed * 0x9e3779b97f4a7c15u + 0x632be59bd9b4e019u) {
+    if (state_ == 0) state_ = 1;
+  }
+
+  uint32_t next() {
+    state_ ^= state_ >> 12;
+    state_ ^= state_ << 25;
+    state_ ^= state_ >> 27;
+    return uint32_t((state_ * 0x2545f4914f6cdd1du) >> 32);
+  }
+
+  // One of the set bits of `mask`, which has at least one.
+  int bit_of(uint32_t mask) {
+    const int rotation = int(next() & 31);
+    return (std::countr_zero(std::rotr(mask, rotation)) + rotation) & 31;
+  }
+
+ private:
+  uint64_t state_;
+};
+
+}  // namespace segattn::emulator
