@@ -4,6 +4,7 @@ import torch
 from segattn_ops import _backend
 
 from . import backends
+from .emulator.fixtures import emulated_library  # noqa: F401
 
 
 def _parameters(names: list[str]) -> list:

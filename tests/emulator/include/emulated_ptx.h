@@ -75,7 +75,10 @@ inline void barrier_arrive(int id, int threads, Site site = Site::current()) {
 }
 
 // ex2.approx.ftz.f32. The hardware's error is 2 ulp; the emulator's is below 1.
-inline float exp2_approx(float x) { return std::exp2(x); }
+inline float exp2_approx(float x) {
+  const float y = std::exp2(x);
+  return std::fabs(y) < 0x1p-126f ? std::copysign(0.0f, y) : y;  // a NaN stays
+}
 inline float rcp_approx(float x) { return 1.0f / x; }
 
 // cvt.rna.tf32.f32: to 10 mantissa bits, ties away from zero. Infinities and NaN stay what they are.

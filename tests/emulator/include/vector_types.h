@@ -1,6 +1,8 @@
 // CUDA's built-in vector types with CUDA's sizes and alignments, for a compiler that is not nvcc.
 #pragma once
 
+#include "qualifiers.h"
+
 #define SEGATTN_EMULATOR_VECTOR_TYPES(name, type, align2, align4) \
   struct name##1 {                                                \
     type x;                                                       \

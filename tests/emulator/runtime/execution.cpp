@@ -145,13 +145,19 @@ void thread_exit() {
   Thread& thread = self();
   Warp& warp = state.warps[thread.warp];
   const unsigned bit = 1u << thread.lane;
-  thread.exited = true;
   warp.alive &= ~bit;
   --state.alive;
   if (state.alive > 0 && state.arrived == state.alive) complete_block_barrier();
   for (size_t i = warp.groups.size(); i-- > 0;) {
-    if (warp.groups[i].mask & bit) try_complete(warp, thread.warp, i, -1);
+    const WarpGroup& group = warp.groups[i];
+    if ((group.mask & bit) == 0) continue;
+    if (group.rules.every_lane) {
+      fail("lane %d leaves the kernel, but lanes 0x%08x wait at %s (%s), which needs all 32 lanes of the warp",
+           int(thread.lane), group.arrived, group.rules.operation, emulator::describe(group.site).c_str());
+    }
+    try_complete(warp, thread.warp, i, -1);
   }
+  thread.exited = true;
   switch_away(thread.fiber, true);
   __builtin_unreachable();
 }
@@ -287,12 +293,12 @@ void collective(const CollectiveRules& rules, unsigned mask, Site site, void* op
   size_t index = 0;
   while (index < warp.groups.size() && warp.groups[index].mask != mask) ++index;
   if (index == warp.groups.size()) {
-    warp.groups.push_back(WarpGroup{mask, bit, rules.operation, site, run});
+    warp.groups.push_back(WarpGroup{rules, mask, bit, site, run});
   } else {
     WarpGroup& group = warp.groups[index];
-    if (group.operation != rules.operation || (rules.same_site && !same_place(group.site, site))) {
+    if (group.rules.operation != rules.operation || (rules.same_site && !same_place(group.site, site))) {
       fail("divergent warp operation: this lane is at %s (%s), but lanes 0x%08x wait at %s (%s)", rules.operation,
-           describe(site).c_str(), group.arrived, group.operation, describe(group.site).c_str());
+           describe(site).c_str(), group.arrived, group.rules.operation, describe(group.site).c_str());
     }
     group.arrived |= bit;
   }

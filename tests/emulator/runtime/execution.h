@@ -47,10 +47,16 @@ struct Thread : ThreadVariables {
 // Works on the operands (one a lane, null for lanes outside `lanes`) once all lanes have come.
 using CollectiveFunction = void (*)(void* const* operands, unsigned lanes);
 
+struct CollectiveRules {
+  const char* operation;
+  bool same_site;   // calls from different places of the kernel are an error
+  bool every_lane;  // all 32 lanes must exist and not have left the kernel
+};
+
 struct WarpGroup {
+  CollectiveRules rules;
   unsigned mask;
   unsigned arrived;
-  const char* operation;
   Site site;
   CollectiveFunction run;
 };
@@ -78,11 +84,6 @@ int thread_count();
 void suspend(const Wait& wait);
 void make_ready(int warp, unsigned lanes);
 
-struct CollectiveRules {
-  const char* operation;
-  bool same_site;   // calls from different places of the kernel are an error
-  bool every_lane;  // all 32 lanes must exist and not have left the kernel
-};
 // Joins the lanes of `mask` at one operation; the last to come runs it for all, then every lane goes on.
 void collective(const CollectiveRules& rules, unsigned mask, Site site, void* operand, CollectiveFunction run);
 

@@ -1,0 +1,286 @@
+"""Compiles the project's CUDA source for the CPU, with the emulator under it, and loads the result.
+
+Each variant is two libraries: the emulator's runtime, never instrumented, which is a Python module as well, and the
+kernels with their host code, compiled with the variant's flags. A process holds one variant of the operators, since
+each registers them as `segattn_emulated`; the self-tests' kernels register nothing, so several variants may be loaded.
+
+    python -m tests.emulator.build plain race        # builds without loading
+"""
+
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch.utils import cpp_extension
+
+HERE = Path(__file__).parent.resolve()
+ROOT = HERE.parent.parent
+FLOAT_HEADERS = ("cuda_fp16.h", "cuda_fp16.hpp", "cuda_bf16.h", "cuda_bf16.hpp")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How one variant differs: compiler flags of the kernels with their host code, compiler flags of the runtime,
+    linker flags of both."""
+
+    kernels: tuple[str, ...]
+    runtime: tuple[str, ...] = ()
+    link: tuple[str, ...] = ()
+
+
+# Checks that call a handler of the runtime's own (runtime/checks.cpp), which names the place in the kernel.
+CHECKS = "-fsanitize=alignment,bounds,null,integer-divide-by-zero,shift"
+# One access in the source stays one access in the code: no merging of loads and stores, no scalars for structures
+# (a float4 load would become four loads), no vectorisation.
+ACCESSES_AS_WRITTEN = ("-fno-tree-sra", "-fno-tree-vectorize", "-fno-tree-slp-vectorize", "-fno-store-merging")
+
+VARIANTS = {
+    "plain": Variant(("-O2", CHECKS, "-fno-sanitize-recover=all")),
+    "asan": Variant(
+        ("-O1", "-fsanitize=address", "-fno-omit-frame-pointer"), ("-fsanitize=address",), ("-fsanitize=address",)
+    ),
+    "race": Variant(("-O2", "-fsanitize=thread", *ACCESSES_AS_WRITTEN), ("-DSEGATTN_EMULATOR_TRACE",)),
+    "coverage": Variant(("-O0", "--coverage"), (), ("--coverage",)),
+}
+
+
+def build_folder() -> Path:
+    """Where everything is built: SEGATTN_EMULATOR_BUILD, or build/emulator in the source tree."""
+    return Path(os.environ.get("SEGATTN_EMULATOR_BUILD", ROOT / "build" / "emulator"))
+
+
+@functools.cache
+def float_headers() -> Path:
+    """The folder of CUDA's cuda_fp16.h and cuda_bf16.h: of the toolkit of nvcc, or of pip's nvidia-cuda-runtime.
+
+    Raises:
+        FileNotFoundError: where neither has them.
+    """
+    candidates = []
+    if nvcc := shutil.which("nvcc"):
+        dry_run = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True, check=False)
+        candidates += [Path(p) for p in re.findall(r'"?-I([^"\s]+)"?', dry_run.stderr + dry_run.stdout)]
+    if home := os.environ.get("CUDA_HOME"):
+        candidates.append(Path(home) / "include")
+    if (spec := importlib.util.find_spec("nvidia")) is not None:
+        for folder in spec.submodule_search_locations or ():
+            candidates += sorted(Path(folder).glob("*/include"))
+    for candidate in candidates:
+        if all((candidate / name).exists() for name in FLOAT_HEADERS):
+            return candidate.resolve()
+    raise FileNotFoundError(
+        "the emulator needs CUDA's cuda_fp16.h and cuda_bf16.h: install the CUDA toolkit, or `pip install "
+        "nvidia-cuda-runtime` (which a CUDA build of torch brings along)"
+    )
+
+
+@contextmanager
+def locked(folder: Path):
+    """One process builds, the others wait (pytest-xdist starts several at once)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "build.lock", "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def compiler() -> str:
+    return os.environ.get("CXX", "g++")
+
+
+@functools.cache
+def machine() -> str:
+    """What the object files depend on besides the sources: compiler, torch, Python, processor."""
+    version = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=True).stdout
+    cpu = Path("/proc/cpuinfo")
+    flags = re.search(r"^(?:flags|Features)\s*:.*$", cpu.read_text(), re.MULTILINE) if cpu.exists() else None
+    return "\n".join([version, torch.__version__, sys.version, platform.machine(), flags[0] if flags else ""])
+
+
+def _cuda_headers(folder: Path) -> Path:
+    """A folder with copies of CUDA's float headers, so that everything else of CUDA is out of reach."""
+    copies = folder / "cuda_headers"
+    copies.mkdir(exist_ok=True)
+    for name in FLOAT_HEADERS:
+        copy, original = copies / name, (float_headers() / name).read_bytes()
+        if not copy.exists() or copy.read_bytes() != original:
+            copy.write_bytes(original)
+    return copies
+
+
+@dataclass(frozen=True)
+class Library:
+    """One shared library: sources and flags; `extends` names the library it calls into."""
+
+    name: str
+    sources: tuple[Path, ...]
+    cflags: tuple[str, ...]
+    ldflags: tuple[str, ...]
+    extends: str | None = None
+
+
+def _libraries(variant_name: str) -> list[Library]:
+    variant = VARIANTS[variant_name]
+    module = "-DTORCH_EXTENSION_NAME={}"
+    runtime = Library(
+        f"emulator_runtime_{variant_name}",
+        tuple(sorted((HERE / "runtime").glob("*.cpp"))),
+        ("-O3", "-march=native", "-fvisibility-inlines-hidden", *variant.runtime),
+        ("-ldl", *variant.link),
+    )
+    # Kernels share no library with pybind11: the thread-local storage of theirs is taken for static shared memory.
+    selftest_kernels = Library(
+        f"emulator_selftest_kernels_{variant_name}",
+        tuple(sorted(HERE.glob("selftest_*.cu"))),
+        variant.kernels,
+        variant.link,
+        extends=runtime.name,
+    )
+    selftest = Library(
+        f"emulator_selftest_{variant_name}",
+        (HERE / "selftest_module.cpp",),
+        variant.kernels,
+        variant.link,
+        extends=selftest_kernels.name,
+    )
+    kernels = Library(
+        f"segattn_emulated_{variant_name}",
+        (ROOT / "csrc" / "ops.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))),
+        (
+            *variant.kernels,
+            "-DSEGATTN_NAMESPACE=segattn_emulated",
+            "-DSEGATTN_DISPATCH_KEY=CPU",
+            "-DTORCH_TARGET_VERSION=0x020a000000000000",
+            "-DTORCH_STABLE_ONLY",
+        ),
+        ("-ltorch_cpu", "-ltorch", "-lc10", *variant.link),
+        extends=runtime.name,
+    )
+    libraries = (runtime, selftest_kernels, selftest, kernels)
+    return [replace(library, cflags=(*library.cflags, module.format(library.name))) for library in libraries]
+
+
+def _ninja_path(path: object) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def _ninja_file(variant_name: str, folder: Path) -> str:
+    ours = [HERE / "include", ROOT / "csrc", ROOT / "csrc" / "cuda"]
+    others = [_cuda_headers(folder), *cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
+    system = [f"-I{path}" for path in ours] + [f"-isystem {path}" for path in others]
+    # nvcc, too, lets a kernel look at memory through pointers of different types.
+    common = ["-std=c++20", "-fPIC", "-g1", "-fno-gnu-unique", "-fno-strict-aliasing"]
+    common += ["-Wall", "-Wno-unknown-pragmas", "-DSEGATTN_EMULATED"]
+    library_paths = [f"-L{path} -Wl,-rpath,{path}" for path in cpp_extension.library_paths()]
+    lines = [
+        f"cxx = {compiler()}",
+        f"common = {' '.join([*common, *system])}",
+        f"libraries = {' '.join(library_paths)}",
+        "rule compile",
+        "  command = $cxx -MMD -MF $out.d $common $flags -x c++ -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        "  command = $cxx -shared $in -o $out -Wl,-rpath,'$$ORIGIN' $libraries $flags",
+        "",
+    ]
+    for library in _libraries(variant_name):
+        objects = []
+        for source in library.sources:
+            objects.append(f"{library.name}.{source.name}.o")
+            lines += [f"build {objects[-1]}: compile {_ninja_path(source)}", f"  flags = {' '.join(library.cflags)}"]
+        base = f"{library.extends}.so" if library.extends else ""
+        lines += [
+            f"build {library.name}.so: link {' '.join(objects)} {base}",
+            f"  flags = {' '.join(library.ldflags)}",
+            f"build {library.name}: phony {library.name}.so",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _folder(variant_name: str) -> Path:
+    key = hashlib.sha256("\n".join([machine(), str(ROOT), str(float_headers())]).encode()).hexdigest()[:12]
+    return build_folder() / f"{variant_name}-{key}"
+
+
+def build(variant_name: str, *names: str) -> Path:
+    """Builds libraries of a variant ("runtime", "selftest", "kernels"; all without names) and returns their folder.
+    Only what has changed since the last time is compiled. MAX_JOBS limits the parallel compilers.
+
+    Raises:
+        RuntimeError: with the compiler's output, when that fails.
+    """
+    folder = _folder(variant_name)
+    targets = [library_name(variant_name, name) for name in names]
+    with locked(folder):
+        text = _ninja_file(variant_name, folder)
+        ninja_file = folder / "build.ninja"
+        if not ninja_file.exists() or ninja_file.read_text() != text:
+            ninja_file.write_text(text)
+        command = [shutil.which("ninja") or sys.executable, "-C", str(folder), *targets]
+        if command[0] == sys.executable:
+            command[1:1] = ["-m", "ninja"]
+        if jobs := os.environ.get("MAX_JOBS"):
+            command += ["-j", jobs]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if os.environ.get("SEGATTN_EMULATOR_VERBOSE"):
+        print(done.stdout)
+    if done.returncode != 0:
+        raise RuntimeError(f"the emulator's {variant_name} build failed:\n{done.stdout}")
+    return folder
+
+
+def library_name(variant_name: str, name: str) -> str:
+    prefix = {"runtime": "emulator_runtime", "selftest": "emulator_selftest", "kernels": "segattn_emulated"}[name]
+    return f"{prefix}_{variant_name}"
+
+
+@functools.cache
+def _module(variant_name: str, name: str) -> ModuleType:
+    module_name = library_name(variant_name, name)
+    path = build(variant_name, name) / f"{module_name}.so"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def runtime(variant_name: str) -> ModuleType:
+    """The control module: reset(), report(), set_seed(), set_device(); see runtime/module.cpp."""
+    return _module(variant_name, "runtime")
+
+
+def selftest(variant_name: str) -> ModuleType:
+    """The kernels of tests/test_emulator.py."""
+    runtime(variant_name)
+    return _module(variant_name, "selftest")
+
+
+@functools.cache
+def load(variant_name: str) -> ModuleType:
+    """Builds what is needed, registers the operators of `segattn_emulated` with their Python side, and returns the
+    control module. A process can load one variant only."""
+    import segattn_ops
+
+    control = runtime(variant_name)
+    torch.ops.load_library(build(variant_name, "kernels") / f"{library_name(variant_name, 'kernels')}.so")
+    segattn_ops.register("segattn_emulated")
+    return control
+
+
+if __name__ == "__main__":
+    for variant in sys.argv[1:] or VARIANTS:
+        print(build(variant))
