@@ -21,7 +21,7 @@ def register_flops(op, formula) -> None:
     def of_shapes(*shapes, out_shape=None, **kwargs) -> int:
         return formula(*(s for s in shapes if isinstance(s, (tuple, list, torch.Size))))
 
-    register_flop_formula(op.default)(of_shapes)
+    register_flop_formula(op)(of_shapes)
 
 
 def register_vmap(qualified_name: str) -> None:
