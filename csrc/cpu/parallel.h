@@ -4,7 +4,8 @@
 //       calls work(unit, scratch) once for every unit in [0, units), on all threads of torch's pool. Threads take the
 //       next free unit, so slow cores do less. What a unit computes must not depend on which thread runs it nor on
 //       the number of threads: then results are bitwise equal for every thread count. Choose the cut into units by
-//       the sizes of the problem alone wherever a sum runs across units.
+//       the sizes of the problem alone wherever a sum runs across units. Units start in order, so a unit may wait for
+//       an earlier one; work must not throw.
 //   Scratch::take<T>(count)
 //       the next `count` elements (uninitialised, 64-byte aligned) of the thread's arena. A unit starts with the whole
 //       arena free again. Asking for more than scratch_bytes in all throws.
@@ -13,6 +14,8 @@
 //   Buffer<T>(count)
 //       one aligned, uninitialised array shared by all threads of an op (packed operands, partial sums).
 #pragma once
+
+#include "work_counter.h"
 
 #include <torch/csrc/stable/ops.h>
 
@@ -80,15 +83,12 @@ void parallel_units(std::int64_t units, std::size_t scratch_bytes, const Work& w
   }
   std::atomic<std::int64_t> next{0};
   const auto run = [&] {
-    std::int64_t unit = next.fetch_add(1, std::memory_order_relaxed);
-    if (unit >= units) {
-      return;
-    }
-    Scratch scratch(scratch_bytes);
-    for (; unit < units; unit = next.fetch_add(1, std::memory_order_relaxed)) {
+    Scratch scratch(scratch_bytes);  // before a unit is taken: a unit once taken is finished (others may wait for it)
+    for (std::int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) {
       scratch.release_all();
       work(unit, scratch);
     }
+    flush_multiply_adds();
   };
   const std::int64_t threads = units == 1 ? 1 : static_cast<std::int64_t>(torch::stable::get_num_threads());
   if (threads == 1) {

@@ -28,6 +28,7 @@
 #pragma once
 
 #include "simd.h"
+#include "work_counter.h"
 
 #include <algorithm>
 #include <array>
@@ -212,6 +213,7 @@ void tile_gemm(AOperand<P> a, const P* b, COperand<AccumulatorOf<P>> c, std::int
                std::int64_t steps, GemmMode mode, const AccumulatorOf<P>* column_scale = nullptr) {
   using Accumulator = AccumulatorOf<P>;
   constexpr std::int64_t lanes = kLanes<Accumulator>;
+  count_multiply_adds(m * padded_columns<P>(n) * steps * (kIsPair<P> ? 2 : 1));
   detail::MicroKernelArguments<P> arguments{};
   for (std::int64_t first_step = 0; first_step == 0 || first_step < steps; first_step += kBlockSteps) {
     arguments.steps = std::min(kBlockSteps, steps - first_step);

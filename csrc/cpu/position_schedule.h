@@ -1,0 +1,124 @@
+// How the backward pass of position attention is cut into work units without atomic sums and with every sum in a fixed
+// order, whatever the number of threads.
+//
+// Keys are cut into groups, queries into groups; unit (key group, query group) adds to the gradients of both. In step t
+// key group g meets query group (g + t) mod steps: units of one step touch different groups, and a group's units come
+// one after another, so every sum has one order. A unit starts when the units before it in both groups are done; no
+// barrier holds up threads that could go on, and the memory for sums does not grow with the number of threads.
+//
+// Where keys are so few that there are less than kParallelGroups key groups (ANN's 110 keys), the query groups are dealt
+// to several replicas, each with sums of its own for grad_key and grad_value, which are added in order at the end.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <thread>
+
+namespace segattn::cpu {
+
+struct Range {
+  std::int64_t begin, end;
+  std::int64_t size() const { return end - begin; }
+};
+
+constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// Part `index` of `parts` nearly equal ones of [0, extent), cut at multiples of `unit`.
+constexpr Range part_of(std::int64_t extent, std::int64_t unit, std::int64_t index, std::int64_t parts) {
+  const std::int64_t units = divide_up(extent, unit);
+  return {std::min(extent, index * units / parts * unit), std::min(extent, (index + 1) * units / parts * unit)};
+}
+
+// The cut of `samples` samples with n queries and m keys: a function of these sizes alone.
+class PositionSchedule {
+ public:
+  struct Unit {
+    std::int64_t step;
+    std::int64_t keys;         // index of the key group's sums: (sample, replica, key group)
+    std::int64_t queries;      // index of the query group's sums: (sample, query group)
+    std::int64_t sample, replica, key_group, query_group;
+    bool idle;                 // the key group has no partner in this step
+  };
+
+  PositionSchedule(std::int64_t samples, std::int64_t n, std::int64_t m)
+      : samples(samples),
+        key_groups(groups_for(m)),
+        query_groups(groups_for(n)),
+        replicas(std::clamp<std::int64_t>(divide_up(kParallelGroups, key_groups * samples), 1, query_groups)),
+        steps_(std::max(key_groups, divide_up(query_groups, replicas))),
+        keys_done_(new std::atomic<std::int64_t>[samples * replicas * key_groups]()),
+        queries_done_(new std::atomic<std::int64_t>[samples * query_groups]()) {}
+
+  std::int64_t units() const { return steps_ * lanes(); }
+
+  // Units in the order in which they have to be started.
+  Unit unit(std::int64_t index) const {
+    Unit unit{};
+    unit.step = index / lanes();
+    unit.keys = index % lanes();
+    unit.key_group = unit.keys % key_groups;
+    unit.replica = unit.keys / key_groups % replicas;
+    unit.sample = unit.keys / key_groups / replicas;
+    const Range partners = part_of(query_groups, 1, unit.replica, replicas);
+    unit.query_group = partners.begin + (unit.key_group + unit.step) % steps_;
+    unit.queries = unit.sample * query_groups + unit.query_group;
+    unit.idle = unit.query_group >= partners.end;
+    return unit;
+  }
+
+  // Waits for the units before this one in its key group and its query group. Returns whether there were any: if not,
+  // the group's sums hold nothing yet.
+  struct Started {
+    bool keys, queries;
+  };
+  Started wait(const Unit& unit) const {
+    wait_for(keys_done_[unit.keys], unit.step);
+    // The query group was met before in the last step whose partner was a key group that exists.
+    std::int64_t before = unit.step - 1;
+    for (std::int64_t g = unit.key_group + 1; before >= 0 && g % steps_ >= key_groups; ++g) {
+      --before;
+    }
+    wait_for(queries_done_[unit.queries], before + 1);
+    return {first_partner_step(unit) < unit.step, before >= 0};
+  }
+
+  void finish(const Unit& unit) const {
+    keys_done_[unit.keys].store(unit.step + 1, std::memory_order_release);
+    if (!unit.idle) {
+      queries_done_[unit.queries].store(unit.step + 1, std::memory_order_release);
+    }
+  }
+
+  const std::int64_t samples, key_groups, query_groups, replicas;
+
+  // Groups have about this many positions: packing then costs 1.6% of the products (docs/performance.md).
+  static constexpr std::int64_t kGroup = 600;
+  static constexpr std::int64_t kSmallestGroup = 64;
+  static constexpr std::int64_t kParallelGroups = 8;
+
+ private:
+  static constexpr std::int64_t groups_for(std::int64_t extent) {
+    return std::max(divide_up(extent, kGroup), std::min(kParallelGroups, divide_up(extent, kSmallestGroup)));
+  }
+
+  std::int64_t lanes() const { return samples * replicas * key_groups; }
+
+  // First step in which the unit's key group has a partner.
+  std::int64_t first_partner_step(const Unit& unit) const {
+    const std::int64_t partners = part_of(query_groups, 1, unit.replica, replicas).size();
+    return unit.key_group < partners ? 0 : steps_ - unit.key_group;
+  }
+
+  static void wait_for(const std::atomic<std::int64_t>& done, std::int64_t least) {
+    while (done.load(std::memory_order_acquire) < least) {
+      std::this_thread::yield();
+    }
+  }
+
+  const std::int64_t steps_;
+  const std::unique_ptr<std::atomic<std::int64_t>[]> keys_done_, queries_done_;
+};
+
+}  // namespace segattn::cpu
