@@ -35,6 +35,14 @@ inline void check_cuda(cudaError_t error, const char* what) {
   }
 }
 
+// All grids are one-dimensional, which leaves no dimension at 65,535 blocks.
+inline unsigned grid_blocks(int64_t blocks) {
+  if (blocks > INT32_MAX) {
+    throw std::runtime_error("segattn_ops: " + std::to_string(blocks) + " blocks are more than a launch can have");
+  }
+  return static_cast<unsigned>(blocks);
+}
+
 template <class... Parameters, class... Arguments>
 void launch_kernel(
     void (*kernel)(Parameters...), const char* name, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,

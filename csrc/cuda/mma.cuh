@@ -138,33 +138,39 @@ struct MmaTf32 {
   }
 };
 
-// d[kM][kN] (16 kM x 8 kN, one warp) += A B over `steps` mma steps, both operands from tiles; kN is even.
+// d[kM][kN] (16 kM x 8 kN, one warp) += A B over contraction [k, k_end), both operands from tiles; kN is even.
 // kARows: A's tile is [m][k], otherwise [k][m]; kBRows: B's tile is [k][n], otherwise [n][k].
 template <class Mma, bool kARows, bool kBRows, int kM, int kN, class TileA, class TileB>
 __device__ __forceinline__ void multiply_tiles(
     float (&d)[kM][kN][4], const TileA& a_tile, int m, const TileB& b_tile, int n, int k, int k_end) {
   static_assert(kN % 2 == 0, "B fragments come two mma wide");
+  // 3xTF32 has twice the registers a fragment: with all of B at once, 128 accumulators would spill. It reads A twice
+  // instead, which its three mma a product leave the time for.
+  constexpr int kFragments = Mma::kProducts == 3 && kN > 4 ? kN / 4 : kN / 2;
   for (; k < k_end; k += Mma::kStep) {
-    typename Mma::B b[kN / 2];
 #pragma unroll
-    for (int j = 0; j < kN / 2; ++j) {
-      if constexpr (kBRows) {
-        Mma::load_b_row(b[j], b_tile, k, n + 16 * j);
-      } else {
-        Mma::load_b_column(b[j], b_tile, k, n + 16 * j);
-      }
-    }
+    for (int first = 0; first < kN / 2; first += kFragments) {
+      typename Mma::B b[kFragments];
 #pragma unroll
-    for (int i = 0; i < kM; ++i) {
-      typename Mma::A a;
-      if constexpr (kARows) {
-        Mma::load_a_row(a, a_tile, m + 16 * i, k);
-      } else {
-        Mma::load_a_column(a, a_tile, m + 16 * i, k);
+      for (int j = 0; j < kFragments; ++j) {
+        if constexpr (kBRows) {
+          Mma::load_b_row(b[j], b_tile, k, n + 16 * (first + j));
+        } else {
+          Mma::load_b_column(b[j], b_tile, k, n + 16 * (first + j));
+        }
       }
 #pragma unroll
-      for (int j = 0; j < kN; ++j) {
-        Mma::multiply(d[i][j], a, b[j / 2], j % 2);
+      for (int i = 0; i < kM; ++i) {
+        typename Mma::A a;
+        if constexpr (kARows) {
+          Mma::load_a_row(a, a_tile, m + 16 * i, k);
+        } else {
+          Mma::load_a_column(a, a_tile, m + 16 * i, k);
+        }
+#pragma unroll
+        for (int j = 0; j < 2 * kFragments; ++j) {
+          Mma::multiply(d[i][2 * first + j], a, b[j / 2], j % 2);
+        }
       }
     }
   }

@@ -181,7 +181,7 @@ def _ninja_file(variant_name: str, folder: Path) -> str:
     others = [_cuda_headers(folder), *cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
     system = [f"-I{path}" for path in ours] + [f"-isystem {path}" for path in others]
     # nvcc, too, lets a kernel look at memory through pointers of different types.
-    common = ["-std=c++20", "-fPIC", "-g1", "-fno-gnu-unique", "-fno-strict-aliasing"]
+    common = ["-std=c++20", "-fPIC", "-g1", "-fno-canonical-system-headers", "-fno-gnu-unique", "-fno-strict-aliasing"]
     common += ["-Wall", "-Wno-unknown-pragmas", "-DSEGATTN_EMULATED"]
     library_paths = [f"-L{path} -Wl,-rpath,{path}" for path in cpp_extension.library_paths()]
     lines = [
