@@ -18,14 +18,21 @@ from .ops import (
 if _backend.LIBRARIES.serves("cpu"):
     register("segattn")
 
+from . import checkpoints, nn
+from .conversion import ConversionReport, convert
+
 __all__ = [
+    "ConversionReport",
     "__version__",
     "build_config",
     "channel_attention",
+    "checkpoints",
+    "convert",
     "criss_cross_affinity",
     "criss_cross_aggregation",
     "criss_cross_attention",
     "criss_cross_attention_map",
+    "nn",
     "position_attention",
     "position_attention_map",
     "use_backend",

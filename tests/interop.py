@@ -62,7 +62,7 @@ def mmseg_network(decode_head: dict, depth: int = 50, channels: int = 256):
         "decode_head": {"norm_cfg": norm, "align_corners": False, **decode_head},
         "auxiliary_head": {
             "type": "FCNHead",
-            "in_channels": 1024,
+            "in_channels": 1024 if depth >= 50 else 256,
             "in_index": 2,
             "channels": channels,
             "num_convs": 1,

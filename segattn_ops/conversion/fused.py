@@ -1,0 +1,161 @@
+"""The modules that take a published block's place: its own children, parameters and names, a fused forward."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import _pairwise
+from ..ops.channel import channel_attention
+from ..ops.criss_cross import criss_cross_attention
+from ..ops.position import position_attention
+
+
+class FusedBlock(nn.Module):
+    """Takes over everything of another module but its forward.
+
+    Parameters, buffers, children, hooks and plain attributes are the original's own objects under their own names: the
+    state dict stays what it was, optimizers and DistributedDataParallel go on holding the right parameters, and code
+    that reads an attribute of the block finds it.
+
+    Args:
+        original: the block; it must not be used any more.
+        names: its attribute for each role of the computation.
+        options: what the computation needs to know besides.
+    """
+
+    fused_kind = ""
+
+    def __init__(self, original: nn.Module, names: Mapping[str, str], options: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.__dict__.update(original.__dict__)
+        self._compiled_call_impl = None  # what Module.compile() made of the original's forward
+        self._original_class = type(original)
+        self._fused_names = dict(names)
+        self._fused_options = dict(options or {})
+
+    def _call(self, role: str, *inputs: Tensor) -> Tensor:
+        return getattr(self, self._fused_names[role])(*inputs)
+
+    def _residual(self, attended: Tensor, x: Tensor) -> Tensor:
+        """x + gamma * attended, gamma a parameter (official) or a module (mmcv's Scale)."""
+        gamma = getattr(self, self._fused_names["gamma"])
+        return (gamma(attended) if isinstance(gamma, nn.Module) else gamma * attended) + x
+
+    def extra_repr(self) -> str:
+        return f"{self.fused_kind} of {self._original_class.__name__}"
+
+
+class FusedPositionAttention(FusedBlock):
+    """gamma * softmax_j(q_i . k_j) v_j + x: DANet's PAM and the self-attention of SAGAN."""
+
+    fused_kind = "position attention"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C, H, W)."""
+        query, key, value = (self._call(role, x) for role in ("query", "key", "value"))
+        return self._residual(position_attention(query, key, value, 1.0), x)
+
+
+class FusedChannelAttention(FusedBlock):
+    """gamma * softmax(max - E) x + x, E = x x^T: DANet's CAM."""
+
+    fused_kind = "channel attention"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C, H, W)."""
+        return self._residual(channel_attention(x, x, x, -1.0), x)
+
+
+class FusedCrissCrossAttention(FusedBlock):
+    """One pass of CCNet's criss-cross attention."""
+
+    fused_kind = "criss-cross attention"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C, H, W)."""
+        query, key, value = (self._call(role, x) for role in ("query", "key", "value"))
+        return self._residual(criss_cross_attention(query, key, value, 1.0), x)
+
+
+class FusedNonLocal(FusedBlock):
+    """A non-local block of any mode; options: mode, and scale of the logits."""
+
+    fused_kind = "non-local block"
+
+    def forward(self, x: Tensor, return_nl_map: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """x (B, C, *spatial) -> x + out(y); with ``return_nl_map``, the original's own forward, which stores the
+        map."""
+        if return_nl_map:
+            return self._original_class.forward(self, x, return_nl_map=True)
+        y = self._call("out", self._aggregate(x))
+        return (self._call("norm", y) if "norm" in self._fused_names else y) + x
+
+    def _aggregate(self, x: Tensor) -> Tensor:
+        mode, scale = self._fused_options["mode"], self._fused_options.get("scale", 1.0)
+        g = self._call("value", x)
+        if mode == "gaussian":
+            return position_attention(x, self._call("key", x) if "key" in self._fused_names else x, g, scale)
+        theta, phi = self._call("query", x), self._call("key", x)
+        if mode == "embedded_gaussian":
+            return position_attention(theta, phi, g, scale)
+        theta, phi, g = theta.flatten(2), phi.flatten(2), g.flatten(2)
+        if mode == "dot_product":
+            y = _pairwise.dot_product(theta, phi, g)
+        else:
+            projection = next(self.get_submodule(self._fused_names["projection"]).parameters()).flatten()
+            query_weight, key_weight = projection.split(theta.shape[1])
+            logits = torch.einsum("ben,e->bn", theta, query_weight), torch.einsum("bem,e->bm", phi, key_weight)
+            y = _pairwise.concatenation(*logits, g)
+        return y.reshape(x.shape[0], -1, *x.shape[2:])
+
+
+class FusedAsymmetricAttention(FusedBlock):
+    """A stage of ANN: queries everywhere, keys and values pooled; options: scale, and which argument holds the
+    keys."""
+
+    fused_kind = "asymmetric attention"
+
+    def forward(self, first: Tensor, second: Tensor | None = None) -> Tensor:
+        """ANN: (x) or (low, high). mmsegmentation: (query map, key map). -> (B, out, H, W) of the query map's size."""
+        if second is None:
+            query_map = key_map = first
+        else:
+            query_map, key_map = (first, second) if self._fused_options["query_first"] else (second, first)
+        query, key, value = self._call("query", query_map), self._call("key", key_map), self._call("value", key_map)
+        pooled = (self._call("pool", key), self._call("pool", value)) if "pool" in self._fused_names else (key, value)
+        context = position_attention(query, *pooled, self._fused_options["scale"])
+        return self._call("out", context) if "out" in self._fused_names else context
+
+
+class FusedDotProductPosition(FusedBlock):
+    """The position branch of External-Attention's DAModule: (B, C, H, W) -> (B, H * W, C).
+
+    Its dropout acts on the attention map, which is not stored: in training with dropout the original's forward runs.
+    """
+
+    fused_kind = "position attention (scaled dot product)"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, H * W, C)."""
+        attention = self._modules["pa"]
+        if self.training and attention.dropout.p > 0:
+            return self._original_class.forward(self, x)
+        y = self.cnn(x).flatten(2).mT  # (B, N, C)
+        query, key, value = (layer(y).mT for layer in (attention.fc_q, attention.fc_k, attention.fc_v))
+        return attention.fc_o(position_attention(query, key, value, query.shape[1] ** -0.5).mT)
+
+
+class FusedDotProductChannel(FusedBlock):
+    """The channel branch of External-Attention's DAModule: (B, C, H, W) -> (B, C, H * W). Dropout as in the other."""
+
+    fused_kind = "channel attention (scaled dot product)"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C, H * W)."""
+        attention = self._modules["pa"]
+        if self.training and attention.dropout.p > 0:
+            return self._original_class.forward(self, x)
+        y = self.cnn(x).flatten(2)
+        return attention.fc_o(channel_attention(y, y, y, y.shape[2] ** -0.5))

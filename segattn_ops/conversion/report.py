@@ -1,0 +1,69 @@
+"""What a conversion did and did not do."""
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One block of the model.
+
+    Attributes:
+        name: its name in the model ("" for the model itself).
+        class_name: of the original.
+        action: "converted" ("would convert" in a dry run), "already" or "left".
+        kind: what it is now, for a converted block.
+        detail: how it was verified, or why it was left alone.
+    """
+
+    name: str
+    class_name: str
+    action: str
+    kind: str = ""
+    detail: str = ""
+
+
+@dataclass
+class ConversionReport:
+    """Result of :func:`segattn_ops.convert`.
+
+    Attributes:
+        model: the converted model: the one given, unless it is itself a block.
+        entries: one for every attention block that was found, in the model's order.
+        difference: largest difference between the model's outputs before and after, relative to the largest output;
+            None if no sample input was given.
+        dry_run: whether nothing was changed.
+    """
+
+    model: nn.Module
+    entries: list[Entry] = field(default_factory=list)
+    difference: float | None = None
+    dry_run: bool = False
+
+    @property
+    def converted(self) -> list[str]:
+        """Names of the blocks that were (or in a dry run would be) converted."""
+        return [e.name for e in self.entries if e.action in ("converted", "would convert")]
+
+    @property
+    def left(self) -> dict[str, str]:
+        """Names of the blocks that were left alone, and why."""
+        return {e.name: e.detail for e in self.entries if e.action == "left"}
+
+    @property
+    def already(self) -> list[str]:
+        """Names of the blocks that run on the fused ops already."""
+        return [e.name for e in self.entries if e.action == "already"]
+
+    def __str__(self) -> str:
+        if not self.entries:
+            return "no attention block was found"
+        lines = []
+        for e in self.entries:
+            kind = f" -> {e.kind}" if e.kind else ""
+            detail = f" ({e.detail})" if e.detail else ""
+            lines.append(f"{e.action:>13}  {e.name or 'the model itself'}: {e.class_name}{kind}{detail}")
+        if self.difference is not None:
+            lines.append(f"outputs on the sample input differ by {self.difference:.1e} of the largest")
+        return "\n".join(lines)
