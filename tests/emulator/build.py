@@ -50,7 +50,9 @@ ACCESSES_AS_WRITTEN = ("-fno-tree-sra", "-fno-tree-vectorize", "-fno-tree-slp-ve
 VARIANTS = {
     "plain": Variant(("-O2", CHECKS, "-fno-sanitize-recover=all")),
     "asan": Variant(
-        ("-O1", "-fsanitize=address", "-fno-omit-frame-pointer"), ("-fsanitize=address",), ("-fsanitize=address",)
+        ("-O1", CHECKS, "-fno-sanitize-recover=all", "-fsanitize=address", "-fsanitize-recover=address"),
+        ("-fsanitize=address", "-fsanitize-recover=address"),
+        ("-fsanitize=address",),
     ),
     "race": Variant(("-O2", "-fsanitize=thread", *ACCESSES_AS_WRITTEN), ("-DSEGATTN_EMULATOR_TRACE",)),
     "coverage": Variant(("-O0", "--coverage"), (), ("--coverage",)),

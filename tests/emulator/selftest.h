@@ -10,7 +10,7 @@ namespace segattn::selftest {
 struct Buffers {
   const float* in;
   float* out;
-  int size;  // elements of `in`; `out` is twice as large
+  int size;
 };
 
 struct Case {
@@ -18,7 +18,10 @@ struct Case {
   std::function<void(bool broken, const Buffers&)> run;
 };
 
-// Every kernel of selftest_kernels.cu.
+// The kernels with a fault and a corrected twin (selftest_kernels.cu).
 const std::vector<Case>& cases();
+
+// Single instructions (selftest_instructions.cu); `broken` says nothing to them.
+const std::vector<Case>& instructions();
 
 }  // namespace segattn::selftest

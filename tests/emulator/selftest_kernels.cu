@@ -276,6 +276,27 @@ __global__ void incomplete_output(const float* in, float* out, int size) {
   if (i < (kBroken ? size - 1 : size)) out[i] = in[i];
 }
 
+__device__ uint32_t pack(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// out (16 x 8) = a (16 x 16, row-major) b (16 x 8, row-major), a before b in `in`. Broken: two of a's registers swapped.
+template <bool kBroken>
+__global__ void lane_mapping(const float* in, float* out, int) {
+  const float *a = in, *b = in + 256;
+  const int g = int(threadIdx.x) / 4, t = int(threadIdx.x) % 4;
+  uint32_t fa[4], fb[2];
+  for (int i = 0; i < 4; ++i) {
+    const int row = g + (kBroken ? i / 2 : i % 2) * 8, column = 2 * t + (kBroken ? i % 2 : i / 2) * 8;
+    fa[i] = pack(a[row * 16 + column], a[row * 16 + column + 1]);
+  }
+  for (int i = 0; i < 2; ++i) fb[i] = pack(b[(2 * t + 8 * i) * 8 + g], b[(2 * t + 8 * i + 1) * 8 + g]);
+  float d[4] = {0, 0, 0, 0};
+  ptx::mma_m16n8k16<__half>(d, fa, fb);
+  for (int i = 0; i < 4; ++i) out[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = d[i];
+}
+
 template <class Kernel>
 void launch(Kernel kernel, const char* name, dim3 grid, dim3 block, size_t shared_bytes, const Buffers& b) {
   launch_kernel(kernel, name, grid, block, shared_bytes, nullptr, b.in, b.out, b.size);
@@ -314,6 +335,7 @@ const std::vector<Case>& cases() {
       SEGATTN_SELFTEST(misaligned_async, 1, 32, 128),
       SEGATTN_SELFTEST(misaligned_matrix, 1, 32, 16 * 32),
       SEGATTN_SELFTEST(async_bounds, 1, 32, 128),
+      SEGATTN_SELFTEST(lane_mapping, 1, 32, 0),
       SEGATTN_SELFTEST(register_bounds, 1, b.size, 0),
       SEGATTN_SELFTEST(incomplete_output, 1, b.size, 0),
   };

@@ -140,6 +140,7 @@ cudaError_t launch(const LaunchRequest& request) {
   const std::lock_guard lock(launch_mutex);
   if (const cudaError_t error = check(request); error != cudaSuccess) return record(error);
 
+  take_memory_error();  // of a launch that ended with another error
   const auto begin = std::chrono::steady_clock::now();
   counters = LaunchCounters{};
   counters.kernel = kernel_name(request);
@@ -167,6 +168,9 @@ cudaError_t launch(const LaunchRequest& request) {
     shared.poison();
     if constexpr (kTrace) trace::block_started(threads);
     run_block(seed() * 0x100000001b3u + index);
+    if (const std::string error = take_memory_error(); !error.empty()) {
+      throw std::runtime_error("emulator: bad memory access in kernel " + counters.kernel + "\n  " + error);
+    }
     if constexpr (kTrace) trace::block_finished();
   }
   if constexpr (kTrace) trace::launch_finished(counters);

@@ -261,16 +261,14 @@ void named_barrier(int id, int threads, bool wait, Site site) {
   }
   const uint16_t index = self().index;
   barrier.arrived.push_back(index);
+  if constexpr (kTrace) trace::barrier_arrived(id, index);
   if (wait) barrier.waiting.push_back(index);
   if (int(barrier.arrived.size()) < barrier.expected) {
     if (wait) suspend(Wait{operation, site, 0, id, threads});
     return;
   }
   ++counters.named_barriers;
-  if constexpr (kTrace) {
-    trace::threads_synchronized(barrier.arrived.data(), barrier.arrived.size(), barrier.waiting.data(),
-                                barrier.waiting.size());
-  }
+  if constexpr (kTrace) trace::barrier_released(id, barrier.waiting);
   for (const uint16_t waiting : barrier.waiting) {
     if (waiting != index) make_ready(waiting / kWarpSize, 1u << waiting % kWarpSize);
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <string>
 
 #include "../include/launch_emulated.h"
 #include "trace.h"
@@ -27,5 +28,8 @@ class SharedMemory {
   size_t static_bytes_ = 0;
   trace::Memory memory_;
 };
+
+// AddressSanitizer's first report since the last call, in a line; empty when all was well (and in other builds). Needs ASAN_OPTIONS=halt_on_error=0, otherwise AddressSanitizer ends the process itself.
+std::string take_memory_error();
 
 }  // namespace segattn::emulator

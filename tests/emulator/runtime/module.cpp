@@ -5,6 +5,7 @@
 #include "../include/emulator.h"
 #include "counters.h"
 #include "device.h"
+#include "places.h"
 #include "trace.h"
 
 namespace py = pybind11;
@@ -56,7 +57,7 @@ py::dict as_dict(const LaunchCounters& launch) {
     for (const auto& [place, counted] : launch.places) {
       py::dict entry = as_dict(counted);
       entry["kind"] = place.first;
-      entry["place"] = trace::describe_place(place.first, place.second);
+      entry["place"] = describe_place(place.second);
       places.append(entry);
     }
     result["memory"] = memory;
@@ -89,6 +90,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       },
       py::arg("architecture"), py::arg("multiprocessors") = 0,
       "Chooses the emulated architecture, 80 for sm_80. ValueError for one it does not know.");
+#if defined(SEGATTN_EMULATOR_TRACE)
+  m.def("set_race_checks", &trace::set_race_checks, py::arg("on"),
+        "Off: only counters, which need no shadow of all global memory.");
+#endif
   m.def("architecture", [] { return device().architecture; });
   m.def("multiprocessors", [] { return device().multiprocessors; });
 }

@@ -4,6 +4,10 @@
 #include <bit>
 #include <cstdint>
 
+#if defined(__BMI2__)
+#include <immintrin.h>
+#endif
+
 namespace segattn::emulator {
 
 class Random {
@@ -19,10 +23,15 @@ class Random {
     return uint32_t((state_ * 0x2545f4914f6cdd1du) >> 32);
   }
 
-  // One of the set bits of `mask`, which has at least one.
+  // One of the set bits of `mask`, which has at least one; each is as likely as the others.
   int bit_of(uint32_t mask) {
-    const int rotation = int(next() & 31);
-    return (std::countr_zero(std::rotr(mask, rotation)) + rotation) & 31;
+    uint32_t skip = uint32_t(uint64_t(next()) * uint32_t(std::popcount(mask)) >> 32);
+#if defined(__BMI2__)
+    return std::countr_zero(_pdep_u32(1u << skip, mask));
+#else
+    for (; skip > 0; --skip) mask &= mask - 1;
+    return std::countr_zero(mask);
+#endif
   }
 
  private:

@@ -3,9 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <string>
-
-#include "../include/vector_types.h"
+#include <vector>
 
 namespace segattn::emulator {
 
@@ -24,7 +22,7 @@ namespace segattn::emulator::trace {
 
 enum class Access : uint8_t { kRead, kWrite, kMatrixRead, kMatrixWrite, kAsyncRead, kAsyncWrite };
 
-// Memory of the launch: who asks is the scheduler, at the start of each launch and block.
+// The launch's memory.
 struct Memory {
   const char* dynamic_shared = nullptr;
   size_t dynamic_bytes = 0;
@@ -47,13 +45,14 @@ void access(Access kind, const void* address, size_t bytes, const void* place);
 // The data of an asynchronous copy arrive: a write that is not counted again.
 void landed(const void* address, size_t bytes, const void* place);
 
-// "position.cuh:120 (function)" for the place of an access of that kind.
-std::string describe_place(const std::string& kind, const void* place);
+// Off: only counters, which need no shadow of all global memory.
+void set_race_checks(bool on);
 
 // All threads of the block have met.
 void block_synchronized();
-// `waiting` threads know from now on all that `arrived` threads did before (waiting is part of arrived).
-void threads_synchronized(const uint16_t* arrived, size_t arrived_count, const uint16_t* waiting, size_t waiting_count);
+// Named barriers: a thread has come; all have, and those that wait go on.
+void barrier_arrived(int barrier, int thread);
+void barrier_released(int barrier, const std::vector<uint16_t>& waiting);
 void warp_synchronized(int warp, unsigned lanes);
 // The lanes have met, which orders no memory accesses but lines up their instruction streams.
 void warp_converged(int warp, unsigned lanes);

@@ -1,0 +1,54 @@
+// Turns AddressSanitizer's reports into errors of the launch.
+#include "memory.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+
+#include <sanitizer/asan_interface.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+
+#include "execution.h"
+#include "places.h"
+
+namespace segattn::emulator {
+namespace {
+
+std::string report;
+
+// Of the report's text, only where the address lies: "... is located 0 bytes to the right of 512-byte region ...".
+std::string location(const char* text) {
+  const char* found = std::strstr(text, "is located ");
+  if (found == nullptr) return "";
+  const char* end = std::strpbrk(found, "[\n");
+  return ", which " + (end != nullptr ? std::string(found, end) : std::string(found));
+}
+
+void remember(const char* text) {
+  if (current == nullptr) std::abort();  // host code: nobody would ask for the report
+  if (!report.empty()) return;
+  report = std::string(__asan_get_report_description()) + ": thread " + std::to_string(self().index) +
+           (__asan_get_report_access_type() != 0 ? " writes " : " reads ") +
+           std::to_string(__asan_get_report_access_size()) + " bytes at " +
+           describe_place(static_cast<char*>(__asan_get_report_pc()) + 1) + location(text);
+}
+
+const bool installed = [] {
+  __asan_set_error_report_callback(remember);
+  return true;
+}();
+
+}  // namespace
+
+std::string take_memory_error() { return std::exchange(report, {}); }
+
+}  // namespace segattn::emulator
+
+#else
+
+namespace segattn::emulator {
+std::string take_memory_error() { return {}; }
+}  // namespace segattn::emulator
+
+#endif

@@ -1,0 +1,137 @@
+#include "traffic.h"
+
+#include <algorithm>
+#include <bit>
+
+namespace segattn::emulator {
+namespace {
+
+constexpr int kSectorBytes = 32;
+constexpr int kBanks = 32;
+constexpr int kBankBytes = 4;
+
+bool is_global(Traffic kind) { return kind <= Traffic::kGlobalAsyncRead; }
+
+// Passes over the banks that these lanes' accesses take together: the most different words any bank has to deliver.
+template <class Instruction>
+int wavefronts(const Instruction& instruction, int first_lane, int lanes) {
+  uintptr_t words[kBanks][kWarpSize];
+  int count[kBanks] = {};
+  int most = 0;
+  for (int lane = first_lane; lane < first_lane + lanes; ++lane) {
+    if ((instruction.lanes >> lane & 1) == 0) continue;
+    const uintptr_t first = instruction.address[lane] / kBankBytes;
+    const uintptr_t last = (instruction.address[lane] + instruction.bytes[lane] - 1) / kBankBytes;
+    for (uintptr_t word = first; word <= last; ++word) {
+      const int bank = int(word % kBanks);
+      uintptr_t* end = words[bank] + count[bank];
+      if (std::find(words[bank], end, word) != end) continue;  // a word is delivered to any number of lanes at once
+      *end = word;
+      most = std::max(most, ++count[bank]);
+    }
+  }
+  return most;
+}
+
+template <class Instruction>
+int sectors(const Instruction& instruction) {
+  uintptr_t touched[2 * kWarpSize];
+  int count = 0;
+  bool ascending = true;
+  for (unsigned lanes = instruction.lanes; lanes != 0; lanes &= lanes - 1) {
+    const int lane = std::countr_zero(lanes);
+    const uintptr_t first = instruction.address[lane] / kSectorBytes;
+    const uintptr_t last = (instruction.address[lane] + instruction.bytes[lane] - 1) / kSectorBytes;
+    for (uintptr_t sector = first; sector <= last; ++sector) {
+      if (count > 0 && touched[count - 1] == sector) continue;
+      ascending &= count == 0 || touched[count - 1] < sector;
+      touched[count++] = sector;
+    }
+  }
+  if (ascending) return count;
+  std::sort(touched, touched + count);
+  return int(std::unique(touched, touched + count) - touched);
+}
+
+}  // namespace
+
+const char* name_of(Traffic kind) {
+  constexpr const char* kNames[kTrafficKinds] = {
+      "global_read",  "global_write",       "global_async_read",  "shared_read",
+      "shared_write", "shared_async_write", "shared_matrix_read", "shared_matrix_write"};
+  return kNames[int(kind)];
+}
+
+void TrafficCounter::start_launch() {
+  warps_.clear();
+  warps_.resize(1024 / kWarpSize);
+}
+
+TrafficCounter::Place& TrafficCounter::find(Warp& warp, Traffic kind, const void* place) {
+  const Key key{place, kind};
+  const size_t slot = (KeyHash()(key) >> 20) % std::size(warp.recent);
+  if (warp.recent_key[slot] == key && !warp.places.empty()) return warp.places[warp.recent[slot]];
+  const auto [found, is_new] = warp.index.try_emplace(key, uint32_t(warp.places.size()));
+  if (is_new) warp.places.push_back(Place{place, kind, {}, {}, {}});
+  warp.recent_key[slot] = key;
+  warp.recent[slot] = found->second;
+  return warp.places[found->second];
+}
+
+void TrafficCounter::access(Traffic kind, uintptr_t address, size_t bytes, int warp_index, int lane,
+                            const void* place) {
+  Warp& warp = warps_[warp_index];
+  Place& at = find(warp, kind, place);
+  const uint32_t occurrence = at.occurrences[lane]++;
+  if (occurrence >= at.pending.size()) {
+    if (at.pending.empty()) warp.active.push_back(uint32_t(&at - warp.places.data()));
+    at.pending.emplace_back();
+  }
+  Instruction& instruction = at.pending[occurrence];
+  instruction.lanes |= 1u << lane;
+  instruction.address[lane] = address;
+  instruction.bytes[lane] = uint8_t(bytes);
+}
+
+void TrafficCounter::flush(int warp_index) {
+  Warp& warp = warps_[warp_index];
+  for (const uint32_t index : warp.active) {
+    Place& place = warp.places[index];
+    for (const Instruction& instruction : place.pending) count(place.kind, instruction, place.total);
+    place.pending.clear();
+    std::fill(std::begin(place.occurrences), std::end(place.occurrences), 0u);
+  }
+  warp.active.clear();
+}
+
+void TrafficCounter::count(Traffic kind, const Instruction& instruction, InstructionCounters& total) {
+  int widest = 0;
+  ++total.instructions;
+  for (unsigned lanes = instruction.lanes; lanes != 0; lanes &= lanes - 1) {
+    const int bytes = instruction.bytes[std::countr_zero(lanes)];
+    total.bytes += bytes;
+    widest = std::max(widest, bytes);
+  }
+  if (is_global(kind)) {
+    total.sectors += sectors(instruction);
+    return;
+  }
+  // The hardware serves 128 bytes at a time: 32 lanes of up to 4 bytes, 16 of 8, 8 of 16.
+  const int lanes_at_once = widest <= 4 ? kWarpSize : widest <= 8 ? kWarpSize / 2 : kWarpSize / 4;
+  for (int lane = 0; lane < kWarpSize; lane += lanes_at_once) {
+    const int needed = wavefronts(instruction, lane, lanes_at_once);
+    total.wavefronts += needed;
+    total.ideal_wavefronts += needed > 0;
+  }
+}
+
+void TrafficCounter::add_to(LaunchCounters& counters) const {
+  for (const Warp& warp : warps_) {
+    for (const Place& place : warp.places) {
+      counters.memory[name_of(place.kind)].add(place.total);
+      counters.places[{name_of(place.kind), place.place}].add(place.total);
+    }
+  }
+}
+
+}  // namespace segattn::emulator
