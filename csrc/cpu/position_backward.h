@@ -7,6 +7,10 @@
 //   grad_value^T += P^T grad^T        A: the tile, strided, B: grad_output (transposed)
 //   grad_key^T   += dS^T query^T      A: the tile, strided, B: query (transposed)
 //   grad_query   += key dS^T          A: key (transposed),  B: the tile
+// The logsumexp is stored rounded: where it is large, exp(score - logsumexp) would be off by eps * logsumexp / 2, which
+// a nearly one-hot softmax shows (eager divides by the sum, so its error cancels). There the sum of the weights is
+// computed once more and its logarithm, a number near 0, is taken off too.
+//
 // position_schedule.h says which tiles a unit has and why the sums need no atomics.
 #pragma once
 
@@ -16,6 +20,7 @@
 #include "position_schedule.h"
 #include "../checks/position.h"
 
+#include <cmath>
 #include <limits>
 
 namespace segattn::cpu {
@@ -46,6 +51,9 @@ class PositionBackward {
   static constexpr std::int64_t kKeyUnit = 16;  // whole row panels and whole BFloat16Pairs
   // Samples are worked on together up to this many accumulators, to bound the memory for large batches.
   static constexpr std::int64_t kSumsLimit = std::int64_t{1} << 23;
+  // Largest logsumexp whose rounding is left alone: 16 eps of the accumulator. The rounding of weights to 16 bits is
+  // coarser than any.
+  static constexpr A kLargeLogsumexp = sizeof(T) == 2 ? std::numeric_limits<A>::infinity() : A(32);
 
  public:
   explicit PositionBackward(const PositionBackwardArguments<T>& arguments)
@@ -88,7 +96,7 @@ class PositionBackward {
     A *scores, *weight_grads;                                          // one column panel of a tile
     P *weights_rows, *score_grads_rows;                                // tile, row-major: strided A
     P *score_grads;                                                    // tile in panels: B
-    A *logsumexp, *delta;                                              // of one tile of queries
+    A *logsumexp, *correction, *delta;                                 // of one tile of queries
   };
 
   std::int64_t query_sums_size() const { return panels_size<P>(e_, n_); }
@@ -98,6 +106,8 @@ class PositionBackward {
     const PositionSchedule schedule(samples, n_, m_);
     const Buffer<A> delta(samples * n_);
     compute_delta(first_sample, samples, delta.data());
+    const Buffer<A> correction(samples * n_);
+    compute_correction(first_sample, samples, correction.data());
 
     const std::int64_t copies = samples * schedule.replicas;
     const Buffer<A> memory(samples * query_sums_size() + copies * key_sums_size());
@@ -106,7 +116,7 @@ class PositionBackward {
     parallel_units(schedule.units(), unit_scratch(), [&](std::int64_t index, Scratch& scratch) {
       const PositionSchedule::Unit unit = schedule.unit(index);
       if (!unit.idle) {
-        add_unit(schedule, unit, first_sample, delta.data(), sums, scratch);
+        add_unit(schedule, unit, first_sample, delta.data(), correction.data(), sums, scratch);
       }
       schedule.finish(unit);
     });
@@ -145,6 +155,53 @@ class PositionBackward {
     });
   }
 
+  // correction = log(sum over keys of exp(score - logsumexp)) where the logsumexp is large, else 0, (samples, N)
+  void compute_correction(std::int64_t first_sample, std::int64_t samples, A* correction) const {
+    const std::int64_t tiles = divide_up(n_, kQueryTile);
+    const std::size_t scratch_size = scratch_bytes<P>(packed_b_size<P>(kQueryTile, e_)) +
+                                     scratch_bytes<P>(packed_a_size<P>(kKeyTile, e_)) +
+                                     scratch_bytes<A>(kKeyTile * kQueryTile) + 2 * scratch_bytes<A>(kQueryTile);
+    parallel_units(samples * tiles, scratch_size, [&](std::int64_t unit, Scratch& scratch) {
+      const std::int64_t sample = first_sample + unit / tiles;
+      const std::int64_t first = unit % tiles * kQueryTile;
+      const std::int64_t count = std::min(kQueryTile, n_ - first);
+      const A* const logsumexp = arguments_.logsumexp + sample * n_ + first;
+      A* const target = correction + unit / tiles * n_ + first;
+      std::fill_n(target, count, A(0));
+      if (std::none_of(logsumexp, logsumexp + count, [](A value) { return std::abs(value) > kLargeLogsumexp; })) {
+        return;
+      }
+      P* const query = scratch.take<P>(packed_b_size<P>(kQueryTile, e_));
+      P* const key = scratch.take<P>(packed_a_size<P>(kKeyTile, e_));
+      A* const scores = scratch.take<A>(kKeyTile * kQueryTile);
+      A* const padded_logsumexp = scratch.take<A>(kQueryTile);
+      A* const sum = scratch.take<A>(kQueryTile);
+      std::fill_n(padded_logsumexp, kQueryTile, A(0));
+      std::copy_n(logsumexp, count, padded_logsumexp);
+      std::fill_n(sum, kQueryTile, A(0));
+      const std::int64_t columns = padded_columns<P>(count);
+      pack_b_from_steps<P>(query, arguments_.query + sample * e_ * n_ + first, n_, count, e_);
+      for (std::int64_t first_key = 0; first_key < m_; first_key += kKeyTile) {
+        const std::int64_t keys = std::min(kKeyTile, m_ - first_key);
+        pack_a_from_steps<P>(key, arguments_.key + sample * e_ * m_ + first_key, m_, keys, e_);
+        tile_gemm<P>(AOperand<P>::packed(key), query, COperand<A>::row_major(scores, columns), keys, count,
+                     k_steps<P>(e_), GemmMode::store);
+        for (std::int64_t row = 0; row < keys; ++row) {
+          for (std::int64_t i = 0; i < columns; i += kLane) {
+            const V score = load<V>(scores + row * columns + i);
+            store(sum + i, load<V>(sum + i) + exp(fma(score, broadcast<V>(arguments_.scale),
+                                                      -load<V>(padded_logsumexp + i))));
+          }
+        }
+      }
+      for (std::int64_t i = 0; i < count; ++i) {
+        if (std::isfinite(logsumexp[i])) {
+          target[i] = std::log(sum[i]);
+        }
+      }
+    });
+  }
+
   std::int64_t largest_key_group() const { return std::min(round_up(m_, kKeyUnit), PositionSchedule::kGroup + kKeyUnit); }
 
   std::size_t unit_scratch() const {
@@ -155,7 +212,7 @@ class PositionBackward {
            scratch_bytes<P>(packed_b_size<P>(kQueryTile, e_)) + scratch_bytes<P>(packed_b_size<P>(kQueryTile, c_)) +
            scratch_bytes<P>(packed_b_size<P>(e_, kQueryTile)) + scratch_bytes<P>(packed_b_size<P>(c_, kQueryTile)) +
            2 * scratch_bytes<A>(key_tile * panel_columns<P>) + 3 * scratch_bytes<P>(k_steps<P>(tile)) +
-           2 * scratch_bytes<A>(kQueryTile);
+           3 * scratch_bytes<A>(kQueryTile);
   }
 
   Operands take_operands(Scratch& scratch) const {
@@ -176,6 +233,7 @@ class PositionBackward {
     o.score_grads_rows = scratch.take<P>(k_steps<P>(tile));
     o.score_grads = scratch.take<P>(k_steps<P>(tile));
     o.logsumexp = scratch.take<A>(kQueryTile);
+    o.correction = scratch.take<A>(kQueryTile);
     o.delta = scratch.take<A>(kQueryTile);
     return o;
   }
@@ -198,7 +256,7 @@ class PositionBackward {
   }
 
   void add_unit(const PositionSchedule& schedule, const PositionSchedule::Unit& unit, std::int64_t first_sample,
-                const A* delta, const Sums& sums, Scratch& scratch) const {
+                const A* delta, const A* correction, const Sums& sums, Scratch& scratch) const {
     const std::int64_t sample = first_sample + unit.sample;
     const Range keys = keys_of(schedule, unit.key_group);
     const Range queries = queries_of(schedule, unit.query_group);
@@ -211,7 +269,12 @@ class PositionBackward {
     A* const value_sums = sums.value + copy * m_ * padded_columns<P>(c_);
     PositionSchedule::Started started = schedule.wait(unit);
     for_each_tile(queries, kLane, kQueryTile, [&](std::int64_t first_query, std::int64_t query_count) {
-      pack_queries(sample, first_query, query_count, delta + unit.sample * n_ + first_query, o);
+      pack_queries(sample, first_query, query_count, o);
+      const std::int64_t position = unit.sample * n_ + first_query;
+      std::fill_n(o.delta, padded_columns<P>(query_count), A(0));
+      std::fill_n(o.correction, padded_columns<P>(query_count), A(0));
+      std::copy_n(delta + position, query_count, o.delta);
+      std::copy_n(correction + position, query_count, o.correction);
       bool query_started = started.queries;
       for_each_tile(keys, kKeyUnit, kKeyTile, [&](std::int64_t first_key, std::int64_t key_count) {
         const std::int64_t offset = first_key - keys.begin;
@@ -242,8 +305,7 @@ class PositionBackward {
     });
   }
 
-  void pack_queries(std::int64_t sample, std::int64_t first, std::int64_t count, const A* delta,
-                    const Operands& o) const {
+  void pack_queries(std::int64_t sample, std::int64_t first, std::int64_t count, const Operands& o) const {
     const T* const query = arguments_.query + sample * e_ * n_ + first;
     const T* const grad = arguments_.grad_output + sample * c_ * n_ + first;
     pack_b_from_steps<P>(o.query, query, n_, count, e_);
@@ -252,9 +314,7 @@ class PositionBackward {
     pack_b_from_columns<P>(o.grad_transposed, grad, n_, c_, count);
     // exp(score - inf) = 0: the lanes of padding weigh nothing
     std::fill_n(o.logsumexp, padded_columns<P>(count), std::numeric_limits<A>::infinity());
-    std::fill_n(o.delta, padded_columns<P>(count), A(0));
     std::copy_n(arguments_.logsumexp + sample * n_ + first, count, o.logsumexp);
-    std::copy_n(delta, count, o.delta);
   }
 
   // Weights and score gradients of the keys from `offset` in the unit's group, in the layouts the products need.
@@ -271,7 +331,8 @@ class PositionBackward {
       for (std::int64_t row = 0; row < keys; ++row) {
         for (std::int64_t i = 0; i < width; i += kLane) {
           const std::int64_t at = row * width + i;
-          const V weight = exp(fma(load<V>(o.scores + at), scale, -load<V>(o.logsumexp + column + i)));
+          const V weight = exp(fma(load<V>(o.scores + at), scale, -load<V>(o.logsumexp + column + i)) -
+                               load<V>(o.correction + column + i));
           const V score_grad = weight * fma(load<V>(o.weight_grads + at), scale, -load<V>(o.delta + column + i));
           const std::int64_t row_at = row * columns + column + i;
           if constexpr (kIsPair<P>) {

@@ -127,6 +127,7 @@ struct MicroKernelArguments {
   using Accumulator = AccumulatorOf<P>;
   std::int64_t steps;
   const P* a;
+  const P* next_a;  // the row panel that comes next, fetched into the first-level cache meanwhile
   std::int64_t a_step, a_row;
   const P* b;  // [steps][vectors]
   Accumulator* c;
@@ -161,7 +162,16 @@ void micro_kernel(const MicroKernelArguments<P>& arguments) {
   const P* a = arguments.a;
   const P* b = arguments.b;
   const std::int64_t a_step = arguments.a_step;
+  const P* next_a = arguments.next_a;
   const std::int64_t a_row = arguments.a_row;
+  // The hardware does not fetch ahead across pages, and a panel of A fills one; C comes from the second-level cache.
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < vectors; ++v) {
+      __builtin_prefetch(arguments.c + r * arguments.c_row + v * lanes, 1);
+    }
+  }
   for (std::int64_t k = arguments.steps; k > 0; --k) {
     V b_vectors[vectors];
 #pragma GCC unroll 16
@@ -176,7 +186,9 @@ void micro_kernel(const MicroKernelArguments<P>& arguments) {
         multiply_add(sum[r][v], element, b_vectors[v]);
       }
     }
+    __builtin_prefetch(next_a);
     a += a_step;
+    next_a += rows;
     b += vectors * lanes;
   }
 #pragma GCC unroll 16
@@ -230,10 +242,12 @@ void tile_gemm(AOperand<P> a, const P* b, COperand<AccumulatorOf<P>> c, std::int
           arguments.a = a.data + row * steps + first_step * rows;
           arguments.a_step = rows;
           arguments.a_row = 1;
+          arguments.next_a = arguments.a + rows * steps;
         } else {
           arguments.a = a.data + row * a.row_stride + first_step * a.step_stride;
           arguments.a_step = a.step_stride;
           arguments.a_row = a.row_stride;
+          arguments.next_a = arguments.a + rows * a.row_stride;  // rows that lie one behind the other
         }
         arguments.c = c_panel + row * arguments.c_row;
         detail::kMicroKernels<P>[(rows - 1) * kColumnVectors<P> + width / lanes - 1](arguments);
