@@ -1,0 +1,224 @@
+"""The main job: attention on the features of a photograph, against the alternatives (``python -m benchmarks``)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from . import features, measure, picture, plots, report, rivals, workloads
+from .processes import CellFailed
+from .run import Options, Runner
+from .schedule import Schedule
+from .validate import WrongResult
+from .workloads import Workload, parse_size
+
+SIZES = "16x16,32x32,64x64,97x97,128x128,128x256"
+
+
+def _choices(name: str, allowed):
+    def parse(text: str) -> tuple[str, ...]:
+        chosen = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+        unknown = [part for part in chosen if part not in allowed]
+        if unknown or not chosen:
+            raise argparse.ArgumentTypeError(f"{name} must be from {', '.join(allowed)} (got {text!r})")
+        return chosen
+
+    return parse
+
+
+def _sizes(text: str) -> list[tuple[int, int]]:
+    try:
+        return sorted(
+            {parse_size(part) for part in text.split(",") if part}, key=lambda size: (size[0] * size[1], size)
+        )
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1 (got {text!r})")
+    return int(text)
+
+
+def _points(text: str) -> tuple[tuple[float, float], ...]:
+    try:
+        points = tuple(tuple(float(value) for value in pair.split(",")) for pair in text.split(";"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"points are y,x;y,x (got {text!r})") from error
+    if any(len(point) != 2 or not all(0 <= value <= 1 for value in point) for point in points):
+        raise argparse.ArgumentTypeError(f"points are y,x;y,x as fractions of the picture in [0, 1] (got {text!r})")
+    return points
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Runs the attention of DANet, CCNet and Non-local on the features of a photograph, fused "
+        "(segattn_ops) against eager PyTorch, scaled_dot_product_attention and torch.compile: time, peak memory, attention maps. "
+        "Writes report.json, report.md and pictures into the output folder.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.add_argument("--sizes", type=_sizes, default=SIZES, help="feature-map sizes HxW, comma-separated")
+    p.add_argument("--ops", type=_choices("ops", workloads.OPS), default=",".join(workloads.OPS), help="what to run")
+    p.add_argument(
+        "--rivals",
+        type=_choices("rivals", rivals.RIVALS),
+        default="fused,eager,sdpa,compile",
+        help="formulations; flex (FlexAttention) as well",
+    )
+    p.add_argument("--dtypes", type=_choices("dtypes", tuple(workloads.DTYPES)), default="float32", help="dtypes")
+    p.add_argument("--batch", type=_positive, default=1, help="batch size")
+    p.add_argument("--channels", type=_positive, default=512, help="channels C of the features")
+    p.add_argument("--key-channels", type=_positive, help="channels E of query and key; C // 8 if not given")
+    p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    p.add_argument("--threads", type=_positive, help="CPU threads; PyTorch's choice if not given")
+    p.add_argument(
+        "--budget",
+        type=float,
+        default=280.0,
+        help="seconds in all: rivals that would exceed them are left out, and said to be; 0 for no limit",
+    )
+    p.add_argument("--repeats", type=int, help="timed rounds of every workload; chosen by its duration if not given")
+    p.add_argument(
+        "--compile-from",
+        type=_positive,
+        default=4096,
+        help="positions from which torch.compile takes part (compiling takes seconds a size)",
+    )
+    p.add_argument(
+        "--photograph", default="coffee", help=f"{', '.join(features.PHOTOGRAPHS)}, or the path of an image file"
+    )
+    p.add_argument(
+        "--points", type=_points, help="two points y,x;y,x of the attention map, as fractions of the picture"
+    )
+    p.add_argument("--weights", help="ResNet-50 state dict (.pth, .safetensors); torch's cache or random if not given")
+    p.add_argument("--seed", type=int, default=0, help="of random weights and projections")
+    p.add_argument("--output", type=Path, default=Path("report"), help="folder of the report")
+    p.add_argument(
+        "--backend",
+        choices=("native", "reference"),
+        default="native",
+        help="of the fused ops; reference measures the plain PyTorch fallback",
+    )
+    return p
+
+
+def _refuse(arguments: argparse.Namespace) -> str | None:
+    """Why the run cannot start, or None."""
+    import segattn_ops
+
+    try:
+        device = torch.device(arguments.device)
+    except RuntimeError:
+        return f"--device must be cpu, cuda or cuda:N (got {arguments.device!r})"
+    if device.type not in ("cpu", "cuda"):
+        return f"--device must be cpu, cuda or cuda:N (got {arguments.device!r})"
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        return f"--device {arguments.device}: torch sees {torch.cuda.device_count()} CUDA devices"
+    if arguments.backend == "native" and "fused" in arguments.rivals:
+        libraries = segattn_ops._backend.LIBRARIES
+        if not libraries.serves(device.type):
+            return (
+                f"there are no native kernels for {device.type}: {libraries.why_not(device.type)}. "
+                "Build them, or measure the plain fallback with --backend reference."
+            )
+    return None
+
+
+def workloads_of(arguments: argparse.Namespace) -> list[Workload]:
+    """Sizes from small to large, all ops at each, so that a cell's time is predicted from a smaller one."""
+    key_channels = arguments.key_channels or max(arguments.channels // 8, 1)
+    return [
+        Workload(op, height, width, dtype, arguments.batch, arguments.channels, key_channels)
+        for height, width in arguments.sizes
+        for dtype in arguments.dtypes
+        for op in arguments.ops
+    ]
+
+
+def _command(argv: list[str]) -> str:
+    return " ".join(["python -m benchmarks", *argv])
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parser().parse_args(argv)
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console()
+    reason = _refuse(arguments)
+    if reason:
+        console.print(f"benchmarks: {reason}", style="red", highlight=False)
+        return 2
+    schedule = Schedule(arguments.budget or None)
+    threads = arguments.threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
+    planned = workloads_of(arguments)
+    options = Options(
+        tuple(name for name in rivals.RIVALS if name in arguments.rivals),
+        arguments.device,
+        threads,
+        arguments.backend,
+        arguments.compile_from,
+        arguments.repeats,
+    )
+    cells = sum(len(rivals.applicable(options.rivals, workload)) for workload in planned)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    bar = Progress(
+        TextColumn("{task.description:<58}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    )
+    try:
+        with bar:
+            task = bar.add_task("features of the photograph", total=cells)
+            extractor = features.Extractor(arguments.channels, arguments.weights, arguments.seed)
+            photograph = features.load_photograph(arguments.photograph)
+            source = features.FeatureSource(photograph, arguments.sizes, extractor, arguments.seed)
+            described = f"{arguments.photograph}, dilated ResNet-50 with {extractor.description}"
+            del extractor.backbone
+
+            def on_cell(label: str, done: bool) -> None:
+                bar.update(task, advance=int(done), description=label)
+
+            records = Runner(options, schedule, on_cell).run(planned, source)
+            bar.update(task, description="drawing")
+            pictures = _draw(records, source, arguments, extractor.description)
+    except (WrongResult, CellFailed, ValueError) as error:
+        console.print(f"benchmarks: {error}", style="red", highlight=False)
+        return 1
+    result = report.build(
+        _command(argv),
+        arguments.device,
+        threads,
+        records,
+        features=described,
+        seconds=round(schedule.elapsed, 1),
+        pictures=[path.name for path in pictures],
+        memory_measured=arguments.device != "cpu" or measure.host_memory_is_measurable(),
+    )
+    report.write_json(result, arguments.output / "report.json")
+    (arguments.output / "report.md").write_text(report.markdown(result))
+    report.print_tables(result, console)
+    written = ", ".join(["report.json", "report.md", *result["pictures"]])
+    console.print(f"{schedule.elapsed:.0f} s; {arguments.output}/: {written}", highlight=False)
+    return 0
+
+
+def _draw(
+    records: list[dict], source: features.FeatureSource, arguments: argparse.Namespace, weights: str
+) -> list[Path]:
+    folder = arguments.output
+    paths = [plots.draw_time(records, folder / "time.png"), plots.draw_memory(records, folder / "memory.png")]
+    size = min((source.height, source.width), (97, round(97 * source.width / source.height)))
+    points = arguments.points or picture.POINTS.get(arguments.photograph, ((0.5, 0.5), (0.2, 0.2)))
+    key_channels = arguments.key_channels or max(arguments.channels // 8, 1)
+    paths.append(picture.draw(source, size, points, folder / "attention.png", weights, key_channels))
+    return [path for path in paths if path]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

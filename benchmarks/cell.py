@@ -1,0 +1,156 @@
+"""One formulation of one workload: prepared, checked, its memory measured, and then timed as often as asked.
+
+A cell lives in a process of its own on the host (see processes.py), so that its peak is its own; on a device it may
+live in the caller's process, where the device's allocator keeps separate account.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import statistics
+import time
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from . import measure, rivals, validate
+from .workloads import DTYPES, Workload
+
+WARMUP_SIZE = 16
+BURST_SECONDS = 0.1
+BURST_CALLS = 50
+
+
+@dataclass(frozen=True)
+class CellSpec:
+    """Everything a cell needs to know; ``inputs`` is a file written by :func:`save_inputs`."""
+
+    workload: Workload
+    rival: str
+    inputs: str
+    device: str = "cpu"
+    threads: int = 0
+    backend: str = "native"
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def save_inputs(path: str, workload: Workload, leaves: dict, grad_output: torch.Tensor, seed: int = 0) -> None:
+    """Writes the operands and the float64 values that every rival's results are compared with."""
+    reference = validate.expected(workload, leaves, grad_output, seed)
+    torch.save({"leaves": leaves, "grad_output": grad_output, "reference": reference}, path)
+
+
+class Cell:
+    """Holds a formulation and its operands. Forward is timed without recording for autograd, as in inference."""
+
+    def __init__(self, spec: CellSpec):
+        self.spec, self.workload = spec, spec.workload
+        self.device = torch.device(spec.device)
+        if spec.threads:
+            torch.set_num_threads(spec.threads)
+        stored = torch.load(spec.inputs, map_location=self.device, weights_only=True)
+        self.leaves = {name: leaf.requires_grad_() for name, leaf in stored["leaves"].items()}
+        self.grad_output = stored["grad_output"]
+        self.reference = stored["reference"]
+        self.function = rivals.formulation(spec.rival, self.workload.op)
+        self.on_device = self.device.type == "cuda"
+        self.time = measure.DeviceTimer(self.device) if self.on_device else measure.time_host
+
+    def forward(self):
+        with torch.no_grad():
+            return self.function(*self.leaves.values())
+
+    def forward_backward(self):
+        leaves = tuple(self.leaves.values())
+        output = self.function(*leaves)
+        return output, torch.autograd.grad(output, leaves, self.grad_output)
+
+    def warm_up(self) -> float:
+        """Runs what only a first call runs; seconds it took. A compiler needs the real size, the others a small one."""
+        start = time.perf_counter()
+        if rivals.uses_compiler(self.spec.rival):
+            self.forward()
+            self.forward_backward()
+        else:
+            small = replace(
+                self.workload,
+                height=min(WARMUP_SIZE, self.workload.height),
+                width=min(WARMUP_SIZE, self.workload.width),
+            )
+            dtype = DTYPES[small.dtype]
+            leaves = [
+                torch.randn(shape, dtype=dtype, device=self.device, requires_grad=True)
+                for shape in small.leaves().values()
+            ]
+            grad_output = torch.randn(small.output_shape(), dtype=dtype, device=self.device)
+            torch.autograd.grad(self.function(*leaves), leaves, grad_output)
+        return time.perf_counter() - start
+
+    def first_pass(self) -> dict:
+        """One forward + backward: its peak memory beyond output and gradients, its time, its results' errors."""
+        leaves = tuple(self.leaves.values())
+        meter = self._memory_meter()
+        start = time.perf_counter()
+        output = self.function(*leaves)
+        self._synchronize()
+        forward_seconds = time.perf_counter() - start
+        forward_peak = meter.peak() if meter else None
+        gradients = torch.autograd.grad(output, leaves, self.grad_output)
+        self._synchronize()
+        seconds = time.perf_counter() - start
+        peak = meter.peak() if meter else None
+        output = output.detach()  # lets go of what was saved for the backward
+        output_bytes = output.numel() * output.element_size()
+        gradient_bytes = sum(gradient.numel() * gradient.element_size() for gradient in gradients)
+        found = validate.errors(self.workload, self.leaves, self.grad_output, self.reference, output, gradients)
+        memory = None
+        if meter:
+            memory = {
+                "forward": max(forward_peak - output_bytes, 0),
+                "forward_backward": max(peak - output_bytes - gradient_bytes, 0),
+            }
+        return {"errors": found, "memory": memory, "forward": forward_seconds, "forward_backward": seconds}
+
+    def timed_pass(self, kind: str) -> float:
+        """Seconds of one ``"forward"`` or ``"forward_backward"``.
+
+        A short one is called until :data:`BURST_SECONDS` have passed and the median taken, the first call left out:
+        the caches were another cell's before it.
+        """
+        run = self.forward if kind == "forward" else self.forward_backward
+        gc.collect()
+        gc.disable()
+        try:
+            first = self.time(run)
+            if first > BURST_SECONDS:
+                return first
+            seconds, end = [], time.perf_counter() + BURST_SECONDS
+            while not seconds or (time.perf_counter() < end and len(seconds) < BURST_CALLS):
+                seconds.append(self.time(run))
+            return statistics.median(seconds)
+        finally:
+            gc.enable()
+
+    def _memory_meter(self):
+        if self.on_device:
+            return measure.DeviceMemory(self.device)
+        if not measure.host_memory_is_measurable():
+            return None
+        measure.populate_code()
+        return measure.HostMemory()
+
+    def _synchronize(self) -> None:
+        if self.on_device:
+            torch.cuda.synchronize(self.device)
+
+
+def backend(spec: CellSpec):
+    """The context in which the fused ops run on the backend that was asked for."""
+    if spec.backend == "native" or spec.rival != "fused":
+        return contextlib.nullcontext()
+    from segattn_ops import use_backend
+
+    return use_backend(spec.backend)

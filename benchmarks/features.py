@@ -1,0 +1,193 @@
+"""Real features to run attention on: a photograph that a package ships, through a dilated ResNet-50.
+
+The backbone is torchvision's ResNet-50 at output stride 8 (``replace_stride_with_dilation``), as in DANet and CCNet,
+and the 3 x 3 convolution to 512 channels that stands before the attention in their heads. Trained weights are used when
+they are given or already in torch's cache; nothing is downloaded. Without them the weights are random from a seed, and
+batch normalisation uses the photograph's own statistics, so that features keep a realistic scale.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .workloads import DTYPES, Workload
+
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")  # inside scikit-image's wheel
+STRIDE = 8
+CHANNELS = 2048
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def load_photograph(name: str) -> np.ndarray:
+    """(H, W, 3) uint8: one of :data:`PHOTOGRAPHS` (read from the installed package), or the path of an image file."""
+    if name in PHOTOGRAPHS:
+        import skimage.data
+
+        return np.asarray(getattr(skimage.data, name)())
+    path = Path(name)
+    if not path.is_file():
+        raise ValueError(f"photograph must be one of {', '.join(PHOTOGRAPHS)} or the path of a file (got {name!r})")
+    from PIL import Image
+
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def fit(photograph: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The largest centred part of the photograph with this aspect ratio, resized to (height, width, 3) uint8."""
+    from PIL import Image
+
+    rows, columns = photograph.shape[:2]
+    ratio = min(rows / height, columns / width)
+    part_rows, part_columns = max(round(height * ratio), 1), max(round(width * ratio), 1)
+    top, left = (rows - part_rows) // 2, (columns - part_columns) // 2
+    part = Image.fromarray(photograph[top : top + part_rows, left : left + part_columns])
+    return np.asarray(part.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def cached_weights() -> Path | None:
+    """Trained ResNet-50 weights already in torch's cache, or None. Downloads nothing."""
+    from torchvision.models import ResNet50_Weights
+
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    for weights in (ResNet50_Weights.IMAGENET1K_V2, ResNet50_Weights.IMAGENET1K_V1):
+        path = folder / Path(weights.url).name
+        if path.is_file():
+            return path
+    return None
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        state = load_file(path)
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    state = state.get("state_dict", state)
+    return {name.removeprefix("module.").removeprefix("backbone."): tensor for name, tensor in state.items()}
+
+
+class Extractor(nn.Module):
+    """Photograph -> (1, channels, H, W) features at an eighth of its size.
+
+    Args:
+        channels: C of the feature map.
+        weights: a ResNet-50 state dict (.pth or .safetensors) in torchvision's names; None for torch's cache, or, if
+            there is none, random weights.
+        seed: of the random weights.
+
+    Raises:
+        ValueError: for weights that lack a convolution of the backbone.
+    """
+
+    def __init__(self, channels: int = 512, weights: str | Path | None = None, seed: int = 0):
+        super().__init__()
+        from torchvision.models import resnet50
+
+        path = Path(weights) if weights else cached_weights()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = resnet50(weights=None, replace_stride_with_dilation=[False, True, True])
+            self.head = nn.Sequential(
+                nn.Conv2d(CHANNELS, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
+            )
+        if path:
+            missing, _ = network.load_state_dict(_read_weights(path), strict=False)
+            missing = [name for name in missing if not name.startswith("fc.")]
+            if missing:
+                raise ValueError(f"{path.name} is not a ResNet-50: it lacks {missing[0]} and {len(missing) - 1} more")
+        self.backbone = nn.Sequential(*list(network.children())[:-2])
+        self.trained = path is not None
+        self.description = f"trained weights ({path.name})" if path else f"random weights (seed {seed}), untrained"
+
+    @torch.inference_mode()
+    def forward(self, photograph: np.ndarray) -> Tensor:
+        """(H, W, 3) uint8 -> (1, channels, ceil(H / 8), ceil(W / 8)) float32."""
+        image = torch.tensor(photograph).permute(2, 0, 1).float().div_(255).unsqueeze(0)
+        image = (image - torch.tensor(_MEAN).view(1, 3, 1, 1)) / torch.tensor(_STD).view(1, 3, 1, 1)
+        image = image.contiguous(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)
+        self.backbone.train(not self.trained)
+        self.head.train()  # the head is never trained: it always takes the photograph's statistics
+        return self.head(self.backbone(image)).contiguous()
+
+
+class FeatureSource:
+    """Features for any size up to the largest, all cut from one pass over one photograph.
+
+    Args:
+        photograph: (H, W, 3) uint8.
+        sizes: feature-map sizes (height, width) that will be asked for.
+    """
+
+    def __init__(self, photograph: np.ndarray, sizes: list[tuple[int, int]], extractor: Extractor, seed: int = 0):
+        self.height, self.width = (max(size[axis] for size in sizes) for axis in (0, 1))
+        self.photograph = fit(photograph, self.height * STRIDE, self.width * STRIDE)
+        self.features = extractor(self.photograph).clone()  # out of inference mode
+        self.seed = seed
+
+    def _window(self, height: int, width: int) -> tuple[int, int]:
+        if height > self.height or width > self.width:
+            raise ValueError(f"features go up to {self.height}x{self.width} (asked for {height}x{width})")
+        return (self.height - height) // 2, (self.width - width) // 2
+
+    def window(self, height: int, width: int) -> Tensor:
+        """(1, C, height, width): the middle of the features."""
+        top, left = self._window(height, width)
+        return self.features[:, :, top : top + height, left : left + width].contiguous()
+
+    def picture(self, height: int, width: int) -> np.ndarray:
+        """The part of the photograph that :meth:`window` sees, (8 height, 8 width, 3)."""
+        top, left = (STRIDE * offset for offset in self._window(height, width))
+        return self.photograph[top : top + STRIDE * height, left : left + STRIDE * width]
+
+    def leaves(self, workload: Workload) -> dict[str, Tensor]:
+        """The workload's operands: the features, or their seeded 1 x 1 projections, in its dtype.
+
+        The samples of a batch are the features shifted along the width, so that no two are equal.
+        """
+        x = self.window(workload.height, workload.width)
+        if x.shape[1] != workload.channels:
+            raise ValueError(f"features have {x.shape[1]} channels, the workload {workload.channels}")
+        if workload.batch > 1:
+            shifts = [int(i * workload.width / workload.batch) for i in range(workload.batch)]
+            x = torch.cat([x.roll(shift, dims=3) for shift in shifts])
+        return operands(workload, x, self.seed)
+
+
+def projections(workload: Workload, seed: int) -> dict[str, nn.Conv2d]:
+    """The block's query, key and value convolutions with PyTorch's default initialisation, from a seed."""
+    inner, outer = workload.widths
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return {
+            name: nn.Conv2d(workload.channels, width, 1)
+            for name, width in (("query", inner), ("key", inner), ("value", outer))
+        }
+
+
+@torch.no_grad()
+def operands(workload: Workload, x: Tensor, seed: int = 0) -> dict[str, Tensor]:
+    """The workload's leaves made from features x (B, C, H, W)."""
+    dtype = DTYPES[workload.dtype]
+    if workload.op == "channel":
+        return {"input": x.to(dtype)}
+    convolutions = projections(workload, seed)
+    if workload.op == "rcca":
+        leaves = {"input": x}
+        for name, convolution in convolutions.items():
+            leaves |= {f"{name}_weight": convolution.weight, f"{name}_bias": convolution.bias}
+        leaves["gamma"] = torch.full((1,), 0.5)
+        return {name: leaf.detach().to(dtype) for name, leaf in leaves.items()}
+    return {name: F.conv2d(x, c.weight, c.bias).to(dtype) for name, c in convolutions.items()}
+
+
+def grad_output(workload: Workload, seed: int = 1) -> Tensor:
+    """A standard normal gradient of the output, the same for every rival."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(workload.output_shape(), generator=generator).to(DTYPES[workload.dtype])

@@ -1,0 +1,162 @@
+"""Time and memory: how a figure is taken, on the host and on a device.
+
+Memory on the host is the kernel's own account. ``VmHWM`` of /proc/self/status is the peak of the resident set and
+``/proc/self/clear_refs`` resets it, so the peak over one call less the resident set before it is exact to the page,
+whatever library allocated: torch, BLAS, or a kernel's own scratch. Three things would blur it and are removed by
+the caller: memory that glibc keeps after a free (blocks from 64 KiB on are made mappings of their own, which are
+returned at once, and the heap is trimmed), code pages first touched during the call (the libraries' are populated),
+and whatever the first call of an op sets up (it is warmed up at a small size).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+MIB = 2**20
+_MADV_POPULATE_READ = 22
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_CODE = ("libtorch_cpu", "libtorch_python", "libc10.", "libgomp", "libiomp", "libmkl", "libopenblas", "libm.", "libc.")
+
+
+def available_bytes(device: str = "cpu") -> int:
+    """Memory that can still be taken without swapping: MemAvailable, or what the device's allocator could get."""
+    if torch.device(device).type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def host_memory_is_measurable() -> bool:
+    return Path("/proc/self/clear_refs").exists() and os.access("/proc/self/clear_refs", os.W_OK)
+
+
+def return_freed_memory_at_once() -> None:
+    """Tells glibc to give every freed block of 64 KiB or more back to the system (for the life of the process)."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, 65536)
+        libc.mallopt(_M_TRIM_THRESHOLD, 0)
+
+
+def populate_code() -> None:
+    """Maps the pages of the computing libraries now, so that running code for the first time takes no memory later."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        fields = line.split(maxsplit=5)
+        if len(fields) < 6 or "r" not in fields[1]:
+            continue
+        name = os.path.basename(fields[5])
+        if name.startswith(_CODE) or "segattn_ops" in fields[5]:
+            start, end = (int(address, 16) for address in fields[0].split("-"))
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_POPULATE_READ)
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def _trim() -> None:
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+class HostMemory:
+    """Peak of the resident set of this process above where it started. See the module's docstring."""
+
+    def __init__(self):
+        _trim()
+        Path("/proc/self/clear_refs").write_text("5")
+        self.before = _status_bytes("VmRSS")
+
+    def peak(self) -> int:
+        """Bytes of the highest point since the start."""
+        return max(_status_bytes("VmHWM") - self.before, 0)
+
+
+class DeviceMemory:
+    """Peak of what torch's caching allocator handed out, above where it started."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        gc.collect()
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        self.before = torch.cuda.memory_allocated(device)
+
+    def peak(self) -> int:
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.max_memory_allocated(self.device) - self.before
+
+
+def time_host(run: Callable[[], object]) -> float:
+    """Seconds of one call, results released after the clock stopped."""
+    start = time.perf_counter()
+    result = run()
+    seconds = time.perf_counter() - start
+    del result
+    return seconds
+
+
+class DeviceTimer:
+    """Seconds of one call between two device events, the L2 cache flushed before it.
+
+    The flush writes a buffer of twice the L2's size; it is queued before the first event, so it is not in the time,
+    and while it runs the host gets ahead, so that launch overhead shows only where the device really waits for it.
+    """
+
+    def __init__(self, device: torch.device):
+        properties = torch.cuda.get_device_properties(device)
+        l2 = getattr(properties, "L2_cache_size", 0) or 64 * MIB
+        self.flush = torch.empty(max(2 * l2, 256 * MIB) // 4, dtype=torch.int32, device=device)
+        self.device = device
+
+    def __call__(self, run: Callable[[], object]) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self.flush.zero_()
+        start.record()
+        result = run()
+        end.record()
+        torch.cuda.synchronize(self.device)
+        del result
+        return start.elapsed_time(end) / 1e3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Repeats of one figure, in seconds."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """(max - min) / median: differences below it are noise."""
+        return (max(self.seconds) - min(self.seconds)) / self.median if self.median else 0.0
+
+    def as_dict(self) -> dict:
+        return {"median": self.median, "spread": self.spread, "seconds": list(self.seconds)}

@@ -1,0 +1,279 @@
+"""What a run leaves behind: JSON with every raw figure, Markdown, and tables in the terminal."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+from . import rivals, validate, workloads
+
+MIB = 2**20
+NOTES = """\
+Milliseconds are medians of interleaved repeats within one run; *forward* runs without recording for autograd, *forward
++ backward* takes the gradients of all inputs. GFLOP/s counts the definition's FLOPs over forward + backward, the same
+for every rival. *Extra memory* is the peak of a process of its own over forward + backward, less inputs, output and
+gradients. *error* is the largest relative L2 error of output and gradients against float64. In brackets: the rival's
+figure over that of segattn_ops at the same size."""
+
+
+def machine(device: str, threads: int) -> dict:
+    """What the figures were measured on."""
+    info = {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_bytes": _total_memory(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": threads,
+        "device": device,
+    }
+    if torch.device(device).type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        info |= {
+            "gpu": properties.name,
+            "gpu_capability": f"{properties.major}.{properties.minor}",
+            "gpu_memory_bytes": properties.total_memory,
+            "cuda": torch.version.cuda,
+        }
+    return info
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _total_memory() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return 0
+
+
+def commit() -> str | None:
+    """The tree's commit, with "+" when the working copy differs from it; None outside a git checkout."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True, check=True
+        )
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def build(command: str, device: str, threads: int, records: list[dict], **extra) -> dict:
+    """The report as one dictionary, as it is written to report.json."""
+    import segattn_ops
+
+    return {
+        "schema": 1,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        "commit": commit(),
+        "segattn_ops": segattn_ops.build_config(),
+        "machine": machine(device, threads),
+        **extra,
+        "cells": records,
+    }
+
+
+def write_json(report: dict, path: Path) -> None:
+    """Atomically, so that an interrupted run never leaves half a file."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(report, indent=1, default=str) + "\n")
+    part.replace(path)
+
+
+def groups(records: list[dict]) -> dict[tuple, list[dict]]:
+    """Records by (op, dtype, batch), in the order met."""
+    found: dict[tuple, list[dict]] = {}
+    for entry in records:
+        found.setdefault((entry["op"], entry["dtype"], entry["batch"]), []).append(entry)
+    return found
+
+
+def size_of(entry: dict) -> str:
+    return f"{entry['height']}x{entry['width']}"
+
+
+def title(op: str, dtype: str, batch: int) -> str:
+    return f"{workloads.TITLES[op]}, {dtype}" + (f", batch {batch}" if batch > 1 else "")
+
+
+COLUMNS = ("size", "N", "", "forward ms", "forward + backward ms", "GFLOP/s", "extra memory MiB", "error")
+
+
+def rows(records: list[dict]) -> list[list[str]]:
+    """Table rows of one group, one a measured cell, see :data:`COLUMNS`."""
+    fused = {size_of(e): e for e in records if e["rival"] == "fused" and e["status"] == "measured"}
+    table = []
+    for entry in records:
+        if entry["status"] != "measured":
+            continue
+        size = size_of(entry)
+        ours = fused.get(size) if entry["rival"] != "fused" else None
+        row = [size, str(entry["positions"]), rivals.TITLES[entry["rival"]]]
+        for kind in ("forward", "forward_backward"):
+            seconds = entry[kind]["median"]
+            row.append(_milliseconds(seconds) + (f" ({_ratio(seconds, ours[kind]['median'])}x)" if ours else ""))
+        row.append(f"{entry['flop']['forward_backward'] / entry['forward_backward']['median'] / 1e9:.0f}")
+        row.append(_memory(entry, ours))
+        row.append(f"{validate.worst(entry['errors']):.0e}")
+        table.append(row)
+    return table
+
+
+def _memory(entry: dict, ours: dict | None) -> str:
+    if not entry["memory"]:
+        return "not measured"
+    theirs = entry["memory"]["forward_backward"]
+    mine = ours["memory"]["forward_backward"] if ours and ours["memory"] else 0
+    return f"{theirs / MIB:.1f}" + (f" ({_ratio(theirs, mine)}x)" if mine >= MIB else "")
+
+
+def remarks(records: list[dict]) -> list[str]:
+    """A line for every cell that did not run, with the reason, and for every figure that needs a word."""
+    lines = []
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for entry in records:
+        name = rivals.TITLES[entry["rival"]]
+        if entry["status"] != "measured":
+            reasons.setdefault((name, entry["reason"] or entry["status"]), []).append(size_of(entry))
+        if entry.get("note"):
+            lines.append(f"{size_of(entry)} {name}: {entry['note']}")
+    lines = [f"{', '.join(sizes)} {name}: not run, {reason}" for (name, reason), sizes in reasons.items()] + lines
+    once = dict.fromkeys(size_of(e) for e in records if e["status"] == "measured" and e.get("rounds") == 0)
+    if once:
+        lines.append(f"{', '.join(once)}: one pass each, not repeated")
+    return lines
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.3g}"
+
+
+def _ratio(theirs: float, ours: float) -> str:
+    return f"{theirs / ours:.2f}" if theirs < 9.995 * ours else f"{theirs / ours:.0f}"
+
+
+def _rivals_in(records: list[dict]) -> list[str]:
+    return [name for name in rivals.RIVALS if name != "fused" and any(e["rival"] == name for e in records)]
+
+
+def summary_columns(records: list[dict]) -> list[str]:
+    ratios = [f"x {rivals.TITLES[name]}" for name in _rivals_in(records)]
+    return ["op", "size", "forward ms", *ratios, "forward + backward ms", *ratios, "extra memory MiB", "x eager"]
+
+
+def summary(records: list[dict]) -> list[list[str]]:
+    """One line for each op and dtype: the largest of the sizes at which most rivals ran."""
+    lines = []
+    for (op, dtype, batch), entries in groups(records).items():
+        measured: dict[str, dict[str, dict]] = {}
+        for entry in entries:
+            if entry["status"] == "measured":
+                measured.setdefault(size_of(entry), {})[entry["rival"]] = entry
+        candidates = [
+            (len(cells), cells["fused"]["positions"], size) for size, cells in measured.items() if "fused" in cells
+        ]
+        if not candidates:
+            continue
+        size = max(candidates)[2]
+        others = dict(measured[size])
+        ours = others.pop("fused")
+        line = [f"{op} {dtype}" + (f" B={batch}" if batch > 1 else ""), size]
+        for kind in ("forward", "forward_backward"):
+            mine = ours[kind]["median"]
+            line.append(_milliseconds(mine))
+            line += [_ratio(others[n][kind]["median"], mine) if n in others else "-" for n in _rivals_in(records)]
+        memory, theirs = ours["memory"], others.get("eager", {}).get("memory")
+        line.append(f"{memory['forward_backward'] / MIB:.1f}" if memory else "-")
+        usable = memory and theirs and memory["forward_backward"] >= MIB
+        line.append(_ratio(theirs["forward_backward"], memory["forward_backward"]) if usable else "-")
+        lines.append(line)
+    return lines
+
+
+def markdown_table(columns: list[str] | tuple[str, ...], table: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in table])
+
+
+def where(report: dict) -> str:
+    """The machine in a line."""
+    facts = report["machine"]
+    place = f"{facts['processor']}, {facts['threads']} threads, {facts['memory_bytes'] / 2**30:.0f} GiB"
+    if "gpu" in facts:
+        place = f"{facts['gpu']}, CUDA {facts['cuda']}"
+    return f"{place}; torch {facts['torch']}, Python {facts['python']}"
+
+
+def markdown(report: dict) -> str:
+    """The report as Markdown; pictures are referred to by file name."""
+    records = report["cells"]
+    parts = [
+        "# segattn_ops against the alternatives",
+        f"`{report['command']}`, {report['date']}, commit {report['commit'] or 'unknown'}, {where(report)}.",
+    ]
+    if report.get("features"):
+        parts.append(f"Features: {report['features']}.")
+    parts += [NOTES, "## In short", markdown_table(summary_columns(records), summary(records))]
+    parts += [f"![{Path(name).stem}]({name})" for name in report.get("pictures", [])]
+    for key, entries in groups(records).items():
+        parts += [f"## {title(*key)}", markdown_table(COLUMNS, rows(entries))]
+        if remarks(entries):
+            parts.append("\n".join(f"- {line}" for line in remarks(entries)))
+    return "\n\n".join(parts) + "\n"
+
+
+def print_tables(report: dict, console) -> None:
+    """The tables in the terminal: one for each op and dtype, then the summary."""
+    from rich import box
+    from rich.table import Table
+
+    records = report["cells"]
+    style = {"title_justify": "left", "title_style": "bold", "header_style": "bold", "box": box.SIMPLE_HEAD}
+    for key, entries in groups(records).items():
+        table = Table(title=title(*key), pad_edge=False, **style)
+        for index, column in enumerate(COLUMNS):
+            table.add_column(
+                column.replace(" ms", "\nms").replace(" MiB", "\nMiB"), justify="left" if index in (0, 2) else "right"
+            )
+        last = None
+        for row in rows(entries):
+            if last is not None and last != row[0]:
+                table.add_section()
+            shown = ["", "", *row[2:]] if row[0] == last else row
+            last = row[0]
+            table.add_row(*shown, style="bold green" if row[2] == rivals.TITLES["fused"] else None)
+        console.print(table)
+        for line in remarks(entries):
+            console.print(f"  {line}", style="dim", highlight=False)
+        console.print()
+    table = Table(title="In short: times of segattn_ops, and the rivals' over them", pad_edge=False, **style)
+    for index, column in enumerate(summary_columns(records)):
+        table.add_column(column.replace(" ", "\n"), justify="left" if index < 2 else "right")
+    for line in summary(records):
+        table.add_row(*line)
+    console.print(table)

@@ -1,0 +1,151 @@
+"""Runs the cells of one workload after another and returns their records, plain dictionaries as the JSON holds them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from . import measure, rivals, validate
+from .cell import CellSpec, save_inputs
+from .features import FeatureSource, grad_output
+from .processes import CellFailed, CellProcess
+from .schedule import Schedule
+from .workloads import Workload, flops, peak_bytes, recomputing_flops
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is the same for every cell of a run."""
+
+    rivals: tuple[str, ...]
+    device: str = "cpu"
+    threads: int = 2
+    backend: str = "native"
+    compile_from: int = 4096  # positions from which rivals that compile take part
+    repeats: int | None = None
+
+
+def record(workload: Workload, rival: str, status: str, reason: str | None = None) -> dict:
+    forward, both = flops(workload)
+    return {
+        "op": workload.op,
+        "height": workload.height,
+        "width": workload.width,
+        "positions": workload.positions,
+        "batch": workload.batch,
+        "dtype": workload.dtype,
+        "channels": workload.channels,
+        "query_channels": workload.widths[0],
+        "value_channels": workload.widths[1],
+        "rival": rival,
+        "status": status,
+        "reason": reason,
+        "flop": {
+            "forward": forward,
+            "forward_backward": both,
+            "forward_backward_recomputing": recomputing_flops(workload),
+        },
+        "needed_bytes": peak_bytes(workload, rival),
+    }
+
+
+class Runner:
+    """Drives the cells of each workload: start, check, measure memory, then time them in turn.
+
+    ``on_cell(label, done)`` is told before (done False) and after (done True) each cell.
+    """
+
+    def __init__(self, options: Options, schedule: Schedule, on_cell: Callable[[str, bool], None] = lambda *_: None):
+        self.options, self.schedule, self.on_cell = options, schedule, on_cell
+
+    def run(self, workloads: Iterable[Workload], source: FeatureSource) -> list[dict]:
+        """Every record of every workload, in order. A wrong fused result raises ``WrongResult``."""
+        workloads = list(workloads)
+        records = []
+        for index, workload in enumerate(workloads):
+            with tempfile.TemporaryDirectory(prefix="segattn-benchmark-") as folder:
+                path = os.path.join(folder, "inputs.pt")
+                save_inputs(path, workload, source.leaves(workload), grad_output(workload))
+                records += self._group(workload, path, workloads[index + 1 :])
+        return records
+
+    def _group(self, workload: Workload, path: str, to_come: list[Workload]) -> list[dict]:
+        records, cells = {}, {}
+        # Eager comes first: its error is the measure of the others'.
+        names = sorted(rivals.applicable(self.options.rivals, workload), key=lambda name: name != "eager")
+        eager_errors = None
+        try:
+            for name in names:
+                self.on_cell(f"{workload.label} {rivals.TITLES[name]}", False)
+                entry, cell = self._start(workload, name, path, to_come, eager_errors)
+                records[name] = entry
+                if cell:
+                    cells[name] = cell
+                    if name == "eager":
+                        eager_errors = entry["errors"]
+                self.on_cell(workload.label, True)
+            self._time(workload, records, cells)
+        finally:
+            for cell in cells.values():
+                cell.close()
+        return [records[name] for name in self.options.rivals if name in records]
+
+    def _start(self, workload, name, path, to_come, eager_errors) -> tuple[dict, CellProcess | None]:
+        """A checked cell with its memory measured, or the record of why there is none."""
+        if rivals.uses_compiler(name) and workload.positions * workload.batch < self.options.compile_from:
+            return record(workload, name, "skipped", f"not compiled below {self.options.compile_from} positions"), None
+        available = measure.available_bytes(self.options.device)
+        reason = self.schedule.verdict(workload, name, available, to_come)
+        if reason:
+            return record(workload, name, "skipped", reason), None
+        spec = CellSpec(workload, name, path, self.options.device, self.options.threads, self.options.backend)
+        limit = 120 + 10 * self.schedule.predict(workload, name)
+        cell = None
+        try:
+            cell = CellProcess(spec)
+            warm_up = cell.call("warm_up", timeout=limit)
+            first = cell.call("first_pass", timeout=limit)
+        except CellFailed as failure:
+            if cell:
+                cell.close()
+            if name == "fused":
+                raise
+            return record(workload, name, "failed", str(failure)), None
+        self.schedule.learn(workload, name, first["forward_backward"])
+        entry = record(workload, name, "measured") | {
+            "errors": first["errors"],
+            "memory": first["memory"],
+            "available_bytes": available,
+            "warm_up_seconds": warm_up,
+            "first_pass": {"forward": first["forward"], "forward_backward": first["forward_backward"]},
+        }
+        if name == "fused":
+            try:
+                validate.check(workload, rivals.TITLES[name], first["errors"], eager_errors)
+            except validate.WrongResult:
+                cell.close()
+                raise
+        elif not validate.worst(first["errors"]) < validate.GROSS:
+            entry["note"] = f"relative error {validate.worst(first['errors']):.2g}"
+        return entry, cell
+
+    def _time(self, workload: Workload, records: dict, cells: dict[str, CellProcess]) -> None:
+        """Times the cells in turn, each once a round, so that a drift of the machine meets all of them."""
+        round_seconds = sum(
+            sum(records[name]["first_pass"][kind] for kind in ("forward", "forward_backward")) for name in cells
+        )
+        rounds = self.schedule.rounds(round_seconds) if self.options.repeats is None else self.options.repeats
+        seconds = {name: {"forward": [], "forward_backward": []} for name in cells}
+        limit = 120 + 10 * round_seconds
+        for _ in range(rounds):
+            for name, cell in cells.items():
+                for kind, times in seconds[name].items():
+                    times.append(cell.call("timed_pass", kind, timeout=limit))
+        for name, kinds in seconds.items():
+            for kind, times in kinds.items():
+                figures = times or [records[name]["first_pass"][kind]]
+                records[name][kind] = measure.Timing(tuple(figures)).as_dict()
+            records[name]["rounds"] = rounds
+            self.schedule.learn(workload, name, records[name]["forward_backward"]["median"])

@@ -1,0 +1,76 @@
+"""Decides what runs, and how often, inside a time budget and the memory there is.
+
+Sizes go from small to large, so that every cell's time is predicted from its own rate at the size before. A rival runs
+if its maps fit in memory and if, after it, time is left for the fused op at every size still to come; a cell that does
+not run says why, in the report, instead of crashing or being forgotten.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from .rivals import uses_compiler
+from .workloads import Workload, flops, peak_bytes
+
+GIB = 2**30
+MEMORY_SHARE = 0.9  # of what is available, what a cell may need
+START_SECONDS = 0.4  # forking, loading operands, warming up
+COMPILE_SECONDS = 6.0  # torch.compile of one cell, forward and backward
+GUESS = 20e9  # FLOP/s of a cell whose rate nobody has seen yet
+TIMED_SECONDS = 6.0  # what the repeats of one workload may take, if three rounds allow
+ROUNDS = (3, 15)
+SINGLE_SECONDS = 18.0  # a round longer than this is not repeated
+
+
+@dataclass
+class Schedule:
+    """Clock, rates and verdicts of one run. ``budget`` is in seconds, counted from creation; None for no limit."""
+
+    budget: float | None
+    rates: dict[tuple[str, str, str], float] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.started
+
+    def predict(self, workload: Workload, rival: str) -> float:
+        """Seconds of one forward + backward."""
+        rate = self.rates.get((workload.op, rival, workload.dtype)) or self.rates.get(
+            (workload.op, "eager", workload.dtype), GUESS
+        )
+        return flops(workload)[1] / rate
+
+    def learn(self, workload: Workload, rival: str, seconds: float) -> None:
+        """Takes the rate of a measured forward + backward for the sizes to come."""
+        self.rates[workload.op, rival, workload.dtype] = flops(workload)[1] / seconds
+
+    def cost(self, workload: Workload, rival: str) -> float:
+        """Seconds a cell takes in all: start, compilation, the checked first pass, its share of the repeats."""
+        once = self.predict(workload, rival)
+        setup = START_SECONDS + (COMPILE_SECONDS + once * 4 / 3 if uses_compiler(rival) else 0.0)
+        round_seconds = once * 4 / 3  # forward alone, then forward and backward
+        repeats = ROUNDS[0] * round_seconds if round_seconds * 4 < SINGLE_SECONDS else 0.0
+        return setup + once + max(repeats, min(TIMED_SECONDS / 4, ROUNDS[1] * round_seconds))
+
+    def verdict(self, workload: Workload, rival: str, available: int, to_come: list[Workload]) -> str | None:
+        """None if the cell may run, or the reason why it does not, as the report prints it."""
+        needed = peak_bytes(workload, rival)
+        if needed > MEMORY_SHARE * available:
+            return f"would not fit: needs {needed / GIB:.1f} GiB, {available / GIB:.1f} GiB available"
+        if self.budget is None or rival == "fused":
+            return None
+        reserved = sum(self.cost(later, "fused") for later in to_come)
+        left = self.budget - self.elapsed - reserved
+        seconds = self.cost(workload, rival)
+        if seconds > left:
+            return f"over the time budget: about {seconds:.0f} s, {max(left, 0):.0f} s left"
+        return None
+
+    @staticmethod
+    def rounds(round_seconds: float) -> int:
+        """How often a workload's cells are timed, all once a round; 0: not repeated, the first pass is the figure."""
+        if round_seconds > SINGLE_SECONDS:
+            return 0
+        return int(min(max(TIMED_SECONDS / max(round_seconds, 1e-9), ROUNDS[0]), ROUNDS[1]))

@@ -1,0 +1,162 @@
+"""Whether a result is right: every output and gradient against float64, before a time is believed.
+
+Channel and criss-cross attention are computed whole in float64. Position attention at N positions would cost more than
+what is measured, so a sample is computed: the output and the query gradient at 64 positions (each depends on its own
+row of the map only), and the key and value gradients at 64 positions, which need their column of the map and for
+that every row's log-sum-exp. Every output and every gradient element of the sample is an exact float64 computation.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import rivals
+from .workloads import Workload
+
+SAMPLES = 64
+# Added to twice eager's error: the relative L2 error that the dtype's own rounding explains at any size, measured
+# against float64 of the same, already rounded, inputs.
+FLOOR = {"float64": 1e-12, "float32": 2e-6, "bfloat16": 4e-3, "float16": 5e-4}
+# What is allowed where no eager result is at hand (it would not fit): the floor times this, and what rounding energies
+# of the size met does to their softmax (channel energies are sums over all positions: thousands).
+ALONE = 10.0
+ROUNDING = {"float64": 2e-16, "float32": 1e-7, "bfloat16": 1e-7, "float16": 1e-7}  # energies are kept in float32
+GROSS = 0.1  # a rival whose relative error is above this computes something else
+
+
+class WrongResult(RuntimeError):
+    """A formulation's result is not the attention it should be."""
+
+
+def _flat64(tensor: Tensor) -> Tensor:
+    return tensor.detach().flatten(2).double()
+
+
+def expected(workload: Workload, leaves: dict[str, Tensor], grad_output: Tensor, seed: int = 0) -> dict[str, Tensor]:
+    """What any formulation's results are compared with: float64 tensors, on the leaves' device."""
+    if workload.op in ("position", "non_local"):
+        return _expected_position(leaves["query"], leaves["key"], leaves["value"], grad_output, seed)
+    inputs = [leaf.detach().double().requires_grad_() for leaf in leaves.values()]
+    output = rivals.formulation("eager", workload.op)(*inputs)
+    gradients = torch.autograd.grad(output, inputs, grad_output.double())
+    reference = {"output": output.detach(), **dict(zip(leaves, gradients, strict=True))}
+    if workload.op == "channel":
+        reference["energy"] = inputs[0].detach().flatten(2).square().sum(-1).max()  # the largest entry of X X^T
+    return reference
+
+
+def _expected_position(query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor, seed: int) -> dict[str, Tensor]:
+    n = query.flatten(2).shape[2]
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randperm(n, generator=generator)[:SAMPLES].sort().values.to(query.device)
+    k, v = _flat64(key), _flat64(value)
+    q, g = _flat64(query[..., :]).index_select(2, index), _flat64(grad_output).index_select(2, index)
+    attention = torch.softmax(q.transpose(1, 2) @ k, dim=-1)  # (B, samples, N)
+    grad_attention = g.transpose(1, 2) @ v
+    centred = grad_attention - (attention * grad_attention).sum(-1, keepdim=True)
+    return {
+        "index": index,
+        "output": v @ attention.transpose(1, 2),
+        "query": k @ (attention * centred).transpose(1, 2),
+        "logsumexp": _logsumexp(query, key),
+    }
+
+
+def _logsumexp(query: Tensor, key: Tensor) -> Tensor:
+    """(B, N) float64, a block of queries at a time so that no map is stored."""
+    q, k = _flat64(query), _flat64(key)
+    block = max(1, 2**24 // k.shape[2])
+    return torch.cat([(rows.transpose(1, 2) @ k).logsumexp(-1) for rows in q.split(block, dim=2)], dim=1)
+
+
+def errors(
+    workload: Workload,
+    leaves: dict[str, Tensor],
+    grad_output: Tensor,
+    reference: dict[str, Tensor],
+    output: Tensor,
+    gradients: tuple[Tensor, ...],
+) -> dict[str, float]:
+    """||x - reference|| / ||reference|| of the output and of each gradient, and the largest energy."""
+    if output.shape != grad_output.shape:
+        raise WrongResult(f"{workload.label}: output has shape {list(output.shape)}, not {list(grad_output.shape)}")
+    got = dict(zip(leaves, gradients, strict=True))
+    if workload.op in ("position", "non_local"):
+        pairs = _position_pairs(leaves, grad_output, reference, output, got)
+    else:
+        pairs = {"output": (output, reference["output"])}
+        pairs |= {f"grad_{name}": (gradient, reference[name]) for name, gradient in got.items()}
+        pairs = _with_biases_joined(pairs)
+    found = {name: _relative_error(*pair) for name, pair in pairs.items()}
+    return found | {"energy": float(reference.get("energy", 0.0))}
+
+
+def _position_pairs(leaves, grad_output, reference, output, got) -> dict[str, tuple[Tensor, Tensor]]:
+    index = reference["index"]
+    q, g = _flat64(leaves["query"]), _flat64(grad_output)
+    k, v = (_flat64(leaves[name]).index_select(2, index) for name in ("key", "value"))
+    attention = torch.exp(q.transpose(1, 2) @ k - reference["logsumexp"].unsqueeze(-1))  # (B, N, samples)
+    # The row sums of attention * grad_attention equal grad_output . output; the output's own sample was compared above.
+    row_sums = (g * _flat64(output)).sum(1).unsqueeze(-1)
+    grad_energy = attention * (g.transpose(1, 2) @ v - row_sums)
+
+    def sample(tensor: Tensor) -> Tensor:
+        return tensor.flatten(2).index_select(2, index)
+
+    return {
+        "output": (sample(output), reference["output"]),
+        "grad_query": (sample(got["query"]), reference["query"]),
+        "grad_key": (sample(got["key"]), q @ grad_energy),
+        "grad_value": (sample(got["value"]), g @ attention),
+    }
+
+
+def _with_biases_joined(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """A convolution's weight and bias as one vector: the key's bias has gradient 0 (softmax does not see it), and no
+    relative error of its own."""
+
+    def joined(weight: str, side: int) -> Tensor:
+        bias = weight.removesuffix("_weight") + "_bias"
+        return torch.cat([pairs[name][side].flatten().double() for name in (weight, bias)])
+
+    return {
+        name: (joined(name, 0), joined(name, 1)) if name.endswith("_weight") else pair
+        for name, pair in pairs.items()
+        if not name.endswith("_bias")
+    }
+
+
+def _relative_error(result: Tensor, reference: Tensor) -> float:
+    result = result.detach().double()
+    if not bool(torch.isfinite(result).all()):
+        return math.inf
+    norm = float(reference.norm())
+    difference = float((result - reference).norm())
+    return difference / norm if norm else difference
+
+
+def check(workload: Workload, name: str, found: dict[str, float], eager: dict[str, float] | None) -> None:
+    """Raises :class:`WrongResult` unless each error is at most twice eager's in the same dtype plus the dtype's floor.
+
+    ``found`` and ``eager`` come from :func:`errors`. Where no eager result exists (None: it would not fit) or it is
+    useless (a channel energy beyond float16's range is NaN), what rounding explains is allowed, see :data:`ALONE`.
+    """
+    floor = FLOOR[workload.dtype]
+    rounding = ROUNDING[workload.dtype] * found["energy"]
+    for result, error in found.items():
+        if result == "energy":
+            continue
+        useful = eager is not None and eager[result] < GROSS
+        allowed = 2 * eager[result] + floor if useful else ALONE * floor + rounding
+        if not error <= allowed:
+            raise WrongResult(
+                f"{workload.label}: {result} of {name} is wrong: relative error {error:.3g}, allowed {allowed:.3g}"
+            )
+
+
+def worst(found: dict[str, float]) -> float:
+    """The largest relative error of :func:`errors`."""
+    return max(error for result, error in found.items() if result != "energy")

@@ -1,0 +1,182 @@
+"""What is measured: the ops, their operands, and the arithmetic and the memory they need, by formula.
+
+Nothing here runs an op. A :class:`Workload` is one op at one size; :func:`flops` counts what its *definition* costs
+(2 x multiply-accumulates, the same number for every rival, so that GFLOP/s compare like times), and
+:func:`peak_bytes` what a rival needs, so that a cell that would not fit in memory is never started.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+OPS = ("position", "channel", "criss_cross", "rcca", "non_local")
+TITLES = {
+    "position": "Position attention (DANet)",
+    "channel": "Channel attention (DANet)",
+    "criss_cross": "Criss-cross attention (CCNet)",
+    "rcca": "Recurrent criss-cross block, R = 2 (CCNet)",
+    "non_local": "Non-local attention (embedded Gaussian)",
+}
+RECURRENCE = 2
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One op at one size.
+
+    ``channels`` is C, the feature map's channels; ``key_channels`` is E of DANet and CCNet (C / 8 in both). The
+    Non-local block projects query, key and value to C / 2 channels, as its paper does.
+    """
+
+    op: str
+    height: int
+    width: int
+    dtype: str = "float32"
+    batch: int = 1
+    channels: int = 512
+    key_channels: int = 64
+
+    def __post_init__(self):
+        if self.op not in OPS:
+            raise ValueError(f"op must be one of {', '.join(OPS)} (got {self.op})")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)} (got {self.dtype})")
+        for name in ("height", "width", "batch", "channels", "key_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1 (got {getattr(self, name)})")
+
+    @property
+    def positions(self) -> int:
+        return self.height * self.width
+
+    @property
+    def size(self) -> str:
+        return f"{self.height}x{self.width}"
+
+    @property
+    def label(self) -> str:
+        batch = f" B={self.batch}" if self.batch > 1 else ""
+        return f"{self.op} {self.size}{batch} {self.dtype}"
+
+    @property
+    def itemsize(self) -> int:
+        return DTYPES[self.dtype].itemsize
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """(query and key channels, value channels) of the attention itself."""
+        if self.op == "non_local":
+            return max(self.channels // 2, 1), max(self.channels // 2, 1)
+        if self.op == "channel":
+            return self.channels, self.channels
+        return self.key_channels, self.channels
+
+    def leaves(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors whose gradients are taken, in the order the op takes them."""
+        spatial = (self.height, self.width)
+        inner, outer = self.widths
+        if self.op == "channel":
+            return {"input": (self.batch, self.channels, *spatial)}
+        if self.op == "rcca":
+            return {
+                "input": (self.batch, self.channels, *spatial),
+                "query_weight": (inner, self.channels, 1, 1),
+                "query_bias": (inner,),
+                "key_weight": (inner, self.channels, 1, 1),
+                "key_bias": (inner,),
+                "value_weight": (outer, self.channels, 1, 1),
+                "value_bias": (outer,),
+                "gamma": (1,),
+            }
+        return {
+            "query": (self.batch, inner, *spatial),
+            "key": (self.batch, inner, *spatial),
+            "value": (self.batch, outer, *spatial),
+        }
+
+    def output_shape(self) -> tuple[int, ...]:
+        return (self.batch, self.widths[1], self.height, self.width)
+
+    def operand_bytes(self) -> int:
+        """Inputs and grad_output, which exist before the op runs."""
+        return self.itemsize * (sum(prod(shape) for shape in self.leaves().values()) + prod(self.output_shape()))
+
+    def result_bytes(self) -> int:
+        """Output and gradients, which every rival must produce."""
+        return self.operand_bytes()
+
+
+def flops(workload: Workload) -> tuple[int, int]:
+    """FLOPs of the definition: (forward, forward + backward), 2 x multiply-accumulates.
+
+    Position and Non-local: 2 N^2 (E + C). Channel: 4 C^2 N. Criss-cross: 2 N (H + W - 1) (E + C), each position with
+    the H + W - 1 positions of its row and column. The backward of a product of two matrices is two products of its
+    size. A fused kernel that recomputes does more than this, an op on half a symmetric matrix less; neither counts.
+    """
+    n, b = workload.positions, workload.batch
+    inner, outer = workload.widths
+    neighbours = workload.height + workload.width - 1
+    if workload.op == "channel":
+        forward = 4 * outer * outer * n
+    elif workload.op == "criss_cross":
+        forward = 2 * n * neighbours * (inner + outer)
+    elif workload.op == "rcca":
+        projections = 2 * n * workload.channels * (2 * inner + outer)
+        forward = RECURRENCE * (projections + 2 * n * neighbours * (inner + outer))
+    else:
+        forward = 2 * n * n * (inner + outer)
+    return b * forward, b * 3 * forward
+
+
+def recomputing_flops(workload: Workload) -> int:
+    """FLOPs a fused forward + backward executes when it stores no map: one more product Q^T K in the backward."""
+    extra = {"position": 1, "non_local": 1, "criss_cross": 1, "rcca": RECURRENCE, "channel": 0}[workload.op]
+    inner, _ = workload.widths
+    n = workload.positions
+    neighbours = n if workload.op in ("position", "non_local") else workload.height + workload.width - 1
+    return flops(workload)[1] + workload.batch * extra * 2 * n * neighbours * inner
+
+
+# Attention maps alive at once, at the worst moment of forward + backward, in units of one map in its dtype.
+# Eager: the map, its gradient, that gradient made contiguous for softmax's backward, the energy's gradient.
+# torch.compile fuses softmax's backward with that copy. SDPA's math path keeps the map and the two gradients.
+# Measured in tests/test_benchmarks.py, which holds these within 25% of what a process really takes.
+LIVE_MAPS = {"eager": 4.0, "compile": 3.0, "sdpa": 3.1, "flex": 0.0, "fused": 0.0}
+
+
+def map_bytes(workload: Workload, rival: str = "eager") -> int:
+    """Bytes of one attention map of the definition, as ``rival`` stores it."""
+    n = workload.positions
+    itemsize = workload.itemsize
+    if rival == "sdpa":
+        itemsize = max(itemsize, 4)  # the math path computes 16-bit inputs in float32
+    if workload.op == "channel":
+        return workload.batch * workload.channels**2 * itemsize
+    if workload.op in ("criss_cross", "rcca"):
+        return workload.batch * n * (workload.height + workload.width) * itemsize
+    return workload.batch * n * n * itemsize
+
+
+def peak_bytes(workload: Workload, rival: str) -> int:
+    """Bytes that forward + backward of ``rival`` needs at its worst moment, operands and results included.
+
+    The maps decide; to them come the operands, the results, and one more set of each for copies made on the way
+    (layout changes of the rivals, packed operands and partial sums of the fused kernels).
+    """
+    maps = LIVE_MAPS[rival] * (RECURRENCE if workload.op == "rcca" else 1)
+    activations = workload.operand_bytes() + workload.result_bytes()
+    if workload.op == "rcca":
+        activations *= 1 + RECURRENCE
+    return int(maps * map_bytes(workload, rival)) + 2 * activations
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """``"97x97"`` to (97, 97)."""
+    height, separator, width = text.lower().partition("x")
+    if not separator or not height.isdigit() or not width.isdigit() or int(height) < 1 or int(width) < 1:
+        raise ValueError(f"a size is HEIGHTxWIDTH of the feature map, like 97x97 (got {text!r})")
+    return int(height), int(width)
