@@ -58,8 +58,8 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Runs the attention of DANet, CCNet and Non-local on the features of a photograph, fused "
-        "(segattn_ops) against eager PyTorch, scaled_dot_product_attention and torch.compile: time, peak memory, attention maps. "
-        "Writes report.json, report.md and pictures into the output folder.",
+        "(segattn_ops) against eager PyTorch, scaled_dot_product_attention and torch.compile: time, peak memory, "
+        "attention maps. Writes report.json, report.md and pictures into the output folder.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("--sizes", type=_sizes, default=SIZES, help="feature-map sizes HxW, comma-separated")

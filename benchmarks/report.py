@@ -202,7 +202,8 @@ def summary(records: list[dict]) -> list[list[str]]:
         size = max(candidates)[2]
         others = dict(measured[size])
         ours = others.pop("fused")
-        line = [f"{op} {dtype}" + (f" B={batch}" if batch > 1 else ""), size]
+        several = len({entry["dtype"] for entry in records}) > 1
+        line = [op + (f" {dtype}" if several else "") + (f" B={batch}" if batch > 1 else ""), size]
         for kind in ("forward", "forward_backward"):
             mine = ours[kind]["median"]
             line.append(_milliseconds(mine))
@@ -273,7 +274,10 @@ def print_tables(report: dict, console) -> None:
         console.print()
     table = Table(title="In short: times of segattn_ops, and the rivals' over them", pad_edge=False, **style)
     for index, column in enumerate(summary_columns(records)):
-        table.add_column(column.replace(" ", "\n"), justify="left" if index < 2 else "right")
+        header = (
+            column.replace("forward + backward", "fwd+bwd").replace("forward", "fwd").replace("extra memory", "extra")
+        )
+        table.add_column(header.replace(" ", "\n"), justify="left" if index < 2 else "right", no_wrap=True)
     for line in summary(records):
         table.add_row(*line)
     console.print(table)
