@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+import segattn_ops
+
 from . import features, measure, picture, plots, report, rivals, workloads
 from .processes import CellFailed
 from .run import Options, Runner
@@ -109,8 +111,6 @@ def parser() -> argparse.ArgumentParser:
 
 def _refuse(arguments: argparse.Namespace) -> str | None:
     """Why the run cannot start, or None."""
-    import segattn_ops
-
     try:
         device = torch.device(arguments.device)
     except RuntimeError:
@@ -186,7 +186,8 @@ def main(argv: list[str] | None = None) -> int:
 
             records = Runner(options, schedule, on_cell).run(planned, source)
             bar.update(task, description="drawing")
-            pictures = _draw(records, source, arguments, extractor.description)
+            with segattn_ops.use_backend(arguments.backend):
+                pictures = _draw(records, source, arguments, extractor.description)
     except (WrongResult, CellFailed, ValueError) as error:
         console.print(f"benchmarks: {error}", style="red", highlight=False)
         return 1

@@ -57,8 +57,11 @@ def eager_criss_cross(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def sdpa_position(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The same through ``scaled_dot_product_attention`` with one head; PyTorch chooses the backend."""
-    tokens = (operand.flatten(2).transpose(1, 2).unsqueeze(1) for operand in (query, key, value))
+    """The same through ``scaled_dot_product_attention`` with one head; PyTorch chooses the backend.
+
+    Channels-first maps are copied to tokens first: no fused backend takes channels with a stride.
+    """
+    tokens = (operand.flatten(2).transpose(1, 2).unsqueeze(1).contiguous() for operand in (query, key, value))
     output = F.scaled_dot_product_attention(*tokens, scale=1.0)
     return output.squeeze(1).transpose(1, 2).unflatten(2, query.shape[2:])
 
