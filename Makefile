@@ -13,12 +13,17 @@ bench: build
 	$(BIN)/python -m benchmarks
 
 test: build $(VENV)/.interop
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+	SEGATTN_REQUIRE_INTEROP=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 $(VENV)/.environment: requirements/dev.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -r requirements/dev.txt
+	touch $@
+
+# The published implementations that are converted for real, without their own wishes for torch and numpy.
+$(VENV)/.interop: requirements/interop.txt | $(VENV)/.environment
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements/interop.txt
 	touch $@
 
 environment: $(VENV)/.environment
