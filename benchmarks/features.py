@@ -177,17 +177,17 @@ def operands(workload: Workload, x: Tensor, seed: int = 0) -> dict[str, Tensor]:
     dtype = DTYPES[workload.dtype]
     if workload.op == "channel":
         return {"input": x.to(dtype)}
-    convolutions = projections(workload, seed)
+    convolutions = {name: c.to(x.device) for name, c in projections(workload, seed).items()}
     if workload.op == "rcca":
         leaves = {"input": x}
         for name, convolution in convolutions.items():
             leaves |= {f"{name}_weight": convolution.weight, f"{name}_bias": convolution.bias}
-        leaves["gamma"] = torch.full((1,), 0.5)
+        leaves["gamma"] = torch.full((1,), 0.5, device=x.device)
         return {name: leaf.detach().to(dtype) for name, leaf in leaves.items()}
     return {name: F.conv2d(x, c.weight, c.bias).to(dtype) for name, c in convolutions.items()}
 
 
-def grad_output(workload: Workload, seed: int = 1) -> Tensor:
+def grad_output(workload: Workload, seed: int = 1, device: str | torch.device = "cpu") -> Tensor:
     """A standard normal gradient of the output, the same for every rival."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(workload.output_shape(), generator=generator).to(DTYPES[workload.dtype])
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(workload.output_shape(), generator=generator, device=device).to(DTYPES[workload.dtype])

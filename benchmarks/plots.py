@@ -8,6 +8,7 @@ from . import rivals
 from .report import MIB, groups, title
 
 COLOURS = {"fused": "#d1495b", "eager": "#30638e", "sdpa": "#7a9e35", "compile": "#edae49", "flex": "#8d6a9f"}
+OTHER = "#777777"
 MARKERS = {"fused": "o", "eager": "s", "sdpa": "^", "compile": "D", "flex": "v"}
 
 
@@ -71,8 +72,8 @@ def draw_time(records: list[dict], path: Path) -> Path:
                     ax.plot(
                         [e["positions"] for e in cells],
                         [e[kind]["median"] * 1e3 for e in cells],
-                        color=COLOURS[name],
-                        marker=MARKERS[name],
+                        color=COLOURS.get(name, OTHER),
+                        marker=MARKERS.get(name, "x"),
                         markersize=4,
                         linewidth=2.0 if name == "fused" else 1.3,
                         zorder=3 if name == "fused" else 2,
@@ -102,8 +103,8 @@ def draw_memory(records: list[dict], path: Path) -> Path | None:
                 ax.plot(
                     xs,
                     ys,
-                    color=COLOURS[name],
-                    marker=MARKERS[name],
+                    color=COLOURS.get(name, OTHER),
+                    marker=MARKERS.get(name, "x"),
                     markersize=4,
                     linewidth=2.0 if name == "fused" else 1.3,
                     zorder=3 if name == "fused" else 2,
@@ -114,8 +115,8 @@ def draw_memory(records: list[dict], path: Path) -> Path | None:
                 ax.plot(
                     xs[-1:] + [e["positions"] for e in refused],
                     ys[-1:] + [e["needed_bytes"] / MIB for e in refused],
-                    color=COLOURS[name],
-                    marker=MARKERS[name],
+                    color=COLOURS.get(name, OTHER),
+                    marker=MARKERS.get(name, "x"),
                     markersize=5,
                     markerfacecolor="none",
                     linewidth=1.0,

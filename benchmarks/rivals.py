@@ -3,7 +3,8 @@
 ``eager`` is the definition as the papers' code runs it, written here in plain PyTorch: two batched matrix products
 around a softmax for position and channel attention (DANet), and for criss-cross attention the two-branch einsum with
 -inf on the column's diagonal (in mmcv that form replaced hand-written kernels, because it was faster than they were).
-``compile`` is ``torch.compile`` of that, at fixed shapes. ``sdpa`` is ``scaled_dot_product_attention`` with one head.
+``compile`` is ``torch.compile`` of that, at fixed shapes. ``sdpa`` is ``scaled_dot_product_attention`` with one head
+(``sdpa_flash`` and so on: with that backend or not at all).
 ``flex`` is FlexAttention, with a row-or-column mask for criss-cross. ``fused`` is this package.
 """
 
@@ -18,15 +19,30 @@ from torch.nn import functional as F
 
 from .workloads import OPS, RECURRENCE, Workload
 
-RIVALS = ("fused", "eager", "sdpa", "compile", "flex")
+SDPA_BACKENDS = {
+    "sdpa_flash": "FLASH_ATTENTION",
+    "sdpa_efficient": "EFFICIENT_ATTENTION",
+    "sdpa_cudnn": "CUDNN_ATTENTION",
+}
+RIVALS = ("fused", "eager", "sdpa", "compile", "flex", *SDPA_BACKENDS)
 APPLICABLE = {
     "fused": OPS,
     "eager": OPS,
     "compile": OPS,
     "sdpa": ("position", "non_local"),
+    **dict.fromkeys(SDPA_BACKENDS, ("position", "non_local")),
     "flex": ("position", "non_local", "criss_cross", "rcca"),
 }
-TITLES = {"fused": "segattn_ops", "eager": "eager", "sdpa": "SDPA", "compile": "compile", "flex": "FlexAttention"}
+TITLES = {
+    "fused": "segattn_ops",
+    "eager": "eager",
+    "sdpa": "SDPA",
+    "compile": "compile",
+    "flex": "FlexAttention",
+    "sdpa_flash": "SDPA flash",
+    "sdpa_efficient": "SDPA efficient",
+    "sdpa_cudnn": "SDPA cuDNN",
+}
 
 
 def eager_position(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -64,6 +80,14 @@ def sdpa_position(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     tokens = (operand.flatten(2).transpose(1, 2).unsqueeze(1).contiguous() for operand in (query, key, value))
     output = F.scaled_dot_product_attention(*tokens, scale=1.0)
     return output.squeeze(1).transpose(1, 2).unflatten(2, query.shape[2:])
+
+
+def sdpa_position_by(backend: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """:func:`sdpa_position` with one backend allowed; raises RuntimeError where that backend refuses."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(getattr(SDPBackend, backend)):
+        return sdpa_position(query, key, value)
 
 
 def fused_position(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -134,6 +158,7 @@ _FORMULATIONS = {
     "eager": {"position": eager_position, "channel": eager_channel, "criss_cross": eager_criss_cross},
     "fused": {"position": fused_position, "channel": fused_channel, "criss_cross": fused_criss_cross},
     "sdpa": {"position": sdpa_position},
+    **{name: {"position": partial(sdpa_position_by, backend)} for name, backend in SDPA_BACKENDS.items()},
     "flex": {"position": flex_attention, "criss_cross": partial(flex_attention, criss_cross=True)},
 }
 

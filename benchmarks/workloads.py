@@ -145,7 +145,7 @@ def recomputing_flops(workload: Workload) -> int:
 # Eager: the map, its gradient, that gradient made contiguous for softmax's backward, the energy's gradient.
 # torch.compile fuses softmax's backward with that copy. SDPA's math path keeps the map and the two gradients.
 # Measured at 97 x 97 (float32, MiB, maps of 338): eager 1369, torch.compile 990, SDPA 1026.
-LIVE_MAPS = {"eager": 4.0, "compile": 3.0, "sdpa": 3.1, "flex": 0.0, "fused": 0.0}
+LIVE_MAPS = {"eager": 4.0, "compile": 3.0, "sdpa": 3.1}
 
 
 def map_bytes(workload: Workload, rival: str = "eager") -> int:
@@ -167,7 +167,7 @@ def peak_bytes(workload: Workload, rival: str) -> int:
     The maps decide; to them come the operands, the results, and one more set of each for copies made on the way
     (layout changes of the rivals, packed operands and partial sums of the fused kernels).
     """
-    maps = LIVE_MAPS[rival] * (RECURRENCE if workload.op == "rcca" else 1)
+    maps = LIVE_MAPS.get(rival, 0.0) * (RECURRENCE if workload.op == "rcca" else 1)
     activations = workload.operand_bytes() + workload.result_bytes()
     if workload.op == "rcca":
         activations *= 1 + RECURRENCE

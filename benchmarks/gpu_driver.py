@@ -1,0 +1,71 @@
+"""Runs one op family's kernels on small odd shapes, against the reference: what compute-sanitizer and ncu look at.
+
+``python -m benchmarks.gpu_driver --op position [--size 9x11] [--dtypes bfloat16,float32] [--check | --once]``
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+from segattn_ops import use_backend
+
+from . import features, rivals, validate
+from .workloads import DTYPES, Workload, parse_size
+
+FAMILIES = {
+    "position": ("position", "non_local"),
+    "criss-cross": ("criss_cross", "rcca"),
+    "channel": ("channel",),
+}
+SMALL = ((9, 11), (1, 33), (17, 1), (1, 1))
+
+
+def exercise(workload: Workload, device: torch.device, check: bool) -> None:
+    """Forward and backward of the native kernels; ``check`` compares with float64 under the tolerance rule."""
+    x = torch.randn(workload.batch, workload.channels, workload.height, workload.width, device=device).relu()
+    leaves = {name: leaf.requires_grad_() for name, leaf in features.operands(workload, x).items()}
+    grad_output = features.grad_output(workload, device=device)
+    operands = list(leaves.values())
+    with use_backend("native"):
+        output = rivals.formulation("fused", workload.op)(*operands)
+        gradients = torch.autograd.grad(output, operands, grad_output)
+    if not check:
+        return
+    expected = validate.expected(workload, leaves, grad_output)
+    eager = rivals.formulation("eager", workload.op)(*operands)
+    eager_gradients = torch.autograd.grad(eager, operands, grad_output)
+    eager_errors = validate.errors(workload, leaves, grad_output, expected, eager, eager_gradients)
+    found = validate.errors(workload, leaves, grad_output, expected, output, gradients)
+    validate.check(workload, "segattn_ops", found, eager_errors)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_driver", description=__doc__.splitlines()[0])
+    parser.add_argument("--op", choices=tuple(FAMILIES), required=True)
+    parser.add_argument("--size", type=parse_size, action="append", help="HxW, repeatable; small odd ones if not given")
+    parser.add_argument("--dtypes", default="bfloat16,float16,float32,float64")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--channels", type=int, default=40)
+    parser.add_argument("--key-channels", type=int, default=12)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--once", action="store_true", help="no comparison: the package's kernels and nothing else")
+    arguments = parser.parse_args(argv)
+    device = torch.device(arguments.device)
+    for dtype in arguments.dtypes.split(","):
+        if dtype not in DTYPES:
+            parser.error(f"dtypes must be from {', '.join(DTYPES)} (got {dtype!r})")
+        for op in FAMILIES[arguments.op]:
+            for height, width in arguments.size or SMALL:
+                workload = Workload(
+                    op, height, width, dtype, arguments.batch, arguments.channels, arguments.key_channels
+                )
+                exercise(workload, device, not arguments.once)
+                print(f"{workload.label}: right" if not arguments.once else workload.label, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
