@@ -1,0 +1,21 @@
+// The launches of the criss-cross kernels, instantiated by one file an arithmetic (LineMma16<T>, LineTf32<1 or 3>,
+// LineSimt<T>). They cut the lines into blocks: of `lines`, batch, count, length and skips_self are given.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "criss_cross_params.cuh"
+#include "device_limits.h"
+
+namespace segattn {
+
+template <class Arithmetic>
+void launch_line_statistics(LineStatisticsParams params, const DeviceLimits& limits, cudaStream_t stream);
+
+template <class Arithmetic>
+void launch_line_product(LineProductParams params, const DeviceLimits& limits, cudaStream_t stream);
+
+template <class Arithmetic, LineWeight kWeight, bool kOwnsKeys>
+void launch_line_sum(LineSumParams params, const DeviceLimits& limits, cudaStream_t stream);
+
+} // namespace segattn
