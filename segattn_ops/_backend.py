@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import _library
+from ._precision import follow_tf32_setting
 
 LIBRARIES = _library.load()
 
@@ -61,6 +62,8 @@ def operators(device: torch.device):
     if namespace == "segattn" and not LIBRARIES.serves(device.type):
         _warn_once(device.type)
         return None
+    if device.type == "cuda":
+        follow_tf32_setting(namespace)
     return getattr(torch.ops, namespace)
 
 

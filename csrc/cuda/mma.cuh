@@ -139,14 +139,16 @@ struct MmaTf32 {
 };
 
 // d[kM][kN] (16 kM x 8 kN, one warp) += A B over contraction [k, k_end), both operands from tiles; kN is even.
-// kARows: A's tile is [m][k], otherwise [k][m]; kBRows: B's tile is [k][n], otherwise [n][k].
-template <class Mma, bool kARows, bool kBRows, int kM, int kN, class TileA, class TileB>
+// kARows: A's tile is [m][k], otherwise [k][m]; kBRows: B's tile is [k][n], otherwise [n][k]. kUnroll: mma steps whose
+// fragments may be loaded ahead of each other, as far as there are registers.
+template <class Mma, bool kARows, bool kBRows, int kUnroll, int kM, int kN, class TileA, class TileB>
 __device__ __forceinline__ void multiply_tiles(
     float (&d)[kM][kN][4], const TileA& a_tile, int m, const TileB& b_tile, int n, int k, int k_end) {
   static_assert(kN % 2 == 0, "B fragments come two mma wide");
-  // 3xTF32 has twice the registers a fragment: with all of B at once, 128 accumulators would spill. It reads A twice
-  // instead, which its three mma a product leave the time for.
-  constexpr int kFragments = Mma::kProducts == 3 && kN > 4 ? kN / 4 : kN / 2;
+  // 3xTF32 has twice the registers a fragment: with all of B at once, 128 accumulators would spill. It reads A again for
+  // every 16 columns instead, which its three mma a product leave the time for.
+  constexpr int kFragments = Mma::kProducts == 3 && kN > 4 ? 1 : kN / 2;
+#pragma unroll kUnroll
   for (; k < k_end; k += Mma::kStep) {
 #pragma unroll
     for (int first = 0; first < kN / 2; first += kFragments) {

@@ -84,13 +84,21 @@ struct QueryKeyGradient {
   unsigned char* gradient_shared;
   float* logsumexp_shared; // [kQueries]
   float* delta_shared;     // [kQueries]
-  GlobalMatrix<Element> query, key, value, grad_output;
-  const float* logsumexp;
-  const float* delta;
-  float* grad_query;
-  float* grad_key;
+  int64_t sample;
+  int group, range;
   int embedding_rows, chunks;
   int first_query_block, end_query_block, first_key_block, end_key_block;
+
+  __device__ __forceinline__ GlobalMatrix<Element> matrix(const Operand& operand, int rows, int columns) const {
+    return {
+        static_cast<const Element*>(operand.data) + sample * operand.batch_stride, operand.row_stride, rows, columns};
+  }
+  __device__ __forceinline__ float* grad_query() const {
+    return p.grad_query + (group * p.batch + sample) * p.embedding * p.padded_queries;
+  }
+  __device__ __forceinline__ float* grad_key() const {
+    return p.grad_key + (range * p.batch + sample) * p.embedding * p.padded_keys;
+  }
 
   // The ring's next chunk to copy: all chunks of all tiles, in the order they are multiplied.
   int copy_query_block, copy_key_block, copy_chunk, copy_slot;
@@ -103,10 +111,10 @@ struct QueryKeyGradient {
     if (copy_query_block < end_query_block) {
       const int row = copy_chunk * Traits::kChunk;
       copy_tile_async<Traits::kThreads>(
-          QueryTile(slot(copy_slot)), grad_output, row, Traits::kChunk, copy_query_block * Traits::kQueries);
+          QueryTile(slot(copy_slot)), matrix(p.grad_output, p.channels, p.queries), row, Traits::kChunk, copy_query_block * Traits::kQueries);
       copy_tile_async<Traits::kThreads>(
-          KeyTile(slot(copy_slot) + QueryTile::bytes(Traits::kChunk)), value, row, Traits::kChunk,
-          copy_key_block * Traits::kKeys);
+          KeyTile(slot(copy_slot) + QueryTile::bytes(Traits::kChunk)), matrix(p.value, p.channels, p.keys), row,
+          Traits::kChunk, copy_key_block * Traits::kKeys);
       copy_slot = copy_slot + 1 == Traits::kStages ? 0 : copy_slot + 1;
       if (++copy_chunk == chunks) {
         copy_chunk = 0;
@@ -175,8 +183,8 @@ struct QueryKeyGradient {
     for (int i = static_cast<int>(threadIdx.x); i < Traits::kQueries; i += Traits::kThreads) {
       const int position = query_block * Traits::kQueries + i;
       const bool inside = position < p.queries;
-      logsumexp_shared[i] = inside ? logsumexp[position] : 0.0f;
-      delta_shared[i] = inside ? delta[position] : 0.0f;
+      logsumexp_shared[i] = inside ? p.logsumexp[sample * p.queries + position] : 0.0f;
+      delta_shared[i] = inside ? p.delta[sample * p.queries + position] : 0.0f;
     }
   }
 
@@ -218,21 +226,21 @@ struct QueryKeyGradient {
       clear(sums);
       const int column = key_block * Traits::kKeys + key_column;
       if (query_block > first_query_block) {
-        move_partial<false>(sums, grad_key, p.padded_keys, row, column);
+        move_partial<false>(sums, grad_key(), p.padded_keys, row, column);
       }
-      multiply_tiles<Mma, true, true>(sums, query_tile, row, gradient_tile, key_column, 0, Traits::kQueries);
-      move_partial<true>(sums, grad_key, p.padded_keys, row, column);
+      multiply_tiles<Mma, true, true, 1>(sums, query_tile, row, gradient_tile, key_column, 0, Traits::kQueries);
+      move_partial<true>(sums, grad_key(), p.padded_keys, row, column);
       if constexpr (!Traits::kKeepsQueryGradient) {
         clear(grad_query_sums);
         if (key_block > first_key_block) {
           move_partial<false>(
-              grad_query_sums, grad_query, p.padded_queries, row, query_block * Traits::kQueries + query_column);
+              grad_query_sums, grad_query(), p.padded_queries, row, query_block * Traits::kQueries + query_column);
         }
       }
-      multiply_tiles<Mma, true, false>(grad_query_sums, key_tile, row, gradient_tile, query_column, 0, Traits::kKeys);
+      multiply_tiles<Mma, true, false, 1>(grad_query_sums, key_tile, row, gradient_tile, query_column, 0, Traits::kKeys);
       if constexpr (!Traits::kKeepsQueryGradient) {
         move_partial<true>(
-            grad_query_sums, grad_query, p.padded_queries, row, query_block * Traits::kQueries + query_column);
+            grad_query_sums, grad_query(), p.padded_queries, row, query_block * Traits::kQueries + query_column);
       }
     }
   }
@@ -250,23 +258,11 @@ struct QueryKeyGradient {
   __device__ __forceinline__ void run() {
     // Blocks that run together share a query range, whose grad_output they take from L2 at about the same time.
     int64_t block = blockIdx.x;
-    const int group = static_cast<int>(block % p.groups);
+    group = static_cast<int>(block % p.groups);
     block /= p.groups;
-    const int range = static_cast<int>(block % p.ranges);
-    const int64_t sample = block / p.ranges;
+    range = static_cast<int>(block % p.ranges);
+    sample = block / p.ranges;
 
-    const auto matrix = [&](const Operand& operand, int rows, int columns) {
-      return GlobalMatrix<Element>{
-          static_cast<const Element*>(operand.data) + sample * operand.batch_stride, operand.row_stride, rows, columns};
-    };
-    query = matrix(p.query, p.embedding, p.queries);
-    key = matrix(p.key, p.embedding, p.keys);
-    value = matrix(p.value, p.channels, p.keys);
-    grad_output = matrix(p.grad_output, p.channels, p.queries);
-    logsumexp = p.logsumexp + sample * p.queries;
-    delta = p.delta + sample * p.queries;
-    grad_query = p.grad_query + (group * p.batch + sample) * p.embedding * p.padded_queries;
-    grad_key = p.grad_key + (range * p.batch + sample) * p.embedding * p.padded_keys;
     first_query_block = range * p.blocks_per_range;
     end_query_block = min(first_query_block + p.blocks_per_range, p.query_blocks);
     first_key_block = group * p.blocks_per_group;
@@ -289,11 +285,13 @@ struct QueryKeyGradient {
         __syncthreads(); // the previous tile's query, key and dS are no longer read
         if (key_block == first_key_block) {
           copy_tile_async<Traits::kThreads>(
-              QueryTile(query_shared), query, 0, embedding_rows, query_block * Traits::kQueries);
+              QueryTile(query_shared), matrix(p.query, p.embedding, p.queries), 0, embedding_rows,
+              query_block * Traits::kQueries);
           load_statistics(query_block);
         }
         // These copies join the group of the next chunk; they have arrived when that is waited for.
-        copy_tile_async<Traits::kThreads>(KeyTile(key_shared), key, 0, embedding_rows, key_block * Traits::kKeys);
+        copy_tile_async<Traits::kThreads>(
+            KeyTile(key_shared), matrix(p.key, p.embedding, p.keys), 0, embedding_rows, key_block * Traits::kKeys);
 
         float products[kM][kN][4];
         clear(products);
@@ -302,7 +300,7 @@ struct QueryKeyGradient {
           __syncthreads(); // this chunk is there, the previous one is no longer read
           copy_next_chunk();
           ptx::cp_async_commit();
-          multiply_tiles<Mma, false, true>(
+          multiply_tiles<Mma, false, true, 2>(
               products, QueryTile(slot(current_slot)), warp_query(),
               KeyTile(slot(current_slot) + QueryTile::bytes(Traits::kChunk)), warp_key(), 0, Traits::kChunk);
           current_slot = current_slot + 1 == Traits::kStages ? 0 : current_slot + 1;
@@ -314,7 +312,7 @@ struct QueryKeyGradient {
 
         float scores[kM][kN][4];
         clear(scores);
-        multiply_tiles<Mma, false, true>(
+        multiply_tiles<Mma, false, true, 1>(
             scores, QueryTile(query_shared), warp_query(), KeyTile(key_shared), warp_key(), 0,
             (p.embedding + Mma::kStep - 1) / Mma::kStep * Mma::kStep);
         store_score_gradient(scores, products, key_block);
@@ -323,7 +321,7 @@ struct QueryKeyGradient {
       }
       if constexpr (Traits::kKeepsQueryGradient) {
         move_partial<true>(
-            grad_query_sums, grad_query, p.padded_queries, warp_row(),
+            grad_query_sums, grad_query(), p.padded_queries, warp_row(),
             query_block * Traits::kQueries + warp_column(Traits::kQueries));
       }
     }

@@ -61,11 +61,24 @@ struct WeightedSumTraits {
   }
   static constexpr int kValueBytes = StreamedTile::bytes(kChannels);
   static constexpr int kWeightBytes = StreamedTile::bytes(kOwned);
-  static constexpr int kStatisticsBytes = 2 * (kOwned + kWarps) * 4;
+  static constexpr int kStatisticsBytes = 2 * (kOwned + kWarps) * 4 + 24; // and a WeightedSumPlace
+  // 16-bit results pass through shared memory, rows of kOutputPitch elements: four banks on from row to row.
+  static constexpr int kOutputPitch = kOwned + 8;
+  static constexpr int kOutputBytes = sizeof(Element) == 2 ? kChannels * kOutputPitch * 2 : 0;
   static constexpr __host__ __device__ int shared_bytes(int embedding) {
-    return owned_bytes(embedding) + kStages * (streamed_bytes(embedding) + kValueBytes) + 2 * kWeightBytes +
-        kStatisticsBytes;
+    const int pipeline = owned_bytes(embedding) + kStages * (streamed_bytes(embedding) + kValueBytes) +
+        2 * kWeightBytes + kStatisticsBytes;
+    return pipeline > kOutputBytes ? pipeline : kOutputBytes;
   }
+};
+
+// What a block works on. It waits in shared memory for the end, where registers are free again.
+struct WeightedSumPlace {
+  int64_t sample;
+  int split;
+  int channel_block;
+  int first_owned;
+  int first_channel;
 };
 
 template <class Traits_, bool kForward>
@@ -90,10 +103,12 @@ struct WeightedSum {
   unsigned char* weight_shared;
   float* factors; // [2][kOwned]: by what the step's new maximum scales what was summed before
   int* changed;   // [2][kWarps]: whether any of a warp's 16 factors is not 1
-  GlobalMatrix<Element> owned, streamed, values;
+  WeightedSumPlace* place;
+  // This thread's share of the next streamed tile and the next values to copy: both walk along the positions.
+  const Element* next_streamed;
+  const Element* next_values;
   const float* streamed_logsumexp;
   int embedding_rows;
-  int first_owned, first_channel;
   int first_step, end_step;
 
   typename Mma::A owned_fragments[Traits::kScoreSteps > 0 ? Traits::kScoreSteps : 1];
@@ -104,18 +119,20 @@ struct WeightedSum {
   __device__ __forceinline__ void copy_streamed(int step) {
     if (step < end_step) {
       const int slot = (step - first_step) % Traits::kStages;
-      copy_tile_async<Traits::kThreads>(
-          StreamedTile(streamed_shared + slot * StreamedTile::bytes(embedding_rows)), streamed, 0, embedding_rows,
-          step * Traits::kStreamed);
+      copy_share_async<Traits::kThreads>(
+          StreamedTile(streamed_shared + slot * StreamedTile::bytes(embedding_rows)), next_streamed,
+          p.streamed.row_stride, embedding_rows, p.embedding, p.streamed_positions - step * Traits::kStreamed);
+      next_streamed += Traits::kStreamed;
     }
   }
 
   __device__ __forceinline__ void copy_values(int step) {
     if (step < end_step) {
       const int slot = (step - first_step) % Traits::kStages;
-      copy_tile_async<Traits::kThreads>(
-          StreamedTile(value_shared + slot * Traits::kValueBytes), values, first_channel, Traits::kChannels,
-          step * Traits::kStreamed);
+      copy_share_async<Traits::kThreads>(
+          StreamedTile(value_shared + slot * Traits::kValueBytes), next_values, p.values.row_stride, Traits::kChannels,
+          p.channels - place->first_channel, p.streamed_positions - step * Traits::kStreamed);
+      next_values += Traits::kStreamed;
     }
   }
 
@@ -151,7 +168,7 @@ struct WeightedSum {
         }
       }
     } else {
-      multiply_tiles<Mma, false, true>(
+      multiply_tiles<Mma, false, true, 1>(
           scores, typename Traits::OwnedTile(owned_shared), 16 * warp_index(), tile, 0, 0, embedding_rows);
     }
   }
@@ -273,15 +290,19 @@ struct WeightedSum {
   }
 
   __device__ __forceinline__ void multiply_values(int step, int k, int k_end) {
+    if (place->first_channel + warp_first_channel() >= p.channels) {
+      return; // the last channel block may have nothing for some warps
+    }
     const StreamedTile value_tile(value_shared + (step - first_step) % Traits::kStages * Traits::kValueBytes);
     const StreamedTile weight_tile(weight_shared + step % 2 * Traits::kWeightBytes);
-    multiply_tiles<Mma, true, false>(
+    multiply_tiles<Mma, true, false, 2>(
         sums, value_tile, warp_first_channel(), weight_tile, warp_first_owned(), k, k_end);
   }
 
   // kForward: divides by the sums of weights and leaves the log-sum-exp.
-  __device__ __forceinline__ void normalize(float* logsumexp, bool write_logsumexp) {
-    const int lane = lane_index();
+  __device__ __forceinline__ void normalize() {
+    const int lane = lane_index(), first_owned = place->first_owned;
+    float* logsumexp = p.logsumexp + (place->split * p.batch + place->sample) * p.owned_positions;
     __syncthreads(); // every warp has read the factors of the last step
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -291,7 +312,7 @@ struct WeightedSum {
       const int row = 16 * warp_index() + lane / 4 + 8 * h;
       if (lane % 4 == 0) {
         factors[row] = 1.0f / sum;
-        if (write_logsumexp && first_owned + row < p.owned_positions) {
+        if (place->channel_block == 0 && first_owned + row < p.owned_positions) {
           logsumexp[first_owned + row] = row_max[h] + logf(sum);
         }
       }
@@ -300,31 +321,73 @@ struct WeightedSum {
     multiply_sums(factors);
   }
 
+  // map: the sample's output, (C, owned_positions). Straight from the accumulators, a channel's 8 positions at a time: for
+  // float32 these are whole sectors.
   template <class Out>
-  __device__ __forceinline__ void store_sums(Out* output) {
+  __device__ __forceinline__ void store_sums(Out* map, const WeightedSumPlace& at) {
     const int lane = lane_index();
 #pragma unroll
     for (int i = 0; i < kChannelTiles; ++i) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int channel = first_channel + warp_first_channel() + 16 * i + lane / 4 + 8 * h;
+        const int channel = at.first_channel + warp_first_channel() + 16 * i + lane / 4 + 8 * h;
         if (channel < p.channels) {
-          Out* row = output + static_cast<int64_t>(channel) * p.owned_positions;
+          Out* row = map + static_cast<int64_t>(channel) * p.owned_positions;
 #pragma unroll
           for (int j = 0; j < kOwnedTiles; ++j) {
-            const int position = first_owned + warp_first_owned() + 8 * j + lane % 4 * 2;
+            const int position = at.first_owned + warp_first_owned() + 8 * j + lane % 4 * 2;
             const float low = sums[i][j][2 * h], high = sums[i][j][2 * h + 1];
-            if (position + 1 < p.owned_positions && reinterpret_cast<uintptr_t>(row + position) % (2 * sizeof(Out)) == 0) {
+            const bool both = position + 1 < p.owned_positions;
+            if (both && reinterpret_cast<uintptr_t>(row + position) % (2 * sizeof(Out)) == 0) {
               store_pair(row + position, low, high);
             } else {
               if (position < p.owned_positions) {
                 row[position] = from_accumulator<Out>(low);
               }
-              if (position + 1 < p.owned_positions) {
+              if (both) {
                 row[position + 1] = from_accumulator<Out>(high);
               }
             }
           }
+        }
+      }
+    }
+  }
+
+  // The same for 16 bits, by way of shared memory: 8 positions are but half a sector there, and unaligned rows would take
+  // 2-byte stores. A warp writes whole rows in 4-byte stores, from their first 4-byte boundary on.
+  __device__ __forceinline__ void store_sums_by_rows(Element* map, unsigned char* shared, const WeightedSumPlace& at) {
+    constexpr int kPitch = Traits::kOutputPitch;
+    const int lane = lane_index();
+    Element* tile = reinterpret_cast<Element*>(shared);
+    __syncthreads(); // every warp is done with what lies there
+#pragma unroll
+    for (int i = 0; i < kChannelTiles; ++i) {
+#pragma unroll
+      for (int j = 0; j < kOwnedTiles; ++j) {
+        Element* corner = tile + (warp_first_channel() + 16 * i + lane / 4) * kPitch + warp_first_owned() + 8 * j +
+            lane % 4 * 2;
+        store_pair(corner, sums[i][j][0], sums[i][j][1]);
+        store_pair(corner + 8 * kPitch, sums[i][j][2], sums[i][j][3]);
+      }
+    }
+    __syncthreads();
+    const int positions = min(Traits::kOwned, p.owned_positions - at.first_owned);
+    const int channels = min(Traits::kChannels, p.channels - at.first_channel);
+    for (int channel = warp_index(); channel < channels; channel += Traits::kWarps) {
+      const Element* from = tile + channel * kPitch;
+      Element* row = map + static_cast<int64_t>(at.first_channel + channel) * p.owned_positions + at.first_owned;
+      const int before = reinterpret_cast<uintptr_t>(row) / 2 % 2; // elements before the boundary
+      if (before != 0 && lane == 0) {
+        row[0] = from[0];
+      }
+      for (int i = before + 2 * lane; i < positions; i += 64) {
+        if (i + 1 < positions) {
+          const uint32_t low = *reinterpret_cast<const unsigned short*>(from + i);
+          const uint32_t high = *reinterpret_cast<const unsigned short*>(from + i + 1);
+          *reinterpret_cast<uint32_t*>(row + i) = low | high << 16;
+        } else {
+          row[i] = from[i];
         }
       }
     }
@@ -338,6 +401,7 @@ struct WeightedSum {
     weight_shared = value_shared + Traits::kStages * Traits::kValueBytes;
     factors = reinterpret_cast<float*>(weight_shared + 2 * Traits::kWeightBytes);
     changed = reinterpret_cast<int*>(factors + 2 * Traits::kOwned);
+    place = reinterpret_cast<WeightedSumPlace*>(changed + 2 * Traits::kWarps);
   }
 
   __device__ __forceinline__ void run() {
@@ -350,17 +414,21 @@ struct WeightedSum {
     const int split = static_cast<int>(block % p.splits);
     const int64_t sample = block / p.splits;
 
-    const auto matrix = [&](const Operand& operand, int rows, int columns) {
-      return GlobalMatrix<Element>{
-          static_cast<const Element*>(operand.data) + sample * operand.batch_stride, operand.row_stride, rows, columns};
-    };
-    owned = matrix(p.owned, p.embedding, p.owned_positions);
-    streamed = matrix(p.streamed, p.embedding, p.streamed_positions);
-    values = matrix(p.values, p.channels, p.streamed_positions);
+    const int first_owned = owned_block * Traits::kOwned, first_channel = channel_block * Traits::kChannels;
+    if (threadIdx.x == 0) {
+      *place = {sample, split, channel_block, first_owned, first_channel};
+    }
+    __syncthreads();
     streamed_logsumexp = p.logsumexp + sample * p.streamed_positions;
-    first_owned = owned_block * Traits::kOwned;
-    first_channel = channel_block * Traits::kChannels;
     first_step = split * p.steps_per_split;
+    const auto first = [&](const Operand& operand) {
+      return static_cast<const Element*>(operand.data) + sample * operand.batch_stride;
+    };
+    using Share = CopyShare<Traits::kThreads, Element, Traits::kStreamed>;
+    const int first_column = first_step * Traits::kStreamed + Share::column();
+    next_streamed = first(p.streamed) + Share::row() * p.streamed.row_stride + first_column;
+    next_values = first(p.values) + (first_channel + Share::row()) * p.values.row_stride + first_column;
+    const GlobalMatrix<Element> owned{first(p.owned), p.owned.row_stride, p.embedding, p.owned_positions};
     const int steps = (p.streamed_positions + Traits::kStreamed - 1) / Traits::kStreamed;
     end_step = min(first_step + p.steps_per_split, steps);
     row_max[0] = row_max[1] = -INFINITY;
@@ -416,7 +484,7 @@ struct WeightedSum {
     }
 
     if constexpr (kForward) {
-      normalize(p.logsumexp + (split * p.batch + sample) * p.owned_positions, channel_block == 0);
+      normalize();
     } else {
 #pragma unroll
       for (int i = 0; i < kChannelTiles; ++i) {
@@ -429,11 +497,14 @@ struct WeightedSum {
         }
       }
     }
+    const WeightedSumPlace at = *place;
     const int64_t map = static_cast<int64_t>(p.channels) * p.owned_positions;
     if (p.splits > 1) {
-      store_sums(static_cast<float*>(p.output) + (split * p.batch + sample) * map);
+      store_sums(static_cast<float*>(p.output) + (at.split * p.batch + at.sample) * map, at);
+    } else if constexpr (sizeof(Element) == 2) {
+      store_sums_by_rows(static_cast<Element*>(p.output) + at.sample * map, owned_shared, at);
     } else {
-      store_sums(static_cast<Element*>(p.output) + sample * map);
+      store_sums(static_cast<Element*>(p.output) + at.sample * map, at);
     }
   }
 };

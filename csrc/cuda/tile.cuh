@@ -57,27 +57,45 @@ struct SharedTile {
   }
 };
 
+// Where a thread of a block of kThreads starts in a tile that the block copies: always the same 16-byte chunk of a row,
+// every kRowStep-th row.
+template <int kThreads, class T, int kColumns>
+struct CopyShare {
+  using Tile = SharedTile<T, kColumns>;
+  static_assert(kThreads % Tile::kChunks == 0, "a thread copies the same chunk of every row it takes");
+  static constexpr int kRowStep = kThreads / Tile::kChunks;
+  static __device__ __forceinline__ int row() { return static_cast<int>(threadIdx.x) / Tile::kChunks; }
+  static __device__ __forceinline__ int column() {
+    return static_cast<int>(threadIdx.x) % Tile::kChunks * Tile::kPerChunk;
+  }
+};
+
+// Starts this thread's share of a copy of `rows` rows, zeros beyond the source's edges: the source has `rows_inside` rows
+// and `columns_inside` columns from the tile's corner on. `from` is the source's element at this thread's CopyShare.
+// Where nothing is read, the address may be any.
+template <int kThreads, class T, int kColumns>
+__device__ __forceinline__ void copy_share_async(
+    const SharedTile<T, kColumns>& tile, const T* from, int64_t stride, int rows, int rows_inside, int columns_inside) {
+  using Share = CopyShare<kThreads, T, kColumns>;
+  constexpr int kPerChunk = SharedTile<T, kColumns>::kPerChunk;
+  const int left = columns_inside - Share::column();
+  const int inside = left >= kPerChunk ? 16 : left > 0 ? left * static_cast<int>(sizeof(T)) : 0;
+  // not unrolled: the addresses of several rows at once would take the registers that the accumulators need
+#pragma unroll 1
+  for (int r = Share::row(); r < rows; r += Share::kRowStep, from += Share::kRowStep * stride) {
+    ptx::cp_async_16(tile.chunk(r, Share::column()), from, r < rows_inside ? inside : 0);
+  }
+}
+
 // Starts the copy of rows [row, row + rows) and columns [column, column + kColumns) of `source`, zeros beyond its
 // edges. column is a multiple of 16 bytes. All kThreads threads of the block call it; the caller commits.
 template <int kThreads, class T, int kColumns>
 __device__ __forceinline__ void copy_tile_async(
     const SharedTile<T, kColumns>& tile, const GlobalMatrix<T>& source, int row, int rows, int column) {
-  using Tile = SharedTile<T, kColumns>;
-  static_assert(kThreads % Tile::kChunks == 0, "a thread copies the same chunk of every row it takes");
-  constexpr int kRowStep = kThreads / Tile::kChunks;
-  const int chunk = static_cast<int>(threadIdx.x) % Tile::kChunks;
-  const int first_row = static_cast<int>(threadIdx.x) / Tile::kChunks;
-  const int first_column = column + chunk * Tile::kPerChunk;
-  const int left = source.columns - first_column;
-  const int inside = left >= Tile::kPerChunk ? 16 : left > 0 ? left * static_cast<int>(sizeof(T)) : 0;
-  const T* from = source.data + (row + first_row) * source.stride + first_column;
-  const int64_t step = kRowStep * source.stride;
-#pragma unroll 4
-  for (int r = first_row; r < rows; r += kRowStep, from += step) {
-    const int bytes = row + r < source.rows ? inside : 0;
-    // where nothing is read the address still has to be a valid one
-    ptx::cp_async_16(tile.chunk(r, chunk * Tile::kPerChunk), bytes ? from : source.data, bytes);
-  }
+  using Share = CopyShare<kThreads, T, kColumns>;
+  copy_share_async<kThreads>(
+      tile, source.data + (row + Share::row()) * source.stride + column + Share::column(), source.stride, rows,
+      source.rows - row, source.columns - column);
 }
 
 } // namespace segattn

@@ -1,0 +1,308 @@
+"""The CUDA kernels of position attention, emulated: what the operator suite cannot see. Work and traffic against the
+arithmetic of docs/performance.md, the paths a problem or a device chooses, and the builds that look for faults."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from segattn_ops import _precision
+
+N97 = 97 * 97
+OPERATORS = torch.ops.segattn_emulated
+
+
+@pytest.fixture
+def emulator(emulated_library):
+    """The control module, on an H200, its counters at zero."""
+    emulated_library.set_device(90)
+    emulated_library.reset()
+    yield emulated_library
+    emulated_library.set_device(90)
+    OPERATORS._set_allow_tf32(False)
+
+
+@pytest.fixture
+def traced(emulator):
+    if not emulator.traced:
+        pytest.skip("counts memory accesses: runs in the race build, which test_race_build starts")
+    return emulator
+
+
+def inputs(batch, embedding, channels, queries, keys, dtype, seed=0):
+    """query, key, value and grad_output"""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(embedding, queries), (embedding, keys), (channels, keys), (channels, queries)]
+    return [torch.randn((batch, *shape), generator=generator).to(dtype) for shape in shapes]
+
+
+def exact(query, key, value, grad_output, scale=1.0):
+    """output, logsumexp and the three gradients in float64"""
+    leaves = [t.double().requires_grad_() for t in (query, key, value)]
+    energy = scale * leaves[0].transpose(1, 2) @ leaves[1]
+    output = leaves[2] @ energy.softmax(2).transpose(1, 2)
+    return output.detach(), energy.logsumexp(2).detach(), *torch.autograd.grad(output, leaves, grad_output.double())
+
+
+def run(query, key, value, grad_output, scale=1.0):
+    output, logsumexp = OPERATORS.position_attention(query, key, value, scale)
+    return output, logsumexp, *OPERATORS.position_attention_backward(
+        grad_output, query, key, value, output, logsumexp, scale
+    )
+
+
+def relative_error(got, expected):
+    return ((got.double() - expected).norm() / expected.norm()).item()
+
+
+def assert_close(tensors, tolerance, scale=1.0):
+    for got, expected in zip(run(*tensors, scale), exact(*tensors, scale), strict=True):
+        assert relative_error(got, expected) < tolerance
+
+
+def launches(emulator, *name_parts):
+    return [r for r in emulator.report() if all(part in r["kernel"] for part in name_parts)]
+
+
+def kernels(emulator):
+    return [r["kernel"] for r in emulator.report()]
+
+
+# ---- work ------------------------------------------------------------------------------------------------------------
+
+
+def blocks(positions, size):
+    return math.ceil(positions / size)
+
+
+def test_forward_computes_little_more_than_it_must(emulator):
+    """mma FLOPs of 128-query blocks and 32-key steps, counted on two blocks and ten steps, at 97 x 97, C = 512."""
+    emulator.set_device(90, 1)  # nothing to fill: no splits
+    query, key, value, _ = inputs(1, 64, 512, 256, 320, torch.bfloat16)
+    OPERATORS.position_attention(query, key, value, 1.0)
+    (launch,) = launches(emulator, "weighted_sum_kernel")
+    whole = launch["mma_flops"] / (2 * 10) * blocks(N97, 128) * blocks(N97, 32)
+    needed = 2 * N97**2 * (64 + 512)
+    assert needed <= whole <= 1.15 * needed
+
+
+def test_backward_computes_little_more_than_it_must(emulator):
+    """The same for the backward: 2 x 2 tiles of 128 x 128 and, for the value gradient, 2 blocks of 8 steps."""
+    emulator.set_device(90, 1)
+    run(*inputs(1, 64, 512, 256, 256, torch.bfloat16))
+    (value_gradient,) = launches(emulator, "weighted_sum_kernel", "false")
+    (query_key_gradient,) = launches(emulator, "query_key_gradient_kernel")
+    whole = value_gradient["mma_flops"] / (2 * 8) * blocks(N97, 128) * blocks(N97, 32)
+    whole += query_key_gradient["mma_flops"] / 4 * blocks(N97, 128) ** 2
+    needed = 2 * N97**2 * (3 * 64 + 2 * 512)
+    assert needed <= whole <= 1.4 * needed
+
+
+def test_3xtf32_multiplies_three_times(emulator):
+    tensors = inputs(1, 16, 40, 70, 50, torch.float32)
+    flops = []
+    for allow in (False, True):
+        OPERATORS._set_allow_tf32(allow)
+        emulator.reset()
+        OPERATORS.position_attention(*tensors[:3], 1.0)
+        (launch,) = launches(emulator, "weighted_sum_kernel")
+        assert launch["mma_flops"] == launch["mma_flops_by_type"]["tf32"]
+        flops.append(launch["mma_flops"])
+    assert flops[0] == 3 * flops[1] > 0
+
+
+# ---- traffic ---------------------------------------------------------------------------------------------------------
+
+
+def global_bytes(launch):
+    """Whole sectors, as they cross the memory system."""
+    return {
+        kind: 32 * counted["sectors"] for kind, counted in launch["memory"].items() if kind.startswith("global")
+    }
+
+
+def test_forward_traffic_is_what_its_tiling_implies(traced):
+    """A block takes its queries once and all keys and 256 value channels; at 97 x 97, C = 512, that is 0.9 GB for the
+    148 blocks of a sample beside the 22 MB that any kernel must move: it is L2 that serves the difference."""
+    traced.set_device(90, 1)
+    query, key, value, _ = inputs(1, 64, 512, 256, 320, torch.bfloat16)
+    OPERATORS.position_attention(query, key, value, 1.0)
+    (launch,) = launches(traced, "weighted_sum_kernel")
+    moved = global_bytes(launch)
+    per_block = 2 * (64 * 128 + (64 + 256) * 320)
+    assert moved["global_async_read"] <= 1.05 * 4 * per_block
+    written = 2 * 512 * 256 + 4 * 256
+    assert sum(moved.values()) <= 1.25 * (4 * per_block + written)
+    whole = blocks(N97, 128) * 2 * 2 * (64 * 128 + (64 + 256) * N97)
+    minimum = 2 * N97 * (64 + 64 + 512 + 512)
+    assert 0.85e9 < whole < 0.95e9 and 21e6 < minimum < 22e6  # what the docstring and docs/performance.md say
+
+
+def test_backward_traffic_is_what_its_tiling_implies(traced):
+    traced.set_device(90, 1)
+    run(*inputs(1, 64, 512, 256, 256, torch.bfloat16))
+    (launch,) = launches(traced, "query_key_gradient_kernel")
+    chunks = 2 * 512 * (128 + 128)  # grad_output and value of a tile
+    tiles = 4 * (chunks + 2 * 64 * 128) + 2 * 2 * 64 * 128  # and key; query once for two tiles
+    partials = 4 * 64 * (256 + 3 * 256)  # grad_query written once; grad_key written, read, written
+    assert sum(global_bytes(launch).values()) <= 1.25 * (tiles + partials)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "tf32", "3xtf32"])
+def test_no_bank_conflicts(traced, precision):
+    OPERATORS._set_allow_tf32(precision == "tf32")
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    run(*inputs(1, 64, 256, 256, 256, dtype))
+    for kernel in ("weighted_sum_kernel", "query_key_gradient_kernel"):
+        for launch in launches(traced, kernel):
+            counted = [c for kind, c in launch["memory"].items() if kind.startswith("shared")]
+            wavefronts = sum(c["wavefronts"] for c in counted)
+            assert wavefronts <= 1.1 * sum(c["ideal_wavefronts"] for c in counted), launch["kernel"]
+
+
+# ---- paths -----------------------------------------------------------------------------------------------------------
+
+
+def test_split_keys(emulator):
+    """64 queries fill one of 132 multiprocessors: the keys are split, the merge has the whole log-sum-exp."""
+    tensors = inputs(1, 16, 40, 64, 1100, torch.float16)
+    assert_close(tensors, 2e-3)
+    assert len(launches(emulator, "merge_splits_kernel")) == 1
+    emulator.set_device(90, 1)
+    emulator.reset()
+    assert_close(tensors, 2e-3)
+    assert not launches(emulator, "merge_splits_kernel")
+
+
+def test_split_keys_with_scores_far_apart(emulator):
+    """The splits' maxima differ by hundreds: the lesser weigh nothing, and nothing overflows."""
+    query, key, value, grad_output = inputs(1, 8, 24, 64, 600, torch.bfloat16)
+    key[:, :, 450:] *= 60
+    assert_close([query, key, value, grad_output], 2e-2)
+    assert launches(emulator, "merge_splits_kernel")
+
+
+def test_rows_are_packed_only_where_they_must_be(emulator):
+    """Rows of 97 elements do not start on 16 bytes, rows of 96 do; the packed rows give the same bits."""
+    query, key, value, grad_output = inputs(1, 16, 24, 96, 96, torch.bfloat16)
+    aligned = run(query, key, value, grad_output)
+    assert not launches(emulator, "pack_rows_kernel")
+
+    def shifted(t):
+        return torch.cat([t.new_full((1,), math.nan), t.flatten()])[1:].view(t.shape)
+
+    packed = run(*(shifted(t) for t in (query, key, value, grad_output)))
+    assert len(launches(emulator, "pack_rows_kernel")) == 3 + 4
+    for a, b in zip(aligned, packed, strict=True):
+        assert torch.equal(a, b)
+    assert_close(inputs(2, 16, 24, 97, 97, torch.bfloat16), 2e-2)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "embedding", "channels", "expected"),
+    [
+        (90, 64, 512, {"Mma16"}),
+        (90, 16, 40, {"Mma16"}),
+        (86, 64, 136, {"Mma16"}),  # two stages
+        (90, 80, 136, {"Mma16"}),
+        (86, 200, 136, {"Mma16"}),
+        (86, 300, 24, {"simt"}),  # no room in 99 KB
+        (75, 40, 24, {"simt"}),  # no bfloat16 or m16n8k16 there
+        (80, 512, 24, {"Mma16"}),
+    ],
+)
+def test_every_device_and_channel_count_has_a_path(emulator, architecture, embedding, channels, expected):
+    emulator.set_device(architecture)
+    tensors = inputs(1, embedding, channels, 70, 90, torch.float16)
+    assert_close(tensors, 3e-3, scale=embedding**-0.5)
+    names = kernels(emulator)
+    used = {"simt" if "simt" in n else "Mma16" for n in names if "simt" in n or "Mma16" in n}
+    assert used == expected, names
+
+
+@pytest.mark.parametrize("embedding", [64, 100])
+@pytest.mark.parametrize("channels", [16, 200])
+def test_float32_precision(emulator, channels, embedding):
+    """3xTF32 has float32's accuracy; TF32, which is 2,000 times coarser, is there only for those who allow it."""
+    tensors = inputs(1, embedding, channels, 150, 140, torch.float32)
+    scale = embedding**-0.5
+    errors = [relative_error(a, b) for a, b in zip(run(*tensors, scale), exact(*tensors, scale), strict=True)]
+    assert max(errors) < 2e-6
+    OPERATORS._set_allow_tf32(True)
+    errors = [relative_error(a, b) for a, b in zip(run(*tensors, scale), exact(*tensors, scale), strict=True)]
+    assert 5e-5 < max(errors) < 5e-3
+
+
+def test_tf32_setting_is_followed(emulator):
+    tensors = inputs(1, 16, 24, 40, 40, torch.float32)
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    expected = exact(*tensors)[0]
+    try:
+        for precision, bounds in (("ieee", (0, 3e-6)), ("tf32", (5e-5, 5e-3)), ("ieee", (0, 3e-6))):
+            settings.fp32_precision = precision
+            assert _precision.follow_tf32_setting("segattn_emulated") == (precision == "tf32")
+            output = OPERATORS.position_attention(*tensors[:3], 1.0)[0]
+            assert bounds[0] < relative_error(output, expected) < bounds[1]
+    finally:
+        settings.fp32_precision = before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_any_schedule_gives_the_same_bits(emulator, dtype):
+    tensors = inputs(1, 24, 40, 200, 300, dtype)
+    results = []
+    for seed in (1, 2, 3):
+        emulator.set_seed(seed)
+        results.append(run(*tensors))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_offsets_beyond_int32(emulator):
+    """Two samples 2^31 elements apart in memory nobody touches in between."""
+    if os.environ.get("SEGATTN_EMULATOR_VARIANT") == "asan":
+        pytest.skip("the sanitizer's shadow would touch it")
+    embedding, channels, positions = 8, 16, 64
+    tensors = inputs(2, embedding, channels, positions, positions, torch.bfloat16)
+    far = []
+    for t in tensors[:3]:
+        storage = torch.empty(2**31 + t[0].numel(), dtype=t.dtype)
+        view = storage.as_strided(t.shape, (2**31, positions, 1))
+        view.copy_(t)
+        far.append(view)
+    for a, b in zip(run(*tensors), run(*far, tensors[3]), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_float64_gradients(emulator):
+    leaves = [t.requires_grad_() for t in inputs(1, 5, 40, 33, 35, torch.float64)[:3]]
+    assert torch.autograd.gradcheck(lambda *t: OPERATORS.position_attention(*t, 0.7)[0], leaves, fast_mode=True)
+
+
+# ---- builds that look for faults -------------------------------------------------------------------------------------
+
+
+def _run_in(variant, *command, environment=None):
+    if os.environ.get("SEGATTN_EMULATOR_VARIANT", "plain") != "plain":
+        pytest.skip(f"started by the plain build only, not by the {variant} build itself")
+    done = subprocess.run(
+        [sys.executable, *command, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
+        env=os.environ | (environment or {}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def test_race_build(emulator):
+    """Shared-memory races fail; memory accesses are counted."""
+    _run_in("race", environment={"SEGATTN_EMULATOR_VARIANT": "race"})
+
+
+def test_asan_build(emulator):
+    _run_in("asan", "-m", "tests.emulator.asan")
