@@ -87,7 +87,7 @@ __device__ __forceinline__ void gram(const GramParams& p, unsigned char* shared)
     __syncthreads(); // this step's tiles are there, and everybody is done with those of the last step
     start(step + Traits::kStages - 1);
     const int stage = step % Traits::kStages;
-    multiply_tiles<Mma, true, false>(
+    multiply_tiles<Mma, true, false, 2>(
         sums, tile(stage, 0), row, tile(stage, on_diagonal ? 0 : 1), column, 0, Traits::kDepth);
   }
 
