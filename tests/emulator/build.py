@@ -139,7 +139,7 @@ def _libraries(variant_name: str) -> list[Library]:
     runtime = Library(
         f"emulator_runtime_{variant_name}",
         tuple(sorted((HERE / "runtime").glob("*.cpp"))),
-        ("-O3", "-march=native", "-fvisibility-inlines-hidden", *variant.runtime),
+        ("-O3", "-march=native", "-fvisibility-inlines-hidden", "-fno-semantic-interposition", *variant.runtime),
         ("-ldl", *variant.link),
     )
     # Kernels share no library with pybind11: the thread-local storage of theirs is taken for static shared memory.

@@ -75,7 +75,7 @@ struct NamedBarrier {
   std::vector<uint16_t> waiting;
 };
 
-Thread& self();
+inline Thread& self() { return *static_cast<Thread*>(current); }
 Thread& thread_of(int index);
 Warp& warp_of(const Thread& thread);
 int thread_count();
