@@ -117,8 +117,8 @@ class PositionBackward {
       const PositionSchedule::Unit unit = schedule.unit(index);
       if (!unit.idle) {
         add_unit(schedule, unit, first_sample, delta.data(), correction.data(), sums, scratch);
+        schedule.finish(unit);
       }
-      schedule.finish(unit);
     });
     parallel_units(samples * (schedule.key_groups + schedule.query_groups), 0, [&](std::int64_t index, Scratch&) {
       const std::int64_t groups = schedule.key_groups + schedule.query_groups;
