@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from benchmarks import cuda_resources
 from segattn_ops import _precision
 
 N97 = 97 * 97
@@ -49,8 +50,10 @@ def exact(query, key, value, grad_output, scale=1.0):
 
 def run(query, key, value, grad_output, scale=1.0):
     output, logsumexp = OPERATORS.position_attention(query, key, value, scale)
-    return output, logsumexp, *OPERATORS.position_attention_backward(
-        grad_output, query, key, value, output, logsumexp, scale
+    return (
+        output,
+        logsumexp,
+        *OPERATORS.position_attention_backward(grad_output, query, key, value, output, logsumexp, scale),
     )
 
 
@@ -119,9 +122,7 @@ def test_3xtf32_multiplies_three_times(emulator):
 
 def global_bytes(launch):
     """Whole sectors, as they cross the memory system."""
-    return {
-        kind: 32 * counted["sectors"] for kind, counted in launch["memory"].items() if kind.startswith("global")
-    }
+    return {kind: 32 * counted["sectors"] for kind, counted in launch["memory"].items() if kind.startswith("global")}
 
 
 def test_forward_traffic_is_what_its_tiling_implies(traced):
@@ -281,6 +282,15 @@ def test_offsets_beyond_int32(emulator):
 def test_float64_gradients(emulator):
     leaves = [t.requires_grad_() for t in inputs(1, 5, 40, 33, 35, torch.float64)[:3]]
     assert torch.autograd.gradcheck(lambda *t: OPERATORS.position_attention(*t, 0.7)[0], leaves, fast_mode=True)
+
+
+def test_launches_ask_for_the_shared_memory_the_table_says(emulator):
+    for tensors in (inputs(1, 40, 40, 64, 64, torch.bfloat16), inputs(1, 72, 200, 64, 64, torch.float32)):
+        emulator.reset()
+        run(*tensors)
+        for launch in emulator.report():
+            expected = cuda_resources.dynamic_shared_bytes(launch["kernel"], tensors[0].shape[1])
+            assert launch["dynamic_shared_bytes"] == (expected or 0), launch["kernel"]
 
 
 # ---- builds that look for faults -------------------------------------------------------------------------------------

@@ -236,7 +236,7 @@ struct SimtSum {
 };
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads) simt_sum_kernel(const SimtParams params) {
+__global__ void __launch_bounds__(Traits::kThreads, 2) simt_sum_kernel(const SimtParams params) {
   SEGATTN_DYNAMIC_SHARED(typename Traits::Real, shared);
   SimtSum<Traits>(params, shared).run();
 }
