@@ -185,22 +185,22 @@ def main(argv: list[str] | None = None) -> int:
                 bar.update(task, advance=int(done), description=label)
 
             records = Runner(options, schedule, on_cell).run(planned, source)
+            result = report.build(
+                _command(argv),
+                arguments.device,
+                threads,
+                records,
+                features=described,
+                memory_measured=arguments.device != "cpu" or measure.host_memory_is_measurable(),
+            )
+            report.write_json(result, arguments.output / "report.json")
             bar.update(task, description="drawing")
             with segattn_ops.use_backend(arguments.backend):
                 pictures = _draw(records, source, arguments, extractor.description)
     except (WrongResult, CellFailed, ValueError) as error:
         console.print(f"benchmarks: {error}", style="red", highlight=False)
         return 1
-    result = report.build(
-        _command(argv),
-        arguments.device,
-        threads,
-        records,
-        features=described,
-        seconds=round(schedule.elapsed, 1),
-        pictures=[path.name for path in pictures],
-        memory_measured=arguments.device != "cpu" or measure.host_memory_is_measurable(),
-    )
+    result |= {"pictures": [path.name for path in pictures], "seconds": round(schedule.elapsed, 1)}
     report.write_json(result, arguments.output / "report.json")
     (arguments.output / "report.md").write_text(report.markdown(result))
     report.print_tables(result, console)
