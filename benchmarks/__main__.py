@@ -183,6 +183,8 @@ def main(argv: list[str] | None = None) -> int:
 
             def on_cell(label: str, done: bool) -> None:
                 bar.update(task, advance=int(done), description=label)
+                if done and not console.is_terminal:
+                    console.print(f"{schedule.elapsed:6.1f} s  {label}", highlight=False)
 
             records = Runner(options, schedule, on_cell).run(planned, source)
             result = report.build(
