@@ -11,7 +11,7 @@ import torch
 import segattn_ops
 
 from . import features, measure, picture, plots, report, rivals, workloads
-from .processes import CellFailed
+from .processes import CellFailed, start_server
 from .run import Options, Runner
 from .schedule import Schedule
 from .validate import WrongResult
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 110)
     reason = _refuse(arguments)
     if reason:
         console.print(f"benchmarks: {reason}", style="red", highlight=False)
@@ -158,6 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     schedule = Schedule(arguments.budget or None)
     threads = arguments.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
+    start_server()
     planned = workloads_of(arguments)
     options = Options(
         tuple(name for name in rivals.RIVALS if name in arguments.rivals),
