@@ -78,15 +78,14 @@ class Runner:
         eager_errors = None
         try:
             for name in names:
-                label = f"{workload.label} {rivals.TITLES[name]}"
-                self.on_cell(label, False)
+                self.on_cell(f"{workload.label} {rivals.TITLES[name]}", False)
                 entry, cell = self._start(workload, name, path, to_come, eager_errors)
                 records[name] = entry
                 if cell:
                     cells[name] = cell
                     if name == "eager":
                         eager_errors = entry["errors"]
-                self.on_cell(label, True)
+                self.on_cell(workload.label, True)
             self._time(workload, records, cells)
         finally:
             for cell in cells.values():

@@ -18,8 +18,8 @@ MEMORY_SHARE = 0.9  # of what is available, what a cell may need
 START_SECONDS = 0.4  # forking, loading operands, warming up
 COMPILE_SECONDS = 6.0  # torch.compile of one cell, forward and backward
 GUESS = 20e9  # FLOP/s of a cell whose rate nobody has seen yet
-TIMED_SECONDS = 5.0  # what the repeats of one workload may take, if three rounds allow
-ROUNDS = (3, 9)
+TIMED_SECONDS = 6.0  # what the repeats of one workload may take, if three rounds allow
+ROUNDS = (3, 15)
 SINGLE_SECONDS = 18.0  # a round longer than this is not repeated
 
 

@@ -4,6 +4,7 @@ import torch
 from segattn_ops import _backend
 
 from . import backends
+from .emulated import emulator, traced  # noqa: F401
 from .emulator.fixtures import emulated_library  # noqa: F401
 
 

@@ -279,7 +279,7 @@ class TestSchedule:
 
     def test_short_workloads_repeat_more(self):
         assert schedule.Schedule.rounds(0.001) == schedule.ROUNDS[1]
-        assert schedule.Schedule.rounds(1.0) == 5
+        assert schedule.Schedule.rounds(1.0) == 6
         assert schedule.Schedule.rounds(10.0) == schedule.ROUNDS[0]
         assert schedule.Schedule.rounds(100.0) == 0
 

@@ -39,6 +39,21 @@ __device__ __forceinline__ void triangle_tile(int pair, int& row, int& column) {
   column = pair - row * (row + 1) / 2;
 }
 
+// target[0] = first and target[1] = second, of which `left` are inside; in one store, a whole sector for four lanes, where
+// it is aligned.
+__device__ __forceinline__ void store_neighbours(float* target, float first, float second, int64_t left) {
+  if (left > 1 && reinterpret_cast<uintptr_t>(target) % 8 == 0) {
+    *reinterpret_cast<float2*>(target) = make_float2(first, second);
+  } else {
+    if (left > 0) {
+      target[0] = first;
+    }
+    if (left > 1) {
+      target[1] = second;
+    }
+  }
+}
+
 template <class Traits>
 __device__ __forceinline__ void gram(const GramParams& p, unsigned char* shared) {
   using Mma = typename Traits::Mma;
@@ -99,12 +114,14 @@ __device__ __forceinline__ void gram(const GramParams& p, unsigned char* shared)
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int c = first_row + row + 16 * i + g + e / 2 * 8, k = first_column + column + 8 * j + 2 * t + e % 2;
-        if (c < rows && k < columns) {
-          energies[c * columns + k] = sums[i][j][e];
+      for (int half = 0; half < 2; ++half) {
+        const int c = first_row + row + 16 * i + g + 8 * half, k = first_column + column + 8 * j + 2 * t;
+        if (c < rows) {
+          store_neighbours(energies + c * columns + k, sums[i][j][2 * half], sums[i][j][2 * half + 1], columns - k);
           if (p.symmetric && !on_diagonal) {
-            energies[k * columns + c] = sums[i][j][e];
+            for (int e = 0; e < 2 && k + e < columns; ++e) {
+              energies[(k + e) * columns + c] = sums[i][j][2 * half + e];
+            }
           }
         }
       }

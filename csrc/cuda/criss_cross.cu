@@ -216,7 +216,8 @@ Triple criss_cross_attention_backward(
   }
   const Tensor delta = delta_of(grad_output, output, sizes, call.stream);
   call.rows_then_columns([&](bool columns) {
-    LineSumParams params{};
+    LineBackwardParams params{};
+    params.lines = lines_of(sizes, columns);
     params.query = features(query, columns);
     params.key = features(key, columns);
     params.grad_output = features(grad_output, columns);
@@ -224,6 +225,17 @@ Triple criss_cross_attention_backward(
     params.logsumexp = scalars(logsumexp, columns);
     params.delta = scalars(delta, columns);
     params.scale = scale;
+    params.accumulate = columns;
+    params.grad_query = features(grad_query, columns);
+    params.grad_key = features(grad_key, columns);
+    params.grad_value = features(grad_value, columns);
+    bool launched = false;
+    with_line_arithmetic(call.dtype, call.limits, [&]<class Arithmetic>() {
+      launched = launch_line_backward<Arithmetic>(params, call.limits, call.stream);
+    });
+    if (launched) {
+      return;
+    }
     call.sum<LineWeight::kSoftmax, true>(params, grad_output, grad_value, columns);
     call.sum<LineWeight::kGradient, false>(params, key, grad_query, columns);
     call.sum<LineWeight::kGradient, true>(params, query, grad_key, columns);

@@ -14,21 +14,17 @@ namespace segattn {
 __device__ __forceinline__ float line_exp(float x) { return ptx::exp2_approx(x * 1.4426950408889634f); }
 __device__ __forceinline__ double line_exp(double x) { return exp(x); }
 
+// Keeps the compiler from working on several of float64's long exponentials at once, for which there are no registers.
+__device__ __forceinline__ void one_by_one(float&) {}
+__device__ __forceinline__ void one_by_one(double& sum) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+d"(sum));
+#else
+  static_cast<void>(sum);
+#endif
+}
+
 __host__ __device__ constexpr int round_up_16(int x) { return (x + 15) / 16 * 16; }
-
-// [line][rows][pitch] of T in shared memory: weights of queries (rows) and keys.
-template <class T>
-struct MapTile {
-  T* data;
-  int rows;
-  int columns; // a multiple of 16
-  int first_query;
-  int first_key;
-
-  static __host__ __device__ constexpr int pitch_of(int columns) { return columns + 8; }
-  __device__ __forceinline__ int pitch() const { return pitch_of(columns); }
-  __device__ __forceinline__ T* line(int l) const { return data + l * rows * pitch(); }
-};
 
 // What every kernel of the family shares: who this thread is, where its block is, the staging memory.
 template <class Arithmetic>
@@ -41,34 +37,25 @@ struct LineBlock {
   const Lines& lines;
   Word* stage; // planes * (kLineChannels * kLinePitch + padding) words, or two tiles of half as many channels
   LineWindow window;
-  int owned_begin, owned_end;
-  int channel_group;
-  int pair, quarter; // this warp's pair of lines, and its number among the pair's warps
+  int owned_begin;
 
-  __device__ __forceinline__ LineBlock(const Lines& lines_, Word* stage_) : lines(lines_), stage(stage_) {
-    pair = warp_index() / kWarpsPerPair;
-    quarter = warp_index() % kWarpsPerPair;
-    window.planes = lines.pairs * 2 / kLinesPerPlane<T>;
-    window.line_end = lines.count;
-  }
-
-  // false when there is no such block
-  __device__ __forceinline__ bool start(int64_t block, int channel_groups) {
-    if (block >= lines.batch * lines.line_blocks * lines.owned_blocks * channel_groups) {
-      return false;
-    }
-    channel_group = static_cast<int>(block % channel_groups);
-    block /= channel_groups;
-    owned_begin = static_cast<int>(block % lines.owned_blocks) * lines.owned;
-    owned_end = min(owned_begin + lines.owned, lines.length);
+  __device__ __forceinline__ LineBlock(const Lines& lines_, Word* stage_, int channel_groups)
+      : lines(lines_), stage(stage_) {
+    int block = static_cast<int>(blockIdx.x) / channel_groups;
+    owned_begin = block % lines.owned_blocks * lines.owned;
     block /= lines.owned_blocks;
-    window.first_line = static_cast<int>(block % lines.line_blocks) * 2 * lines.pairs;
+    window.first_line = block % lines.line_blocks * 2 * lines.pairs;
+    window.line_end = lines.count;
+    window.planes = lines.pairs * 2 / kLinesPerPlane<T>;
     window.sample = block / lines.line_blocks;
-    return true;
   }
 
-  __device__ __forceinline__ int plane() const { return pair * 2 / kLinesPerPlane<T>; }
-  __device__ __forceinline__ int first_line() const { return window.first_line + 2 * pair; }
+  // this warp's pair of lines, and its number among the pair's warps
+  static __device__ __forceinline__ int pair() { return opaque(warp_index()) / kWarpsPerPair; }
+  static __device__ __forceinline__ int quarter() { return opaque(warp_index()) % kWarpsPerPair; }
+  __device__ __forceinline__ int owned_end() const { return min(owned_begin + lines.owned, lines.length); }
+  __device__ __forceinline__ int plane() const { return pair() * 2 / kLinesPerPlane<T>; }
+  __device__ __forceinline__ int first_line() const { return window.first_line + 2 * pair(); }
   __device__ __forceinline__ Tile tile(const Word* words, int channels) const {
     const int words_per_plane = plane_words(window.planes, channels);
     return {words + plane() * words_per_plane, words_per_plane};
@@ -78,7 +65,7 @@ struct LineBlock {
   // 64 keys from first_key
   __device__ __forceinline__ void multiply_features(
       Real (&d)[2][kLineTile / 8][4], const LineFeatures& left, const LineFeatures& right, int first_query,
-      int first_key) {
+      int first_key) const {
 #pragma unroll
     for (int line = 0; line < 2; ++line) {
 #pragma unroll
@@ -98,13 +85,13 @@ struct LineBlock {
       load_line_tile<T, kProductChannels>(stage, left, window, channel, first_query, lines.length);
       load_line_tile<T, kProductChannels>(right_words, right, window, channel, first_key, lines.length);
       __syncthreads();
-      if (16 * quarter >= queries) {
+      if (16 * quarter() >= queries) {
         continue;
       }
 #pragma unroll
       for (int c = 0; c < kProductChannels; c += Arithmetic::kStep) {
         typename Arithmetic::A a[2];
-        Arithmetic::load_a_positions(a, left_tile, 16 * quarter, c);
+        Arithmetic::load_a_positions(a, left_tile, 16 * quarter(), c);
 #pragma unroll
         for (int j = 0; j < kLineTile / 16; ++j) {
           if (16 * j < keys) {
@@ -138,65 +125,64 @@ template <class Arithmetic>
 __device__ __forceinline__ void line_statistics(
     const LineStatisticsParams& p, LineWord<typename Arithmetic::Element>* shared) {
   using Real = typename Arithmetic::Real;
-  LineBlock<Arithmetic> block(p.lines, shared);
-  for (int64_t index = blockIdx.x; block.start(index, 1); index += gridDim.x) {
-    Real highest[2][2], sum[2][2];
+  const LineBlock<Arithmetic> block(p.lines, shared, 1);
+  Real highest[2][2], sum[2][2];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      highest[i / 2][i % 2] = -INFINITY;
-      sum[i / 2][i % 2] = 0;
-    }
-    const int first_row = block.owned_begin + 16 * block.quarter + lane_index() / 4;
-    for (int first_key = 0; first_key < p.lines.length; first_key += kLineTile) {
-      Real d[2][kLineTile / 8][4];
-      block.multiply_features(d, p.query, p.key, block.owned_begin, first_key);
-#pragma unroll
-      for (int line = 0; line < 2; ++line) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          Real top = highest[line][half];
-#pragma unroll
-          for (int j = 0; j < kLineTile / 8; ++j) {
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              Real& x = d[line][j][2 * half + e];
-              const int key = first_key + 8 * j + 2 * (lane_index() % 4) + e;
-              x = block.sees(line, first_row + 8 * half, key) ? x * static_cast<Real>(p.scale)
-                                                              : -static_cast<Real>(INFINITY);
-              top = fmax(top, x);
-            }
-          }
-          const Real shift = top == -static_cast<Real>(INFINITY) ? Real(0) : top;
-          Real total = sum[line][half] * line_exp(highest[line][half] - shift);
-#pragma unroll
-          for (int j = 0; j < kLineTile / 8; ++j) {
-            total += line_exp(d[line][j][2 * half] - shift) + line_exp(d[line][j][2 * half + 1] - shift);
-          }
-          highest[line][half] = top;
-          sum[line][half] = total;
-        }
-      }
-    }
+  for (int i = 0; i < 4; ++i) {
+    highest[i / 2][i % 2] = -INFINITY;
+    sum[i / 2][i % 2] = 0;
+  }
+  const int lane = opaque(lane_index()), first_row = block.owned_begin + 16 * block.quarter() + lane / 4;
+  for (int first_key = 0; first_key < p.lines.length; first_key += kLineTile) {
+    Real d[2][kLineTile / 8][4];
+    block.multiply_features(d, p.query, p.key, block.owned_begin, first_key);
 #pragma unroll
     for (int line = 0; line < 2; ++line) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         Real top = highest[line][half];
-        top = fmax(top, __shfl_xor_sync(0xffffffffu, top, 1));
-        top = fmax(top, __shfl_xor_sync(0xffffffffu, top, 2));
+#pragma unroll
+        for (int j = 0; j < kLineTile / 8; ++j) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            Real& x = d[line][j][2 * half + e];
+            const int key = first_key + 8 * j + 2 * (lane % 4) + e;
+            x = block.sees(line, first_row + 8 * half, key) ? x * static_cast<Real>(p.scale)
+                                                            : -static_cast<Real>(INFINITY);
+            top = fmax(top, x);
+          }
+        }
         const Real shift = top == -static_cast<Real>(INFINITY) ? Real(0) : top;
         Real total = sum[line][half] * line_exp(highest[line][half] - shift);
-        total += __shfl_xor_sync(0xffffffffu, total, 1);
-        total += __shfl_xor_sync(0xffffffffu, total, 2);
-        const int query = first_row + 8 * half;
-        if (lane_index() % 4 == 0 && query < block.owned_end && block.first_line() + line < block.window.line_end) {
-          Real* result = block.scalar(p.logsumexp, line, query);
-          if (!p.lines.skips_self) {
-            *result = shift + log(total);
-          } else { // the column without the query itself: may be empty, total 0
-            const Real row = *result, common = fmax(row, top);
-            *result = common + log(line_exp(row - common) + total * line_exp(shift - common));
-          }
+#pragma unroll
+        for (int j = 0; j < kLineTile / 8; ++j) {
+          total += line_exp(d[line][j][2 * half] - shift) + line_exp(d[line][j][2 * half + 1] - shift);
+          one_by_one(total);
+        }
+        highest[line][half] = top;
+        sum[line][half] = total;
+      }
+    }
+  }
+#pragma unroll
+  for (int line = 0; line < 2; ++line) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      Real top = highest[line][half];
+      top = fmax(top, __shfl_xor_sync(0xffffffffu, top, 1));
+      top = fmax(top, __shfl_xor_sync(0xffffffffu, top, 2));
+      const Real shift = top == -static_cast<Real>(INFINITY) ? Real(0) : top;
+      Real total = sum[line][half] * line_exp(highest[line][half] - shift);
+      total += __shfl_xor_sync(0xffffffffu, total, 1);
+      total += __shfl_xor_sync(0xffffffffu, total, 2);
+      const int query = first_row + 8 * half;
+      if (lane % 4 == 0 && query < block.owned_end() && block.first_line() + line < block.window.line_end) {
+        Real* result = block.scalar(p.logsumexp, line, query);
+        if (!p.lines.skips_self) {
+          *result = shift + log(total);
+        } else { // the column without the query itself: may be empty, total 0
+          const Real row = *result, common = fmax(row, top);
+          *result = common + log(line_exp(row - common) + total * line_exp(shift - common));
         }
       }
     }
@@ -208,25 +194,23 @@ __device__ __forceinline__ void line_product(
     const LineProductParams& p, LineWord<typename Arithmetic::Element>* shared) {
   using T = typename Arithmetic::Element;
   using Real = typename Arithmetic::Real;
-  LineBlock<Arithmetic> block(p.lines, shared);
+  const LineBlock<Arithmetic> block(p.lines, shared, 1);
   const int g = lane_index() / 4, t = lane_index() % 4;
-  for (int64_t index = blockIdx.x; block.start(index, 1); index += gridDim.x) {
-    for (int first_key = 0; first_key < p.lines.length; first_key += kLineTile) {
-      Real d[2][kLineTile / 8][4];
-      block.multiply_features(d, p.query_side, p.key_side, block.owned_begin, first_key);
+  for (int first_key = 0; first_key < p.lines.length; first_key += kLineTile) {
+    Real d[2][kLineTile / 8][4];
+    block.multiply_features(d, p.query_side, p.key_side, block.owned_begin, first_key);
 #pragma unroll
-      for (int line = 0; line < 2; ++line) {
-        T* out = static_cast<T*>(p.map.data) + block.window.sample * p.map.batch_stride +
-            (block.first_line() + line) * p.map.line_stride;
+    for (int line = 0; line < 2; ++line) {
+      T* out = static_cast<T*>(p.map.data) + block.window.sample * p.map.batch_stride +
+          (block.first_line() + line) * p.map.line_stride;
 #pragma unroll
-        for (int i = 0; i < kLineTile / 2; ++i) {
-          const int j = i / 4, e = i % 4;
-          const int query = block.owned_begin + 16 * block.quarter + g + e / 2 * 8;
-          const int key = first_key + 8 * j + 2 * t + e % 2;
-          if (query < block.owned_end && block.sees(line, query, key)) {
-            const int channel = p.map.first + key - (p.lines.skips_self && key > query);
-            out[channel * p.map.channel_stride + query * p.map.position_stride] = from_accumulator<T>(d[line][j][e]);
-          }
+      for (int i = 0; i < kLineTile / 2; ++i) {
+        const int j = i / 4, e = i % 4;
+        const int query = block.owned_begin + 16 * block.quarter() + g + e / 2 * 8;
+        const int key = first_key + 8 * j + 2 * t + e % 2;
+        if (query < block.owned_end() && block.sees(line, query, key)) {
+          const int channel = p.map.first + key - (p.lines.skips_self && key > query);
+          out[channel * p.map.channel_stride + query * p.map.position_stride] = from_accumulator<T>(d[line][j][e]);
         }
       }
     }
@@ -234,7 +218,7 @@ __device__ __forceinline__ void line_product(
 }
 
 template <class Arithmetic>
-__global__ void __launch_bounds__(kMaxLineThreads<typename Arithmetic::Element>) line_statistics_kernel(const LineStatisticsParams p) {
+__global__ void __launch_bounds__(kMaxLineThreads<Arithmetic>) line_statistics_kernel(const LineStatisticsParams p) {
   if constexpr (kLineCompiled<Arithmetic>) {
     SEGATTN_DYNAMIC_SHARED(LineWord<typename Arithmetic::Element>, shared);
     line_statistics<Arithmetic>(p, shared);
@@ -242,7 +226,7 @@ __global__ void __launch_bounds__(kMaxLineThreads<typename Arithmetic::Element>)
 }
 
 template <class Arithmetic>
-__global__ void __launch_bounds__(kMaxLineThreads<typename Arithmetic::Element>) line_product_kernel(const LineProductParams p) {
+__global__ void __launch_bounds__(kMaxLineThreads<Arithmetic>) line_product_kernel(const LineProductParams p) {
   if constexpr (kLineCompiled<Arithmetic>) {
     SEGATTN_DYNAMIC_SHARED(LineWord<typename Arithmetic::Element>, shared);
     line_product<Arithmetic>(p, shared);

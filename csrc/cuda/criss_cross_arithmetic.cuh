@@ -57,7 +57,8 @@ struct LineMma16 {
   using Element = T;
   using Real = float;
   static constexpr bool kTensorCores = true;
-  static constexpr int kStep = 16; // contraction of one product
+  static constexpr bool kHungry = false; // for registers
+  static constexpr int kStep = 16;       // contraction of one product
   struct A {
     uint32_t r[4];
   };
@@ -111,10 +112,10 @@ struct LineMma16 {
     ptx::ldmatrix_x4(b.r, map + min(q + lane % 8 + lane / 16 * 8, last_query) * pitch + k + lane / 8 % 2 * 8);
   }
 
-  // contraction: queries (rows of the map) from q; columns: 16 keys from k
-  static __device__ __forceinline__ void load_b_keys(B& b, const T* map, int pitch, int q, int k) {
+  // contraction: queries (rows of the map) from q, where those past last_query meet zeros; columns: 16 keys from k
+  static __device__ __forceinline__ void load_b_keys(B& b, const T* map, int pitch, int q, int k, int last_query) {
     const int lane = lane_index();
-    ptx::ldmatrix_x4_trans(b.r, map + (q + lane % 16) * pitch + k + lane / 16 * 8);
+    ptx::ldmatrix_x4_trans(b.r, map + min(q + lane % 16, last_query) * pitch + k + lane / 16 * 8);
   }
 
   static __device__ __forceinline__ void multiply(float (&d)[4], const A& a, const B& b, int half) {
@@ -130,6 +131,7 @@ struct LineTf32 {
   using Real = float;
   using Mma = MmaTf32<kProducts>;
   static constexpr bool kTensorCores = true;
+  static constexpr bool kHungry = kProducts == 3;
   static constexpr int kStep = 8;
   using A = typename Mma::A;
   using B = typename Mma::B;
@@ -185,12 +187,13 @@ struct LineTf32 {
     Mma::split(b.r, words);
   }
 
-  static __device__ __forceinline__ void load_b_keys(B& b, const float* map, int pitch, int q, int k) {
+  static __device__ __forceinline__ void load_b_keys(
+      B& b, const float* map, int pitch, int q, int k, int last_query) {
     const int g = lane_index() / 4, t = lane_index() % 4;
     uint32_t words[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      words[i] = __float_as_uint(map[(q + 2 * t + i % 2) * pitch + k + g + i / 2 * 8]);
+      words[i] = __float_as_uint(map[min(q + 2 * t + i % 2, last_query) * pitch + k + g + i / 2 * 8]);
     }
     Mma::split(b.r, words);
   }
@@ -206,6 +209,7 @@ struct LineSimt {
   using Element = T;
   using Real = Accumulator<T>;
   static constexpr bool kTensorCores = false;
+  static constexpr bool kHungry = sizeof(Real) == 8;
   static constexpr int kStep = 1;
   struct A {
     Real r[2][kStep]; // rows g and g + 8
@@ -274,14 +278,14 @@ struct LineSimt {
     }
   }
 
-  static __device__ __forceinline__ void load_b_keys(B& b, const T* map, int pitch, int q, int k) {
+  static __device__ __forceinline__ void load_b_keys(B& b, const T* map, int pitch, int q, int k, int last_query) {
     const int t = lane_index() % 4;
 #pragma unroll
     for (int column = 0; column < 4; ++column) {
 #pragma unroll
       for (int i = 0; i < kStep; ++i) {
         b.r[column / 2][column % 2][i] =
-            to_accumulator(map[(q + i) * pitch + k + 2 * t + column % 2 + column / 2 * 8]);
+            to_accumulator(map[min(q + i, last_query) * pitch + k + 2 * t + column % 2 + column / 2 * 8]);
       }
     }
   }

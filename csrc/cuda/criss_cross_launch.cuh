@@ -10,13 +10,11 @@ namespace segattn {
 
 inline int divide_lines(int a, int b) { return (a + b - 1) / b; }
 
-inline dim3 line_grid(int64_t blocks) { return dim3(static_cast<unsigned>(std::min<int64_t>(blocks, INT32_MAX))); }
-
 // Rows: one pair, so that as many blocks as possible share the work. Columns: as many neighbours as a block can have.
-template <class T>
+template <class Arithmetic>
 int preferred_pairs(const LineFeatures& features, int lines) {
   const bool columns = features.line_stride < features.position_stride;
-  return std::min(columns ? kMaxPairs<T> : 1, lines > 4 ? 4 : lines > 2 ? 2 : 1);
+  return std::min(columns ? kMaxPairs<Arithmetic> : 1, lines > 4 ? 4 : lines > 2 ? 2 : 1);
 }
 
 inline int64_t cut_lines(Lines& lines, int pairs, int owned) {
@@ -27,17 +25,16 @@ inline int64_t cut_lines(Lines& lines, int pairs, int owned) {
   return lines.batch * lines.line_blocks * lines.owned_blocks;
 }
 
-template <class T>
+template <class Arithmetic>
 size_t stage_bytes(int pairs) {
-  const int planes = pairs * 2 / kLinesPerPlane<T>;
-  return sizeof(LineWord<T>) * planes * (plane_words(planes, kLineChannels) + plane_padding(planes));
+  return LineWeights<Arithmetic>::shared_bytes(pairs, 0, 0);
 }
 
 // For the kernels without a map tile: 64 queries a block.
-template <class T>
+template <class Arithmetic>
 int64_t cut_products(Lines& lines, const LineFeatures& features, const DeviceLimits& limits) {
-  int pairs = preferred_pairs<T>(features, lines.count);
-  while (pairs > 1 && stage_bytes<T>(pairs) > static_cast<size_t>(limits.shared_bytes)) {
+  int pairs = preferred_pairs<Arithmetic>(features, lines.count);
+  while (pairs > 1 && stage_bytes<Arithmetic>(pairs) > static_cast<size_t>(limits.shared_bytes)) {
     pairs /= 2;
   }
   lines.pairs = pairs;
@@ -49,34 +46,34 @@ int64_t cut_products(Lines& lines, const LineFeatures& features, const DeviceLim
 
 template <class Arithmetic>
 void launch_line_statistics(LineStatisticsParams params, const DeviceLimits& limits, cudaStream_t stream) {
-  using T = typename Arithmetic::Element;
-  const int64_t blocks = cut_products<T>(params.lines, params.query, limits);
+  const int64_t blocks = cut_products<Arithmetic>(params.lines, params.query, limits);
   SEGATTN_LAUNCH(
-      (line_statistics_kernel<Arithmetic>), line_grid(blocks), dim3(32 * kWarpsPerPair * params.lines.pairs),
-      stage_bytes<T>(params.lines.pairs), stream, params);
+      (line_statistics_kernel<Arithmetic>), dim3(grid_blocks(blocks)), dim3(32 * kWarpsPerPair * params.lines.pairs),
+      stage_bytes<Arithmetic>(params.lines.pairs), stream, params);
 }
 
 template <class Arithmetic>
 void launch_line_product(LineProductParams params, const DeviceLimits& limits, cudaStream_t stream) {
-  using T = typename Arithmetic::Element;
-  const int64_t blocks = cut_products<T>(params.lines, params.query_side, limits);
+  const int64_t blocks = cut_products<Arithmetic>(params.lines, params.query_side, limits);
   SEGATTN_LAUNCH(
-      (line_product_kernel<Arithmetic>), line_grid(blocks), dim3(32 * kWarpsPerPair * params.lines.pairs),
-      stage_bytes<T>(params.lines.pairs), stream, params);
+      (line_product_kernel<Arithmetic>), dim3(grid_blocks(blocks)), dim3(32 * kWarpsPerPair * params.lines.pairs),
+      stage_bytes<Arithmetic>(params.lines.pairs), stream, params);
 }
 
 // Chooses pairs of lines, owned positions and parts; returns the blocks, channel groups not counted. Better few lines a
 // block than few owned positions, and better few owned positions than parts, which meet in the output.
-template <class Sum>
+template <class Arithmetic, bool kOwnsKeys>
 int64_t cut_sums(LineSumParams& params, const DeviceLimits& limits) {
-  using T = typename Sum::T;
   Lines& lines = params.lines;
   const size_t room = static_cast<size_t>(limits.shared_bytes);
   const int least = std::min(lines.length, 16);
+  const auto bytes = [](int pairs, int owned, int part) {
+    return LineWeights<Arithmetic>::shared_bytes(pairs, kOwnsKeys ? part : owned, kOwnsKeys ? owned : part);
+  };
   for (params.part = lines.length; params.part > 0; params.part = (params.part - 1) / kLineTile * kLineTile) {
-    for (int pairs = preferred_pairs<T>(params.output, lines.count); pairs >= 1; pairs /= 2) {
+    for (int pairs = preferred_pairs<Arithmetic>(params.output, lines.count); pairs >= 1; pairs /= 2) {
       int owned = std::min(lines.length, kMaxOwned);
-      while (owned >= least && Sum::shared_bytes(pairs, owned, params.part) > room) {
+      while (owned >= least && bytes(pairs, owned, params.part) > room) {
         --owned;
       }
       if (owned >= least) {
@@ -85,15 +82,14 @@ int64_t cut_sums(LineSumParams& params, const DeviceLimits& limits) {
     }
   }
   throw std::runtime_error(
-      "segattn_ops: the criss-cross kernels need " + std::to_string(Sum::shared_bytes(1, 16, kLineTile)) +
+      "segattn_ops: the criss-cross kernels need " + std::to_string(bytes(1, 16, kLineTile)) +
       " bytes of shared memory, this device has " + std::to_string(room));
 }
 
 template <class Arithmetic, LineWeight kWeight, bool kOwnsKeys>
 void launch_line_sum(LineSumParams params, const DeviceLimits& limits, cudaStream_t stream) {
-  using Sum = LineSum<Arithmetic, kWeight, kOwnsKeys>;
   Lines& lines = params.lines;
-  int64_t blocks = cut_sums<Sum>(params, limits);
+  int64_t blocks = cut_sums<Arithmetic, kOwnsKeys>(params, limits);
   const int64_t wanted = 2 * limits.multiprocessors;
   if (kWeight == LineWeight::kGradient) {
     // making the weights is nearly all of the work: it is shared out by owned positions
@@ -108,10 +104,37 @@ void launch_line_sum(LineSumParams params, const DeviceLimits& limits, cudaStrea
   const int groups = static_cast<int>(std::clamp<int64_t>((wanted + blocks - 1) / std::max<int64_t>(blocks, 1), 1, most));
   params.channels_per_group = divide_lines(divide_lines(channels, groups), kLineChannels) * kLineChannels;
   params.channel_groups = divide_lines(channels, params.channels_per_group);
+  params.map_rows = kOwnsKeys ? params.part : lines.owned;
+  params.map_columns = round_up_16(kOwnsKeys ? lines.owned : params.part);
   SEGATTN_LAUNCH(
-      (line_sum_kernel<Arithmetic, kWeight, kOwnsKeys>), line_grid(blocks * params.channel_groups),
+      (line_sum_kernel<Arithmetic, kWeight, kOwnsKeys>), dim3(grid_blocks(blocks * params.channel_groups)),
       dim3(32 * kWarpsPerPair * lines.pairs),
-      Sum::shared_bytes(lines.pairs, lines.owned, params.part), stream, params);
+      LineWeights<Arithmetic>::shared_bytes(lines.pairs, params.map_rows, params.map_columns), stream, params);
+}
+
+template <class Arithmetic>
+bool launch_line_backward(LineBackwardParams params, const DeviceLimits& limits, cudaStream_t stream) {
+  const auto bytes = [&](int pairs) {
+    return LineWeights<Arithmetic>::shared_bytes(pairs, params.lines.length, params.lines.length);
+  };
+  int pairs = preferred_pairs<Arithmetic>(params.value, params.lines.count);
+  while (pairs > 1 && bytes(pairs) > static_cast<size_t>(limits.shared_bytes)) {
+    pairs /= 2;
+  }
+  if (params.lines.length > kMaxOwned || bytes(pairs) > static_cast<size_t>(limits.shared_bytes)) {
+    return false;
+  }
+  int64_t blocks = cut_lines(params.lines, pairs, params.lines.length);
+  while (pairs > 1 && blocks < limits.multiprocessors) { // narrower strips, but on more multiprocessors
+    pairs /= 2;
+    blocks = cut_lines(params.lines, pairs, params.lines.length);
+  }
+  params.map_rows = params.lines.length;
+  params.map_columns = round_up_16(params.lines.length);
+  SEGATTN_LAUNCH(
+      (line_backward_kernel<Arithmetic>), dim3(grid_blocks(blocks)), dim3(32 * kWarpsPerPair * pairs), bytes(pairs), stream,
+      params);
+  return true;
 }
 
 #define SEGATTN_INSTANTIATE_LINE_SUM(Arithmetic, kWeight, kOwnsKeys)                 \
@@ -121,6 +144,7 @@ void launch_line_sum(LineSumParams params, const DeviceLimits& limits, cudaStrea
 #define SEGATTN_INSTANTIATE_LINES(Arithmetic)                                                                     \
   template void launch_line_statistics<Arithmetic>(LineStatisticsParams, const DeviceLimits&, cudaStream_t);      \
   template void launch_line_product<Arithmetic>(LineProductParams, const DeviceLimits&, cudaStream_t);            \
+  template bool launch_line_backward<Arithmetic>(LineBackwardParams, const DeviceLimits&, cudaStream_t);          \
   SEGATTN_INSTANTIATE_LINE_SUM(Arithmetic, kGiven, false)                                                         \
   SEGATTN_INSTANTIATE_LINE_SUM(Arithmetic, kGiven, true)                                                          \
   SEGATTN_INSTANTIATE_LINE_SUM(Arithmetic, kSoftmax, false)                                                       \

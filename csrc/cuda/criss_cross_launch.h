@@ -18,4 +18,8 @@ void launch_line_product(LineProductParams params, const DeviceLimits& limits, c
 template <class Arithmetic, LineWeight kWeight, bool kOwnsKeys>
 void launch_line_sum(LineSumParams params, const DeviceLimits& limits, cudaStream_t stream);
 
+// false, and nothing launched, where the weights of whole lines do not fit shared memory
+template <class Arithmetic>
+bool launch_line_backward(LineBackwardParams params, const DeviceLimits& limits, cudaStream_t stream);
+
 } // namespace segattn

@@ -98,10 +98,20 @@ struct LineSumParams {
   LineFeatures values;      // what is summed
   LineFeatures output;
   double scale;
+  int map_rows;             // queries and keys (a multiple of 16) of the weights in shared memory
+  int map_columns;
   int accumulate;           // adds to what `output` holds (columns, after the rows)
   int part;                 // contracted positions whose weights shared memory holds at once: all, or a multiple of 64
   int channel_groups;       // blocks the channels of the output are shared among
   int channels_per_group;   // a multiple of kLineChannels
+};
+
+// All three gradients of criss-cross attention at once, for lines whose map fits shared memory; `values` and `output` are
+// not used.
+struct LineBackwardParams : LineSumParams {
+  LineFeatures grad_query;
+  LineFeatures grad_key;
+  LineFeatures grad_value;
 };
 
 } // namespace segattn

@@ -15,12 +15,12 @@ constexpr int kLinePitch = 72;     // words of a tile's row: 8 (mod 16), see cri
 constexpr int kLineChannels = 32;  // channels of the tile that is summed over a line, and of its result
 constexpr int kProductChannels = 16; // channels of the two tiles that are multiplied with each other
 constexpr int kWarpsPerPair = 4;
-// 32 bytes of a row in 64-bit and 32-bit types, 16 in 16-bit ones, whose weights would not fit shared memory otherwise.
-// (float64's accumulators take twice the registers: half the threads.)
-template <class T>
-constexpr int kMaxPairs = sizeof(T) == 8 ? 2 : 4;
-template <class T>
-constexpr int kMaxLineThreads = 32 * kWarpsPerPair * kMaxPairs<T>;
+// 16 bytes of a row in 16-bit types, whose weights would not fit shared memory for twice as many lines, 32 bytes in wider
+// ones. Fewer for the arithmetics that need more than the 128 registers which 512 threads leave to each.
+template <class Arithmetic>
+constexpr int kMaxPairs = Arithmetic::kHungry ? 2 : 4;
+template <class Arithmetic>
+constexpr int kMaxLineThreads = 32 * kWarpsPerPair * kMaxPairs<Arithmetic>;
 constexpr int kMaxOwned = 128;     // owned positions of a block
 
 // Words by which a plane is longer than its rows, so that neighbouring lines of one position, which a warp stores
@@ -32,7 +32,7 @@ __host__ __device__ constexpr int plane_words(int planes, int channels) {
 
 // Where a block's lines and samples are.
 struct LineWindow {
-  int64_t sample;
+  int sample;
   int first_line; // even
   int line_end;   // of the sample
   int planes;     // of the block
@@ -44,6 +44,13 @@ __device__ __forceinline__ const T* line_data(const LineFeatures& f, const LineW
       window.first_line * f.line_stride;
 }
 
+// x, of which the compiler knows nothing: it would otherwise keep the addresses of every tile that a kernel copies, past
+// the registers there are, where working them out again is cheap.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // A thread's place in a tile: one plane and position, and every kLinesPerPlane-th channel. Blocks have 128 threads a pair
 // of lines, so that (plane, position) fills them once (32 and 64 bits) or a half of them (16 bits). Neighbouring threads
 // take what is next to each other in memory: positions of a row, lines otherwise.
@@ -52,7 +59,7 @@ struct TilePlace {
   int plane, position, line, channel;
 
   __device__ __forceinline__ TilePlace(const LineFeatures& f, const LineWindow& window) {
-    const int thread = static_cast<int>(threadIdx.x), places = window.planes * kLineTile;
+    const int thread = opaque(static_cast<int>(threadIdx.x)), places = window.planes * kLineTile;
     const int place = thread & (places - 1); // the number of planes is a power of two
     const bool lines_first = f.line_stride < f.position_stride;
     plane = lines_first ? place & (window.planes - 1) : place / kLineTile;

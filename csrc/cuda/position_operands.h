@@ -25,6 +25,9 @@ inline FeatureMap aligned_feature_map(const Tensor& tensor, cudaStream_t stream)
       (tensor.size(1) == 1 || map.operand.row_stride % per_piece == 0) &&
       (tensor.size(0) == 1 || map.operand.batch_stride % per_piece == 0);
   if (aligned) {
+    if (tensor.size(1) == 1) { // copies step over rows that are not there, by addresses that have to be aligned, too
+      map.operand.row_stride = 0;
+    }
     return map;
   }
   const int64_t batch = tensor.size(0), rows = tensor.size(1), columns = positions_of(tensor);

@@ -1,0 +1,68 @@
+"""What the tests of emulated CUDA kernels share."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def emulator(emulated_library):
+    """The control module, on an H200, its counters at zero."""
+    emulated_library.set_device(90)
+    emulated_library.reset()
+    yield emulated_library
+    emulated_library.set_device(90)
+    torch.ops.segattn_emulated._set_allow_tf32(False)
+
+
+@pytest.fixture
+def traced(emulator):
+    if not emulator.traced:
+        pytest.skip("counts memory accesses: runs in the race build, which test_race_build starts")
+    return emulator
+
+
+def global_bytes(launch, sectors=True):
+    """By kind of access: whole sectors, as they cross the memory system, or the bytes asked for."""
+    return {
+        kind: 32 * counted["sectors"] if sectors else counted["bytes"]
+        for kind, counted in launch["memory"].items()
+        if kind.startswith("global")
+    }
+
+
+def conflicts(launch):
+    """Passes over shared memory in units of those that accesses without bank conflicts would take."""
+    counted = [c for kind, c in launch["memory"].items() if kind.startswith("shared")]
+    return sum(c["wavefronts"] for c in counted) / sum(c["ideal_wavefronts"] for c in counted)
+
+
+def assert_same_bits(emulator, function):
+    results = []
+    for seed in (1, 2, 3):
+        emulator.set_seed(seed)
+        results.append(function())
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def run_in(variant, file, selection):
+    """Runs some tests of a file again, over another build of the kernels."""
+    if os.environ.get("SEGATTN_EMULATOR_VARIANT", "plain") != "plain":
+        pytest.skip(f"started by the plain build only, not by the {variant} build itself")
+    launcher, environment = [sys.executable], dict(os.environ)
+    if variant == "asan":
+        launcher += ["-m", "tests.emulator.asan"]
+    else:
+        environment["SEGATTN_EMULATOR_VARIANT"] = variant
+    done = subprocess.run(
+        [*launcher, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, "-k", selection],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
