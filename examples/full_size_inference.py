@@ -1,0 +1,142 @@
+"""Segments a 1024 x 2048 image in one piece, on the fused ops.
+
+    python -m examples.full_size_inference
+
+Default is the small DANet of ``examples.train_shapes`` (trained now if it was not before) on a generated scene: at a
+quarter of the image's size its attention has N = 131072 positions, whose N x N map would take 64 GiB. The picture
+report/examples/full_size.png shows scene, labels and prediction.
+
+--network danet_resnet50 (or any builder of segattn_ops.models) with --image and --checkpoint segments a photograph
+with weights of any known layout; without a checkpoint its weights are random, and only time and memory mean something.
+"""
+
+import argparse
+import resource
+import time
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from skimage import io, transform
+from torch import Tensor, nn
+
+from segattn_ops import checkpoints, models
+
+from . import train_shapes
+from .shapes import CLASSES, PALETTE, STRIDE, mean_iou, scene, small_network
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+MEAN, DEVIATION = (
+    torch.tensor([0.485, 0.456, 0.406]),
+    torch.tensor([0.229, 0.224, 0.225]),
+)  # ImageNet's, of every ResNet
+
+
+def trained(system: str, out: Path, steps: int, console: Console) -> nn.Module:
+    """The small network with the weights that the training example left, or trained now."""
+    checkpoint = out / f"{system}_fused.pt"
+    if not checkpoint.exists():
+        console.print(f"{checkpoint} is not there: training {system} for {steps} steps")
+        options = ["--systems", system, "--backends", "fused", "--steps", str(steps), "--out", str(out)]
+        train_shapes.main(options)
+    model = small_network(system)
+    model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["model"])
+    return model
+
+
+def photograph(path: Path | None, height: int, width: int) -> np.ndarray:
+    """The image at ``path``, or scikit-image's coffee, stretched to (height, width, 3) float32 in [0, 1]."""
+    from skimage import data
+
+    image = data.coffee() if path is None else io.imread(path)[..., :3]
+    return transform.resize(image, (height, width, 3), anti_aliasing=True).astype(np.float32)
+
+
+def segment(model: nn.Module, image: Tensor) -> tuple[Tensor, float, float]:
+    """Labels (H, W) of image (1, 3, H, W); seconds; and GiB by which the process's peak memory grew."""
+    on_gpu = image.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+    else:
+        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    begin = time.perf_counter()
+    with torch.inference_mode():
+        labels = model(image)["out"].argmax(1)[0].cpu()
+    seconds = time.perf_counter() - begin
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return labels, seconds, (peak - held) / 2**30
+
+
+def draw(panels: dict[str, np.ndarray], path: Path) -> None:
+    """The panels one above the other."""
+    figure, axes = plt.subplots(len(panels), 1, figsize=(10, 5.2 * len(panels)), squeeze=False)
+    for axis, (title, panel) in zip(axes[:, 0], panels.items(), strict=True):
+        axis.imshow(panel)
+        axis.set_title(title)
+        axis.set_axis_off()
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", default="danet", help="danet, ccnet (small), or a builder of segattn_ops.models")
+    parser.add_argument("--image", type=Path, help="for a ResNet network; scikit-image's coffee if not given")
+    parser.add_argument("--checkpoint", type=Path, help="for a ResNet network: weights of any known layout")
+    parser.add_argument("--classes", type=int, default=19, help="of a ResNet network (default 19)")
+    parser.add_argument("--height", type=int, default=1024)
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--steps", type=int, default=150, help="of training, if there is no checkpoint yet")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("report/examples"))
+    options = parser.parse_args(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    small = options.network in ("danet", "ccnet")
+    size = options.height, options.width
+    if small:
+        model = trained(options.network, options.out, options.steps, console)
+        image, labels = scene(7, *size)
+        tensor = (torch.from_numpy(image).permute(2, 0, 1)[None] - 0.5) * 4
+    else:
+        model = getattr(models, options.network)(options.classes)
+        if options.checkpoint:
+            console.print(checkpoints.load(model, options.checkpoint))
+        image, labels = photograph(options.image, *size), None
+        tensor = ((torch.from_numpy(image) - MEAN) / DEVIATION).permute(2, 0, 1)[None]
+    model.aux_classifier = None  # only for training
+    device = torch.device(options.device)
+    predicted, seconds, gib = segment(model.to(device).eval(), tensor.contiguous().to(device))
+    stride = STRIDE if small else 8
+    positions = -(-options.height // stride) * -(-options.width // stride)
+    result = {"seconds": seconds, "gib": gib, "positions": positions, "map_gib": positions**2 * 4 / 2**30}
+    if labels is not None:
+        result["miou"] = mean_iou(predicted, torch.from_numpy(labels))
+    table = Table(title=f"{options.network}, one image of {options.height} x {options.width}, {device}")
+    for column in ("positions N", "seconds", "peak memory beyond the model", "an N x N map alone", "mIoU"):
+        table.add_column(column, justify="right")
+    score = f"{result['miou']:.3f}" if "miou" in result else "-"
+    table.add_row(f"{positions}", f"{seconds:.1f}", f"{gib:.2f} GiB", f"{result['map_gib']:.1f} GiB", score)
+    console.print(table)
+    panels = {"image": image}
+    if labels is not None:
+        panels |= {"labels: " + ", ".join(CLASSES): PALETTE[labels], "prediction": PALETTE[predicted.numpy()]}
+    else:
+        colours = plt.get_cmap("tab20")(predicted.numpy() % 20)[..., :3]
+        panels["prediction" if options.checkpoint else "prediction of random weights"] = colours
+    picture = options.out / "full_size.png"
+    draw(panels, picture)
+    console.print(f"picture: {picture}")
+    return result
+
+
+if __name__ == "__main__":
+    main()

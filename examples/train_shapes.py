@@ -1,0 +1,184 @@
+"""Trains a small DANet and CCNet on generated scenes, on the fused ops and on eager PyTorch, from one seed.
+
+    python -m examples.train_shapes
+
+draws both loss curves and mIoUs of each network into report/examples/train_shapes.png: they coincide. A run writes a
+checkpoint every --save-every steps and goes on from it with --resume; --amp trains in bfloat16 (float16 with a
+GradScaler on CUDA).
+"""
+
+import argparse
+import contextlib
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import segattn_ops
+from segattn_ops.models import SegmentationModel, segmentation_loss
+
+from .shapes import batch, mean_iou, small_network
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+BACKENDS = {"fused": "native", "eager": "reference"}
+VALIDATION_SEED = 1_000_000
+
+
+@dataclass
+class Run:
+    """What a training run has come to.
+
+    Attributes:
+        losses: of every step.
+        validation: (step, mIoU in evaluation mode).
+        seconds: spent in forward, backward and optimizer.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def evaluate(model: SegmentationModel, device: torch.device, size: int) -> float:
+    """mIoU over 16 scenes that are not trained on."""
+    model.eval()
+    images, labels = batch(VALIDATION_SEED, 16, size)
+    with torch.inference_mode():
+        predicted = model(images.to(device))["out"].argmax(1).cpu()
+    model.train()
+    return mean_iou(predicted, labels)
+
+
+def train(
+    system: str,
+    options: argparse.Namespace,
+    checkpoint: Path,
+    progress: Progress | None = None,
+    label: str = "",
+) -> tuple[SegmentationModel, Run]:
+    """Trains one network on the backend that is active; goes on from ``checkpoint`` with ``options.resume``."""
+    device = torch.device(options.device)
+    torch.manual_seed(options.seed)  # the same initial weights and dropout for every backend
+    model = small_network(system).to(device).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=options.total_steps)
+    scaler = torch.amp.GradScaler(device.type, enabled=options.amp and device.type == "cuda")
+    half = torch.float16 if device.type == "cuda" else torch.bfloat16
+    run, first = Run(), 0
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+    if options.resume and checkpoint.exists():
+        saved = torch.load(checkpoint, map_location=device, weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        torch.set_rng_state(saved["rng"].cpu())
+        run, first = Run(saved["losses"], [tuple(v) for v in saved["validation"]], saved["seconds"]), saved["step"]
+    task = progress.add_task(label, total=options.steps, completed=first) if progress else None
+    for step in range(first, options.steps):
+        images, labels = batch(options.seed + step, options.batch_size, options.size)
+        images, labels = images.to(device), labels.to(device)
+        begin = time.perf_counter()
+        with torch.autocast(device.type, half, enabled=options.amp):
+            outputs = model(images)
+        loss = segmentation_loss({name: logits.float() for name, logits in outputs.items()}, labels)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        schedule.step()
+        run.losses.append(loss.item())
+        run.seconds += time.perf_counter() - begin
+        done = step + 1
+        if done % options.validate_every == 0 or done == options.steps:
+            run.validation.append((done, evaluate(model, device, options.size)))
+        if done % options.save_every == 0 or done == options.steps:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"step": done, "rng": torch.get_rng_state(), "seconds": run.seconds}
+            torch.save(state | {"losses": run.losses, "validation": run.validation}, checkpoint)
+        if progress:
+            progress.update(task, advance=1, description=f"{label} loss {run.losses[-1]:.3f}")
+    return model, run
+
+
+def draw(runs: dict[str, dict[str, Run]], path: Path) -> None:
+    """Loss and mIoU of every run against the step: one column a network."""
+    figure, axes = plt.subplots(2, len(runs), figsize=(5.2 * len(runs), 6.4), squeeze=False, sharex="col")
+    styles = {"eager": {"color": "#888888", "linewidth": 4.0}, "fused": {"color": "#d62728", "linewidth": 1.2}}
+    for column, (system, by_backend) in enumerate(runs.items()):
+        for backend in sorted(by_backend):  # eager first, so that the fused curve lies on it
+            run, style = by_backend[backend], styles[backend]
+            axes[0, column].plot(range(1, len(run.losses) + 1), run.losses, label=backend, **style)
+            axes[1, column].plot(*zip(*run.validation, strict=True), label=backend, marker="o", markersize=3, **style)
+        axes[0, column].set(title={"danet": "DANet", "ccnet": "CCNet"}[system], ylabel="training loss", yscale="log")
+        axes[1, column].set(xlabel="step", ylabel="validation mIoU", ylim=(0, 1))
+        for axis in axes[:, column]:
+            axis.grid(alpha=0.3)
+            axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def largest_gap(a: Run, b: Run) -> float:
+    """Largest difference of the two losses at one step, relative to the loss there."""
+    return max(abs(x - y) / max(abs(x), 1e-12) for x, y in zip(a.losses, b.losses, strict=True))
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--systems", nargs="+", choices=("danet", "ccnet"), default=["danet", "ccnet"])
+    parser.add_argument("--backends", nargs="+", choices=tuple(BACKENDS), default=["eager", "fused"])
+    parser.add_argument("--steps", type=int, default=250, help="stop here (default 250)")
+    parser.add_argument("--total-steps", type=int, help="length of the learning rate schedule (default: --steps)")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--size", type=int, default=64, help="side of the scenes in pixels (default 64)")
+    parser.add_argument("--lr", type=float, default=5e-2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--amp", action="store_true", help="mixed precision")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
+    parser.add_argument("--save-every", type=int, default=50)
+    parser.add_argument("--validate-every", type=int, default=25)
+    parser.add_argument("--out", type=Path, default=Path("report/examples"))
+    options = parser.parse_args(argv)
+    options.total_steps = options.total_steps or options.steps
+    return options
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict[str, Run]]:
+    options = arguments(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    runs: dict[str, dict[str, Run]] = {system: {} for system in options.systems}
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        for system in options.systems:
+            for backend in options.backends:
+                chosen = segattn_ops.use_backend(BACKENDS[backend]) if backend == "eager" else contextlib.nullcontext()
+                with chosen:
+                    checkpoint = options.out / f"{system}_{backend}.pt"
+                    _, runs[system][backend] = train(system, options, checkpoint, progress, f"{system} {backend}")
+    table = Table(title=f"{options.steps} steps of {options.batch_size} scenes, {options.size} x {options.size}")
+    for column in ("network", "backend", "last loss", "mIoU", "s a step", "largest gap of the losses"):
+        table.add_column(column, justify="left" if column in ("network", "backend") else "right")
+    for system, by_backend in runs.items():
+        for backend, run in by_backend.items():
+            gap = f"{largest_gap(by_backend['eager'], run):.1e}" if backend == "fused" and len(by_backend) == 2 else ""
+            miou = f"{run.validation[-1][1]:.3f}"
+            seconds = f"{run.seconds / len(run.losses):.3f}"
+            table.add_row(system, backend, f"{run.losses[-1]:.4f}", miou, seconds, gap)
+    console.print(table)
+    picture = options.out / "train_shapes.png"
+    draw(runs, picture)
+    console.print(f"curves: {picture}; checkpoints: {options.out}/*.pt")
+    return runs
+
+
+if __name__ == "__main__":
+    main()
