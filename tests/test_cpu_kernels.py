@@ -121,7 +121,9 @@ def test_position_against_float64_autograd(shape, dtype):
     for ours, eager, exact in zip(got, autograd(dtype), autograd(torch.float64), strict=True):
         error = (ours.double() - exact).abs().max()
         eager_error = (eager.double() - exact).abs().max()
-        assert error <= 2 * eager_error + 16 * torch.finfo(ours.dtype).eps * exact.abs().max()
+        # In float64 the exact result is eager's own: its error of 0 says nothing, so the floor carries the rounding.
+        floor = (64 if ours.dtype == torch.float64 else 16) * torch.finfo(ours.dtype).eps
+        assert error <= 2 * eager_error + floor * exact.abs().max()
 
 
 def test_scores_of_minus_infinity(threads):
