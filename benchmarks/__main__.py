@@ -81,14 +81,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--budget",
         type=float,
-        default=280.0,
+        default=250.0,
         help="seconds in all: rivals that would exceed them are left out, and said to be; 0 for no limit",
     )
     p.add_argument("--repeats", type=int, help="timed rounds of every workload; chosen by its duration if not given")
     p.add_argument(
         "--compile-from",
         type=_positive,
-        default=4096,
+        default=8192,
         help="positions from which torch.compile takes part (compiling takes seconds a size)",
     )
     p.add_argument(
@@ -184,7 +184,18 @@ def main(argv: list[str] | None = None) -> int:
             def on_cell(label: str, done: bool) -> None:
                 bar.update(task, advance=int(done), description=label)
 
-            records = Runner(options, schedule, on_cell).run(planned, source)
+            records: list[dict] = []
+            result = report.build(
+                _command(argv),
+                arguments.device,
+                threads,
+                records,
+                features=described,
+                memory_measured=arguments.device != "cpu" or measure.host_memory_is_measurable(),
+            )
+            for of_workload in Runner(options, schedule, on_cell).run(planned, source):
+                records += of_workload
+                report.write_json(result, arguments.output / "report.json")
             bar.update(task, description="drawing")
             with segattn_ops.use_backend(arguments.backend):
                 pictures = _draw(records, source, arguments, extractor.description)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from . import measure, rivals, validate
@@ -23,7 +24,7 @@ class Options:
     device: str = "cpu"
     threads: int = 2
     backend: str = "native"
-    compile_from: int = 4096  # positions from which rivals that compile take part
+    compile_from: int = 8192  # positions from which rivals that compile take part
     repeats: int | None = None
 
 
@@ -60,16 +61,18 @@ class Runner:
     def __init__(self, options: Options, schedule: Schedule, on_cell: Callable[[str, bool], None] = lambda *_: None):
         self.options, self.schedule, self.on_cell = options, schedule, on_cell
 
-    def run(self, workloads: Iterable[Workload], source: FeatureSource) -> list[dict]:
-        """Every record of every workload, in order. A wrong fused result raises ``WrongResult``."""
+    def run(self, workloads: Iterable[Workload], source: FeatureSource) -> Iterator[list[dict]]:
+        """Each workload's records, as soon as it is done. A wrong fused result raises ``WrongResult``."""
         workloads = list(workloads)
-        records = []
         for index, workload in enumerate(workloads):
             with tempfile.TemporaryDirectory(prefix="segattn-benchmark-") as folder:
                 path = os.path.join(folder, "inputs.pt")
+                started = time.monotonic()
                 save_inputs(path, workload, source.leaves(workload), grad_output(workload))
-                records += self._group(workload, path, workloads[index + 1 :])
-        return records
+                # The only references that take noticeable time; at small sizes it is not proportional to the work.
+                if workload.op in ("position", "non_local") and workload.positions >= 4096:
+                    self.schedule.reference_rate = (time.monotonic() - started) / flops(workload)[1]
+                yield self._group(workload, path, workloads[index + 1 :])
 
     def _group(self, workload: Workload, path: str, to_come: list[Workload]) -> list[dict]:
         records, cells = {}, {}
@@ -85,8 +88,8 @@ class Runner:
                     cells[name] = cell
                     if name == "eager":
                         eager_errors = entry["errors"]
-                self.on_cell(workload.label, True)
-            self._time(workload, records, cells)
+                self.on_cell(label, True)
+            self._time(workload, records, cells, to_come)
         finally:
             for cell in cells.values():
                 cell.close()
@@ -131,12 +134,14 @@ class Runner:
             entry["note"] = f"relative error {validate.worst(first['errors']):.2g}"
         return entry, cell
 
-    def _time(self, workload: Workload, records: dict, cells: dict[str, CellProcess]) -> None:
+    def _time(self, workload: Workload, records: dict, cells: dict[str, CellProcess], to_come: list[Workload]) -> None:
         """Times the cells in turn, each once a round, so that a drift of the machine meets all of them."""
         round_seconds = sum(
             sum(records[name]["first_pass"][kind] for kind in ("forward", "forward_backward")) for name in cells
         )
-        rounds = self.schedule.rounds(round_seconds) if self.options.repeats is None else self.options.repeats
+        rounds = self.options.repeats
+        if rounds is None:
+            rounds = self.schedule.rounds(round_seconds, to_come)
         seconds = {name: {"forward": [], "forward_backward": []} for name in cells}
         limit = 120 + 10 * round_seconds
         for _ in range(rounds):

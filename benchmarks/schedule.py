@@ -28,6 +28,7 @@ class Schedule:
     """Clock, rates and verdicts of one run. ``budget`` is in seconds, counted from creation; None for no limit."""
 
     budget: float | None
+    reference_rate: float = 0.0  # seconds of the float64 reference per FLOP of a workload, the last one seen
     rates: dict[tuple[str, str, str], float] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
 
@@ -49,10 +50,13 @@ class Schedule:
     def cost(self, workload: Workload, rival: str) -> float:
         """Seconds a cell takes in all: start, compilation, the checked first pass, its share of the repeats."""
         once = self.predict(workload, rival)
-        setup = START_SECONDS + (COMPILE_SECONDS + once * 4 / 3 if uses_compiler(rival) else 0.0)
         round_seconds = once * 4 / 3  # forward alone, then forward and backward
-        repeats = ROUNDS[0] * round_seconds if round_seconds * 4 < SINGLE_SECONDS else 0.0
-        return setup + once + max(repeats, min(TIMED_SECONDS / 4, ROUNDS[1] * round_seconds))
+        setup = START_SECONDS + (COMPILE_SECONDS + round_seconds if uses_compiler(rival) else 0.0)
+        return setup + once + round_seconds
+
+    def least(self, workload: Workload) -> float:
+        """Seconds that the fused op needs at least: its float64 reference, start, and one checked pass."""
+        return START_SECONDS + self.reference_rate * flops(workload)[1] + self.predict(workload, "fused")
 
     def verdict(self, workload: Workload, rival: str, available: int, to_come: list[Workload]) -> str | None:
         """None if the cell may run, or the reason why it does not, as the report prints it."""
@@ -61,16 +65,21 @@ class Schedule:
             return f"would not fit: needs {needed / GIB:.1f} GiB, {available / GIB:.1f} GiB available"
         if self.budget is None or rival == "fused":
             return None
-        reserved = sum(self.cost(later, "fused") for later in to_come)
-        left = self.budget - self.elapsed - reserved
+        left = self.spare(to_come)
         seconds = self.cost(workload, rival)
         if seconds > left:
             return f"over the time budget: about {seconds:.0f} s, {max(left, 0):.0f} s left"
         return None
 
-    @staticmethod
-    def rounds(round_seconds: float) -> int:
+    def spare(self, to_come: list[Workload]) -> float:
+        """Seconds left for anything but the fused op at the sizes to come."""
+        if self.budget is None:
+            return float("inf")
+        return self.budget - self.elapsed - sum(self.least(later) for later in to_come)
+
+    def rounds(self, round_seconds: float, to_come: list[Workload]) -> int:
         """How often a workload's cells are timed, all once a round; 0: not repeated, the first pass is the figure."""
         if round_seconds > SINGLE_SECONDS:
             return 0
-        return int(min(max(TIMED_SECONDS / max(round_seconds, 1e-9), ROUNDS[0]), ROUNDS[1]))
+        wanted = int(min(max(TIMED_SECONDS / max(round_seconds, 1e-9), ROUNDS[0]), ROUNDS[1]))
+        return int(min(wanted, max(self.spare(to_come), 0.0) / max(round_seconds, 1e-9)))

@@ -61,15 +61,18 @@ def _expected_position(query: Tensor, key: Tensor, value: Tensor, grad_output: T
         "index": index,
         "output": v @ attention.transpose(1, 2),
         "query": k @ (attention * centred).transpose(1, 2),
-        "logsumexp": _logsumexp(query, key),
+        "logsumexp": _logsumexp(
+            query, key, torch.float32 if n > 8192 and query.dtype != torch.float64 else torch.float64
+        ),
     }
 
 
-def _logsumexp(query: Tensor, key: Tensor) -> Tensor:
-    """(B, N) float64, a block of queries at a time so that no map is stored."""
-    q, k = _flat64(query), _flat64(key)
-    block = max(1, 2**24 // k.shape[2])
-    return torch.cat([(rows.transpose(1, 2) @ k).logsumexp(-1) for rows in q.split(block, dim=2)], dim=1)
+def _logsumexp(query: Tensor, key: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, N), a block of queries at a time so that no map is stored. In float32 its error, a few 1e-7, is far below
+    what is allowed to the weights made of it, and it takes half the time where N^2 exponentials take seconds."""
+    q, k = (operand.detach().flatten(2).to(dtype) for operand in (query, key))
+    block = max(1, 2**22 // k.shape[2])
+    return torch.cat([(rows.transpose(1, 2) @ k).logsumexp(-1) for rows in q.split(block, dim=2)], dim=1).double()
 
 
 def errors(

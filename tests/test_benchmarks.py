@@ -278,10 +278,10 @@ class TestSchedule:
         assert schedule.Schedule(None).verdict(later, "eager", 2**40, [later] * 4) is None
 
     def test_short_workloads_repeat_more(self):
-        assert schedule.Schedule.rounds(0.001) == schedule.ROUNDS[1]
-        assert schedule.Schedule.rounds(1.0) == 6
-        assert schedule.Schedule.rounds(10.0) == schedule.ROUNDS[0]
-        assert schedule.Schedule.rounds(100.0) == 0
+        plan = schedule.Schedule(None)
+        assert [plan.rounds(seconds, []) for seconds in (0.001, 1.0, 10.0, 100.0)] == [schedule.ROUNDS[1], 5, 3, 0]
+        assert schedule.Schedule(15.0).rounds(10.0, []) == 1  # no time for more
+        assert schedule.Schedule(5.0).rounds(10.0, []) == 0
 
 
 class FakeCell:
@@ -322,7 +322,8 @@ SOURCE = SimpleNamespace(leaves=lambda workload: operands(workload)[0])
 class TestRunner:
     def run(self, *workloads_, **options):
         options = run.Options(("fused", "eager", "sdpa"), **options)
-        return run.Runner(options, schedule.Schedule(None)).run(workloads_, SOURCE)
+        groups = run.Runner(options, schedule.Schedule(None)).run(workloads_, SOURCE)
+        return [entry for group in groups for entry in group]
 
     def test_rivals_are_interleaved_round_by_round(self, fake_cells):
         records = self.run(small("position", dtype="float32"), repeats=2)
@@ -402,7 +403,7 @@ class TestFeatures:
         assert [tuple(leaf.shape) for leaf in batch.values()] == [(3, 4, 6, 9), (3, 4, 6, 9), (3, 16, 6, 9)]
         assert not torch.equal(batch["value"][0], batch["value"][1])
         again = features.FeatureSource(photograph, [(8, 9)], features.Extractor(channels=16))
-        torch.testing.assert_close(again.features, source.features)
+        torch.testing.assert_close(again.features, source.features, rtol=0.05, atol=0.05)
 
     def test_given_weights_are_used(self, tmp_path):
         from torchvision.models import resnet50
