@@ -11,7 +11,7 @@ import torch
 import segattn_ops
 
 from . import features, measure, picture, plots, report, rivals, workloads
-from .processes import CellFailed
+from .processes import CellFailed, start_server
 from .run import Options, Runner
 from .schedule import Schedule
 from .validate import WrongResult
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 110)
     reason = _refuse(arguments)
     if reason:
         console.print(f"benchmarks: {reason}", style="red", highlight=False)
@@ -158,6 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     schedule = Schedule(arguments.budget or None)
     threads = arguments.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
+    start_server()
     planned = workloads_of(arguments)
     options = Options(
         tuple(name for name in rivals.RIVALS if name in arguments.rivals),
@@ -183,6 +184,8 @@ def main(argv: list[str] | None = None) -> int:
 
             def on_cell(label: str, done: bool) -> None:
                 bar.update(task, advance=int(done), description=label)
+                if done and not console.is_terminal:
+                    console.print(f"{schedule.elapsed:6.1f} s  {label}", highlight=False)
 
             records: list[dict] = []
             result = report.build(
@@ -202,16 +205,7 @@ def main(argv: list[str] | None = None) -> int:
     except (WrongResult, CellFailed, ValueError) as error:
         console.print(f"benchmarks: {error}", style="red", highlight=False)
         return 1
-    result = report.build(
-        _command(argv),
-        arguments.device,
-        threads,
-        records,
-        features=described,
-        seconds=round(schedule.elapsed, 1),
-        pictures=[path.name for path in pictures],
-        memory_measured=arguments.device != "cpu" or measure.host_memory_is_measurable(),
-    )
+    result |= {"pictures": [path.name for path in pictures], "seconds": round(schedule.elapsed, 1)}
     report.write_json(result, arguments.output / "report.json")
     (arguments.output / "report.md").write_text(report.markdown(result))
     report.print_tables(result, console)

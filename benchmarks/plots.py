@@ -51,12 +51,13 @@ def _axes(ax, entries: list[dict]) -> None:
     sizes = {entry["positions"]: f"{entry['positions']}\n{entry['height']}x{entry['width']}" for entry in entries}
     keep, last = [], None
     for n in sorted(sizes):  # labels that would touch are left out
-        if last is None or n / last >= 1.7:
+        if last is None or n / last >= 2:
             keep.append(n)
             last = n
     ax.set_xticks(keep, [sizes[n] for n in keep], fontsize=6.5)
     ax.set_xticks(sorted(sizes), minor=True)
     ax.xaxis.set_minor_formatter("")
+    ax.yaxis.set_major_formatter("{x:g}")
 
 
 def draw_time(records: list[dict], path: Path) -> Path:

@@ -37,6 +37,14 @@ def _serve(connection, spec: CellSpec) -> None:
         connection.send(("error", f"{type(error).__name__}: {error}", traceback.format_exc()))
 
 
+def start_server() -> None:
+    """Starts importing what the cells need, so that it is done while the caller does something else."""
+    from multiprocessing import forkserver
+
+    multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
+    forkserver.ensure_running()
+
+
 class CellProcess:
     """Client side of a cell: each method of :class:`Cell` by name, with a time limit."""
 

@@ -81,7 +81,8 @@ class Runner:
         eager_errors = None
         try:
             for name in names:
-                self.on_cell(f"{workload.label} {rivals.TITLES[name]}", False)
+                label = f"{workload.label} {rivals.TITLES[name]}"
+                self.on_cell(label, False)
                 entry, cell = self._start(workload, name, path, to_come, eager_errors)
                 records[name] = entry
                 if cell:

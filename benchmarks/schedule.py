@@ -17,9 +17,10 @@ GIB = 2**30
 MEMORY_SHARE = 0.9  # of what is available, what a cell may need
 START_SECONDS = 0.4  # forking, loading operands, warming up
 COMPILE_SECONDS = 6.0  # torch.compile of one cell, forward and backward
-GUESS = 20e9  # FLOP/s of a cell whose rate nobody has seen yet
-TIMED_SECONDS = 6.0  # what the repeats of one workload may take, if three rounds allow
-ROUNDS = (3, 15)
+CHEAP = 0.015  # of the budget: what takes less runs anyway, while the rates are still guesses
+GUESS = 60e9  # FLOP/s of a cell whose rate nobody has seen yet
+TIMED_SECONDS = 5.0  # what the repeats of one workload may take, if three rounds allow
+ROUNDS = (3, 9)
 SINGLE_SECONDS = 18.0  # a round longer than this is not repeated
 
 
@@ -67,7 +68,7 @@ class Schedule:
             return None
         left = self.spare(to_come)
         seconds = self.cost(workload, rival)
-        if seconds > left:
+        if seconds > max(left, CHEAP * self.budget):
             return f"over the time budget: about {seconds:.0f} s, {max(left, 0):.0f} s left"
         return None
 
@@ -82,4 +83,5 @@ class Schedule:
         if round_seconds > SINGLE_SECONDS:
             return 0
         wanted = int(min(max(TIMED_SECONDS / max(round_seconds, 1e-9), ROUNDS[0]), ROUNDS[1]))
-        return int(min(wanted, max(self.spare(to_come), 0.0) / max(round_seconds, 1e-9)))
+        seconds = float("inf") if self.budget is None else max(self.spare(to_come), CHEAP * self.budget)
+        return int(min(wanted, seconds / max(round_seconds, 1e-9)))

@@ -20,9 +20,10 @@ SAMPLES = 64
 # Added to twice eager's error: the relative L2 error that the dtype's own rounding explains at any size, measured
 # against float64 of the same, already rounded, inputs.
 FLOOR = {"float64": 1e-12, "float32": 2e-6, "bfloat16": 4e-3, "float16": 5e-4}
-# What is allowed where no eager result is at hand (it would not fit): the floor times this, and what rounding energies
-# of the size met does to their softmax (channel energies are sums over all positions: thousands).
-ALONE = 10.0
+# What is allowed where no eager result is at hand (it would not fit). Query gradients are sums of N terms of both signs
+# that cancel: float32 rounding alone is 2.4e-5 at N = 32768 (torch.compile's is 1.9e-5 at N = 9409). To it comes what
+# rounding energies of the size met does to their softmax (channel energies are sums over all positions: thousands).
+ALONE = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 4e-2, "float16": 5e-3}
 ROUNDING = {"float64": 2e-16, "float32": 1e-7, "bfloat16": 1e-7, "float16": 1e-7}  # energies are kept in float32
 GROSS = 0.1  # a rival whose relative error is above this computes something else
 
@@ -153,7 +154,7 @@ def check(workload: Workload, name: str, found: dict[str, float], eager: dict[st
         if result == "energy":
             continue
         useful = eager is not None and eager[result] < GROSS
-        allowed = 2 * eager[result] + floor if useful else ALONE * floor + rounding
+        allowed = 2 * eager[result] + floor if useful else ALONE[workload.dtype] + rounding
         if not error <= allowed:
             raise WrongResult(
                 f"{workload.label}: {result} of {name} is wrong: relative error {error:.3g}, allowed {allowed:.3g}"

@@ -175,7 +175,7 @@ class TestValidation:
         with pytest.raises(validate.WrongResult):
             validate.check(workload, "fused", found, {"output": 4e-5})
         with pytest.raises(validate.WrongResult):  # a NaN of eager's excuses nothing
-            validate.check(workload, "fused", found, {"output": math.inf})
+            validate.check(workload, "fused", {"output": 2e-4, "energy": 0.0}, {"output": math.inf})
 
 
 KNOWN_ALLOCATION = """
@@ -281,6 +281,7 @@ class TestSchedule:
         plan = schedule.Schedule(None)
         assert [plan.rounds(seconds, []) for seconds in (0.001, 1.0, 10.0, 100.0)] == [schedule.ROUNDS[1], 5, 3, 0]
         assert schedule.Schedule(15.0).rounds(10.0, []) == 1  # no time for more
+        assert schedule.Schedule(100.0).rounds(0.1, [Workload("position", 256, 256)]) == 9  # cheap: always
         assert schedule.Schedule(5.0).rounds(10.0, []) == 0
 
 
