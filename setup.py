@@ -161,7 +161,16 @@ if BUILD_CUDA:
 
 
 class Build(BuildExtension):
-    """Also writes down what was built, for segattn_ops.build_config()."""
+    """Keeps the objects of each library apart (the CPU libraries share their sources, and would compile each other's
+    objects anew at every build), and writes down what was built, for segattn_ops.build_config()."""
+
+    def build_extension(self, ext) -> None:
+        shared = self.build_temp
+        self.build_temp = str(Path(shared) / ext.name)
+        try:
+            super().build_extension(ext)
+        finally:
+            self.build_temp = shared
 
     def run(self) -> None:
         super().run()
