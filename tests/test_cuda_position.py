@@ -12,6 +12,8 @@ import torch
 from benchmarks import cuda_resources
 from segattn_ops import _precision
 
+from .emulator import build
+
 N97 = 97 * 97
 OPERATORS = torch.ops.segattn_emulated
 
@@ -293,26 +295,17 @@ def test_launches_ask_for_the_shared_memory_the_table_says(emulator):
             assert launch["dynamic_shared_bytes"] == (expected or 0), launch["kernel"]
 
 
-# ---- builds that look for faults -------------------------------------------------------------------------------------
+# ---- the build that looks for races ----------------------------------------------------------------------------------
 
 
-def _run_in(variant, *command, environment=None):
-    if os.environ.get("SEGATTN_EMULATOR_VARIANT", "plain") != "plain":
-        pytest.skip(f"started by the plain build only, not by the {variant} build itself")
-    done = subprocess.run(
-        [sys.executable, *command, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
-        env=os.environ | (environment or {}),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-
-
+@pytest.mark.slow
 def test_race_build(emulator):
-    """Shared-memory races fail; memory accesses are counted."""
-    _run_in("race", environment={"SEGATTN_EMULATOR_VARIANT": "race"})
-
-
-def test_asan_build(emulator):
-    _run_in("asan", "-m", "tests.emulator.asan")
+    """This file in the race build: shared-memory races fail, and memory accesses are counted."""
+    if os.environ.get("SEGATTN_EMULATOR_VARIANT", "plain") != "plain":
+        pytest.skip("started by the plain build only")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+    environment = os.environ | {"SEGATTN_EMULATOR_VARIANT": "race"}
+    done = subprocess.run(
+        command, cwd=build.ROOT, env=environment, capture_output=True, text=True, timeout=1500, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]

@@ -131,8 +131,10 @@ class CrissCrossBackward {
     // Elements of P and A have the same size.
     P* const transposed_weights = reinterpret_cast<P*>(workspace.weights);
     P* const packed_grads = reinterpret_cast<P*>(workspace.grads);
-    const auto put = [](T* map) {
-      return [map](std::int64_t offset, V vector, std::int64_t n) { put_vector<Lines>(map + offset, vector, n); };
+    const auto put = [positions = map_.positions()](T* map) {
+      return [map, positions](std::int64_t channel, std::int64_t position, V vector, std::int64_t n) {
+        put_vector<Lines>(map + channel * positions + position, vector, n);
+      };
     };
     for (std::int64_t first = 0; first < length; first += products.block()) {
       const std::int64_t queries = std::min(products.block(), length - first);

@@ -83,7 +83,6 @@ class CrissCrossForward {
         A* const panels = scores + line * score_stride;
         if constexpr (Lines::kExcludesSelf) {
           for (std::int64_t i = 0; i < queries; ++i) {
-            // The sign that is -inf after scaling; a scale of 0 needs the product to be one too (0 * inf is NaN).
             panels[panel_offset<A>(length, queries, first + i, i)] = -kInfinity;
           }
         }
@@ -110,12 +109,13 @@ class CrissCrossForward {
       T* const output = arguments_.output + value_offset;
       const A* const row_share = row_total_.data() + sample * positions;
       products.apply(lines, arguments_.value + value_offset, sizes.value_channels, 0, length, operand, operand_stride,
-                     first, queries, [&](std::int64_t offset, V vector, std::int64_t n) {
+                     first, queries,
+                     [&](std::int64_t channel, std::int64_t position, V vector, std::int64_t n) {
+                       T* const target = output + channel * positions + position;
                        if constexpr (Lines::kExcludesSelf) {
-                         const V share = read_vector(row_share + offset % positions, n);
-                         vector = fma(read_vector(output + offset, n), share, vector);
+                         vector = fma(read_vector(target, n), read_vector(row_share + position, n), vector);
                        }
-                       write_vector(output + offset, vector, n);
+                       write_vector(target, vector, n);
                      });
     }
   }

@@ -7,8 +7,8 @@
 //       operands for positions [first, first + count) of every line, from channels [0, channels) of `map`; the lines'
 //       operands are `stride` elements apart. pack.h has the layouts.
 //   for_each_vector(panels, stride, channels, first, count, use)
-//       use(offset, vector, n) for the C panels (channels x positions) of every line: `vector` holds the n elements
-//       at map[offset], map[offset + 1], ...
+//       use(channel, position, vector, n) for the C panels (channels x positions) of every line: `vector` holds n
+//       elements of a channel from `position` of the map on
 //   pack_weights, pack_weights_transposed, store_weights
 //       the same for weights in CCNet's layout (H + W - 1, H, W): channels [0, W) the row, then the column without
 //       the query itself.
@@ -77,7 +77,7 @@ class RowLine {
     const std::int64_t begin = offset(0, first);
     detail::for_each_panel_vector(panels, channels, count,
                                   [&](std::int64_t channel, std::int64_t column, Vec<A> vector, std::int64_t n) {
-                                    use(channel * sizes_.positions() + begin + column, vector, n);
+                                    use(channel, begin + column, vector, n);
                                   });
   }
 
@@ -238,7 +238,7 @@ class ColumnLines {
     detail::scatter_lines(panels, stride, lines_, channels, count,
                           [&](std::int64_t channel, std::int64_t column, std::int64_t line, Vec<A> vector,
                               std::int64_t n) {
-                            use(channel * sizes_.positions() + offset(line, first + column), vector, n);
+                            use(channel, offset(line, first + column), vector, n);
                           });
   }
 
@@ -269,8 +269,9 @@ class ColumnLines {
 
  private:
   auto position_by_channel(const T* map, std::int64_t first) const {
-    return [this, begin = map + offset(0, first)](std::int64_t position, std::int64_t channel) {
-      return begin + channel * sizes_.positions() + position * sizes_.width;
+    return [begin = map + offset(0, first), positions = sizes_.positions(),
+            width = sizes_.width](std::int64_t position, std::int64_t channel) {
+      return begin + channel * positions + position * width;
     };
   }
 

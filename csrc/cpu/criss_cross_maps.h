@@ -68,8 +68,8 @@ class CrissCrossMaps {
                    const std::int64_t count = std::min(products.block(), lines.length() - first);
                    lines.pack_weights(packed, stride, sample_weights, first, count);
                    products.apply(lines, map + offset, channels_, 0, lines.length(), packed, stride, first, count,
-                                  [&](std::int64_t at, V vector, std::int64_t n) {
-                                    put_vector<Lines>(result + offset + at, vector, n);
+                                  [&](std::int64_t channel, std::int64_t position, V vector, std::int64_t n) {
+                                    put_vector<Lines>(result + offset + channel * map_.positions() + position, vector, n);
                                   });
                  }
                });
@@ -87,8 +87,8 @@ class CrissCrossMaps {
                    const std::int64_t count = std::min(products.block(), lines.length() - first);
                    lines.pack_weights_transposed(packed, stride, sample_weights, first, count);
                    products.accumulate(lines, map + offset, channels_, first, count, packed, stride, sums,
-                                       [&](std::int64_t at, V vector, std::int64_t n) {
-                                         put_vector<Lines>(result + offset + at, vector, n);
+                                       [&](std::int64_t channel, std::int64_t position, V vector, std::int64_t n) {
+                                         put_vector<Lines>(result + offset + channel * map_.positions() + position, vector, n);
                                        });
                  }
                });

@@ -136,8 +136,9 @@ class LineProducts {
     }
   }
 
-  // use(offset, vector, n) for sum over positions [first, first + count) of map (channels, H, W) times weights,
-  // B(k = position, column), of `columns` columns; those stand for positions [first_column, first_column + columns).
+  // use(channel, position, vector, n) for sum over positions [first, first + count) of map (channels, H, W) times
+  // weights, B(k = position, column), of `columns` columns; those stand for positions [first_column, first_column +
+  // columns).
   template <class Use>
   void apply(const Lines& lines, const T* map, std::int64_t channels, std::int64_t first, std::int64_t count,
              const P* weights, std::int64_t weights_stride, std::int64_t first_column, std::int64_t columns,
@@ -149,8 +150,8 @@ class LineProducts {
                      depth, columns, k_steps<P>(count), GemmMode::store);
       }
       lines.for_each_vector(results_, stride, depth, first_column, columns,
-                            [&](std::int64_t offset, Vec<A> vector, std::int64_t n) {
-                              use(channel * lines.positions() + offset, vector, n);
+                            [&](std::int64_t row, std::int64_t position, Vec<A> vector, std::int64_t n) {
+                              use(channel + row, position, vector, n);
                             });
     });
   }
@@ -178,8 +179,8 @@ class LineProducts {
       }
       if (first + count == length_) {
         lines.for_each_vector(chunk, sums_stride(), depth, 0, length_,
-                              [&](std::int64_t offset, Vec<A> vector, std::int64_t n) {
-                                use(channel * lines.positions() + offset, vector, n);
+                              [&](std::int64_t row, std::int64_t position, Vec<A> vector, std::int64_t n) {
+                                use(channel + row, position, vector, n);
                               });
       }
     });
