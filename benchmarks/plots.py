@@ -58,6 +58,7 @@ def _axes(ax, entries: list[dict]) -> None:
     ax.set_xticks(sorted(sizes), minor=True)
     ax.xaxis.set_minor_formatter("")
     ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("")
 
 
 def draw_time(records: list[dict], path: Path) -> Path:
@@ -89,7 +90,7 @@ def draw_time(records: list[dict], path: Path) -> Path:
 
 
 def draw_memory(records: list[dict], path: Path) -> Path | None:
-    """Extra memory of forward + backward against N. Hollow, dotted: by formula, where a rival did not run."""
+    """Extra memory of forward + backward against N. Hollow, dotted: by formula, where a rival would not fit."""
     panels = {key: entries for key, entries in groups(records).items() if any(e.get("memory") for e in entries)}
     if not panels:
         return None
@@ -115,7 +116,7 @@ def draw_memory(records: list[dict], path: Path) -> Path | None:
             if refused:
                 ax.plot(
                     xs[-1:] + [e["positions"] for e in refused],
-                    ys[-1:] + [e["needed_bytes"] / MIB for e in refused],
+                    ys[-1:] + [e["needed_extra_bytes"] / MIB for e in refused],
                     color=COLOURS.get(name, OTHER),
                     marker=MARKERS.get(name, "x"),
                     markersize=5,
@@ -123,7 +124,7 @@ def draw_memory(records: list[dict], path: Path) -> Path | None:
                     linewidth=1.0,
                     linestyle=":",
                     markevery=slice(len(xs[-1:]), None),
-                    label="not run: needed by formula" if name == "eager" else None,
+                    label="would not fit: by formula" if name == "eager" else None,
                 )
         _axes(ax, entries)
         ax.set_title(_wrapped(title(*key)), fontsize=9)
@@ -133,7 +134,7 @@ def draw_memory(records: list[dict], path: Path) -> Path | None:
 
 
 def _by_formula(entry: dict) -> bool:
-    return not (entry["reason"] or "").startswith("not compiled")
+    return (entry["reason"] or "").startswith("would not fit")
 
 
 def _wrapped(text: str) -> str:

@@ -49,6 +49,7 @@ def record(workload: Workload, rival: str, status: str, reason: str | None = Non
             "forward_backward_recomputing": recomputing_flops(workload),
         },
         "needed_bytes": peak_bytes(workload, rival),
+        "needed_extra_bytes": peak_bytes(workload, rival) - workload.operand_bytes() - workload.result_bytes(),
     }
 
 
