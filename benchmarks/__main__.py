@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--budget",
         type=float,
-        default=250.0,
+        default=210.0,
         help="seconds in all: rivals that would exceed them are left out, and said to be; 0 for no limit",
     )
     p.add_argument("--repeats", type=int, help="timed rounds of every workload; chosen by its duration if not given")
