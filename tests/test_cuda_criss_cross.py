@@ -26,8 +26,10 @@ def inputs(embedding, channels, height, width, dtype, batch=1, seed=0):
 def run(query, key, value, grad_output, scale=0.5):
     """output, logsumexp and the three gradients"""
     output, logsumexp = OPERATORS.criss_cross_attention(query, key, value, scale)
-    return output, logsumexp, *OPERATORS.criss_cross_attention_backward(
-        grad_output, query, key, value, output, logsumexp, scale
+    return (
+        output,
+        logsumexp,
+        *OPERATORS.criss_cross_attention_backward(grad_output, query, key, value, output, logsumexp, scale),
     )
 
 
