@@ -7,6 +7,8 @@ import sys
 import pytest
 import torch
 
+from .emulator import build
+
 
 @pytest.fixture
 def emulator(emulated_library):
@@ -49,20 +51,19 @@ def assert_same_bits(emulator, function):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def run_in(variant, file, selection):
-    """Runs some tests of a file again, over another build of the kernels."""
+def run_in(variant, file, selection, seconds=1500):
+    """Runs some tests of a file again, over another build of the kernels, which has to be the only one of a process."""
     if os.environ.get("SEGATTN_EMULATOR_VARIANT", "plain") != "plain":
         pytest.skip(f"started by the plain build only, not by the {variant} build itself")
-    launcher, environment = [sys.executable], dict(os.environ)
-    if variant == "asan":
-        launcher += ["-m", "tests.emulator.asan"]
-    else:
-        environment["SEGATTN_EMULATOR_VARIANT"] = variant
+    launcher = ["-m", "tests.emulator.asan"] if variant == "asan" else []
     done = subprocess.run(
-        [*launcher, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, "-k", selection],
-        env=environment,
+        [sys.executable, *launcher, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, "-k", selection],
+        cwd=build.ROOT,
+        env=os.environ | {"SEGATTN_EMULATOR_VARIANT": variant, "SEGATTN_TEST_BACKENDS": "emulated"},
         capture_output=True,
         text=True,
+        timeout=seconds,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout

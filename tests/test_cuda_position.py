@@ -3,8 +3,6 @@ arithmetic of docs/performance.md, the paths a problem or a device chooses, and 
 
 import math
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,27 +10,10 @@ import torch
 from benchmarks import cuda_resources
 from segattn_ops import _precision
 
-from .emulator import build
+from .emulated import assert_same_bits, conflicts, global_bytes, run_in
 
 N97 = 97 * 97
 OPERATORS = torch.ops.segattn_emulated
-
-
-@pytest.fixture
-def emulator(emulated_library):
-    """The control module, on an H200, its counters at zero."""
-    emulated_library.set_device(90)
-    emulated_library.reset()
-    yield emulated_library
-    emulated_library.set_device(90)
-    OPERATORS._set_allow_tf32(False)
-
-
-@pytest.fixture
-def traced(emulator):
-    if not emulator.traced:
-        pytest.skip("counts memory accesses: runs in the race build, which test_race_build starts")
-    return emulator
 
 
 def inputs(batch, embedding, channels, queries, keys, dtype, seed=0):
@@ -122,11 +103,6 @@ def test_3xtf32_multiplies_three_times(emulator):
 # ---- traffic ---------------------------------------------------------------------------------------------------------
 
 
-def global_bytes(launch):
-    """Whole sectors, as they cross the memory system."""
-    return {kind: 32 * counted["sectors"] for kind, counted in launch["memory"].items() if kind.startswith("global")}
-
-
 def test_forward_traffic_is_what_its_tiling_implies(traced):
     """A block takes its queries once and all keys and 256 value channels; at 97 x 97, C = 512, that is 0.9 GB for the
     148 blocks of a sample beside the 22 MB that any kernel must move: it is L2 that serves the difference."""
@@ -161,9 +137,7 @@ def test_no_bank_conflicts(traced, precision):
     run(*inputs(1, 64, 256, 256, 256, dtype))
     for kernel in ("weighted_sum_kernel", "query_key_gradient_kernel"):
         for launch in launches(traced, kernel):
-            counted = [c for kind, c in launch["memory"].items() if kind.startswith("shared")]
-            wavefronts = sum(c["wavefronts"] for c in counted)
-            assert wavefronts <= 1.1 * sum(c["ideal_wavefronts"] for c in counted), launch["kernel"]
+            assert conflicts(launch) <= 1.1, launch["kernel"]
 
 
 # ---- paths -----------------------------------------------------------------------------------------------------------
@@ -257,12 +231,7 @@ def test_tf32_setting_is_followed(emulator):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_any_schedule_gives_the_same_bits(emulator, dtype):
     tensors = inputs(1, 24, 40, 200, 300, dtype)
-    results = []
-    for seed in (1, 2, 3):
-        emulator.set_seed(seed)
-        results.append(run(*tensors))
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert_same_bits(emulator, lambda: run(*tensors))
 
 
 def test_offsets_beyond_int32(emulator):
@@ -295,17 +264,13 @@ def test_launches_ask_for_the_shared_memory_the_table_says(emulator):
             assert launch["dynamic_shared_bytes"] == (expected or 0), launch["kernel"]
 
 
-# ---- the build that looks for races ----------------------------------------------------------------------------------
+# ---- builds that look for faults -------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_race_build(emulator):
-    """This file in the race build: shared-memory races fail, and memory accesses are counted."""
-    if os.environ.get("SEGATTN_EMULATOR_VARIANT", "plain") != "plain":
-        pytest.skip("started by the plain build only")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-    environment = os.environ | {"SEGATTN_EMULATOR_VARIANT": "race"}
-    done = subprocess.run(
-        command, cwd=build.ROOT, env=environment, capture_output=True, text=True, timeout=1500, check=False
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    """Shared-memory races fail; memory accesses are counted."""
+    run_in("race", __file__, "not build and not float64")
+
+
+def test_asan_build(emulator):
+    run_in("asan", __file__, "split or packed or path or precision")
