@@ -16,14 +16,16 @@ SEGATTN_LIBRARY(SEGATTN_NAMESPACE, m) {
       "channel_attention(Tensor query, Tensor key, Tensor value, float scale)"
       " -> (Tensor output, Tensor logsumexp)");
   m.def(
-      "channel_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor logsumexp,"
-      " float scale) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+      "channel_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, float scale)"
+      " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
   // input (B, C, *S) as query, key and value at once -> output (B, C, *S), logsumexp (B, C): the energy is
-  // symmetric, which halves the work
-  m.def("channel_self_attention(Tensor input, float scale) -> (Tensor output, Tensor logsumexp)");
+  // symmetric, which halves the work. With gamma (B, C), in logsumexp's dtype: gamma * attention + input
   m.def(
-      "channel_self_attention_backward(Tensor grad_output, Tensor input, Tensor logsumexp, float scale)"
-      " -> Tensor grad_input");
+      "channel_self_attention(Tensor input, float scale, Tensor? gamma=None) -> (Tensor output, Tensor logsumexp)");
+  // grad_gamma (B, C), whether there is a gamma or not
+  m.def(
+      "channel_self_attention_backward(Tensor grad_output, Tensor input, float scale, Tensor? gamma=None)"
+      " -> (Tensor grad_input, Tensor grad_gamma)");
 
   // query (B, E, H, W), key (B, E, H, W) -> affinity (B, H + W - 1, H, W)
   m.def("criss_cross_affinity(Tensor query, Tensor key) -> Tensor affinity");

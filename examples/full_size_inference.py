@@ -11,7 +11,6 @@ with weights of any known layout; without a checkpoint its weights are random, a
 """
 
 import argparse
-import resource
 import time
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from rich.table import Table
 from skimage import io, transform
 from torch import Tensor, nn
 
+from benchmarks import measure
 from segattn_ops import checkpoints, models
 
 from . import train_shapes
@@ -57,21 +57,19 @@ def photograph(path: Path | None, height: int, width: int) -> np.ndarray:
     return transform.resize(image, (height, width, 3), anti_aliasing=True).astype(np.float32)
 
 
-def segment(model: nn.Module, image: Tensor) -> tuple[Tensor, float, float]:
-    """Labels (H, W) of image (1, 3, H, W); seconds; and GiB by which the process's peak memory grew."""
-    on_gpu = image.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-    else:
-        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def segment(model: nn.Module, image: Tensor) -> tuple[Tensor, float, float | None]:
+    """Labels (H, W) of image (1, 3, H, W); seconds; and the peak memory beyond what was held before in GiB, None where
+    the system does not tell."""
+    memory = None
+    if image.device.type == "cuda":
+        memory = measure.DeviceMemory(image.device)
+    elif measure.host_memory_is_measurable():
+        memory = measure.HostMemory()
     begin = time.perf_counter()
     with torch.inference_mode():
         labels = model(image)["out"].argmax(1)[0].cpu()
     seconds = time.perf_counter() - begin
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return labels, seconds, (peak - held) / 2**30
+    return labels, seconds, memory and memory.peak() / 2**30
 
 
 def draw(panels: dict[str, np.ndarray], path: Path) -> None:
@@ -86,7 +84,7 @@ def draw(panels: dict[str, np.ndarray], path: Path) -> None:
     plt.close(figure)
 
 
-def main(argv: list[str] | None = None) -> dict[str, float]:
+def main(argv: list[str] | None = None) -> dict[str, float | None]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", default="danet", help="danet, ccnet (small), or a builder of segattn_ops.models")
     parser.add_argument("--image", type=Path, help="for a ResNet network; scikit-image's coffee if not given")
@@ -121,10 +119,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if labels is not None:
         result["miou"] = mean_iou(predicted, torch.from_numpy(labels))
     table = Table(title=f"{options.network}, one image of {options.height} x {options.width}, {device}")
-    for column in ("positions N", "seconds", "peak memory beyond the model", "an N x N map alone", "mIoU"):
+    for column in ("positions N", "seconds", "peak memory beyond model and image", "an N x N map alone", "mIoU"):
         table.add_column(column, justify="right")
     score = f"{result['miou']:.3f}" if "miou" in result else "-"
-    table.add_row(f"{positions}", f"{seconds:.1f}", f"{gib:.2f} GiB", f"{result['map_gib']:.1f} GiB", score)
+    peak = "-" if gib is None else f"{gib:.2f} GiB"
+    table.add_row(f"{positions}", f"{seconds:.1f}", peak, f"{result['map_gib']:.1f} GiB", score)
     console.print(table)
     panels = {"image": image}
     if labels is not None:

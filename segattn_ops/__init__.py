@@ -13,6 +13,7 @@ from .ops import (
     position_attention,
     position_attention_map,
     register,
+    residual_channel_attention,
 )
 
 if _backend.LIBRARIES.serves("cpu"):
@@ -35,5 +36,6 @@ __all__ = [
     "nn",
     "position_attention",
     "position_attention_map",
+    "residual_channel_attention",
     "use_backend",
 ]

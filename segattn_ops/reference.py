@@ -35,6 +35,19 @@ def channel_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -
     return output.unflatten(2, value.shape[2:]).to(query.dtype), energy.logsumexp(2)
 
 
+def channel_self_attention(x: Tensor, scale: float, gamma: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The same with query = key = value = x, and, with gamma (B, C), gamma * attention + x.
+
+    x (B, C, *S) -> output (B, C, *S), logsumexp (B, C).
+    """
+    if gamma is None:
+        return channel_attention(x, x, x, scale)
+    (accurate,) = _accurate(x)
+    attended, logsumexp = channel_attention(accurate, accurate, accurate, scale)
+    factors = gamma.to(accurate.dtype).reshape(*x.shape[:2], *[1] * (x.dim() - 2))
+    return (factors * attended + accurate).to(x.dtype), logsumexp
+
+
 def criss_cross_affinity(query: Tensor, key: Tensor) -> Tensor:
     """Huang et al., "CCNet: Criss-Cross Attention for Semantic Segmentation" (2019), section 3.2, Affinity.
 

@@ -57,6 +57,10 @@ def eager_channel(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return torch.bmm(energy.softmax(-1), v.flatten(2)).unflatten(2, v.shape[2:])
 
 
+def eager_residual(x: Tensor, gamma: Tensor, scale: float) -> Tensor:
+    return gamma.reshape(*gamma.shape, *[1] * (x.dim() - 2)) * eager_channel(x, x, x, scale) + x
+
+
 def eager_affinity(q: Tensor, k: Tensor) -> Tensor:
     row = torch.einsum("beyx,beyj->bjyx", q, k)
     column = torch.einsum("beyx,bejx->bjyx", q, k)
@@ -105,6 +109,16 @@ CHANNEL_CASES = (
     _channel((1, 70, 9, 9), (1, 65, 9, 9), (1, 65, 40), -0.1),
     _channel((1, 3, 2, 3, 4), (1, 5, 2, 3, 4), (1, 5, 2, 3, 4), 0.4),
     _channel((1, 200, 33, 31), (1, 136, 33, 31), (1, 136, 33, 31), -0.03, large=True),
+)
+
+# x, gamma
+RESIDUAL_CASES = (
+    Case(((2, 8, 5, 7), (2, 8)), -0.2),
+    Case(((1, 1, 1, 1), (1, 1)), -1.0),
+    Case(((1, 33, 1, 9), (1, 33)), -0.3),
+    Case(((2, 13, 9, 11), (2, 13)), 0.1),
+    Case(((1, 70, 9, 9), (1, 70)), -0.1),
+    Case(((1, 200, 33, 31), (1, 200)), -0.03, large=True),
 )
 
 SELF_CASES = (
@@ -166,6 +180,13 @@ FAMILIES = (
         SELF_CASES,
     ),
     Family(
+        "residual_channel_attention",
+        segattn_ops.residual_channel_attention,
+        lambda x, gamma, scale: reference.channel_self_attention(x, scale, gamma)[0],
+        eager_residual,
+        RESIDUAL_CASES,
+    ),
+    Family(
         "criss_cross_affinity",
         segattn_ops.criss_cross_affinity,
         reference.criss_cross_affinity,
@@ -189,3 +210,5 @@ FAMILIES = (
     ),
 )
 BY_OPERATOR = {family.operator: family for family in FAMILIES}
+# Those that are an operator; the other is a function before one of them.
+OPERATORS = [family.operator for family in FAMILIES if family.operator != "residual_channel_attention"]

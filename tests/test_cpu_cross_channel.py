@@ -64,9 +64,12 @@ def run_channel(height: int, width: int, dtype: torch.dtype) -> list[torch.Tenso
     q, k, v, grad = maps(90, 75, 75, 90, height=height, width=width, dtype=dtype)
     output, logsumexp = OPERATORS.channel_attention(q, k, v, -0.1)
     results = [output, logsumexp]
-    results += OPERATORS.channel_attention_backward(grad, q, k, v, logsumexp, -0.1)
-    output, logsumexp = OPERATORS.channel_self_attention(q, -0.1)
-    return [*results, output, logsumexp, OPERATORS.channel_self_attention_backward(grad, q, logsumexp, -0.1)]
+    results += OPERATORS.channel_attention_backward(grad, q, k, v, -0.1)
+    gamma = logsumexp  # (B, C)
+    for optional in ((), (gamma,)):
+        results += OPERATORS.channel_self_attention(q, -0.1, *optional)
+        results += OPERATORS.channel_self_attention_backward(grad, q, -0.1, *optional)
+    return results
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -88,9 +91,8 @@ def test_self_attention_computes_half_of_the_energy(multiply_adds):
     """C = 240, N = 2000. One input: half the energy and the application; blocks on the diagonal, 48 wide, are whole."""
     x = torch.randn(1, 240, 2000)
     product = 240 * 240 * 2000
-    _, logsumexp = OPERATORS.channel_self_attention(x, -0.01)
     forward = multiply_adds(OPERATORS.channel_self_attention, x, -0.01)
-    backward = multiply_adds(OPERATORS.channel_self_attention_backward, x, x, logsumexp, -0.01)
+    backward = multiply_adds(OPERATORS.channel_self_attention_backward, x, x, -0.01)
     assert 1.5 * product <= forward <= 1.65 * product
     assert 3.5 * product <= backward <= 3.65 * product
     rectangular = multiply_adds(OPERATORS.channel_attention, x, x, x, -0.01)
@@ -145,13 +147,13 @@ def run(x, q):
         output, logsumexp = operators.criss_cross_attention(q, q, x, 1.0)
         return output, operators.criss_cross_attention_backward(x, q, q, x, output, logsumexp, 1.0)
     output, logsumexp = operators.channel_self_attention(x, -1.0)
-    return output, operators.channel_self_attention_backward(x, x, logsumexp, -1.0)
+    return output, operators.channel_self_attention_backward(x, x, -1.0)
 
 run(x[:, :, :4, :4], q[:, :, :4, :4])  # code and threads are there
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 result = run(x, q)
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-kept = [result[0], *(result[1] if op == "criss_cross" else (result[1],))]
+kept = [result[0], *result[1]]
 print((after - before) * 1024 - sum(t.nbytes for t in kept))
 """
 

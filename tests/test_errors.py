@@ -127,6 +127,32 @@ def test_channel_self_attention_checks_its_one_input(backend):
         segattn_ops.channel_attention(x, x, x, math.nan)
 
 
+def test_residual_channel_attention_checks_input_and_gamma(backend):
+    x, gamma = torch.zeros(2, 8, 5, 7, device=backend.device), torch.ones(8, device=backend.device)
+    call = segattn_ops.residual_channel_attention
+    for good in (gamma, gamma[0], gamma[:1], gamma.expand(2, 8), gamma.half(), gamma.double()):
+        assert call(x, good).shape == x.shape
+    with pytest.raises(RuntimeError, match="residual_channel_attention: input must have at least 3 dimensions"):
+        call(x[0, 0], gamma)
+    with pytest.raises(RuntimeError, match=r"residual_channel_attention: scale must be finite \(got nan\)"):
+        call(x, gamma, math.nan)
+    rule = r"gamma must be of a shape that broadcasts to \(batch, channels\) = \[2, 8\] \(got shape \[7\]\)"
+    with pytest.raises(RuntimeError, match=f"residual_channel_attention: {rule}"):
+        call(x, gamma[:7])
+    with pytest.raises(RuntimeError, match=r"gamma must be of a shape that broadcasts.*\(got shape \[1, 8, 1, 1\]\)"):
+        call(x, gamma.view(1, 8, 1, 1))
+    with pytest.raises(RuntimeError, match=r"gamma must be float16.*\(got another dtype\)"):
+        call(x, gamma.long())
+    with pytest.raises(RuntimeError, match=r"gamma must be on device .* like input \(got meta\)"):
+        call(x, gamma.to("meta"))
+
+
+def test_bad_fake_gamma():
+    with FakeTensorMode() as mode, pytest.raises(RuntimeError) as raised:
+        torch.ops.segattn.channel_self_attention(mode.from_tensor(t(2, 8, 5)), 1.0, mode.from_tensor(t(2, 7)))
+    assert "channel_self_attention: gamma must have shape [2, 8] (got [2, 7])" in str(raised.value)
+
+
 def test_mixed_devices(backend):
     query = torch.zeros(1, 4, 3, device=backend.device)
     with pytest.raises(RuntimeError, match=r"(key must be on device|meta)"):
@@ -145,15 +171,16 @@ BACKWARD = {
         ],
     ),
     "channel_attention_backward": (
-        [t(2, 8, 3), t(2, 8, 5, 7), t(2, 4, 5, 7), t(2, 4, 3), t(2, 8), 1.0],
-        [
-            (0, t(2, 8, 4), "grad_output must have spatial size [3] like value (got [4])"),
-            (4, t(2, 4), "logsumexp must have shape [2, 8] (got [2, 4])"),
-        ],
+        [t(2, 8, 3), t(2, 8, 5, 7), t(2, 4, 5, 7), t(2, 4, 3), 1.0],
+        [(0, t(2, 8, 4), "grad_output must have spatial size [3] like value (got [4])")],
     ),
     "channel_self_attention_backward": (
-        [t(2, 8, 5), t(2, 8, 5), t(2, 8), 1.0],
-        [(0, t(2, 8, 4), "grad_output must have shape [2, 8, 5] like input (got [2, 8, 4])")],
+        [t(2, 8, 5), t(2, 8, 5), 1.0, t(2, 8)],
+        [
+            (0, t(2, 8, 4), "grad_output must have shape [2, 8, 5] like input (got [2, 8, 4])"),
+            (3, t(2, 1), "gamma must have shape [2, 8] (got [2, 1])"),
+            (3, t(2, 8).half(), "gamma must be float32 for these inputs (got float16)"),
+        ],
     ),
     "criss_cross_affinity_backward": (
         [t(2, 11, 5, 7), t(2, 8, 5, 7), t(2, 8, 5, 7)],

@@ -16,6 +16,7 @@ RECTANGULAR = {
     "position_attention": 4,
     "channel_attention": 2,
     "channel_self_attention": 3,
+    "residual_channel_attention": 3,
     "criss_cross_affinity": 4,
     "criss_cross_aggregation": 4,
     "criss_cross_attention": 4,
@@ -63,6 +64,24 @@ def test_as_exact_as_eager(backend, family, case, dtype):
     got = results(family.function, moved, case.scalars, grad_output.to(backend.device))
     for name, *values in zip(names(family), got, eager, exact, strict=True):
         assert_as_exact_as_eager(name, *values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_residual_rounds_no_sum(backend, dtype):
+    """Features far larger than what attention makes of them: summed up with the residual, they would be rounded at its
+    size (10 times eager's error in float32). The floor is a tenth of a unit in the last place of the input."""
+    family = BY_OPERATOR["residual_channel_attention"]
+    case = Case(((1, 128, 9, 40), (1, 128)), -1.0)
+    x, gamma = family.make(case, torch.float64, backend.device)
+    inputs = [(0.05 * x).to(dtype), (0.4 * gamma).to(dtype)]
+    grad_output = grad_output_of(family, case, inputs).to(backend.device, dtype)
+    got = results(family.function, inputs, case.scalars, grad_output)
+    eager = results(family.eager, inputs, case.scalars, grad_output)
+    exact = results(family.definition, [t.double() for t in inputs], case.scalars, grad_output.double())
+    for name, ours, theirs, true in zip(names(family), got, eager, exact, strict=True):
+        error, eager_error = ((t.double() - true).square().mean().sqrt() for t in (ours, theirs))
+        floor = 0.1 * torch.finfo(dtype).eps * true.square().mean().sqrt()
+        assert error <= 2 * eager_error + floor, name
 
 
 def sliced(t: torch.Tensor) -> torch.Tensor:
@@ -219,6 +238,7 @@ GRADCHECK_SHAPES = {
     "position_attention": Case(((2, 3, 2, 3), (2, 3, 5), (2, 2, 5)), 0.7),
     "channel_attention": Case(((2, 3, 2, 2), (2, 4, 2, 2), (2, 4, 3)), -0.4),
     "channel_self_attention": Case(((2, 3, 2, 3),), -0.4),
+    "residual_channel_attention": Case(((2, 3, 2, 3), (2, 3)), -0.4),
     "criss_cross_affinity": Case(((1, 2, 3, 4), (1, 2, 3, 4))),
     "criss_cross_aggregation": Case(((1, 6, 3, 4), (1, 2, 3, 4))),
     "criss_cross_attention": Case(((1, 2, 3, 4), (1, 2, 3, 4), (1, 3, 3, 4)), 0.7),

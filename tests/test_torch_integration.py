@@ -7,10 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import segattn_ops
 
-from .families import BY_OPERATOR, FAMILIES
+from .families import BY_OPERATOR, OPERATORS
 from .test_ops import MEDIUM_CASES, grad_output_of, results
-
-OPERATORS = [f.operator for f in FAMILIES]
 
 
 def backward_arguments(kernels, family, case, inputs):
@@ -19,7 +17,7 @@ def backward_arguments(kernels, family, case, inputs):
     result = getattr(kernels.operators, family.operator)(*inputs, *case.scalars)
     if not isinstance(result, tuple):
         return (grad_output, *inputs)
-    saved = result[1:] if family.operator.startswith("channel") else result
+    saved = () if family.operator.startswith("channel") else result  # which makes its weights from the energies alone
     return (grad_output, *inputs, *saved, *case.scalars)
 
 
@@ -40,14 +38,26 @@ def test_opcheck_backward(kernels, operator):
     torch.library.opcheck(getattr(kernels.operators, f"{operator}_backward").default, arguments)
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+def test_opcheck_with_gamma(kernels):
+    """The optional argument of channel_self_attention and of its gradient."""
+    family = BY_OPERATOR["residual_channel_attention"]
+    x, gamma = (t.requires_grad_() for t in family.make(family.cases[0], torch.float32, kernels.device))
+    torch.library.opcheck(kernels.operators.channel_self_attention.default, (x, -0.2, gamma))
+    grad_output = torch.randn_like(x)
+    backward = kernels.operators.channel_self_attention_backward.default
+    torch.library.opcheck(backward, (grad_output, x.detach(), -0.2, gamma.detach()))
+
+
+@pytest.mark.parametrize("operator", [*OPERATORS, "residual_channel_attention"])
 def test_compile_with_dynamic_shapes(backend, operator):
     """One graph for every size, forward and backward, and the same numbers."""
     family = BY_OPERATOR[operator]
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     compiled = torch.compile(lambda *a: 2 * family.function(*a), fullgraph=True, dynamic=True, backend=counter)
-    plain = [c for c in family.cases if not c.large and all(min(s[2:]) > 2 and s[0] > 1 for s in c.shapes)][:2]
+    plain = [c for c in family.cases if not c.large and all(min(s[2:], default=3) > 2 and s[0] > 1 for s in c.shapes)][
+        :2
+    ]
     for case in plain:
         inputs = family.make(case, torch.float32, backend.device)
         grad_output = grad_output_of(family, case, inputs).to(backend.device, torch.float32)
@@ -99,6 +109,19 @@ def test_vmap_of_the_backward_operator(kernels, operator):
         got, expected = (got,), [(e,) for e in expected]
     for i, gradient in enumerate(got):
         torch.testing.assert_close(gradient, torch.stack([e[i] for e in expected]))
+
+
+def test_autocast_does_not_round_the_residual(backend):
+    family = BY_OPERATOR["residual_channel_attention"]
+    x, gamma = family.make(family.cases[0], torch.float32, backend.device)
+    with torch.autocast(backend.device, dtype=torch.bfloat16):
+        output = family.function(x, gamma, -0.2)
+        half = family.function(x.bfloat16(), gamma, -0.2)
+        unchanged = family.function(x, torch.zeros_like(gamma), -0.2)
+    assert output.dtype == torch.float32
+    assert torch.equal(unchanged, x)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), output, rtol=2**-6, atol=2**-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -3,6 +3,8 @@
 
 #include "check.h"
 
+#include <optional>
+
 namespace segattn {
 
 struct ChannelSizes {
@@ -12,15 +14,6 @@ struct ChannelSizes {
   int64_t query_positions; // S, contracted in the energy
   int64_t value_positions; // T, positions of value and output
 };
-
-// logsumexp (B, C)
-inline void check_channel_logsumexp(
-    std::string_view op, const Tensor& logsumexp, const Tensor& query, const ChannelSizes& sizes) {
-  const Argument l{"logsumexp", logsumexp};
-  check_same_device(op, l, {"query", query});
-  check_dtype_is(op, l, accumulation_dtype(query.scalar_type()), "for these inputs");
-  check_shape_is(op, l, "[" + std::to_string(sizes.batch) + ", " + std::to_string(sizes.query_channels) + "]");
-}
 
 // query (B, C, *S), key (B, K, *S), value (B, K, *T)
 inline ChannelSizes check_channel_attention(
@@ -44,10 +37,9 @@ inline ChannelSizes check_channel_attention(
   return {query.size(0), query.size(1), key.size(1), positions_of(query), positions_of(value)};
 }
 
-// grad_output (B, C, *T), query (B, C, *S), key (B, K, *S), value (B, K, *T), logsumexp (B, C)
+// grad_output (B, C, *T), query (B, C, *S), key (B, K, *S), value (B, K, *T)
 inline ChannelSizes check_channel_attention_backward(
-    const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& logsumexp,
-    double scale) {
+    const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, double scale) {
   constexpr std::string_view op = "channel_attention_backward";
   const ChannelSizes sizes = check_channel_attention(query, key, value, scale, op);
   const Argument g{"grad_output", grad_output}, q{"query", query};
@@ -56,32 +48,37 @@ inline ChannelSizes check_channel_attention_backward(
   check_batch(op, g, q);
   check_channels(op, g, q);
   check_spatial(op, g, {"value", value});
-  check_channel_logsumexp(op, logsumexp, query, sizes);
   return sizes;
 }
 
-// input (B, C, *S)
+// input (B, C, *S), gamma (B, C)
 inline ChannelSizes check_channel_self_attention(
-    const Tensor& input, double scale, std::string_view op = "channel_self_attention") {
+    const Tensor& input, double scale, const std::optional<Tensor>& gamma,
+    std::string_view op = "channel_self_attention") {
   const Argument x{"input", input};
   check_dtype(op, x);
   check_feature_map(op, x);
   check_has_channels(op, x);
   check_has_positions(op, x);
   check_scale(op, scale);
+  if (gamma.has_value()) {
+    const Argument g{"gamma", *gamma};
+    check_same_device(op, g, x);
+    check_dtype_is(op, g, accumulation_dtype(input.scalar_type()), "for these inputs");
+    check_shape_is(op, g, "[" + std::to_string(input.size(0)) + ", " + std::to_string(input.size(1)) + "]");
+  }
   const int64_t positions = positions_of(input);
   return {input.size(0), input.size(1), input.size(1), positions, positions};
 }
 
-// grad_output (B, C, *S), input (B, C, *S), logsumexp (B, C)
+// grad_output (B, C, *S), input (B, C, *S), gamma (B, C)
 inline ChannelSizes check_channel_self_attention_backward(
-    const Tensor& grad_output, const Tensor& input, const Tensor& logsumexp, double scale) {
+    const Tensor& grad_output, const Tensor& input, double scale, const std::optional<Tensor>& gamma) {
   constexpr std::string_view op = "channel_self_attention_backward";
-  const ChannelSizes sizes = check_channel_self_attention(input, scale, op);
+  const ChannelSizes sizes = check_channel_self_attention(input, scale, gamma, op);
   const Argument g{"grad_output", grad_output}, x{"input", input};
   check_like(op, g, x);
   check_shape(op, g, x);
-  check_channel_logsumexp(op, logsumexp, input, sizes);
   return sizes;
 }
 

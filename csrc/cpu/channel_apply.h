@@ -1,5 +1,5 @@
 // Channel attention: matrices of channels applied to feature maps, one pass over the positions:
-// output(m, p) = sum over the terms of sum_k matrix(m, k) source(k, p).
+// output(m, p) = sum over the terms of sum_k matrix(m, k) source(k, p), and residual(m, p) where there is one.
 #pragma once
 
 #include "pack.h"
@@ -43,7 +43,9 @@ class ChannelApplication {
     return scratch_bytes<P>(packed_b_size<P>(block_, most)) + scratch_bytes<A>(panels_size<P>(rows_, block_));
   }
 
-  void run_unit(std::int64_t unit, std::span<const ApplyTerm<T>> terms, T* output, Scratch& scratch) const {
+  // residual: (rows, positions), added last, so that it rounds no partial sum; or null
+  void run_unit(std::int64_t unit, std::span<const ApplyTerm<T>> terms, const T* residual, T* output,
+                Scratch& scratch) const {
     const std::int64_t first = unit * block_;
     const std::int64_t count = std::min(block_, positions_ - first);
     A* const sums = scratch.take<A>(panels_size<P>(rows_, block_));
@@ -59,7 +61,7 @@ class ChannelApplication {
                    k_steps<P>(term.channels), mode);
       mode = GemmMode::add;
     }
-    store_panels(output + first, positions_, sums, rows_, count);
+    store_panels(output + first, positions_, sums, rows_, count, residual == nullptr ? nullptr : residual + first);
   }
 
  private:

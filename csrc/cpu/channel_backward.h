@@ -2,9 +2,10 @@
 //
 //   three inputs   grad_query = dE key, grad_key = dE^T query, grad_value = P^T dO
 //   one input      grad_input = P^T dO + (dE + dE^T) input, in one pass over positions
+//   with gamma     the same with gamma P for P and gamma dA for dA, and dO added; grad_gamma = rowsum(P dA)
 //
 // The attention is computed again from the energies, whole rows of which are at hand: with their own maximum, as in
-// the forward pass. exp(energy - logsumexp) would lose digits: CAM's energies are in the thousands, so that the
+// the forward pass, and not from its log-sum-exp: exp(energy - logsumexp) would lose digits: CAM's energies are in the thousands, so that the
 // rounding of logsumexp alone is worth 2.4e-4 of every weight in float32.
 #pragma once
 
@@ -23,6 +24,8 @@ struct ChannelBackwardArguments {
   T* grad_query;         // (B, C, S); null for one input
   T* grad_key;           // (B, K, S), of the input where it is one
   T* grad_value;         // (B, K, T); null for one input
+  const AccumulatorOf<T>* gamma;  // (B, C); null without
+  AccumulatorOf<T>* grad_gamma;   // (B, C), one input; null for three
   ChannelSizes sizes;
   AccumulatorOf<T> scale;
 };
@@ -58,7 +61,7 @@ class ChannelBackward {
     for (std::int64_t first = 0; first < sizes_.batch; first += samples) {
       const std::int64_t count = std::min(samples, sizes_.batch - first);
       contract(first, count, energy.data(), grad.data());
-      differentiate(count, energy.data(), grad.data(), weights.data());
+      differentiate(first, count, energy.data(), grad.data(), weights.data());
       pack_matrices(count, grad.data(), weights.data(), packed.data());
       apply(first, count, packed.data());
     }
@@ -101,8 +104,8 @@ class ChannelBackward {
     });
   }
 
-  // weights: [samples][C][ld] gets P; the first split of grad becomes dE.
-  void differentiate(std::int64_t samples, const A* energy, A* grad, Stored* weights) const {
+  // weights: [samples][C][ld] gets P, or gamma P; the first split of grad becomes dE.
+  void differentiate(std::int64_t first, std::int64_t samples, const A* energy, A* grad, Stored* weights) const {
     const std::int64_t row_blocks = (sizes_.query_channels + kPanel - 1) / kPanel;
     parallel_units(samples * row_blocks, 2 * scratch_bytes<A>(kPanel * ld_), [&](std::int64_t unit, Scratch& scratch) {
       const std::int64_t sample = unit / row_blocks;
@@ -114,8 +117,17 @@ class ChannelBackward {
       load_rows(energy_plan_, energy + sample * energy_plan_.size(), one_input_, row, rows, row_weights);
       load_rows(grad_plan_, grad_result, false, row, rows, row_grad);
       for (std::int64_t r = 0; r < rows; ++r) {
+        const std::int64_t at = (first + sample) * sizes_.query_channels + row + r;
+        const A gamma = arguments_.gamma == nullptr ? A(1) : arguments_.gamma[at];
         softmax_row(row_weights + r * ld_, sizes_.key_channels, arguments_.scale);
-        softmax_row_backward(row_weights + r * ld_, row_grad + r * ld_, sizes_.key_channels, arguments_.scale);
+        const A dot = softmax_row_backward(row_weights + r * ld_, row_grad + r * ld_, sizes_.key_channels,
+                                           arguments_.scale * gamma);
+        if (arguments_.grad_gamma != nullptr) {
+          arguments_.grad_gamma[at] = dot;
+        }
+        if (arguments_.gamma != nullptr) {
+          multiply_row(row_weights + r * ld_, sizes_.key_channels, gamma);
+        }
       }
       store_row(weights + (sample * sizes_.query_channels + row) * ld_, row_weights, rows * ld_);
       std::copy_n(row_grad, rows * ld_, grad_result + row * ld_);
@@ -189,7 +201,7 @@ class ChannelBackward {
                              {{matrices, arguments_.grad_output + (first + sample) * output_size(), channels},
                               {matrices + packed_size(), arguments_.key + (first + sample) * key_size(), channels}}},
                          arguments_.grad_key + (first + sample) * key_size()};
-      });
+      }, arguments_.gamma != nullptr);
       return;
     }
     run_application<1>(samples, keys, sizes_.value_positions, [&](std::int64_t sample) {
@@ -209,15 +221,17 @@ class ChannelBackward {
     });
   }
 
-  // job(sample) is the terms of a sample and its output.
+  // job(sample) is the terms of a sample and its output; with `residual` the first term's source is added.
   template <std::size_t terms, class Job>
-  void run_application(std::int64_t samples, std::int64_t rows, std::int64_t positions, const Job& job) const {
+  void run_application(std::int64_t samples, std::int64_t rows, std::int64_t positions, const Job& job,
+                       bool residual = false) const {
     const ChannelApplication<T> application(rows, positions, samples);
     const std::int64_t most = std::max(sizes_.query_channels, sizes_.key_channels);
     parallel_units(samples * application.units(), application.scratch(std::array{most}),
                    [&](std::int64_t unit, Scratch& scratch) {
                      const auto [sample_terms, output] = job(unit / application.units());
-                     application.run_unit(unit % application.units(), sample_terms, output, scratch);
+                     application.run_unit(unit % application.units(), sample_terms,
+                                          residual ? sample_terms[0].source : nullptr, output, scratch);
                    });
   }
 

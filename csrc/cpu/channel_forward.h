@@ -17,6 +17,7 @@ struct ChannelForwardArguments {
   const T* value;               // (B, K, T)
   T* output;                    // (B, C, T)
   AccumulatorOf<T>* logsumexp;  // (B, C)
+  const AccumulatorOf<T>* gamma;  // (B, C): output = gamma * attention + value, C = K; null: the attention alone
   ChannelSizes sizes;
   AccumulatorOf<T> scale;
 };
@@ -90,6 +91,7 @@ class ChannelForward {
                                                     arguments_.value + (first + sample) * value_size,
                                                     sizes_.key_channels}};
                      application.run_unit(unit % application.units(), terms,
+                                          arguments_.gamma == nullptr ? nullptr : terms[0].source,
                                           arguments_.output + (first + sample) * output_size, scratch);
                    });
   }
@@ -101,8 +103,11 @@ class ChannelForward {
     A* const block = scratch.take<A>(kPanel * ld);
     load_rows(plan_, energy, arguments_.query == nullptr, row, rows, block);
     for (std::int64_t r = 0; r < rows; ++r) {
-      arguments_.logsumexp[sample * sizes_.query_channels + row + r] =
-          softmax_row(block + r * ld, sizes_.key_channels, arguments_.scale);
+      const std::int64_t at = sample * sizes_.query_channels + row + r;
+      arguments_.logsumexp[at] = softmax_row(block + r * ld, sizes_.key_channels, arguments_.scale);
+      if (arguments_.gamma != nullptr) {
+        multiply_row(block + r * ld, sizes_.key_channels, arguments_.gamma[at]);
+      }
     }
     P* const target = attention + row * k_steps<P>(sizes_.key_channels);
     if constexpr (kIsPair<P>) {

@@ -63,9 +63,9 @@ A softmax_row(A* energy, std::int64_t count, A scale) {
 }
 
 // grad [padded count], the gradient of the weights, becomes that of the energy:
-// scale * weight * (grad - sum of weight * grad).
+// scale * weight * (grad - sum of weight * grad). Returns that sum.
 template <class A>
-void softmax_row_backward(const A* weights, A* grad, std::int64_t count, A scale) {
+A softmax_row_backward(const A* weights, A* grad, std::int64_t count, A scale) {
   using V = Vec<A>;
   constexpr std::int64_t lanes = kLanes<A>;
   V products{};
@@ -75,6 +75,15 @@ void softmax_row_backward(const A* weights, A* grad, std::int64_t count, A scale
   const A dot = horizontal_sum(products);
   for (std::int64_t i = 0; i < count; i += lanes) {
     store(grad + i, load<V>(weights + i) * (load<V>(grad + i) - dot) * scale);
+  }
+  return dot;
+}
+
+template <class A>
+void multiply_row(A* row, std::int64_t padded_count, A factor) {
+  using V = Vec<A>;
+  for (std::int64_t i = 0; i < padded_count; i += kLanes<A>) {
+    store(row + i, load<V>(row + i) * broadcast<V>(factor));
   }
 }
 

@@ -14,7 +14,8 @@
 //                                                    is one already, only BFloat16Pair needs this)
 //   pack_strided_a_from_panels(dst, panel, count)    `count` (even) consecutive accumulators to count / 2 pairs along a
 //                                                    row: with AOperand::strided a product over C's columns
-//   store_panels(dst, ld, panels, m, n)             dst[row * ld + column] = C(row, column) in dst's dtype
+//   store_panels(dst, ld, panels, m, n)             dst[row * ld + column] = C(row, column) in dst's dtype; with a sixth
+//                                                    argument, residual, C(row, column) + residual[row * ld + column]
 //   store_panels_transposed(dst, ld, panels, m, n)  dst[column * ld + row] = C(row, column)
 //   add_panels_transposed(dst, ld, panels, m, n)    dst[column * ld + row] += C(row, column), dst float or double
 //   transpose_2d(dst, dst_ld, src, src_ld, rows, columns)   dst[column * dst_ld + row] = src[row * src_ld + column]
@@ -274,9 +275,14 @@ inline void pack_strided_a_from_panels(BFloat16Pair* target, const float* panel,
 }
 
 template <class T>
-void store_panels(T* target, std::int64_t ld, const AccumulatorOf<T>* panels, std::int64_t m, std::int64_t n) {
+void store_panels(T* target, std::int64_t ld, const AccumulatorOf<T>* panels, std::int64_t m, std::int64_t n,
+                  const T* residual = nullptr) {
   constexpr int lanes = kLanes<AccumulatorOf<T>>;
   detail::for_each_panel_vector(panels, m, n, [&](std::int64_t row, std::int64_t column, auto vector, std::int64_t count) {
+    if (residual != nullptr) {
+      const T* const at = residual + row * ld + column;
+      vector += count == lanes ? widen<lanes>(at) : widen_partial<lanes>(at, count);
+    }
     if (count == lanes) {
       narrow<lanes>(target + row * ld + column, vector);
     } else {

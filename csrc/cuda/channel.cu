@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <optional>
 #include <tuple>
 
 #include "../checks/channel.h"
@@ -67,6 +68,12 @@ struct ChannelCall {
     tensor_cores = arithmetic == Arithmetic::kFloat16 || arithmetic == Arithmetic::kBfloat16;
   }
 
+  bool residual_in_map() const {
+    bool result = false;
+    with_element(dtype, [&]<class T>() { result = kResidualInMap<T>; });
+    return result;
+  }
+
   // A channels-first matrix for the tensor-core kernels: its rows start on 16 bytes
   FeatureMap rows(const Tensor& tensor) const { return aligned_feature_map(tensor, stream); }
 
@@ -114,14 +121,16 @@ struct ChannelCall {
     return energies;
   }
 
-  // energies (splits, B, C, K) -> attention (B, C, K), logsumexp (B, C)
-  Tensor softmax(const Tensor& energies, double scale, const Tensor& logsumexp) const {
+  // energies (splits, B, C, K) -> attention (B, C, K), times gamma (B, C) where there is one; fills logsumexp (B, C)
+  Tensor softmax(
+      const Tensor& energies, double scale, const std::optional<Tensor>& gamma, const Tensor& logsumexp) const {
     const int64_t batch = energies.size(1), c = energies.size(2), k = energies.size(3);
     const Tensor attention = allocate(energies, {batch, c, k}, dtype);
     ChannelSoftmaxParams params;
     params.energies = energies.mutable_data_ptr();
     params.attention = attention.mutable_data_ptr();
     params.logsumexp = logsumexp.mutable_data_ptr();
+    params.gamma = gamma.has_value() ? gamma->const_data_ptr() : nullptr;
     params.split_stride = batch * c * k;
     params.splits = static_cast<int>(energies.size(0));
     params.keys = static_cast<int>(k);
@@ -133,17 +142,19 @@ struct ChannelCall {
     return attention;
   }
 
-  // Fills attention (B, C, pitch) and, unless it is null, grad_energies (B, C, pitch); grad_attention's split 0 otherwise.
+  // Fills attention (B, C, pitch) and, unless it is null, grad_energies (B, C, pitch); grad_attention's split 0
+  // otherwise; and grad_gamma (B, C) unless it is null. gamma (B, C) as in the forward pass.
   void softmax_backward(
-      const Tensor& energies, const Tensor& grad_attention, const Tensor& logsumexp, double scale,
-      const Tensor& attention, const Tensor* grad_energies) const {
+      const Tensor& energies, const Tensor& grad_attention, double scale, const Tensor& attention,
+      const Tensor* grad_energies, const std::optional<Tensor>& gamma, const Tensor* grad_gamma) const {
     const int64_t batch = energies.size(1), c = energies.size(2), k = energies.size(3);
     ChannelSoftmaxBackwardParams params;
     params.energies = energies.mutable_data_ptr();
     params.grad_attention = grad_attention.mutable_data_ptr();
-    params.logsumexp = logsumexp.const_data_ptr();
     params.attention = attention.mutable_data_ptr();
     params.grad_energies = grad_energies == nullptr ? nullptr : grad_energies->mutable_data_ptr();
+    params.gamma = gamma.has_value() ? gamma->const_data_ptr() : nullptr;
+    params.grad_gamma = grad_gamma == nullptr ? nullptr : grad_gamma->mutable_data_ptr();
     params.split_stride = batch * c * k;
     params.energy_splits = static_cast<int>(energies.size(0));
     params.grad_splits = static_cast<int>(grad_attention.size(0));
@@ -175,8 +186,11 @@ struct ChannelCall {
     return result;
   }
 
-  void add(const Tensor& target, const Tensor& other) const {
-    const AddParams params{target.mutable_data_ptr(), other.const_data_ptr(), target.numel()};
+  // target += other + another, all contiguous
+  void add(const Tensor& target, const Tensor& other, const Tensor* another = nullptr) const {
+    const AddParams params{
+        target.mutable_data_ptr(), other.const_data_ptr(), another == nullptr ? nullptr : another->const_data_ptr(),
+        target.numel()};
     const int64_t blocks = (params.elements + kChannelThreads - 1) / kChannelThreads;
     with_element(dtype, [&]<class T>() {
       SEGATTN_LAUNCH((add_kernel<T>), dim3(grid_blocks(blocks)), dim3(kChannelThreads), 0, stream, params);
@@ -200,14 +214,14 @@ std::vector<int64_t> with_channels(const Tensor& like, int64_t channels) {
 
 Pair forward(
     const ChannelCall& call, const Tensor& query, const Tensor& key, const Tensor& value, const ChannelSizes& sizes,
-    double scale) {
+    double scale, const std::optional<Tensor>& gamma) {
   const std::vector<int64_t> output_sizes = with_channels(value, sizes.query_channels);
   const Tensor logsumexp =
       allocate(query, {sizes.batch, sizes.query_channels}, accumulation_dtype(query.scalar_type()));
   if (sizes.batch == 0) {
     return {allocate(query, output_sizes, query.scalar_type()), logsumexp};
   }
-  const Tensor attention = call.softmax(call.products(query, key), scale, logsumexp);
+  const Tensor attention = call.softmax(call.products(query, key), scale, gamma, logsumexp);
   if (sizes.value_positions == 0) {
     return {allocate(query, output_sizes, query.scalar_type()), logsumexp};
   }
@@ -216,18 +230,26 @@ Pair forward(
 
 Pair channel_attention(const Tensor& query, const Tensor& key, const Tensor& value, double scale) {
   const ChannelSizes sizes = check_channel_attention(query, key, value, scale);
-  return forward(ChannelCall("channel_attention", query), query, key, value, sizes, scale);
+  return forward(ChannelCall("channel_attention", query), query, key, value, sizes, scale, std::nullopt);
 }
 
-Pair channel_self_attention(const Tensor& input, double scale) {
-  const ChannelSizes sizes = check_channel_self_attention(input, scale);
-  return forward(ChannelCall("channel_self_attention", input), input, input, input, sizes, scale);
+std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? std::optional(torch::stable::contiguous(*tensor)) : std::nullopt;
+}
+
+Pair channel_self_attention(const Tensor& input, double scale, const std::optional<Tensor>& gamma) {
+  const ChannelSizes sizes = check_channel_self_attention(input, scale, gamma);
+  const ChannelCall call("channel_self_attention", input);
+  const Pair result = forward(call, input, input, input, sizes, scale, contiguous(gamma));
+  if (gamma.has_value() && !call.residual_in_map() && sizes.batch > 0) {
+    call.add(std::get<0>(result), torch::stable::contiguous(input));
+  }
+  return result;
 }
 
 Triple channel_attention_backward(
-    const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& logsumexp,
-    double scale) {
-  const ChannelSizes sizes = check_channel_attention_backward(grad_output, query, key, value, logsumexp, scale);
+    const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, double scale) {
+  const ChannelSizes sizes = check_channel_attention_backward(grad_output, query, key, value, scale);
   const ChannelCall call("channel_attention_backward", query);
   const Tensor grad_query = allocate_like(query), grad_key = allocate_like(key), grad_value = allocate_like(value);
   const int64_t batch = sizes.batch, c = sizes.query_channels, k = sizes.key_channels;
@@ -243,8 +265,7 @@ Triple channel_attention_backward(
   }
   const Tensor attention = allocate(query, {batch, c, k}, call.dtype);
   const Tensor grad_energies = allocate(query, {batch, c, k}, call.dtype);
-  call.softmax_backward(
-      energies, grad_attention, torch::stable::contiguous(logsumexp), scale, attention, &grad_energies);
+  call.softmax_backward(energies, grad_attention, scale, attention, &grad_energies, std::nullopt, nullptr);
   const auto into = [&](const Tensor& left, const Tensor& right, const Tensor& result) {
     bmm(left, matrices(right), torch::stable::view(result, {batch, result.size(1), positions_of(result)}));
   };
@@ -256,32 +277,38 @@ Triple channel_attention_backward(
   return {grad_query, grad_key, grad_value};
 }
 
-Tensor channel_self_attention_backward(
-    const Tensor& grad_output, const Tensor& input, const Tensor& logsumexp, double scale) {
-  const ChannelSizes sizes = check_channel_self_attention_backward(grad_output, input, logsumexp, scale);
+Pair channel_self_attention_backward(
+    const Tensor& grad_output, const Tensor& input, double scale, const std::optional<Tensor>& given_gamma) {
+  const ChannelSizes sizes = check_channel_self_attention_backward(grad_output, input, scale, given_gamma);
   const ChannelCall call("channel_self_attention_backward", input);
-  const Tensor grad_input = allocate_like(input);
+  const std::optional<Tensor> gamma = contiguous(given_gamma);
   const int64_t batch = sizes.batch, c = sizes.query_channels, n = sizes.query_positions;
+  const Tensor grad_input = allocate_like(input);
+  const Tensor grad_gamma = allocate(input, {batch, c}, accumulation_dtype(call.dtype));
   if (batch == 0) {
-    return grad_input;
+    return {grad_input, grad_gamma};
   }
-  const Tensor lse = torch::stable::contiguous(logsumexp);
   if (!call.tensor_cores) {
     const Tensor energies = call.products(input, input), grad_attention = call.products(grad_output, input);
     const Tensor attention = allocate(input, {batch, c, c}, call.dtype);
-    call.softmax_backward(energies, grad_attention, lse, scale, attention, nullptr);
+    call.softmax_backward(energies, grad_attention, scale, attention, nullptr, gamma, &grad_gamma);
     const Tensor symmetric = call.symmetrised(grad_attention, c);
     const Tensor through_values = allocate(input, {batch, c, n}, call.dtype);
     bmm(transposed(attention), matrices(grad_output), through_values);
     bmm(symmetric, matrices(input), torch::stable::view(grad_input, {batch, c, n}));
-    call.add(grad_input, through_values);
-    return grad_input;
+    if (gamma.has_value() && !call.residual_in_map()) {
+      const Tensor residual = torch::stable::contiguous(grad_output);
+      call.add(grad_input, through_values, &residual);
+    } else {
+      call.add(grad_input, through_values);
+    }
+    return {grad_input, grad_gamma};
   }
   const FeatureMap x = call.rows(input), g = call.rows(grad_output);
   const Tensor energies = call.gram(x, x, input, c, c, true), grad_attention = call.gram(g, x, input, c, c, false);
   const int64_t pitch = (c + 7) / 8 * 8; // rows on 16 bytes
   const Tensor attention = allocate(input, {batch, c, pitch}, call.dtype);
-  call.softmax_backward(energies, grad_attention, lse, scale, attention, nullptr);
+  call.softmax_backward(energies, grad_attention, scale, attention, nullptr, gamma, &grad_gamma);
   const Tensor symmetric = call.symmetrised(grad_attention, pitch);
   ChannelCombineParams params;
   params.attention = operand_of(attention);
@@ -294,7 +321,7 @@ Tensor channel_self_attention_backward(
   params.channel_tiles = divide_up(c, kGramTile);
   params.position_tiles = divide_up(n, kGramTile);
   with_half_type(call.dtype, [&]<class T>() { launch_channel_combine<T>(params, batch, call.stream); });
-  return grad_input;
+  return {grad_input, grad_gamma};
 }
 
 } // namespace

@@ -24,24 +24,28 @@ struct GramParams {
   int positions_per_split; // a multiple of the tile's
 };
 
-// A = softmax_k(scale * E_ck) and the log-sum-exp, E = sum of the splits, in order.
+// A = softmax_k(scale * E_ck) and the log-sum-exp, E = sum of the splits, in order. With gamma, gamma A is stored for A,
+// and in 16 bits gamma A + I (see with_gamma).
 struct ChannelSoftmaxParams {
-  void* energies;  // (splits, B * C, K), accumulator type; split 0 becomes the sum
-  void* attention; // (B * C, K)
-  void* logsumexp; // (B * C), accumulator type
+  void* energies;    // (splits, B * C, K), accumulator type; split 0 becomes the sum
+  void* attention;   // (B * C, K)
+  void* logsumexp;   // (B * C), accumulator type
+  const void* gamma; // (B * C), accumulator type, C = K; or null
   int64_t split_stride;
   int splits;
   int keys; // K
   double scale;
 };
 
-// From the energies again and dA = dO V^T: A, and dE = scale * A (dA - sum_k A dA), the gradient of the energies.
+// From the energies again and dA = dO V^T: A, and dE = scale * A (dA - sum_k A dA), the gradient of the energies. With
+// gamma, gamma A (+ I) for A as in the forward pass, and gamma dA for dA.
 struct ChannelSoftmaxBackwardParams {
-  void* energies;        // (energy_splits, B * C, K), accumulator type; split 0 becomes the sum
-  void* grad_attention;  // (grad_splits, B * C, K), accumulator type; split 0 becomes dE
-  const void* logsumexp; // (B * C), accumulator type
-  void* attention;       // (B * C, K), rows of `pitch` elements
-  void* grad_energies;   // (B * C, K), rows of `pitch` elements; null where split 0 is enough
+  void* energies;       // (energy_splits, B * C, K), accumulator type; split 0 becomes the sum
+  void* grad_attention; // (grad_splits, B * C, K), accumulator type; split 0 becomes dE
+  void* attention;      // (B * C, K), rows of `pitch` elements
+  void* grad_energies;  // (B * C, K), rows of `pitch` elements; null where split 0 is enough
+  const void* gamma;    // (B * C), accumulator type, C = K; or null
+  void* grad_gamma;     // (B * C), accumulator type: sum_k A dA; or null
   int64_t split_stride;
   int energy_splits;
   int grad_splits;
@@ -73,10 +77,11 @@ struct ChannelCombineParams {
   int position_tiles;
 };
 
-// target[i] += other[i]
+// target[i] += other[i] + another[i]
 struct AddParams {
   void* target;
   const void* other;
+  const void* another; // or null
   int64_t elements;
 };
 

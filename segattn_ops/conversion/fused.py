@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import _pairwise
-from ..ops.channel import channel_attention
+from ..ops.channel import channel_attention, residual_channel_attention
 from ..ops.criss_cross import criss_cross_attention
 from ..ops.position import position_attention
 
@@ -65,6 +65,9 @@ class FusedChannelAttention(FusedBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, C, H, W)."""
+        gamma = getattr(self, self._fused_names["gamma"])
+        if isinstance(gamma, nn.Parameter):
+            return residual_channel_attention(x, gamma, -1.0)
         return self._residual(channel_attention(x, x, x, -1.0), x)
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..ops.channel import channel_attention
+from ..ops.channel import residual_channel_attention
 from ._checks import ScalarShapes, feature_map, finite_float, positive_int
 
 
@@ -36,7 +36,7 @@ class ChannelAttention(ScalarShapes):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> gamma * attention + x, of the same shape."""
         feature_map("ChannelAttention", "input", x, self.in_channels)
-        return self.gamma * channel_attention(x, x, x, self.scale) + x
+        return residual_channel_attention(x, self.gamma, self.scale)
 
     def extra_repr(self) -> str:
         return f"in_channels={self.in_channels}, scale={self.scale:g}"

@@ -1,7 +1,7 @@
 """The ops: public functions, and the Python side of their operators."""
 
 from . import channel, criss_cross, position
-from .channel import channel_attention
+from .channel import channel_attention, residual_channel_attention
 from .criss_cross import (
     criss_cross_affinity,
     criss_cross_aggregation,
@@ -19,6 +19,7 @@ __all__ = [
     "position_attention",
     "position_attention_map",
     "register",
+    "residual_channel_attention",
 ]
 
 

@@ -40,11 +40,20 @@ class Arguments:
 
     def like(self, name: str, like: str) -> None:
         """Same device and dtype."""
+        self.same_device(name, like)
         tensor, other = self.tensors[name], self.tensors[like]
-        if tensor.device != other.device:
-            fail(self.op, f"{name} must be on device {other.device} like {like} (got {tensor.device})")
         if tensor.dtype != other.dtype:
             fail(self.op, f"{name} must be {name_of(other.dtype)} like {like} (got {name_of(tensor.dtype)})")
+
+    def same_device(self, name: str, like: str) -> None:
+        device, expected = self.tensors[name].device, self.tensors[like].device
+        if device != expected:
+            fail(self.op, f"{name} must be on device {expected} like {like} (got {device})")
+
+    def dtype_is(self, name: str, expected: torch.dtype, reason: str) -> None:
+        dtype = self.tensors[name].dtype
+        if dtype != expected:
+            fail(self.op, f"{name} must be {name_of(expected)} {reason} (got {name_of(dtype)})")
 
     def feature_map(self, name: str) -> None:
         if self.tensors[name].dim() < 3:
@@ -82,6 +91,10 @@ class Arguments:
         if got.shape[2:] != expected.shape[2:]:
             rule = f"must have spatial size {shape_of(expected, 2)} like {like}"
             fail(self.op, f"{name} {rule} (got {shape_of(got, 2)})")
+
+    def shape_is(self, name: str, expected: tuple[int, ...]) -> None:
+        if self.tensors[name].shape != expected:
+            fail(self.op, f"{name} must have shape {list(expected)} (got {shape_of(self.tensors[name])})")
 
     def reach(self, name: str, like: str) -> None:
         """One channel for every position of the row and of the column of `like`."""
