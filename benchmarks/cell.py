@@ -113,6 +113,7 @@ class Cell:
                 "forward": max(forward_peak - output_bytes, 0),
                 "forward_backward": max(peak - output_bytes - gradient_bytes, 0),
             }
+        measure.keep_freed_memory()  # from here on, time is measured
         return {"errors": found, "memory": memory, "forward": forward_seconds, "forward_backward": seconds}
 
     def timed_pass(self, kind: str) -> float:

@@ -178,6 +178,28 @@ class TestValidation:
             validate.check(workload, "fused", {"output": 2e-4, "energy": 0.0}, {"output": math.inf})
 
 
+REUSED = """
+import resource, torch
+from benchmarks import measure
+measure.return_freed_memory_at_once()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        torch.ones(2**22)  # 4096 pages
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+returned = faults()
+measure.keep_freed_memory()
+faults()
+print(returned, faults())
+"""
+
+
+def test_timed_calls_do_not_pay_for_page_faults():
+    done = subprocess.run([sys.executable, "-c", REUSED], capture_output=True, text=True, check=True)
+    returned, kept = map(int, done.stdout.split())
+    assert kept < returned / 8 or returned < 64  # (not glibc, or huge pages)
+
+
 KNOWN_ALLOCATION = """
 import torch
 from benchmarks import measure
