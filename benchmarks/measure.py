@@ -48,7 +48,7 @@ def host_memory_is_measurable() -> bool:
 
 
 def _set_glibc_thresholds(mapped: int, trimmed: int) -> None:
-    """Blocks from `mapped` bytes on are mappings of their own; free memory beyond `trimmed` at the heap's end goes back."""
+    """Blocks from `mapped` bytes on are mappings of their own; free memory beyond `trimmed` bytes goes back."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, mapped)
