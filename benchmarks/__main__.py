@@ -65,7 +65,12 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("--sizes", type=_sizes, default=SIZES, help="feature-map sizes HxW, comma-separated")
-    p.add_argument("--ops", type=_choices("ops", workloads.OPS), default=",".join(workloads.OPS), help="what to run")
+    p.add_argument(
+        "--ops",
+        type=_choices("ops", workloads.OPS),
+        default="position,channel,criss_cross,rcca,non_local",
+        help="what to run; ann (110 keys) as well",
+    )
     p.add_argument(
         "--rivals",
         type=_choices("rivals", rivals.RIVALS),

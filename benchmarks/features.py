@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .workloads import DTYPES, Workload
+from .workloads import DTYPES, PYRAMID, Workload
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")  # inside scikit-image's wheel
 STRIDE = 8
@@ -188,7 +188,15 @@ def operands(workload: Workload, x: Tensor, seed: int = 0) -> dict[str, Tensor]:
             leaves |= {f"{name}_weight": convolution.weight, f"{name}_bias": convolution.bias}
         leaves["gamma"] = torch.full((1,), 0.5, device=x.device)
         return {name: leaf.detach().to(dtype) for name, leaf in leaves.items()}
-    return {name: F.conv2d(x, c.weight, c.bias).to(dtype) for name, c in convolutions.items()}
+    leaves = {name: F.conv2d(x, c.weight, c.bias) for name, c in convolutions.items()}
+    if workload.op == "ann":
+        leaves |= {name: pooled(leaves[name]) for name in ("key", "value")}
+    return {name: leaf.to(dtype) for name, leaf in leaves.items()}
+
+
+def pooled(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, C, 110): ANN's pyramid of averages."""
+    return torch.cat([F.adaptive_avg_pool2d(x, side).flatten(2) for side in PYRAMID], dim=2)
 
 
 def grad_output(workload: Workload, seed: int = 1, device: str | torch.device = "cpu") -> Tensor:

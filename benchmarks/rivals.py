@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .workloads import OPS, RECURRENCE, Workload
+from .workloads import OPS, PAIRWISE, RECURRENCE, Workload
 
 SDPA_BACKENDS = {
     "sdpa_flash": "FLASH_ATTENTION",
@@ -29,9 +29,9 @@ APPLICABLE = {
     "fused": OPS,
     "eager": OPS,
     "compile": OPS,
-    "sdpa": ("position", "non_local"),
-    **dict.fromkeys(SDPA_BACKENDS, ("position", "non_local")),
-    "flex": ("position", "non_local", "criss_cross", "rcca"),
+    "sdpa": PAIRWISE,
+    **dict.fromkeys(SDPA_BACKENDS, PAIRWISE),
+    "flex": (*PAIRWISE, "criss_cross", "rcca"),
 }
 TITLES = {
     "fused": "segattn_ops",
@@ -46,7 +46,7 @@ TITLES = {
 
 
 def eager_position(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """(B,E,H,W), (B,E,H,W), (B,C,H,W) -> (B,C,H,W): softmax(Q^T K) applied to V through two batched products."""
+    """(B,E,H,W), (B,E,*T), (B,C,*T) -> (B,C,H,W): softmax(Q^T K) applied to V through two batched products."""
     queries = query.flatten(2).transpose(1, 2)
     attention = torch.softmax(torch.bmm(queries, key.flatten(2)), dim=-1)
     return torch.bmm(value.flatten(2), attention.transpose(1, 2)).view(*value.shape[:2], *query.shape[2:])
@@ -173,7 +173,7 @@ def formulation(rival: str, op: str) -> Callable[..., Tensor]:
         return torch.compile(formulation("eager", op), dynamic=False)
     if op == "rcca":
         return partial(recurrent_block, _FORMULATIONS[rival]["criss_cross"])
-    return _FORMULATIONS[rival]["position" if op == "non_local" else op]
+    return _FORMULATIONS[rival]["position" if op in PAIRWISE else op]
 
 
 def uses_compiler(rival: str) -> bool:

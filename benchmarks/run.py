@@ -13,7 +13,7 @@ from .cell import CellSpec, save_inputs
 from .features import FeatureSource, grad_output
 from .processes import CellFailed, CellProcess
 from .schedule import Schedule
-from .workloads import Workload, flops, peak_bytes, recomputing_flops
+from .workloads import PAIRWISE, Workload, flops, peak_bytes, recomputing_flops
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Runner:
                 started = time.monotonic()
                 save_inputs(path, workload, source.leaves(workload), grad_output(workload))
                 # The only references that take noticeable time; at small sizes it is not proportional to the work.
-                if workload.op in ("position", "non_local") and workload.positions >= 4096:
+                if workload.op in PAIRWISE and workload.positions >= 4096:
                     self.schedule.reference_rate = (time.monotonic() - started) / flops(workload)[1]
                 yield self._group(workload, path, workloads[index + 1 :])
 

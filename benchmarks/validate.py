@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import rivals
-from .workloads import Workload
+from .workloads import PAIRWISE, Workload
 
 SAMPLES = 64
 # Added to twice eager's error: the relative L2 error that the dtype's own rounding explains at any size, measured
@@ -38,7 +38,7 @@ def _flat64(tensor: Tensor) -> Tensor:
 
 def expected(workload: Workload, leaves: dict[str, Tensor], grad_output: Tensor, seed: int = 0) -> dict[str, Tensor]:
     """What any formulation's results are compared with: float64 tensors, on the leaves' device."""
-    if workload.op in ("position", "non_local"):
+    if workload.op in PAIRWISE:
         return _expected_position(leaves["query"], leaves["key"], leaves["value"], grad_output, seed)
     inputs = [leaf.detach().double().requires_grad_() for leaf in leaves.values()]
     output = rivals.formulation("eager", workload.op)(*inputs)
@@ -50,9 +50,11 @@ def expected(workload: Workload, leaves: dict[str, Tensor], grad_output: Tensor,
 
 
 def _expected_position(query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor, seed: int) -> dict[str, Tensor]:
-    n = query.flatten(2).shape[2]
+    n, m = query.flatten(2).shape[2], key.flatten(2).shape[2]
     generator = torch.Generator().manual_seed(seed)
-    index = torch.randperm(n, generator=generator)[:SAMPLES].sort().values.to(query.device)
+    index, key_index = (
+        torch.randperm(count, generator=generator)[:SAMPLES].sort().values.to(query.device) for count in (n, m)
+    )
     k, v = _flat64(key), _flat64(value)
     q, g = _flat64(query[..., :]).index_select(2, index), _flat64(grad_output).index_select(2, index)
     attention = torch.softmax(q.transpose(1, 2) @ k, dim=-1)  # (B, samples, N)
@@ -60,6 +62,7 @@ def _expected_position(query: Tensor, key: Tensor, value: Tensor, grad_output: T
     centred = grad_attention - (attention * grad_attention).sum(-1, keepdim=True)
     return {
         "index": index,
+        "key_index": key_index,
         "output": v @ attention.transpose(1, 2),
         "query": k @ (attention * centred).transpose(1, 2),
         "logsumexp": _logsumexp(
@@ -88,7 +91,7 @@ def errors(
     if output.shape != grad_output.shape:
         raise WrongResult(f"{workload.label}: output has shape {list(output.shape)}, not {list(grad_output.shape)}")
     got = dict(zip(leaves, gradients, strict=True))
-    if workload.op in ("position", "non_local"):
+    if workload.op in PAIRWISE:
         pairs = _position_pairs(leaves, grad_output, reference, output, got)
     else:
         pairs = {"output": (output, reference["output"])}
@@ -99,22 +102,21 @@ def errors(
 
 
 def _position_pairs(leaves, grad_output, reference, output, got) -> dict[str, tuple[Tensor, Tensor]]:
-    index = reference["index"]
     q, g = _flat64(leaves["query"]), _flat64(grad_output)
-    k, v = (_flat64(leaves[name]).index_select(2, index) for name in ("key", "value"))
+    k, v = (_flat64(leaves[name]).index_select(2, reference["key_index"]) for name in ("key", "value"))
     attention = torch.exp(q.transpose(1, 2) @ k - reference["logsumexp"].unsqueeze(-1))  # (B, N, samples)
     # The row sums of attention * grad_attention equal grad_output . output; the output's own sample was compared above.
     row_sums = (g * _flat64(output)).sum(1).unsqueeze(-1)
     grad_energy = attention * (g.transpose(1, 2) @ v - row_sums)
 
-    def sample(tensor: Tensor) -> Tensor:
-        return tensor.flatten(2).index_select(2, index)
+    def sample(tensor: Tensor, index: str) -> Tensor:
+        return tensor.flatten(2).index_select(2, reference[index])
 
     return {
-        "output": (sample(output), reference["output"]),
-        "grad_query": (sample(got["query"]), reference["query"]),
-        "grad_key": (sample(got["key"]), q @ grad_energy),
-        "grad_value": (sample(got["value"]), g @ attention),
+        "output": (sample(output, "index"), reference["output"]),
+        "grad_query": (sample(got["query"], "index"), reference["query"]),
+        "grad_key": (sample(got["key"], "key_index"), q @ grad_energy),
+        "grad_value": (sample(got["value"], "key_index"), g @ attention),
     }
 
 

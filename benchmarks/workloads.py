@@ -12,15 +12,18 @@ from math import prod
 
 import torch
 
-OPS = ("position", "channel", "criss_cross", "rcca", "non_local")
+OPS = ("position", "channel", "criss_cross", "rcca", "non_local", "ann")
+PAIRWISE = ("position", "non_local", "ann")  # one softmax(Q^T K) V each
 TITLES = {
     "position": "Position attention (DANet)",
     "channel": "Channel attention (DANet)",
     "criss_cross": "Criss-cross attention (CCNet)",
     "rcca": "Recurrent criss-cross block, R = 2 (CCNet)",
     "non_local": "Non-local attention (embedded Gaussian)",
+    "ann": "Attention to a pooled pyramid, 110 keys (ANN)",
 }
 RECURRENCE = 2
+PYRAMID = (1, 3, 6, 8)  # ANN pools keys and values to these squares: 110 of them
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 
@@ -29,7 +32,7 @@ class Workload:
     """One op at one size.
 
     ``channels`` is C, the feature map's channels; ``key_channels`` is E of DANet and CCNet (C / 8 in both). The
-    Non-local block projects query, key and value to C / 2 channels, as its paper does.
+    Non-local block projects query, key and value to C / 2 channels, as its paper does, and so does ANN.
     """
 
     op: str
@@ -54,6 +57,11 @@ class Workload:
         return self.height * self.width
 
     @property
+    def keys(self) -> int:
+        """Positions of key and value."""
+        return sum(side * side for side in PYRAMID) if self.op == "ann" else self.positions
+
+    @property
     def size(self) -> str:
         return f"{self.height}x{self.width}"
 
@@ -69,7 +77,7 @@ class Workload:
     @property
     def widths(self) -> tuple[int, int]:
         """(query and key channels, value channels) of the attention itself."""
-        if self.op == "non_local":
+        if self.op in ("non_local", "ann"):
             return max(self.channels // 2, 1), max(self.channels // 2, 1)
         if self.op == "channel":
             return self.channels, self.channels
@@ -92,10 +100,11 @@ class Workload:
                 "value_bias": (outer,),
                 "gamma": (1,),
             }
+        key_spatial = (self.keys,) if self.op == "ann" else spatial
         return {
             "query": (self.batch, inner, *spatial),
-            "key": (self.batch, inner, *spatial),
-            "value": (self.batch, outer, *spatial),
+            "key": (self.batch, inner, *key_spatial),
+            "value": (self.batch, outer, *key_spatial),
         }
 
     def output_shape(self) -> tuple[int, ...]:
@@ -113,9 +122,10 @@ class Workload:
 def flops(workload: Workload) -> tuple[int, int]:
     """FLOPs of the definition: (forward, forward + backward), 2 x multiply-accumulates.
 
-    Position and Non-local: 2 N^2 (E + C). Channel: 4 C^2 N. Criss-cross: 2 N (H + W - 1) (E + C), each position with
-    the H + W - 1 positions of its row and column. The backward of a product of two matrices is two products of its
-    size. A fused kernel that recomputes does more than this, an op on half a symmetric matrix less; neither counts.
+    Position and Non-local: 2 N^2 (E + C), ANN 2 N 110 (E + C). Channel: 4 C^2 N. Criss-cross:
+    2 N (H + W - 1) (E + C), each position with the H + W - 1 positions of its row and column. The backward of a product
+    of two matrices is two products of its size. A fused kernel that recomputes does more than this, an op on half a
+    symmetric matrix less; neither counts.
     """
     n, b = workload.positions, workload.batch
     inner, outer = workload.widths
@@ -128,16 +138,16 @@ def flops(workload: Workload) -> tuple[int, int]:
         projections = 2 * n * workload.channels * (2 * inner + outer)
         forward = RECURRENCE * (projections + 2 * n * neighbours * (inner + outer))
     else:
-        forward = 2 * n * n * (inner + outer)
+        forward = 2 * n * workload.keys * (inner + outer)
     return b * forward, b * 3 * forward
 
 
 def recomputing_flops(workload: Workload) -> int:
     """FLOPs a fused forward + backward executes when it stores no map: one more product Q^T K in the backward."""
-    extra = {"position": 1, "non_local": 1, "criss_cross": 1, "rcca": RECURRENCE, "channel": 0}[workload.op]
+    extra = {"criss_cross": 1, "rcca": RECURRENCE, "channel": 0, **dict.fromkeys(PAIRWISE, 1)}[workload.op]
     inner, _ = workload.widths
     n = workload.positions
-    neighbours = n if workload.op in ("position", "non_local") else workload.height + workload.width - 1
+    neighbours = workload.keys if workload.op in PAIRWISE else workload.height + workload.width - 1
     return flops(workload)[1] + workload.batch * extra * 2 * n * neighbours * inner
 
 
@@ -158,7 +168,7 @@ def map_bytes(workload: Workload, rival: str = "eager") -> int:
         return workload.batch * workload.channels**2 * itemsize
     if workload.op in ("criss_cross", "rcca"):
         return workload.batch * n * (workload.height + workload.width) * itemsize
-    return workload.batch * n * n * itemsize
+    return workload.batch * n * workload.keys * itemsize
 
 
 def peak_bytes(workload: Workload, rival: str) -> int:

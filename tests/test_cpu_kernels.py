@@ -28,6 +28,7 @@ INSTRUCTION_SETS = [
 def library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(_library._path(f"_cpu_{CONFIG['instruction_set']}")))
     library.segattn_cpu_take_multiply_adds.restype = ctypes.c_int64
+    library.segattn_cpu_take_packed.restype = ctypes.c_int64
     return library
 
 
@@ -93,7 +94,14 @@ def position_forward_backward(query, key, value, grad_output, scale=0.3):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", [(1, 24, 40, 1999, 1500), (1, 16, 33, 1500, 110), (3, 8, 20, 97, 50)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *[(1, 24, 40, 1999, 1500), (1, 16, 33, 1500, 110), (3, 8, 20, 97, 50)],  # packed once for all units
+        *[(1, 16, 520, 1500, 1100), (1, 300, 300, 1800, 110)],  # packed unit by unit
+    ],
+    ids=str,
+)
 def test_position_is_bitwise_equal_for_every_number_of_threads(threads, shape, dtype):
     inputs = position_inputs(shape, dtype)
     threads(1)
@@ -105,7 +113,9 @@ def test_position_is_bitwise_equal_for_every_number_of_threads(threads, shape, d
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(2, 8, 16, 35, 35), (1, 33, 70, 200, 110), (1, 16, 40, 700, 333)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 8, 16, 35, 35), (1, 33, 70, 200, 110), (1, 16, 40, 700, 333), (1, 9, 520, 1500, 1100)], ids=str
+)
 def test_position_against_float64_autograd(shape, dtype):
     """Run for every instruction set below, so it stands here beside the op suite."""
     query, key, value, grad_output = position_inputs(shape, dtype)
@@ -161,6 +171,26 @@ def test_position_work(library, shape, overhead, dtype):
     assert n * m * (3 * e + 2 * c) <= backward <= overhead * n * m * (3 * e + 2 * c)
 
 
+@pytest.mark.parametrize(
+    ("shape", "key_times", "query_times"),
+    [
+        ((1, 64, 512, 16 * 16, 16 * 16), 1, 1),  # a small map: once for all units
+        ((1, 64, 512, 33 * 33, 33 * 33), 1, 1),
+        ((1, 256, 256, 97 * 40, 110), 8, 1),  # every query meets its keys in one unit
+        ((1, 64, 512, 48 * 48, 48 * 48), 8, 8),
+    ],
+    ids=str,
+)
+def test_position_packing(library, shape, key_times, query_times):
+    """How often the backward pass packs its operands: of a key 2 E + C elements, of a query 2 E + 2 C."""
+    query, key, value, grad_output = position_inputs(shape, torch.float32)
+    _, e, c, n, m = shape
+    output, logsumexp = torch.ops.segattn.position_attention(query, key, value, 0.1)
+    library.segattn_cpu_take_packed()
+    torch.ops.segattn.position_attention_backward(grad_output, query, key, value, output, logsumexp, 0.1)
+    assert library.segattn_cpu_take_packed() == key_times * m * (2 * e + c) + query_times * n * (2 * e + 2 * c)
+
+
 MEASURE_MEMORY = """
 import ctypes, sys, torch
 from tests.test_cpu_kernels import position_inputs
@@ -203,7 +233,7 @@ def test_instruction_set(name):
     """This file's other tests again, in a process of their own with that instruction set's library."""
     if name == CONFIG["instruction_set"]:
         pytest.skip("these kernels run in this process already")
-    tests = ["-k", "exp or autograd or threads or infinity or work", str(Path(__file__))]
+    tests = ["-k", "exp or autograd or threads or infinity or work or packing", str(Path(__file__))]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
         cwd=ROOT,

@@ -103,6 +103,7 @@ void pack_across(P* target, const T* source, std::int64_t ld, std::int64_t exten
   constexpr int n = pack_lanes<P, is_b>;
   constexpr std::int64_t per_step = kIsPair<P> ? 2 : 1;
   constexpr std::int64_t block = 16;
+  count_packed(extent * k);
   const std::int64_t steps = k_steps<P>(k);
   for (std::int64_t first_step = 0; first_step < steps; first_step += block) {
     const std::int64_t last_step = std::min(steps, first_step + block);
@@ -132,6 +133,7 @@ void pack_along(P* target, const T* source, std::int64_t ld, std::int64_t extent
   constexpr int n = pack_lanes<P, is_b>;
   constexpr std::int64_t per_step = kIsPair<P> ? 2 : 1;
   using V = VecN<LaneOf<P>, n>;
+  count_packed(extent * k);
   const std::int64_t steps = k_steps<P>(k);
   for (std::int64_t first = 0; first < extent; first += panel_extent<P, is_b>) {
     const std::int64_t width = width_of_panel<P, is_b>(extent, first);

@@ -37,6 +37,8 @@ class PositionForward {
 
   // A tile of keys: its scores for one column panel (kKeyTile x 48 floats) stay in the first-level cache.
   static constexpr std::int64_t kKeyTile = 128;
+  // Channels of value that are packed at once: small maps have one or two tiles of keys for all threads.
+  static constexpr std::int64_t kPackChannels = 128;
   // Output sums of a block: C x (12 vectors) float, 393 KB at C = 512 with AVX-512.
   static constexpr std::int64_t kBlockVectors = 4 * kColumnVectors<P>;
   // Samples are packed together up to this many elements, to bound the memory for large batches.
@@ -72,9 +74,16 @@ class PositionForward {
   void run_samples(std::int64_t first_sample, std::int64_t samples, P* packed) const {
     const std::int64_t tiles = key_tiles();
     const std::int64_t sample_size = packed_key_size() + packed_value_size();
-    parallel_units(samples * tiles, 0, [&](std::int64_t unit, Scratch&) {
-      P* const target = packed + unit / tiles * sample_size;
-      pack_keys_and_values(first_sample + unit / tiles, unit % tiles * kKeyTile, target, target + packed_key_size());
+    const std::int64_t parts = 1 + (c_ + kPackChannels - 1) / kPackChannels;
+    parallel_units(samples * tiles * parts, 0, [&](std::int64_t unit, Scratch&) {
+      const std::int64_t sample = unit / parts / tiles;
+      const std::int64_t first_key = unit / parts % tiles * kKeyTile;
+      P* const target = packed + sample * sample_size;
+      if (unit % parts == 0) {
+        pack_keys(first_sample + sample, first_key, target);
+      } else {
+        pack_values(first_sample + sample, first_key, (unit % parts - 1) * kPackChannels, target + packed_key_size());
+      }
     });
 
     const std::int64_t vectors = padded_columns<P>(n_) / kLane;
@@ -96,12 +105,16 @@ class PositionForward {
     return std::min(vectors, even);
   }
 
-  void pack_keys_and_values(std::int64_t sample, std::int64_t first_key, P* packed_key, P* packed_value) const {
-    const std::int64_t keys = std::min(kKeyTile, m_ - first_key);
+  void pack_keys(std::int64_t sample, std::int64_t first_key, P* packed_key) const {
     pack_a_from_steps<P>(packed_key + first_key * k_steps<P>(e_), arguments_.key + sample * e_ * m_ + first_key, m_,
-                         keys, e_);
-    pack_a_from_rows<P>(packed_value + c_ * k_steps<P>(first_key), arguments_.value + sample * c_ * m_ + first_key, m_,
-                        c_, keys);
+                         std::min(kKeyTile, m_ - first_key), e_);
+  }
+
+  void pack_values(std::int64_t sample, std::int64_t first_key, std::int64_t first_channel, P* packed_value) const {
+    const std::int64_t keys = std::min(kKeyTile, m_ - first_key);
+    pack_a_from_rows<P>(packed_value + c_ * k_steps<P>(first_key) + first_channel * k_steps<P>(keys),
+                        arguments_.value + (sample * c_ + first_channel) * m_ + first_key, m_,
+                        std::min(kPackChannels, c_ - first_channel), keys);
   }
 
   std::size_t block_scratch() const {

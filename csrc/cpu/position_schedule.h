@@ -42,11 +42,14 @@ class PositionSchedule {
     bool idle;                 // the key group has no partner in this step: nothing to do, nobody waits for it
   };
 
-  PositionSchedule(std::int64_t samples, std::int64_t n, std::int64_t m)
+  // shared_operands: nothing is packed for a unit by itself, so that key groups may be small.
+  PositionSchedule(std::int64_t samples, std::int64_t n, std::int64_t m, bool shared_operands)
       : samples(samples),
-        key_groups(groups_for(m, kSmallestKeyGroup)),
-        query_groups(groups_for(n, kSmallestQueryGroup)),
-        replicas(std::clamp<std::int64_t>(divide_up(kParallelGroups, key_groups * samples), 1, query_groups)),
+        key_groups(groups_for(m, shared_operands ? kSmallestGroup : kSmallestKeyGroup)),
+        query_groups(groups_for(n, kSmallestGroup)),
+        replicas(shared_operands && key_groups * samples >= kEnoughGroups
+                     ? 1
+                     : std::clamp<std::int64_t>(divide_up(kParallelGroups, key_groups * samples), 1, query_groups)),
         steps_(std::max(key_groups, divide_up(query_groups, replicas))),
         keys_done_(new std::atomic<std::int64_t>[samples * replicas * key_groups]()),
         queries_done_(new std::atomic<std::int64_t>[samples * query_groups]()) {}
@@ -68,25 +71,23 @@ class PositionSchedule {
     return unit;
   }
 
-  // Whether a unit before this one has added to its key group's sums and to its query group's.
-  struct Started {
-    bool keys, queries;
+  // A unit's place among the units of its key group (and replica) and of its query group.
+  struct Place {
+    bool first_of_keys, last_of_keys, first_of_queries, last_of_queries;
   };
 
   // Waits for the units before this one (which is not idle) in its key group and its query group.
-  Started wait(const Unit& unit) const {
-    const std::int64_t partners = part_of(query_groups, 1, unit.replica, replicas).size();
-    std::int64_t keys_before = unit.step - 1;
-    while (keys_before >= 0 && (unit.key_group + keys_before) % steps_ >= partners) {
-      --keys_before;  // the key group had no partner in that step
-    }
-    std::int64_t queries_before = unit.step - 1;
-    for (std::int64_t g = unit.key_group + 1; queries_before >= 0 && g % steps_ >= key_groups; ++g) {
-      --queries_before;  // no key group there to be the query group's partner
-    }
+  Place wait(const Unit& unit) const {
+    const Range partners = part_of(query_groups, 1, unit.replica, replicas);
+    const auto keys_meet = [&](std::int64_t step) { return (unit.key_group + step) % steps_ < partners.size(); };
+    const std::int64_t local = unit.query_group - partners.begin;
+    const auto queries_meet = [&](std::int64_t step) { return (local - step + steps_) % steps_ < key_groups; };
+    const std::int64_t keys_before = step_before(unit.step, keys_meet);
+    const std::int64_t queries_before = step_before(unit.step, queries_meet);
     wait_for(keys_done_[unit.keys], keys_before + 1);
     wait_for(queries_done_[unit.queries], queries_before + 1);
-    return {keys_before >= 0, queries_before >= 0};
+    return {keys_before < 0, step_after(unit.step, keys_meet) == steps_, queries_before < 0,
+            step_after(unit.step, queries_meet) == steps_};
   }
 
   void finish(const Unit& unit) const {
@@ -101,8 +102,10 @@ class PositionSchedule {
   // grad_output is packed twice for every key group, so small maps are rather cut along the queries (N = 1024, C = 512,
   // one thread: 16.3 ms with key groups of 128, 14.4 ms with 256).
   static constexpr std::int64_t kSmallestKeyGroup = 256;
-  static constexpr std::int64_t kSmallestQueryGroup = 64;
+  static constexpr std::int64_t kSmallestGroup = 64;
   static constexpr std::int64_t kParallelGroups = 8;
+  // Small maps rather keep fewer threads busy than sum replicas.
+  static constexpr std::int64_t kEnoughGroups = 4;
 
  private:
   static constexpr std::int64_t groups_for(std::int64_t extent, std::int64_t smallest) {
@@ -110,6 +113,22 @@ class PositionSchedule {
   }
 
   std::int64_t lanes() const { return samples * replicas * key_groups; }
+
+  // The last step before `step` in which `meet` holds, -1 without one; the first after it, steps_ without one.
+  template <class Meet>
+  static std::int64_t step_before(std::int64_t step, const Meet& meet) {
+    do {
+      --step;
+    } while (step >= 0 && !meet(step));
+    return step;
+  }
+  template <class Meet>
+  std::int64_t step_after(std::int64_t step, const Meet& meet) const {
+    do {
+      ++step;
+    } while (step < steps_ && !meet(step));
+    return step;
+  }
 
   static void wait_for(const std::atomic<std::int64_t>& done, std::int64_t least) {
     while (done.load(std::memory_order_acquire) < least) {

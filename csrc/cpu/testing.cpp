@@ -25,6 +25,11 @@ SEGATTN_TEST_FUNCTION std::int64_t segattn_cpu_take_multiply_adds() {
   return segattn::cpu::total_multiply_adds.exchange(0, std::memory_order_relaxed);
 }
 
+// Elements packed from tensors since the last call.
+SEGATTN_TEST_FUNCTION std::int64_t segattn_cpu_take_packed() {
+  return segattn::cpu::total_packed.exchange(0, std::memory_order_relaxed);
+}
+
 SEGATTN_TEST_FUNCTION void segattn_cpu_exp_float(const float* source, float* target, std::int64_t count) {
   segattn::cpu::exp_of_array(source, target, count);
 }

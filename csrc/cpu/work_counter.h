@@ -1,5 +1,6 @@
-// Counts the multiply-adds that tile_gemm really does, padding included, so that a test can hold the work of an op
-// against its arithmetic without a clock. A thread counts for itself; parallel_units adds up when the thread is done.
+// Counts the multiply-adds that tile_gemm really does, padding included, and the elements that pack.h packs from tensors,
+// so that tests can hold the work of an op against its arithmetic without a clock. A thread counts for itself;
+// parallel_units adds up when the thread is done.
 #pragma once
 
 #include <atomic>
@@ -7,14 +8,22 @@
 
 namespace segattn::cpu {
 
-inline thread_local std::int64_t thread_multiply_adds = 0;
+struct Work {
+  std::int64_t multiply_adds = 0;
+  std::int64_t packed = 0;
+};
+
+inline thread_local Work thread_work;
 inline std::atomic<std::int64_t> total_multiply_adds{0};
+inline std::atomic<std::int64_t> total_packed{0};
 
-inline void count_multiply_adds(std::int64_t count) { thread_multiply_adds += count; }
+inline void count_multiply_adds(std::int64_t count) { thread_work.multiply_adds += count; }
+inline void count_packed(std::int64_t count) { thread_work.packed += count; }
 
-inline void flush_multiply_adds() {
-  total_multiply_adds.fetch_add(thread_multiply_adds, std::memory_order_relaxed);
-  thread_multiply_adds = 0;
+inline void flush_work() {
+  total_multiply_adds.fetch_add(thread_work.multiply_adds, std::memory_order_relaxed);
+  total_packed.fetch_add(thread_work.packed, std::memory_order_relaxed);
+  thread_work = {};
 }
 
 }  // namespace segattn::cpu
