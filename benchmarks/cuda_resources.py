@@ -1,31 +1,34 @@
-"""What ptxas makes of the CUDA kernels of position attention: registers, spills, shared memory, occupancy, tensor-core
-instructions.
+"""What ptxas makes of the CUDA kernels, all of them: registers, local memory (spills), shared memory, occupancy,
+tensor-core instructions.
 
     python -m benchmarks.cuda_resources      # writes docs/cuda_resources.md
 
-Needs nvcc, no GPU. cuobjdump, where there is one (the toolkit's or triton's), counts the tensor-core instructions.
-tests/test_cuda_static.py compiles a part of it again and compares.
+Needs no GPU, but nvcc, cuobjdump (the toolkit's or triton's) and the emulator (tests/emulator), whose dry runs say what
+each kernel is launched with: the same host code, nothing run. tests/test_cuda_static.py holds the built library against
+the table.
 """
 
 import os
 import re
 import shutil
-import struct
 import subprocess
 import sys
 import sysconfig
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "docs" / "cuda_resources.md"
 ARCHITECTURES = (80, 86, 90)
-EMBEDDING = 64  # the dynamic shared memory in the table is for E = 64
-# One 16-bit type stands for both: their kernels differ in the mma's type alone.
-SOURCES = ("position_bfloat16.cu", "position_tf32.cu", "position_3xtf32.cu", "position_simt.cu")
+RESERVED_SHARED_BYTES = (
+    1024  # of every block from sm_80 on, for the system; cuobjdump counts them from sm_90 on, where a kernel has any
+)
+REGISTERS = 65536
 
 
 @dataclass(frozen=True)
@@ -33,63 +36,46 @@ class Multiprocessor:
     """CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"."""
 
     shared_bytes: int
-    shared_bytes_of_a_block: int
     warps: int
+    blocks: int
 
 
 MULTIPROCESSORS = {
-    80: Multiprocessor(164 * 1024, 163 * 1024, 64),
-    86: Multiprocessor(100 * 1024, 99 * 1024, 48),
-    90: Multiprocessor(228 * 1024, 227 * 1024, 64),
+    80: Multiprocessor(164 * 1024, 64, 32),
+    86: Multiprocessor(100 * 1024, 48, 16),
+    90: Multiprocessor(228 * 1024, 64, 32),
 }
-REGISTERS = 65536
-RESERVED_SHARED_BYTES = 1024  # of every block, for the system
 
 
 @dataclass(frozen=True)
 class Kernel:
+    """Compiled for one architecture."""
+
     name: str
     architecture: int
     registers: int
-    spilled_bytes: int
+    local_bytes: int  # of a thread, in memory: spilled registers, or an array that is indexed at run time
     static_shared_bytes: int
+    tensor_core_instructions: int  # in the SASS
+
+
+@dataclass(frozen=True, order=True)
+class Launch:
+    dynamic_shared_bytes: int
     threads: int
-    tensor_core_instructions: int | None  # in the SASS; None without cuobjdump
-
-    @property
-    def dynamic_shared_bytes(self) -> int | None:
-        return dynamic_shared_bytes(self.name, EMBEDDING)
-
-    def fits(self) -> bool:
-        return (self.dynamic_shared_bytes or 0) <= MULTIPROCESSORS[self.architecture].shared_bytes_of_a_block
-
-    def blocks_per_multiprocessor(self) -> int:
-        limits = MULTIPROCESSORS[self.architecture]
-        warps = (self.threads + 31) // 32
-        registers_of_a_warp = (self.registers * 32 + 255) // 256 * 256
-        shared = (self.dynamic_shared_bytes or 0) + self.static_shared_bytes + RESERVED_SHARED_BYTES
-        return min(REGISTERS // (registers_of_a_warp * warps), limits.warps // warps, limits.shared_bytes // shared, 32)
 
 
-def dynamic_shared_bytes(name: str, embedding: int) -> int | None:
-    """What the host asks for at a launch of position attention's kernels, from the template arguments in `name`; None
-    for kernels that ask for none or whose amount depends on more. tests/test_cuda_position.py holds this against the
-    launches themselves."""
-    element, step = (4, 8) if "MmaTf32" in name else (2, 16)
-    if match := re.search(r"WeightedSumTraits<.*?>, (\d+), (\d+), (\d+), (\d+), (\d+), (\d+)>", name):
-        owned, channels, _, stages, score_steps, _ = map(int, match.groups())
-        rows = score_steps * step if score_steps else -(-embedding // step) * step
-        pipeline = rows * owned * element + stages * (rows + channels) * 64 + 2 * owned * 64
-        pipeline += 2 * (owned + owned // 16) * 4 + 24
-        return max(pipeline, channels * (owned + 8) * 2 if element == 2 else 0)
-    if match := re.search(r"QueryKeyGradientTraits<.*?>, (\d+), (\d+), \d+, \d+, (\d+), (?:true|false)>", name):
-        queries, keys, stages = map(int, match.groups())
-        rows = -(-embedding // 64) * 64
-        return ((rows + stages * 32) * (queries + keys) + queries * keys) * element + 8 * queries
-    if match := re.search(r"SimtTraits<(\w+)", name):
-        real = 8 if match[1] == "double" else 4
-        return real * ((128 if real == 8 else 256) * 33 + 32 * 33 + 2 * 8 * 32)
-    return None
+def blocks_per_multiprocessor(kernel: Kernel, launch: Launch) -> int:
+    limits = MULTIPROCESSORS[kernel.architecture]
+    warps = -(-launch.threads // 32)
+    registers_of_a_warp = -(-kernel.registers * 32 // 256) * 256
+    shared = launch.dynamic_shared_bytes + kernel.static_shared_bytes + RESERVED_SHARED_BYTES
+    return min(
+        REGISTERS // (registers_of_a_warp * warps), limits.warps // warps, limits.shared_bytes // shared, limits.blocks
+    )
+
+
+# ---- what was compiled -----------------------------------------------------------------------------------------------
 
 
 def nvcc() -> str | None:
@@ -110,140 +96,203 @@ def cuobjdump() -> str | None:
     return str(packaged) if packaged.exists() else None
 
 
-def demangled(names: list[str]) -> dict[str, str]:
-    done = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True)
-    texts = [re.sub(r"^void |\([^()]*\)$|segattn::|__nv_", "", line) for line in done.stdout.splitlines()]
-    return dict(zip(names, [re.sub(r" (?=>)", "", text) for text in texts], strict=True))
+def readable(names: list[str]) -> dict[str, str]:
+    """Mangled name -> "weighted_sum_kernel<...>"."""
+    if not names:
+        return {}
+    done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
+    return dict(zip(names, map(short, done.stdout.splitlines()), strict=True))
 
 
-def max_threads(cubin: bytes) -> dict[str, int]:
-    """Mangled kernel name -> threads of its launch bounds: EIATTR_MAX_THREADS in section .nv.info.<kernel>."""
-    (section_table,) = struct.unpack_from("<Q", cubin, 0x28)
-    entry_size, count, names_index = struct.unpack_from("<HHH", cubin, 0x3A)
-    sections = [struct.unpack_from("<IIQQQQ", cubin, section_table + i * entry_size) for i in range(count)]
-    names = sections[names_index][4]
+def short(name: str) -> str:
+    """Without result, parameters and namespaces."""
+    name = re.sub(r"^void |segattn::|__nv_|\(anonymous namespace\)::", "", name)
+    return re.sub(r" (?=>)", "", re.sub(r"\([^()]*\)$", "", name))
+
+
+def _dump(option: str, file: Path) -> str:
+    return subprocess.run([cuobjdump(), option, str(file)], capture_output=True, text=True, check=True).stdout
+
+
+def read(file: Path) -> list[Kernel]:
+    """The kernels in a fat binary, or in a shared library with some."""
+    tensor_core = {}
+    for part in re.split(r"code for sm_", _dump("-sass", file))[1:]:
+        architecture = int(re.match(r"\d+", part)[0])
+        for function in part.split("Function : ")[1:]:
+            name = function.split("\n", 1)[0].strip()
+            tensor_core[architecture, name] = len(re.findall(r"\bHMMA\.", function))
     found = {}
-    for name_offset, _, _, _, offset, size in sections:
-        start = names + name_offset
-        name = cubin[start : cubin.index(b"\0", start)].decode()
-        if not name.startswith(".nv.info."):
-            continue
-        at = offset
-        while at < offset + size:
-            kind, attribute, length = struct.unpack_from("<BBH", cubin, at)
-            at += 4
-            if kind == 4:  # a value of `length` bytes follows
-                if attribute == 5:
-                    x, y, z = struct.unpack_from("<III", cubin, at)
-                    found[name.removeprefix(".nv.info.")] = x * y * z
-                at += length
-    return found
+    for part in re.split(r"^arch = sm_", _dump("-res-usage", file), flags=re.MULTILINE)[1:]:
+        architecture = int(re.match(r"\d+", part)[0])
+        usage = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
+        for name, registers, stack, shared, local in re.findall(usage, part):
+            static = max(int(shared) - (RESERVED_SHARED_BYTES if architecture >= 90 else 0), 0)
+            found[architecture, name] = (int(registers), int(stack) + int(local), static)
+    names = readable(sorted({name for _, name in found}))
+    return [
+        Kernel(names[name], architecture, *figures, tensor_core[architecture, name])
+        for (architecture, name), figures in sorted(found.items())
+    ]
 
 
-def tensor_core_instructions(cubin: Path) -> dict[str, int]:
-    text = subprocess.run([cuobjdump(), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
-    counted = {}
-    for part in text.split("Function : ")[1:]:
-        counted[part.split("\n", 1)[0].strip()] = len(re.findall(r"\bHMMA\.", part))
-    return counted
+def library() -> Path | None:
+    """The CUDA library that was built in place."""
+    return next((ROOT / "segattn_ops").glob("_C_cuda*.so"), None)
 
 
-def include_folders() -> list[str]:
+def sources() -> list[Path]:
+    return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+
+
+def compiled(files: list[Path], architectures: tuple[int, ...] = ARCHITECTURES) -> list[Kernel]:
+    """The kernels of some sources. Their fat binaries stay in build/cuda_resources: only what has changed since is
+    compiled, by ninja, MAX_JOBS at a time."""
     from torch.utils import cpp_extension
 
-    return [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
-
-
-def compile_one(source: Path, architecture: int, folder: Path) -> list[Kernel]:
-    cubin = folder / f"{source.stem}.{architecture}.cubin"
+    folder = ROOT / "build" / "cuda_resources" / "_".join(map(str, architectures))
+    folder.mkdir(parents=True, exist_ok=True)
     flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA", "-DPy_LIMITED_API=0x030A0000"]
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
-    flags += [f"-I{include}" for include in include_folders()]
-    command = [nvcc(), *flags, f"-arch=sm_{architecture}", "-cubin", "-Xptxas=-v", str(source), "-o", str(cubin)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-    entries = re.findall(
-        r"Compiling entry function '(\S+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
-        r".*?Used (\d+) registers(.*?)$",
-        done.stderr,
-        re.DOTALL | re.MULTILINE,
+    flags += [f"-I{path}" for path in (*cpp_extension.include_paths(), sysconfig.get_paths()["include"])]
+    flags += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+    lines = ["rule compile", f"  command = {nvcc()} {' '.join(flags)} -MD -MF $out.d -fatbin $in -o $out"]
+    lines += ["  depfile = $out.d", "  deps = gcc"]
+    lines += [f"build {file.stem}.fatbin: compile {file}" for file in files]
+    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+    jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
+    done = subprocess.run(
+        [sys.executable, "-m", "ninja", "-C", str(folder), "-j", jobs], capture_output=True, text=True, check=False
     )
-    if not entries:
-        return []
-    names = demangled([entry[0] for entry in entries])
-    threads = max_threads(cubin.read_bytes())
-    tensor_cores = tensor_core_instructions(cubin) if cuobjdump() else {}
-    kernels = []
-    for mangled, stores, loads, registers, rest in entries:
-        shared = re.search(r"(\d+) bytes smem", rest)
-        kernels.append(
-            Kernel(
-                names[mangled],
-                architecture,
-                int(registers),
-                max(int(stores), int(loads)),
-                int(shared[1]) if shared else 0,
-                threads.get(mangled, 1024),
-                tensor_cores.get(mangled, 0) if cuobjdump() else None,
-            )
-        )
-    return kernels
-
-
-def measure(architectures: tuple[int, ...] = ARCHITECTURES, names: tuple[str, ...] = SOURCES) -> list[Kernel]:
-    """Compiles the sources for each architecture, MAX_JOBS at a time (default: the processors)."""
-    sources = [ROOT / "csrc" / "cuda" / name for name in names]
-    jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
-        work = [
-            pool.submit(compile_one, source, architecture, Path(folder))
-            for architecture in architectures
-            for source in sources
-        ]
-        kernels = [kernel for job in work for kernel in job.result()]
+    if done.returncode != 0:
+        raise RuntimeError(done.stdout + done.stderr)
+    kernels = [kernel for file in files for kernel in read(folder / f"{file.stem}.fatbin")]
     unique = {(k.name, k.architecture): k for k in kernels}
     return [unique[key] for key in sorted(unique)]
 
 
-def table(kernels: list[Kernel]) -> str:
+# ---- what it is launched with ----------------------------------------------------------------------------------------
+
+# E, C and the image's side of the problems whose launches are looked at; the first that launches a kernel counts: the
+# papers' sizes, and what takes the paths beside.
+PROBLEMS = ((64, 512, 97), (64, 128, 97), (200, 512, 97), (200, 128, 97), (1024, 512, 97), (8, 8, 300))
+# and whether TF32 is allowed
+DTYPES = (
+    (torch.bfloat16, False),
+    (torch.float16, False),
+    (torch.float32, True),
+    (torch.float32, False),
+    (torch.float64, False),
+)
+
+
+def _call_everything(operators, embedding: int, channels: int, side: int, dtype: torch.dtype) -> None:
+    """Every operator forward and backward on one sample of side x side positions."""
+
+    def call(operator: str, *arguments) -> None:
+        result = getattr(operators, operator)(*arguments)
+        output = result if isinstance(result, torch.Tensor) else result[0]
+        leaves = [a for a in arguments if isinstance(a, torch.Tensor)]
+        torch.autograd.grad(output, leaves, torch.ones_like(output))
+
+    def features(*shape: int) -> torch.Tensor:
+        return torch.zeros(1, *shape, dtype=dtype, requires_grad=True)
+
+    query, key = features(embedding, side, side), features(embedding, side, side)
+    value, weights = features(channels, side, side), features(2 * side - 1, side, side)
+    call("position_attention", query, key, value, 1.0)
+    call("criss_cross_attention", query, key, value, 1.0)
+    call("criss_cross_affinity", query, key)
+    call("criss_cross_aggregation", weights, value)
+    few = [features(channels, 8, 8) for _ in range(3)]  # torch's own products are computed
+    call("channel_attention", *few, 1.0)
+    call("channel_self_attention", few[0], 1.0)
+    gamma = torch.ones(1, channels, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
+    call("channel_self_attention", few[0], 1.0, gamma)
+
+
+def launches(architectures: tuple[int, ...] = ARCHITECTURES) -> dict[tuple[str, int], Launch]:
+    """By kernel and architecture: what the first of PROBLEMS that needs the kernel launches it with there, the largest
+    blocks of several launches (criss-cross attention has other blocks for columns than for rows)."""
+    from tests.emulator import build
+
+    emulator = build.load("plain")
+    operators = torch.ops.segattn_emulated
+    found: dict[tuple[str, int], Launch] = {}
+    emulator.set_blocks_at_ends(0)
+    try:
+        for architecture, (dtype, tf32), sizes in product(architectures, DTYPES, PROBLEMS):
+            emulator.set_device(architecture)
+            operators._set_allow_tf32(tf32)
+            emulator.reset()
+            _call_everything(operators, *sizes, dtype)
+            largest: dict[str, Launch] = {}
+            for report in emulator.report():
+                name, (x, y, z) = short(report["kernel"]), report["block"]
+                launch = Launch(report["dynamic_shared_bytes"], x * y * z)
+                largest[name] = max(launch, largest.get(name, launch))
+            for name, launch in largest.items():
+                found.setdefault((name, architecture), launch)
+    finally:
+        emulator.set_blocks_at_ends(-1)
+        operators._set_allow_tf32(False)
+    return found
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+def cell(kernel: Kernel, launch: Launch | None) -> str:
+    parts = [f"{kernel.registers}", "-", "-", "-", f"{kernel.tensor_core_instructions}"]
+    if launch is not None:
+        parts[1] = f"{launch.threads}"
+        parts[2] = f"{launch.dynamic_shared_bytes / 1024:.1f}"
+        parts[3] = f"{blocks_per_multiprocessor(kernel, launch)}"
+    if kernel.local_bytes:
+        parts[0] += f" (+{kernel.local_bytes} B local)"
+    return " / ".join(parts)
+
+
+def rows(kernels: list[Kernel], found: dict[tuple[str, int], Launch]) -> Iterator[str]:
     by_name: dict[str, dict[int, Kernel]] = {}
     for kernel in kernels:
         by_name.setdefault(kernel.name, {})[kernel.architecture] = kernel
-    architectures = sorted({k.architecture for k in kernels})
-    spilled = sum(k.spilled_bytes for k in kernels)
+    for name, of in sorted(by_name.items()):
+        if "__half" in name and name.replace("__half", "bfloat16") in by_name:
+            continue  # the twin is in the table
+        cells = [cell(of[a], found.get((name, a))) if a in of else "" for a in ARCHITECTURES]
+        yield f"| `{name}` | {max(k.static_shared_bytes for k in of.values())} | " + " | ".join(cells) + " |"
+
+
+def table(kernels: list[Kernel], found: dict[tuple[str, int], Launch]) -> str:
+    spilling = sum(k.local_bytes > 0 for k in kernels)
+    problems = ", ".join(f"({e}, {c}, {side})" for e, c, side in PROBLEMS)
     lines = [
-        "# Resources of position attention's CUDA kernels",
+        "# Resources of the CUDA kernels",
         "",
-        f"Made by `python -m benchmarks.cuda_resources` with nvcc {nvcc_release()}; `tests/test_cuda_static.py`",
-        "compiles a part again and compares. For each architecture: registers a thread / blocks a multiprocessor /",
-        f"tensor-core instructions in the SASS. Dynamic shared memory is for E = {EMBEDDING}. The float16 kernels",
-        f"are the bfloat16 ones with another mma. Spilled bytes, all together: {spilled}.",
+        f"Made by `python -m benchmarks.cuda_resources` with nvcc {nvcc_release()}; `tests/test_cuda_static.py` holds",
+        "the built library against it. For each architecture: registers a thread / threads a block / dynamic shared",
+        "memory in KB / blocks a multiprocessor / tensor-core instructions in the SASS. The launches are those of the",
+        "first problem that needs the kernel there, the largest blocks of several, and a dash means that none does;",
+        f"the problems are, as (E, C, height and width), {problems}.",
+        "The float16 kernels are the bfloat16 ones with another `mma`, and are left out.",
         "",
-        "| kernel | threads | static shared | dynamic shared | " + " | ".join(f"sm_{a}" for a in architectures) + " |",
-        "|---|---|---|---|" + "---|" * len(architectures),
+        f"Of {len(kernels)} kernels, counted for each architecture, {spilling} use local memory (spilled registers):",
+        'marked by "B local", a thread\'s bytes.',
+        "",
+        "| kernel | static shared bytes | " + " | ".join(f"sm_{a}" for a in ARCHITECTURES) + " |",
+        "|---|---|" + "---|" * len(ARCHITECTURES),
+        *rows(kernels, found),
     ]
-    for name, found in by_name.items():
-        any_one = next(iter(found.values()))
-        cells = []
-        for a in architectures:
-            k = found.get(a)
-            if k is None:
-                cells.append("")
-                continue
-            text = f"{k.registers} / {k.blocks_per_multiprocessor() if k.fits() else 'does not fit'}"
-            cells.append(text + f" / {'?' if k.tensor_core_instructions is None else k.tensor_core_instructions}")
-        dynamic = any_one.dynamic_shared_bytes
-        row = [f"`{name}`", any_one.threads, any_one.static_shared_bytes, "-" if dynamic is None else dynamic, *cells]
-        lines.append("| " + " | ".join(map(str, row)) + " |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> int:
-    if nvcc() is None:
-        print("nvcc is not on PATH and CUDA_HOME is not set")
-        return 1
-    TABLE.write_text(table(measure()))
+    for tool in (nvcc, cuobjdump):
+        if tool() is None:
+            print(f"{tool.__name__} is needed: neither on PATH nor in the places it is usually installed")
+            return 1
+    TABLE.write_text(table(compiled(sources()), launches()))
     print(TABLE.read_text())
     return 0
 

@@ -1,10 +1,8 @@
 import pytest
 import torch
 
-from segattn_ops import _backend
-
 from . import backends
-from .emulated import emulator, traced  # noqa: F401
+from .emulated import emulator, register_backend, traced  # noqa: F401
 from .emulator.fixtures import emulated_library  # noqa: F401
 
 
@@ -26,7 +24,8 @@ def pytest_generate_tests(metafunc) -> None:
 def backend(request):
     chosen = request.param
     if chosen.name == "emulated":
-        _load_emulated(request)
+        request.getfixturevalue("emulated_library")
+        register_backend()
     if reason := backends.why_unavailable(chosen):
         # A CPU library that did not build must fail the suite, not shrink it.
         (pytest.skip if chosen.name == "cuda" else pytest.fail)(reason)
@@ -35,12 +34,6 @@ def backend(request):
 
 
 kernels = backend
-
-
-def _load_emulated(request) -> None:
-    if "emulated" not in _backend._NAMESPACES:
-        request.getfixturevalue("emulated_library")
-        _backend.add_backend("emulated", "segattn_emulated")
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,8 @@ import sys
 import pytest
 import torch
 
+from segattn_ops import _backend
+
 from .emulator import build
 
 
@@ -17,7 +19,16 @@ def emulator(emulated_library):
     emulated_library.reset()
     yield emulated_library
     emulated_library.set_device(90)
+    emulated_library.set_built_architectures([])
+    emulated_library.set_failing_launch(-1)
+    emulated_library.set_blocks_at_ends(-1)
     torch.ops.segattn_emulated._set_allow_tf32(False)
+
+
+def register_backend():
+    """Makes "emulated" a choice of use_backend; the emulated library is loaded."""
+    if "emulated" not in _backend._NAMESPACES:
+        _backend.add_backend("emulated", "segattn_emulated")
 
 
 @pytest.fixture

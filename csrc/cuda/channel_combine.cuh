@@ -43,21 +43,18 @@ __device__ __forceinline__ void combine(const ChannelCombineParams& p, unsigned 
   const int first_position = static_cast<int>(block % p.position_tiles) * Traits::kTile;
   const int64_t sample = block / p.position_tiles;
   const int64_t channels = p.channels;
-  const GlobalMatrix<T> weights[2] = {
-      matrix_of<T>(p.attention, sample, p.channels, p.channels),
-      matrix_of<T>(p.symmetric, sample, p.channels, p.channels)};
-  const GlobalMatrix<T> features[2] = {
-      matrix_of<T>(p.grad_output, sample, p.channels, p.positions),
-      matrix_of<T>(p.input, sample, p.channels, p.positions)};
   const int steps_each = (p.channels + Traits::kDepth - 1) / Traits::kDepth, steps = 2 * steps_each;
 
   const auto tile = [&](int stage, int side) { return Tile(shared + (2 * stage + side) * Traits::kTileBytes); };
   const auto start = [&](int step) {
     if (step < steps) {
-      const int source = step >= steps_each, row = (step - source * steps_each) * Traits::kDepth;
-      const int stage = step % Traits::kStages;
-      copy_tile_async<Traits::kThreads>(tile(stage, 0), weights[source], row, Traits::kDepth, first_channel);
-      copy_tile_async<Traits::kThreads>(tile(stage, 1), features[source], row, Traits::kDepth, first_position);
+      // Chosen, not indexed: an array of matrices that is indexed at run time lives in local memory (96 bytes a thread).
+      const bool second = step >= steps_each;
+      const auto weights = matrix_of<T>(second ? p.symmetric : p.attention, sample, p.channels, p.channels);
+      const auto features = matrix_of<T>(second ? p.input : p.grad_output, sample, p.channels, p.positions);
+      const int row = (step - (second ? steps_each : 0)) * Traits::kDepth, stage = step % Traits::kStages;
+      copy_tile_async<Traits::kThreads>(tile(stage, 0), weights, row, Traits::kDepth, first_channel);
+      copy_tile_async<Traits::kThreads>(tile(stage, 1), features, row, Traits::kDepth, first_position);
     }
     ptx::cp_async_commit();
   };

@@ -18,15 +18,20 @@ std::atomic<bool> tf32_allowed{false};
 
 void set_allow_tf32(bool allow) { tf32_allowed.store(allow, std::memory_order_relaxed); }
 
-#ifndef SEGATTN_EMULATED
 __global__ void probe_kernel() {}
 
 // "sm_80, sm_90"
 std::string built_architectures() {
-  constexpr int kBuilt[] = {__CUDA_ARCH_LIST__};
+#ifdef SEGATTN_EMULATED
+  const std::vector<int> built = emulator::built_architectures();
+  constexpr int kUnit = 1;
+#else
+  constexpr int built[] = {__CUDA_ARCH_LIST__};
+  constexpr int kUnit = 10;
+#endif
   std::string text;
-  for (const int architecture : kBuilt) {
-    text += (text.empty() ? "sm_" : ", sm_") + std::to_string(architecture / 10);
+  for (const int architecture : built) {
+    text += (text.empty() ? "sm_" : ", sm_") + std::to_string(architecture / kUnit);
   }
   return text;
 }
@@ -46,7 +51,6 @@ int code_architecture(int major, int minor) {
   check_cuda(error, "cudaFuncGetAttributes");
   return attributes.ptxVersion;
 }
-#endif
 
 int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
@@ -61,13 +65,8 @@ DeviceLimits device_limits() {
   check_cuda(cudaGetDevice(&device), "cudaGetDevice");
   const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
   const int minor = attribute(cudaDevAttrComputeCapabilityMinor, device);
-#ifdef SEGATTN_EMULATED
-  const int architecture = 10 * major + minor;
-#else
-  const int architecture = code_architecture(major, minor);
-#endif
   return {
-      architecture, attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+      code_architecture(major, minor), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
       attribute(cudaDevAttrMultiProcessorCount, device)};
 }
 

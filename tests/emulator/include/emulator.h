@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <source_location>
+#include <vector>
 
 #include "vector_types.h"
 
@@ -66,6 +67,10 @@ void async_wait(int groups_left);
 
 // ---- counters -------------------------------------------------------------------------------------------------
 void count_fma(int operations);
+
+// ---- the library ----------------------------------------------------------------------------------------------
+// The architectures it is taken to be built for (nvcc's __CUDA_ARCH_LIST__, but 80 for sm_80).
+std::vector<int> built_architectures();
 
 // ---- memory ---------------------------------------------------------------------------------------------------
 // Fills memory with 0xff: NaN in float16, bfloat16, float32 and float64, -1 in integers.

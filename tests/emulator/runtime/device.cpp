@@ -19,6 +19,7 @@
 #include "../include/launch_emulated.h"
 #include "block.h"
 #include "counters.h"
+#include "host.h"
 #include "memory.h"
 #include "random.h"
 #include "trace.h"
@@ -139,6 +140,7 @@ void reset_function_attributes() {
 cudaError_t launch(const LaunchRequest& request) {
   const std::lock_guard lock(launch_mutex);
   if (const cudaError_t error = check(request); error != cudaSuccess) return record(error);
+  if (launch_fails()) return record(cudaErrorLaunchOutOfResources);
 
   take_memory_error();  // of a launch that ended with another error
   const auto begin = std::chrono::steady_clock::now();
@@ -164,6 +166,7 @@ cudaError_t launch(const LaunchRequest& request) {
   BlockOrder order(blocks, random);
   for (uint64_t i = 0; i < blocks; ++i) {
     const uint64_t index = order.next();
+    if (!block_runs(index, blocks)) continue;
     block.block_index = {unsigned(index % grid.x), unsigned(index / grid.x % grid.y), unsigned(index / grid.x / grid.y)};
     shared.poison();
     if constexpr (kTrace) trace::block_started(threads);
@@ -231,30 +234,50 @@ const char* cudaGetErrorString(cudaError_t error) {
   return "unrecognized error code";
 }
 
-cudaError_t cudaPeekAtLastError() { return last_error; }
-cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
+cudaError_t cudaPeekAtLastError() {
+  count_call(__func__);
+  return last_error;
+}
+cudaError_t cudaGetLastError() {
+  count_call(__func__);
+  return std::exchange(last_error, cudaSuccess);
+}
 
 cudaError_t cudaGetDevice(int* device) {
+  count_call(__func__);
   *device = 0;
   return cudaSuccess;
 }
-cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : record(cudaErrorInvalidDevice); }
+cudaError_t cudaSetDevice(int device) {
+  count_call(__func__);
+  return device == 0 ? cudaSuccess : record(cudaErrorInvalidDevice);
+}
 cudaError_t cudaGetDeviceCount(int* count) {
+  count_call(__func__);
   *count = 1;
   return cudaSuccess;
 }
-cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaDeviceSynchronize() {
+  count_call(__func__);
+  return cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  count_call(__func__);
+  return cudaSuccess;
+}
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  count_call(__func__);
   *status = cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+  count_call(__func__);
   std::memset(memory, value, bytes);
   return cudaSuccess;
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ordinal) {
+  count_call(__func__);
   if (ordinal != 0) return record(cudaErrorInvalidDevice);
   const Device& d = device();
   switch (attribute) {
@@ -298,6 +321,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ord
 }
 
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int ordinal) {
+  count_call(__func__);
   if (ordinal != 0) return record(cudaErrorInvalidDevice);
   const Device& d = device();
   *properties = cudaDeviceProp{};
@@ -325,6 +349,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int ordinal) {
 }
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  count_call(__func__);
   if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) {
     return value >= -1 && value <= 100 ? cudaSuccess : record(cudaErrorInvalidValue);
   }
@@ -334,8 +359,17 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
   return cudaSuccess;
 }
 
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  count_call(__func__);
+  const int code = code_architecture(device().architecture);
+  if (code == 0) return record(cudaErrorNoKernelImageForDevice);
+  attributes->ptxVersion = attributes->binaryVersion = code;
+  return cudaSuccess;
+}
+
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* kernel, int block_size,
                                                           size_t dynamic_shared_bytes) {
+  count_call(__func__);
   if (block_size < 1 || block_size > kMaxThreadsPerBlock) return record(cudaErrorInvalidValue);
   const Device& d = device();
   const size_t shared = dynamic_shared_bytes + kReservedSharedPerBlock;

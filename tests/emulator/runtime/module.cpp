@@ -5,6 +5,7 @@
 #include "../include/emulator.h"
 #include "counters.h"
 #include "device.h"
+#include "host.h"
 #include "places.h"
 #include "trace.h"
 
@@ -71,7 +72,13 @@ py::dict as_dict(const LaunchCounters& launch) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Control of the CUDA emulator (tests/emulator).";
   m.attr("traced") = kTrace;
-  m.def("reset", &forget_launches, "Forgets the launches reported so far.");
+  m.def(
+      "reset",
+      [] {
+        forget_launches();
+        forget_calls();
+      },
+      "Forgets the launches and calls reported so far.");
   m.def(
       "report",
       [] {
@@ -80,6 +87,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return result;
       },
       "One dictionary a launch since reset(), oldest first.");
+  m.def("calls", &calls, "How often host code called each function of the runtime API since reset().");
+  m.def("set_failing_launch", &set_failing_launch, py::arg("launches"),
+        "After so many launches that succeed one fails, as for lack of resources; negative: none.");
+  m.def("set_blocks_at_ends", &set_blocks_at_ends, py::arg("blocks"),
+        "So many first and last blocks of every launch run, the others do not; 0: none does; negative: all.");
+  m.def("set_built_architectures", &set_built_architectures, py::arg("architectures"),
+        "What the library is taken to be built for, 80 for sm_80; none: what the emulated device is.");
   m.def("set_seed", &set_seed, py::arg("seed"), "Chooses the schedule of threads and blocks.");
   m.def("seed", &seed);
   m.def(

@@ -1,0 +1,57 @@
+#include "host.h"
+
+#include <algorithm>
+#include <mutex>
+#include <utility>
+
+#include "../include/emulator.h"
+#include "device.h"
+
+namespace segattn::emulator {
+namespace {
+
+std::mutex mutex;  // autograd calls from threads of its own
+std::map<std::string, int64_t> counted_calls;
+int64_t launches_before_failure = -1;
+int64_t blocks_at_ends = -1;
+std::vector<int> built;
+
+}  // namespace
+
+void count_call(const char* function) {
+  const std::lock_guard lock(mutex);
+  ++counted_calls[function];
+}
+std::map<std::string, int64_t> calls() {
+  const std::lock_guard lock(mutex);
+  return counted_calls;
+}
+void forget_calls() {
+  const std::lock_guard lock(mutex);
+  counted_calls.clear();
+}
+
+void set_failing_launch(int64_t launches) { launches_before_failure = launches; }
+bool launch_fails() { return launches_before_failure >= 0 && launches_before_failure-- == 0; }
+
+void set_blocks_at_ends(int64_t blocks) { blocks_at_ends = blocks; }
+bool block_runs(uint64_t index, uint64_t blocks) {
+  if (blocks_at_ends < 0) return true;
+  return index < uint64_t(blocks_at_ends) || blocks - index <= uint64_t(blocks_at_ends);
+}
+
+void set_built_architectures(std::vector<int> architectures) { built = std::move(architectures); }
+
+std::vector<int> built_architectures() { return built.empty() ? std::vector<int>{device().architecture} : built; }
+
+int code_architecture(int device_architecture) {
+  int best = 0;
+  for (const int architecture : built_architectures()) {
+    if (architecture / 10 == device_architecture / 10 && architecture <= device_architecture) {
+      best = std::max(best, architecture);
+    }
+  }
+  return best;
+}
+
+}  // namespace segattn::emulator
