@@ -9,112 +9,43 @@
 // as O^T = V P^T: channels-first operands and results need no transposition anywhere.
 // A warp tile of 64 x 64 reads 128 bytes of shared memory for each mma; a warp that kept P in registers would own 16
 // positions x all channels and read 256, which is more than an SM delivers while the tensor cores run at full rate.
+//
+// position_sum_traits.cuh has the shape of a block, position_sum_weights.cuh steps 1 and 3, position_sum_output.cuh the
+// way from the accumulators to the result; here is the pipeline that joins them.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
-#include "element.cuh"
 #include "launch.cuh"
 #include "mma.cuh"
 #include "position_params.cuh"
+#include "position_sum_output.cuh"
+#include "position_sum_traits.cuh"
+#include "position_sum_weights.cuh"
 #include "tile.cuh"
 
 namespace segattn {
 
-// kScoreSteps: mma steps over E whose owned fragments stay in registers; 0 reads them from shared memory, for any E.
-template <class Mma_, int kOwned_, int kChannels_, int kChannelWarps_, int kStages_, int kScoreSteps_, int kMinBlocks_>
-struct WeightedSumTraits {
-  using Mma = Mma_;
-  using Element = typename Mma::Element;
-  static constexpr int kOwned = kOwned_;
-  static constexpr int kChannels = kChannels_;
-  static constexpr int kStages = kStages_;
-  static constexpr int kScoreSteps = kScoreSteps_;
-  static constexpr int kMinBlocks = kMinBlocks_;
-  static constexpr int kStreamed = 64 / static_cast<int>(sizeof(Element)); // positions a step
-  static constexpr int kWarps = kOwned / 16;
-  static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kChannelWarps = kChannelWarps_;
-  static constexpr int kWarpChannels = kChannels / kChannelWarps;
-  static constexpr int kWarpOwned = kOwned / (kWarps / kChannelWarps);
-
-  static_assert(kOwned % 16 == 0, "scores are made 16 positions to a warp");
-  static_assert(kWarps % kChannelWarps == 0, "warps form a grid of positions x channels");
-  static_assert(kWarpChannels % 16 == 0 && kWarpOwned % 16 == 0, "warp tiles consist of mma tiles");
-  static_assert(kWarpChannels * kWarpOwned <= 64 * 64, "128 accumulators a thread leave room for the rest");
-  static_assert(kStages >= 2, "a copy is under way while another stage is multiplied");
-
-  using OwnedTile = SharedTile<Element, kOwned>;
-  using StreamedTile = SharedTile<Element, kStreamed>;
-
-  // Rows of the tiles whose rows are embedding channels.
-  static constexpr __host__ __device__ int embedding_rows(int embedding) {
-    return kScoreSteps > 0 ? kScoreSteps * Mma::kStep : (embedding + Mma::kStep - 1) / Mma::kStep * Mma::kStep;
-  }
-  static constexpr __host__ __device__ int owned_bytes(int embedding) {
-    return OwnedTile::bytes(embedding_rows(embedding));
-  }
-  static constexpr __host__ __device__ int streamed_bytes(int embedding) {
-    return StreamedTile::bytes(embedding_rows(embedding));
-  }
-  static constexpr int kValueBytes = StreamedTile::bytes(kChannels);
-  static constexpr int kWeightBytes = StreamedTile::bytes(kOwned);
-  static constexpr int kStatisticsBytes = 2 * (kOwned + kWarps) * 4 + 24; // and a WeightedSumPlace
-  // 16-bit results pass through shared memory, rows of kOutputPitch elements: four banks on from row to row.
-  static constexpr int kOutputPitch = kOwned + 8;
-  static constexpr int kOutputBytes = sizeof(Element) == 2 ? kChannels * kOutputPitch * 2 : 0;
-  static constexpr __host__ __device__ int shared_bytes(int embedding) {
-    const int pipeline = owned_bytes(embedding) + kStages * (streamed_bytes(embedding) + kValueBytes) +
-        2 * kWeightBytes + kStatisticsBytes;
-    return pipeline > kOutputBytes ? pipeline : kOutputBytes;
-  }
-};
-
-// What a block works on. It waits in shared memory for the end, where registers are free again.
-struct WeightedSumPlace {
-  int64_t sample;
-  int split;
-  int channel_block;
-  int first_owned;
-  int first_channel;
-};
-
 template <class Traits_, bool kForward>
-struct WeightedSum {
+struct WeightedSum : WeightedSumWeights<Traits_, kForward> {
+  using Weights = WeightedSumWeights<Traits_, kForward>;
   using Traits = Traits_;
   using Mma = typename Traits::Mma;
   using Element = typename Traits::Element;
   using StreamedTile = typename Traits::StreamedTile;
-  static constexpr int kScoreTiles = Traits::kStreamed / 8;
-  static constexpr int kChannelTiles = Traits::kWarpChannels / 16;
-  static constexpr int kOwnedTiles = Traits::kWarpOwned / 8;
-  // Weights may reach e^5.5 = 245 before the accumulators are rescaled to the new maximum: after the first few steps they
-  // almost never are, and a float16 weight stays finite.
-  static constexpr float kRescaleAbove = 5.5f;
-  // The value gradient's weights are about 1 / positions: multiplied by 2^10 they are normal numbers in float16.
-  static constexpr float kWeightExponent = 10.0f;
+  using Weights::changed, Weights::embedding_rows, Weights::end_step, Weights::factors, Weights::first_step;
+  using Weights::load_owned_fragments, Weights::make_weights, Weights::multiply_scores, Weights::owned_shared;
+  using Weights::p, Weights::row_max, Weights::row_sum, Weights::store_weights, Weights::streamed_logsumexp;
+  using Weights::streamed_shared, Weights::weight_shared;
 
-  const WeightedSumParams& p;
-  unsigned char* owned_shared;
-  unsigned char* streamed_shared;
   unsigned char* value_shared;
-  unsigned char* weight_shared;
-  float* factors; // [2][kOwned]: by what the step's new maximum scales what was summed before
-  int* changed;   // [2][kWarps]: whether any of a warp's 16 factors is not 1
   WeightedSumPlace* place;
   // This thread's share of the next streamed tile and the next values to copy: both walk along the positions.
   const Element* next_streamed;
   const Element* next_values;
-  const float* streamed_logsumexp;
-  int embedding_rows;
-  int first_step, end_step;
-
-  typename Mma::A owned_fragments[Traits::kScoreSteps > 0 ? Traits::kScoreSteps : 1];
-  float scores[1][kScoreTiles][4];
-  float sums[kChannelTiles][kOwnedTiles][4];
-  float row_max[2], row_sum[2]; // of rows g and g + 8 of the warp's 16 positions
+  WeightedSumAccumulators<Traits> sums;
 
   __device__ __forceinline__ void copy_streamed(int step) {
     if (step < end_step) {
@@ -136,137 +67,12 @@ struct WeightedSum {
     }
   }
 
-  __device__ __forceinline__ void load_owned_fragments() {
-    const typename Traits::OwnedTile tile(owned_shared);
-#pragma unroll
-    for (int k = 0; k < Traits::kScoreSteps; ++k) {
-      Mma::load_a_column(owned_fragments[k], tile, 16 * warp_index(), k * Mma::kStep);
-    }
-  }
-
-  __device__ __forceinline__ void multiply_scores(int step) {
-    const StreamedTile tile(
-        streamed_shared + (step - first_step) % Traits::kStages * StreamedTile::bytes(embedding_rows));
-#pragma unroll
-    for (int j = 0; j < kScoreTiles; ++j) {
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        scores[0][j][c] = 0.0f;
-      }
-    }
-    if constexpr (Traits::kScoreSteps > 0) {
-#pragma unroll
-      for (int k = 0; k < Traits::kScoreSteps; ++k) {
-        if (k * Mma::kStep < p.embedding) {
-#pragma unroll
-          for (int j = 0; j < kScoreTiles; j += 2) {
-            typename Mma::B b;
-            Mma::load_b_row(b, tile, k * Mma::kStep, 8 * j);
-            Mma::multiply(scores[0][j], owned_fragments[k], b, 0);
-            Mma::multiply(scores[0][j + 1], owned_fragments[k], b, 1);
-          }
-        }
-      }
-    } else {
-      multiply_tiles<Mma, false, true, 1>(
-          scores, typename Traits::OwnedTile(owned_shared), 16 * warp_index(), tile, 0, 0, embedding_rows);
-    }
-  }
-
-  // Scores become weights, in registers; positions past the end weigh nothing. The change to base 2 comes after the
-  // subtraction: before it, its rounding error would grow with the scores.
-  __device__ __forceinline__ void make_weights(int step) {
-    const int column = step * Traits::kStreamed + lane_index() % 4 * 2;
-    const bool edge = (step + 1) * Traits::kStreamed > p.streamed_positions;
-#pragma unroll
-    for (int j = 0; j < kScoreTiles; ++j) {
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        float& s = scores[0][j][c];
-        s *= p.scale;
-        if (edge && column + 8 * j + c % 2 >= p.streamed_positions) {
-          s = -INFINITY;
-        }
-      }
-    }
-    if constexpr (kForward) {
-      softmax_step(step);
-    } else {
-#pragma unroll
-      for (int j = 0; j < kScoreTiles; ++j) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const int position = min(column + 8 * j + c, p.streamed_positions - 1);
-          const float shift = streamed_logsumexp[position];
-          scores[0][j][c] = ptx::exp2_approx((scores[0][j][c] - shift) * kLog2E + kWeightExponent);
-          scores[0][j][c + 2] = ptx::exp2_approx((scores[0][j][c + 2] - shift) * kLog2E + kWeightExponent);
-        }
-      }
-    }
-  }
-
-  __device__ __forceinline__ void softmax_step(int step) {
-    const int lane = lane_index();
-    bool any_changed = false;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float highest = -INFINITY;
-#pragma unroll
-      for (int j = 0; j < kScoreTiles; ++j) {
-        highest = fmaxf(highest, fmaxf(scores[0][j][2 * h], scores[0][j][2 * h + 1]));
-      }
-      highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
-      highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
-      const float before = row_max[h];
-      row_max[h] = highest > before + kRescaleAbove ? highest : before;
-      // all scores so far are -inf: any finite shift gives weights of zero, -inf itself would give NaN
-      const float shift = row_max[h] == -INFINITY ? 0.0f : row_max[h];
-      const float factor = ptx::exp2_approx((before - shift) * kLog2E);
-      float sum = 0.0f;
-#pragma unroll
-      for (int j = 0; j < kScoreTiles; ++j) {
-#pragma unroll
-        for (int c = 2 * h; c < 2 * h + 2; ++c) {
-          scores[0][j][c] = ptx::exp2_approx((scores[0][j][c] - shift) * kLog2E);
-          sum += scores[0][j][c];
-        }
-      }
-      row_sum[h] = row_sum[h] * factor + sum;
-      any_changed |= factor != 1.0f;
-      if (lane % 4 == 0) {
-        factors[step % 2 * Traits::kOwned + 16 * warp_index() + lane / 4 + 8 * h] = factor;
-      }
-    }
-    any_changed = __any_sync(0xffffffffu, any_changed);
-    if (lane == 0) {
-      changed[step % 2 * Traits::kWarps + warp_index()] = any_changed && step > first_step;
-    }
-  }
-
-  __device__ __forceinline__ void store_weights(int step) {
-    const int lane = lane_index();
-    const StreamedTile tile(weight_shared + step % 2 * Traits::kWeightBytes);
-    const int row = 16 * warp_index() + lane / 4;
-#pragma unroll
-    for (int j = 0; j < kScoreTiles; ++j) {
-      store_pair(tile.at(row, 8 * j + lane % 4 * 2), scores[0][j][0], scores[0][j][1]);
-      store_pair(tile.at(row + 8, 8 * j + lane % 4 * 2), scores[0][j][2], scores[0][j][3]);
-    }
-  }
-
-  __device__ __forceinline__ int warp_first_owned() const {
-    return warp_index() / Traits::kChannelWarps * Traits::kWarpOwned;
-  }
-  __device__ __forceinline__ int warp_first_channel() const {
-    return warp_index() % Traits::kChannelWarps * Traits::kWarpChannels;
-  }
-
   // Brings what was summed so far to the maximum that `step`'s weights are relative to.
   __device__ __forceinline__ void rescale_sums(int step) {
     bool any_changed = false;
 #pragma unroll
     for (int i = 0; i < Traits::kWarpOwned / 16; ++i) {
-      any_changed |= changed[step % 2 * Traits::kWarps + warp_first_owned() / 16 + i] != 0;
+      any_changed |= changed[step % 2 * Traits::kWarps + Traits::warp_first_owned() / 16 + i] != 0;
     }
     if (any_changed) {
       multiply_sums(factors + step % 2 * Traits::kOwned);
@@ -276,11 +82,11 @@ struct WeightedSum {
   // per_owned: [kOwned]
   __device__ __forceinline__ void multiply_sums(const float* per_owned) {
 #pragma unroll
-    for (int j = 0; j < kOwnedTiles; ++j) {
+    for (int j = 0; j < Traits::kOwnedTiles; ++j) {
       const float2 factor =
-          *reinterpret_cast<const float2*>(per_owned + warp_first_owned() + 8 * j + lane_index() % 4 * 2);
+          *reinterpret_cast<const float2*>(per_owned + Traits::warp_first_owned() + 8 * j + lane_index() % 4 * 2);
 #pragma unroll
-      for (int i = 0; i < kChannelTiles; ++i) {
+      for (int i = 0; i < Traits::kChannelTiles; ++i) {
         sums[i][j][0] *= factor.x;
         sums[i][j][1] *= factor.y;
         sums[i][j][2] *= factor.x;
@@ -290,13 +96,13 @@ struct WeightedSum {
   }
 
   __device__ __forceinline__ void multiply_values(int step, int k, int k_end) {
-    if (place->first_channel + warp_first_channel() >= p.channels) {
+    if (place->first_channel + Traits::warp_first_channel() >= p.channels) {
       return; // the last channel block may have nothing for some warps
     }
     const StreamedTile value_tile(value_shared + (step - first_step) % Traits::kStages * Traits::kValueBytes);
     const StreamedTile weight_tile(weight_shared + step % 2 * Traits::kWeightBytes);
     multiply_tiles<Mma, true, false, 2>(
-        sums, value_tile, warp_first_channel(), weight_tile, warp_first_owned(), k, k_end);
+        sums, value_tile, Traits::warp_first_channel(), weight_tile, Traits::warp_first_owned(), k, k_end);
   }
 
   // kForward: divides by the sums of weights and leaves the log-sum-exp.
@@ -321,79 +127,7 @@ struct WeightedSum {
     multiply_sums(factors);
   }
 
-  // map: the sample's output, (C, owned_positions). Straight from the accumulators, a channel's 8 positions at a time: for
-  // float32 these are whole sectors.
-  template <class Out>
-  __device__ __forceinline__ void store_sums(Out* map, const WeightedSumPlace& at) {
-    const int lane = lane_index();
-#pragma unroll
-    for (int i = 0; i < kChannelTiles; ++i) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int channel = at.first_channel + warp_first_channel() + 16 * i + lane / 4 + 8 * h;
-        if (channel < p.channels) {
-          Out* row = map + static_cast<int64_t>(channel) * p.owned_positions;
-#pragma unroll
-          for (int j = 0; j < kOwnedTiles; ++j) {
-            const int position = at.first_owned + warp_first_owned() + 8 * j + lane % 4 * 2;
-            const float low = sums[i][j][2 * h], high = sums[i][j][2 * h + 1];
-            const bool both = position + 1 < p.owned_positions;
-            if (both && reinterpret_cast<uintptr_t>(row + position) % (2 * sizeof(Out)) == 0) {
-              store_pair(row + position, low, high);
-            } else {
-              if (position < p.owned_positions) {
-                row[position] = from_accumulator<Out>(low);
-              }
-              if (both) {
-                row[position + 1] = from_accumulator<Out>(high);
-              }
-            }
-          }
-        }
-      }
-    }
-  }
-
-  // The same for 16 bits, by way of shared memory: 8 positions are but half a sector there, and unaligned rows would take
-  // 2-byte stores. A warp writes whole rows in 4-byte stores, from their first 4-byte boundary on.
-  __device__ __forceinline__ void store_sums_by_rows(Element* map, unsigned char* shared, const WeightedSumPlace& at) {
-    constexpr int kPitch = Traits::kOutputPitch;
-    const int lane = lane_index();
-    Element* tile = reinterpret_cast<Element*>(shared);
-    __syncthreads(); // every warp is done with what lies there
-#pragma unroll
-    for (int i = 0; i < kChannelTiles; ++i) {
-#pragma unroll
-      for (int j = 0; j < kOwnedTiles; ++j) {
-        Element* corner = tile + (warp_first_channel() + 16 * i + lane / 4) * kPitch + warp_first_owned() + 8 * j +
-            lane % 4 * 2;
-        store_pair(corner, sums[i][j][0], sums[i][j][1]);
-        store_pair(corner + 8 * kPitch, sums[i][j][2], sums[i][j][3]);
-      }
-    }
-    __syncthreads();
-    const int positions = min(Traits::kOwned, p.owned_positions - at.first_owned);
-    const int channels = min(Traits::kChannels, p.channels - at.first_channel);
-    for (int channel = warp_index(); channel < channels; channel += Traits::kWarps) {
-      const Element* from = tile + channel * kPitch;
-      Element* row = map + static_cast<int64_t>(at.first_channel + channel) * p.owned_positions + at.first_owned;
-      const int before = reinterpret_cast<uintptr_t>(row) / 2 % 2; // elements before the boundary
-      if (before != 0 && lane == 0) {
-        row[0] = from[0];
-      }
-      for (int i = before + 2 * lane; i < positions; i += 64) {
-        if (i + 1 < positions) {
-          const uint32_t low = *reinterpret_cast<const unsigned short*>(from + i);
-          const uint32_t high = *reinterpret_cast<const unsigned short*>(from + i + 1);
-          *reinterpret_cast<uint32_t*>(row + i) = low | high << 16;
-        } else {
-          row[i] = from[i];
-        }
-      }
-    }
-  }
-
-  __device__ __forceinline__ WeightedSum(const WeightedSumParams& params, unsigned char* shared) : p(params) {
+  __device__ __forceinline__ WeightedSum(const WeightedSumParams& params, unsigned char* shared) : Weights(params) {
     embedding_rows = Traits::embedding_rows(p.embedding);
     owned_shared = shared;
     streamed_shared = owned_shared + Traits::owned_bytes(p.embedding);
@@ -431,12 +165,10 @@ struct WeightedSum {
     const GlobalMatrix<Element> owned{first(p.owned), p.owned.row_stride, p.embedding, p.owned_positions};
     const int steps = (p.streamed_positions + Traits::kStreamed - 1) / Traits::kStreamed;
     end_step = min(first_step + p.steps_per_split, steps);
-    row_max[0] = row_max[1] = -INFINITY;
-    row_sum[0] = row_sum[1] = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kChannelTiles; ++i) {
+    for (int i = 0; i < Traits::kChannelTiles; ++i) {
 #pragma unroll
-      for (int j = 0; j < kOwnedTiles; ++j) {
+      for (int j = 0; j < Traits::kOwnedTiles; ++j) {
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
           sums[i][j][c] = 0.0f;
@@ -487,9 +219,9 @@ struct WeightedSum {
       normalize();
     } else {
 #pragma unroll
-      for (int i = 0; i < kChannelTiles; ++i) {
+      for (int i = 0; i < Traits::kChannelTiles; ++i) {
 #pragma unroll
-        for (int j = 0; j < kOwnedTiles; ++j) {
+        for (int j = 0; j < Traits::kOwnedTiles; ++j) {
 #pragma unroll
           for (int c = 0; c < 4; ++c) {
             sums[i][j][c] *= 1.0f / 1024.0f; // 2^-kWeightExponent
@@ -500,11 +232,11 @@ struct WeightedSum {
     const WeightedSumPlace at = *place;
     const int64_t map = static_cast<int64_t>(p.channels) * p.owned_positions;
     if (p.splits > 1) {
-      store_sums(static_cast<float*>(p.output) + (at.split * p.batch + at.sample) * map, at);
+      store_sums<Traits>(static_cast<float*>(p.output) + (at.split * p.batch + at.sample) * map, sums, p, at);
     } else if constexpr (sizeof(Element) == 2) {
-      store_sums_by_rows(static_cast<Element*>(p.output) + at.sample * map, owned_shared, at);
+      store_sums_by_rows<Traits>(static_cast<Element*>(p.output) + at.sample * map, owned_shared, sums, p, at);
     } else {
-      store_sums(static_cast<Element*>(p.output) + at.sample * map, at);
+      store_sums<Traits>(static_cast<Element*>(p.output) + at.sample * map, sums, p, at);
     }
   }
 };
