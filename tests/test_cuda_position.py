@@ -3,6 +3,7 @@ arithmetic of docs/performance.md, the paths a problem or a device chooses, and 
 
 import math
 import os
+import re
 
 import pytest
 import torch
@@ -197,6 +198,31 @@ def test_every_device_and_channel_count_has_a_path(emulator, architecture, embed
     names = kernels(emulator)
     used = {"simt" if "simt" in n else "Mma16" for n in names if "simt" in n or "Mma16" in n}
     assert used == expected, names
+
+
+@pytest.mark.parametrize(
+    ("dtype", "architecture", "forward", "backward"),
+    [
+        (torch.bfloat16, 86, 288, 256),
+        (torch.bfloat16, 80, 544, 512),
+        (torch.bfloat16, 90, 800, 768),
+        (torch.float32, 86, 192, 64),
+        (torch.float32, 80, 368, 192),
+        (torch.float32, 90, 536, 320),
+    ],
+    ids=str,
+)
+def test_embeddings_up_to_here_take_tensor_cores(emulator, dtype, architecture, forward, backward):
+    """The bounds that README and docs/decisions.md state; the value gradient has the forward's."""
+    emulator.set_device(architecture)
+    emulator.set_blocks_at_ends(0)
+    for embedding in (backward, backward + 1, forward, forward + 1):
+        tensors = inputs(1, embedding, 8, 70, 90, dtype)
+        emulator.reset()
+        run(*tensors)
+        scalar = {int(part) for k in kernels(emulator) for part in re.findall(r"\(segattn::PositionSum\)(\d)", k)}
+        expected = ({0, 1} if embedding > forward else set()) | ({2, 3} if embedding > backward else set())
+        assert scalar == expected, embedding
 
 
 @pytest.mark.parametrize("embedding", [64, 100])
