@@ -52,13 +52,18 @@ using PackedOf = AccumulatorOf<T>;
 template <class P>
 inline constexpr bool kIsPair = std::is_same_v<P, BFloat16Pair>;
 
-// 24 accumulators + 3 B vectors + 1 broadcast of 32 registers; 12 + 3 + 1 of 16; without fused multiply-add the
+// 24 accumulators + 3 (NEON 6) B vectors + 1 broadcast of 32 registers; 12 + 3 + 1 of 16; without fused multiply-add the
 // product needs a register of its own.
-#if defined(__AVX512F__) || defined(__aarch64__)
+#if defined(__AVX512F__)
 template <class P>
 inline constexpr int kRows = 8;
 template <class P>
 inline constexpr int kColumnVectors = 3;
+#elif defined(__aarch64__)
+template <class P>
+inline constexpr int kRows = 4;
+template <class P>
+inline constexpr int kColumnVectors = 6;
 #elif defined(__AVX2__)
 template <class P>
 inline constexpr int kRows = 4;
@@ -76,6 +81,9 @@ inline constexpr std::int64_t kBlockSteps = 256;
 
 template <class P>
 inline constexpr std::int64_t panel_columns = kColumnVectors<P>* kLanes<AccumulatorOf<P>>;
+
+// Channel attention packs A from blocks of as many rows as a panel has columns.
+static_assert(panel_columns<float> % kRows<float> == 0 && panel_columns<double> % kRows<double> == 0);
 
 constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
