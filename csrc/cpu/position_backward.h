@@ -116,6 +116,10 @@ class PositionBackward {
     return KeyOperands<T>::size(m_, e_, c_) + QueryOperands<T>::size(n_, e_, c_);
   }
   bool shares_operands() const { return operands_size() <= kSharedLimit; }
+  // All keys are in every tile, which then has what D is the sum of: D_i = sum_j P_ij (value^T grad_output)_ji.
+  bool has_one_key_tile(const PositionSchedule& schedule) const {
+    return schedule.key_groups == 1 && m_ <= kKeyTile;
+  }
   // A query group that meets one key group has its gradient finished, and stored, by one unit.
   static bool keeps_query_sums(const PositionSchedule& schedule) { return schedule.key_groups > 1; }
 
@@ -320,14 +324,15 @@ class PositionBackward {
         w.queries = own_queries;
         pack_queries(sample, first_query, query_count, w.queries);
       }
-      take_statistics(shared, unit.sample, first_query, query_count, place.first_of_queries, w);
+      const bool delta_from_tile = has_one_key_tile(schedule);
+      take_statistics(shared, unit.sample, first_query, query_count, place.first_of_queries, !delta_from_tile, w);
       A* const query_sums = shared.query_sums == nullptr
                                 ? w.query_sums
                                 : shared.query_sums + unit.sample * query_sums_size() + first_query * e_;
       bool query_started = !place.first_of_queries;
       for_each_tile(keys, kKeyUnit, kKeyTile, [&](std::int64_t first_key, std::int64_t key_count) {
         const KeyOperands<T> tile_keys = w.keys.from(first_key - keys.begin, e_, c_);
-        compute_tile(w, tile_keys, key_count, query_count);
+        compute_tile(w, tile_keys, key_count, query_count, delta_from_tile);
         const auto key_mode = keys_started ? GemmMode::add : GemmMode::store;
         const std::int64_t row_stride = k_steps<P>(padded_columns<P>(query_count));
         tile_gemm<P>(AOperand<P>::strided(w.weights_rows, 1, row_stride), w.queries.grad_transposed,
@@ -352,7 +357,7 @@ class PositionBackward {
 
   // Logsumexp, delta and correction of a tile of queries, padded; the query group's first unit computes the last two.
   void take_statistics(const Shared& shared, std::int64_t sample, std::int64_t first, std::int64_t count,
-                       bool first_unit, const Workspace& w) const {
+                       bool first_unit, bool with_delta, const Workspace& w) const {
     A* const delta = shared.delta + sample * n_ + first;
     A* const correction = shared.correction + sample * n_ + first;
     const std::int64_t columns = padded_columns<P>(count);
@@ -360,20 +365,24 @@ class PositionBackward {
     std::fill_n(w.logsumexp, columns, std::numeric_limits<A>::infinity());
     std::copy_n(arguments_.logsumexp + (shared.first_sample + sample) * n_ + first, count, w.logsumexp);
     if (first_unit) {
-      compute_delta(shared.first_sample + sample, first, count, delta);
+      if (with_delta) {
+        compute_delta(shared.first_sample + sample, first, count, delta);
+      }
       compute_correction(shared.first_sample + sample, count, w);
       std::copy_n(w.correction, count, correction);
     } else {
       std::fill_n(w.correction, columns, A(0));
       std::copy_n(correction, count, w.correction);
     }
-    std::fill_n(w.delta, columns, A(0));
-    std::copy_n(delta, count, w.delta);
+    if (with_delta) {
+      std::fill_n(w.delta, columns, A(0));
+      std::copy_n(delta, count, w.delta);
+    }
   }
 
-  // Weights and score gradients of a tile, in the layouts the products need.
+  // Weights and score gradients of a tile, in the layouts the products need; delta_from_tile: w.delta as well.
   void compute_tile(const Workspace& w, const KeyOperands<T>& operands, std::int64_t keys,
-                    std::int64_t queries) const {
+                    std::int64_t queries, bool delta_from_tile) const {
     const std::int64_t columns = padded_columns<P>(queries);
     for (std::int64_t column = 0; column < queries; column += panel_columns<P>) {
       const std::int64_t width = panel_width<P>(queries, column);
@@ -385,9 +394,18 @@ class PositionBackward {
       const V scale = broadcast<V>(arguments_.scale);
       for (std::int64_t row = 0; row < keys; ++row) {
         for (std::int64_t i = 0; i < width; i += kLane) {
+          A* const score = w.scores + row * width + i;
+          store(score, exp(fma(load<V>(score), scale, -load<V>(w.logsumexp + column + i)) -
+                           load<V>(w.correction + column + i)));
+        }
+      }
+      if (delta_from_tile) {
+        sum_delta(w.scores, w.weight_grads, keys, width, w.delta + column);
+      }
+      for (std::int64_t row = 0; row < keys; ++row) {
+        for (std::int64_t i = 0; i < width; i += kLane) {
           const std::int64_t at = row * width + i;
-          const V weight = exp(fma(load<V>(w.scores + at), scale, -load<V>(w.logsumexp + column + i)) -
-                               load<V>(w.correction + column + i));
+          const V weight = load<V>(w.scores + at);
           const V score_grad = weight * fma(load<V>(w.weight_grads + at), scale, -load<V>(w.delta + column + i));
           const std::int64_t row_at = row * columns + column + i;
           if constexpr (kIsPair<P>) {
@@ -404,6 +422,17 @@ class PositionBackward {
       if constexpr (kIsPair<P>) {
         pack_b_from_panels<P>(score_grads, w.weight_grads, keys, width);
       }
+    }
+  }
+
+  // delta = scale * sum over rows of weights * weight_grads, one column panel of `width`
+  void sum_delta(const A* weights, const A* weight_grads, std::int64_t rows, std::int64_t width, A* delta) const {
+    for (std::int64_t i = 0; i < width; i += kLane) {
+      V sum{};
+      for (std::int64_t row = 0; row < rows; ++row) {
+        sum = fma(load<V>(weights + row * width + i), load<V>(weight_grads + row * width + i), sum);
+      }
+      store(delta + i, sum * broadcast<V>(arguments_.scale));
     }
   }
 
