@@ -64,6 +64,17 @@ def test_batches_beyond_65535(emulator, operator):
     assert max(launch["grid"][0] for launch in emulator.report()) > 65535
 
 
+@pytest.mark.parametrize("name", ["query", "key"])
+def test_more_positions_than_kernels_count(name):
+    """Kernels count positions in int: 2^31 of them are refused before anything is allocated."""
+    one = torch.zeros(1, 1, 1)
+    many = one.expand(1, 1, 2**31)
+    arguments = (many, one, one) if name == "query" else (one, many, many)
+    message = rf"position_attention: {name} must have fewer than 2\^31 positions \(got 2147483648\)"
+    with pytest.raises(RuntimeError, match=message):
+        segattn_ops.position_attention(*arguments)
+
+
 @OPERATOR
 def test_a_device_the_library_was_not_built_for(emulator, operator):
     emulator.set_device(120)

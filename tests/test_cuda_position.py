@@ -154,6 +154,17 @@ def test_split_keys(emulator):
     assert not launches(emulator, "merge_splits_kernel")
 
 
+def test_split_queries(emulator):
+    """The value gradient of 64 keys: the queries are split and their shares summed, as grad_query and grad_key are."""
+    tensors = inputs(1, 16, 40, 1100, 64, torch.float16)
+    assert_close(tensors, 2e-3)
+    assert len(launches(emulator, "sum_partials_kernel")) == 3
+    emulator.set_device(90, 1)
+    emulator.reset()
+    assert_close(tensors, 2e-3)
+    assert len(launches(emulator, "sum_partials_kernel")) == 2
+
+
 def test_split_keys_with_scores_far_apart(emulator):
     """The splits' maxima differ by hundreds: the lesser weigh nothing, and nothing overflows."""
     query, key, value, grad_output = inputs(1, 8, 24, 64, 600, torch.bfloat16)
