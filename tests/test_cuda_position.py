@@ -165,6 +165,16 @@ def test_split_queries(emulator):
     assert len(launches(emulator, "sum_partials_kernel")) == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_gradients_that_do_not_stay_in_registers(emulator, dtype):
+    """E beyond 64 on one multiprocessor: a block takes several key blocks and query blocks, and adds to what it has
+    written of either gradient."""
+    emulator.set_device(90, 1)
+    assert_close(inputs(1, 100, 24, 130, 200, dtype), 2e-2 if dtype == torch.bfloat16 else 2e-6, scale=0.1)
+    (launch,) = launches(emulator, "query_key_gradient_kernel")
+    assert launch["grid"][0] == 1
+
+
 def test_split_keys_with_scores_far_apart(emulator):
     """The splits' maxima differ by hundreds: the lesser weigh nothing, and nothing overflows."""
     query, key, value, grad_output = inputs(1, 8, 24, 64, 600, torch.bfloat16)
