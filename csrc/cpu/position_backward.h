@@ -5,7 +5,7 @@
 // position_operands.h lists the products' operands.
 //
 // A unit packs what it needs. Small maps (kSharedLimit) are packed once for all units instead: their units are so small
-// that packing for each was a quarter of the time.
+// that packing for each was an eighth of the time (1024 positions, bfloat16).
 //
 // The logsumexp is stored rounded: where it is large, exp(score - logsumexp) would be off by eps * logsumexp / 2, which
 // a nearly one-hot softmax shows (eager divides by the sum, so its error cancels). There the sum of the weights is
