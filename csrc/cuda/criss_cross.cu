@@ -21,8 +21,8 @@ LineFeatures features(const Tensor& tensor, bool columns) {
   LineFeatures f{
       const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(columns ? 3 : 2),
       tensor.stride(columns ? 2 : 3), static_cast<int>(tensor.size(1)), 0};
-  f.paired = f.line_stride == 1 && f.position_stride % 2 == 0 && f.channel_stride % 2 == 0 && f.batch_stride % 2 == 0 &&
-      reinterpret_cast<uintptr_t>(f.data) % 4 == 0;
+  f.paired = f.line_stride == 1 && tensor.size(columns ? 3 : 2) % 2 == 0 && f.position_stride % 2 == 0 &&
+      f.channel_stride % 2 == 0 && f.batch_stride % 2 == 0 && reinterpret_cast<uintptr_t>(f.data) % 4 == 0;
   return f;
 }
 
@@ -66,8 +66,9 @@ void with_line_arithmetic(ScalarType dtype, const DeviceLimits& limits, const Vi
   }
 }
 
-// What a call needs wherever it launches. Rows come first; columns add to them, and there is nothing to add in an image
-// of one row, whose columns hold but the query itself.
+// What a call needs wherever it launches. Columns come first, rows add to them: a strip of 8 columns touches up to twice
+// and three times the bytes it needs in sectors, a row hardly any more, and the second direction reads and writes the
+// result again. An image of one row has no columns, which would hold but the query itself.
 struct Call {
   const CrissCrossSizes& sizes;
   ScalarType dtype;
@@ -79,18 +80,21 @@ struct Call {
       : sizes(sizes_), dtype(like.scalar_type()), guard(like), limits(device_limits()), stream(current_stream(like)) {}
 
   template <class Visit>
-  void rows_then_columns(const Visit& visit) const {
+  void columns_then_rows(const Visit& visit) const {
     if (sizes.batch == 0) {
       return;
     }
-    visit(false);
-    if (sizes.height > 1) {
+    if (has_columns()) {
       visit(true);
     }
+    visit(false);
   }
+  bool has_columns() const { return sizes.height > 1; }
+  // whether a direction finds the other's result
+  bool is_second(bool columns) const { return !columns && has_columns(); }
 
   void product(const Tensor& query_side, const Tensor& key_side, const Tensor& map) const {
-    rows_then_columns([&](bool columns) {
+    columns_then_rows([&](bool columns) {
       LineProductParams params{};
       params.lines = lines_of(sizes, columns);
       params.query_side = features(query_side, columns);
@@ -106,7 +110,7 @@ struct Call {
     params.lines = lines_of(sizes, columns);
     params.values = features(values, columns);
     params.output = features(output, columns);
-    params.accumulate = columns;
+    params.accumulate = is_second(columns);
     with_line_arithmetic(dtype, limits, [&]<class Arithmetic>() {
       launch_line_sum<Arithmetic, kWeight, kOwnsKeys>(params, limits, stream);
     });
@@ -114,7 +118,7 @@ struct Call {
 
   template <bool kOwnsKeys>
   void sum_given(const Tensor& map, const Tensor& values, const Tensor& output) const {
-    rows_then_columns([&](bool columns) {
+    columns_then_rows([&](bool columns) {
       LineSumParams params{};
       params.map = map_of(map, columns);
       sum<LineWeight::kGiven, kOwnsKeys>(params, values, output, columns);
@@ -157,24 +161,57 @@ Pair criss_cross_aggregation_backward(const Tensor& grad_output, const Tensor& a
   return {grad_attention, grad_value};
 }
 
-Pair criss_cross_attention(const Tensor& query, const Tensor& key, const Tensor& value, double scale) {
-  const CrissCrossSizes sizes = check_criss_cross_attention(query, key, value, scale);
-  const Call call(sizes, query);
-  const Tensor output = allocate_like(value);
-  const Tensor logsumexp =
-      allocate(query, {sizes.batch, sizes.height, sizes.width}, accumulation_dtype(query.scalar_type()));
-  call.rows_then_columns([&](bool columns) {
+// Whether a query's weights for its whole column, and for its whole row, fit shared memory.
+bool fits_in_one_kernel(const Call& call, const Tensor& output) {
+  bool fits = true;
+  call.columns_then_rows([&](bool columns) {
+    with_line_arithmetic(call.dtype, call.limits, [&]<class Arithmetic>() {
+      fits &= line_attention_fits<Arithmetic>(lines_of(call.sizes, columns), features(output, columns), call.limits);
+    });
+  });
+  return fits;
+}
+
+// Each direction in one kernel. Blocks that share a line's queries all read the columns' log-sum-exp, hence the memory
+// of its own.
+void attend(
+    const Call& call, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output,
+    const Tensor& logsumexp, double scale) {
+  const Tensor of_columns = call.has_columns() ? allocate_like(logsumexp) : logsumexp;
+  call.columns_then_rows([&](bool columns) {
+    LineAttentionParams params{};
+    params.lines = lines_of(call.sizes, columns);
+    params.query = features(query, columns);
+    params.key = features(key, columns);
+    params.values = features(value, columns);
+    params.output = features(output, columns);
+    params.logsumexp = scalars(columns ? of_columns : logsumexp, columns);
+    params.other = scalars(of_columns, columns);
+    params.scale = scale;
+    params.accumulate = call.is_second(columns);
+    with_line_arithmetic(call.dtype, call.limits, [&]<class Arithmetic>() {
+      launch_line_attention<Arithmetic>(params, call.limits, call.stream);
+    });
+  });
+}
+
+// Long lines: the log-sum-exp of both directions first, then sums by weights that are final.
+void attend_in_parts(
+    const Call& call, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output,
+    const Tensor& logsumexp, double scale) {
+  call.columns_then_rows([&](bool columns) {
     LineStatisticsParams params{};
-    params.lines = lines_of(sizes, columns);
+    params.lines = lines_of(call.sizes, columns);
     params.query = features(query, columns);
     params.key = features(key, columns);
     params.logsumexp = scalars(logsumexp, columns);
     params.scale = scale;
+    params.merges = call.is_second(columns);
     with_line_arithmetic(call.dtype, call.limits, [&]<class Arithmetic>() {
       launch_line_statistics<Arithmetic>(params, call.limits, call.stream);
     });
   });
-  call.rows_then_columns([&](bool columns) {
+  call.columns_then_rows([&](bool columns) {
     LineSumParams params{};
     params.query = features(query, columns);
     params.key = features(key, columns);
@@ -182,6 +219,19 @@ Pair criss_cross_attention(const Tensor& query, const Tensor& key, const Tensor&
     params.scale = scale;
     call.sum<LineWeight::kSoftmax, false>(params, value, output, columns);
   });
+}
+
+Pair criss_cross_attention(const Tensor& query, const Tensor& key, const Tensor& value, double scale) {
+  const CrissCrossSizes sizes = check_criss_cross_attention(query, key, value, scale);
+  const Call call(sizes, query);
+  const Tensor output = allocate_like(value);
+  const Tensor logsumexp =
+      allocate(query, {sizes.batch, sizes.height, sizes.width}, accumulation_dtype(query.scalar_type()));
+  if (fits_in_one_kernel(call, output)) {
+    attend(call, query, key, value, output, logsumexp, scale);
+  } else {
+    attend_in_parts(call, query, key, value, output, logsumexp, scale);
+  }
   return {output, logsumexp};
 }
 
@@ -215,7 +265,7 @@ Triple criss_cross_attention_backward(
     return {grad_query, grad_key, grad_value};
   }
   const Tensor delta = delta_of(grad_output, output, sizes, call.stream);
-  call.rows_then_columns([&](bool columns) {
+  call.columns_then_rows([&](bool columns) {
     LineBackwardParams params{};
     params.lines = lines_of(sizes, columns);
     params.query = features(query, columns);
@@ -225,7 +275,7 @@ Triple criss_cross_attention_backward(
     params.logsumexp = scalars(logsumexp, columns);
     params.delta = scalars(delta, columns);
     params.scale = scale;
-    params.accumulate = columns;
+    params.accumulate = call.is_second(columns);
     params.grad_query = features(grad_query, columns);
     params.grad_key = features(grad_key, columns);
     params.grad_value = features(grad_value, columns);

@@ -18,6 +18,13 @@ void launch_line_product(LineProductParams params, const DeviceLimits& limits, c
 template <class Arithmetic, LineWeight kWeight, bool kOwnsKeys>
 void launch_line_sum(LineSumParams params, const DeviceLimits& limits, cudaStream_t stream);
 
+// whether the weights of 16 whole lines' queries fit shared memory, as launch_line_attention needs
+template <class Arithmetic>
+bool line_attention_fits(Lines lines, const LineFeatures& output, const DeviceLimits& limits);
+
+template <class Arithmetic>
+void launch_line_attention(LineAttentionParams params, const DeviceLimits& limits, cudaStream_t stream);
+
 // false, and nothing launched, where the weights of whole lines do not fit shared memory
 template <class Arithmetic>
 bool launch_line_backward(LineBackwardParams params, const DeviceLimits& limits, cudaStream_t stream);

@@ -17,7 +17,7 @@ struct LineFeatures {
   int64_t line_stride;
   int64_t position_stride;
   int channels;
-  int paired; // 16-bit: lines 2i and 2i + 1 are neighbours and make an aligned 32-bit word
+  int paired; // 16-bit: there are lines 2i + 1 for all lines 2i, their neighbours in an aligned 32-bit word
 };
 
 // A line's map of queries and keys in CCNet's layout, (B, H + W - 1, lines, queries): key k is channel first + k, after
@@ -44,20 +44,21 @@ struct Lines {
   int64_t batch;
   int count;     // lines of a sample
   int length;    // positions of a line
-  int skips_self; // columns: the query's own position was counted in its row
+  int skips_self; // columns: the query's own position counts in its row
   int pairs;     // pairs of lines a block takes
   int line_blocks;
   int owned;     // owned positions a block takes
   int owned_blocks;
 };
 
-// logsumexp over the line of scale * query . key. Columns: merged with the rows' result, which `logsumexp` holds.
+// logsumexp over the line of scale * query . key
 struct LineStatisticsParams {
   Lines lines;
   LineFeatures query; // (B, E, lines, length)
   LineFeatures key;   // (B, E, lines, length)
   LineScalars logsumexp;
   double scale;
+  int merges; // with what `logsumexp` holds, the other direction's
 };
 
 // map[q, k] = query_side[:, q] . key_side[:, k]
@@ -100,10 +101,16 @@ struct LineSumParams {
   double scale;
   int map_rows;             // queries and keys (a multiple of 16) of the weights in shared memory
   int map_columns;
-  int accumulate;           // adds to what `output` holds (columns, after the rows)
+  int accumulate;           // adds to what `output` holds, the other direction's
   int part;                 // contracted positions whose weights shared memory holds at once: all, or a multiple of 64
   int channel_groups;       // blocks the channels of the output are shared among
   int channels_per_group;   // a multiple of kLineChannels
+};
+
+// Criss-cross attention over one direction, for queries whose weights fit shared memory: query, key, values, output and
+// logsumexp are its own or, with `accumulate`, of both directions, where output holds the other's.
+struct LineAttentionParams : LineSumParams {
+  LineScalars other; // `accumulate`: the other direction's log-sum-exp
 };
 
 // All three gradients of criss-cross attention at once, for lines whose map fits shared memory; `values` and `output` are
