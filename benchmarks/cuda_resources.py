@@ -150,8 +150,9 @@ def compiled(files: list[Path], architectures: tuple[int, ...] = ARCHITECTURES) 
     compiled, by ninja, MAX_JOBS at a time."""
     from torch.utils import cpp_extension
 
+    from tests.emulator.build import locked
+
     folder = ROOT / "build" / "cuda_resources" / "_".join(map(str, architectures))
-    folder.mkdir(parents=True, exist_ok=True)
     flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA", "-DPy_LIMITED_API=0x030A0000"]
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
     flags += [f"-I{path}" for path in (*cpp_extension.include_paths(), sysconfig.get_paths()["include"])]
@@ -159,11 +160,11 @@ def compiled(files: list[Path], architectures: tuple[int, ...] = ARCHITECTURES) 
     lines = ["rule compile", f"  command = {nvcc()} {' '.join(flags)} -MD -MF $out.d -fatbin $in -o $out"]
     lines += ["  depfile = $out.d", "  deps = gcc"]
     lines += [f"build {file.stem}.fatbin: compile {file}" for file in files]
-    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
     jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
-    done = subprocess.run(
-        [sys.executable, "-m", "ninja", "-C", str(folder), "-j", jobs], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "ninja", "-C", str(folder), "-j", jobs]
+    with locked(folder):  # pytest-xdist may ask twice at once
+        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(done.stdout + done.stderr)
     kernels = [kernel for file in files for kernel in read(folder / f"{file.stem}.fatbin")]
