@@ -16,7 +16,7 @@ from . import features, rivals, validate
 from .workloads import DTYPES, Workload, parse_size
 
 FAMILIES = {
-    "position": ("position", "non_local"),
+    "position": ("position", "non_local", "ann"),
     "criss-cross": ("criss_cross", "rcca"),
     "channel": ("channel",),
 }

@@ -39,11 +39,12 @@ MORE_TO_DO = 3
 
 
 def workloads_of(family: str) -> list[Workload]:
-    """The family's workloads; the block of R = 2 (rcca) and the Non-local widths at 97 x 97 only."""
+    """The family's workloads; the block of R = 2 (rcca), the Non-local widths and ANN's few keys at 97 x 97 only."""
     planned = []
     for op in FAMILIES[family]:
-        for dtype in DTYPES if op not in ("rcca", "non_local") else DTYPES[:1]:
-            for size in SIZES if op not in ("rcca", "non_local") else SIZES[:1]:
+        once = op in ("rcca", "non_local", "ann")
+        for dtype in DTYPES[:1] if once else DTYPES:
+            for size in SIZES[:1] if once else SIZES:
                 planned += [Workload(op, *size, dtype, batch) for batch in BATCHES[family]]
     return planned
 
