@@ -1,5 +1,6 @@
 // The lines of a feature map (channels, H, W) that criss-cross attention works along: a row, or a tile of adjacent
-// columns. Both offer the same operations, so that every kernel is written once:
+// columns. Both offer the same operations, so that every kernel is written once, but for the fused forward, whose columns
+// need no transposing (criss_cross_columns.h):
 //
 //   pack_positions_a(target, stride, map, first, count, channels)   A(row = position, k = channel)
 //   pack_positions_b(...)                                           B(k = channel, column = position)
