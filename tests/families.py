@@ -142,12 +142,13 @@ CRISS_CROSS_SIZES = (
     ((1, 5, 7, 3, 18), -0.7),
     ((1, 16, 33, 19, 17), 0.25),
     ((1, 70, 65, 6, 35), 0.125),
+    ((1, 8, 16, 9, 49), 0.3),
     ((1, 64, 136, 33, 31), 0.15),
     ((1, 64, 256, 97, 97), 0.125),
     ((1, 8, 16, 20, 140), 0.3),
     ((1, 8, 16, 140, 20), 0.3),
 )
-CRISS_CROSS_LARGE = 8  # from here on
+CRISS_CROSS_LARGE = 9  # from here on
 
 
 def _criss_cross_cases(shapes: Callable, scaled: bool) -> tuple[Case, ...]:

@@ -74,7 +74,8 @@ def run_channel(height: int, width: int, dtype: torch.dtype) -> list[torch.Tenso
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "run, height, width", [(run_criss_cross, 35, 150), (run_criss_cross, 1, 16), (run_channel, 43, 51)]
+    "run, height, width",
+    [(run_criss_cross, 35, 150), (run_criss_cross, 20, 16), (run_criss_cross, 1, 16), (run_channel, 43, 51)],
 )
 def test_bitwise_equal_for_every_thread_count(threads, run, height, width, dtype):
     """Work units must not depend on the threads wherever a sum runs across them, and no sum may start early."""
@@ -99,11 +100,18 @@ def test_self_attention_computes_half_of_the_energy(multiply_adds):
     assert 2 * product <= rectangular <= 2.02 * product
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("size, padding", [(96, 1.0), (97, 1.18)])
-def test_criss_cross_work_is_the_arithmetic(multiply_adds, size, padding, dtype):
-    """N (H + W) positions by E + C forward, by 3 E + 2 C backward. 97 positions fill seven vectors of 16 lanes, 112;
-    pairs of bfloat16 another position, 98."""
+@pytest.mark.parametrize(
+    "dtype, size, padding",
+    [
+        (torch.float32, 96, 1.0),
+        (torch.bfloat16, 96, 1.0),
+        (torch.float32, 97, 1.02),
+        (torch.bfloat16, 97, 1.08),
+    ],
+)
+def test_criss_cross_work_is_the_arithmetic(multiply_adds, dtype, size, padding):
+    """N (H + W) positions by E + C forward, by 3 E + 2 C backward. The 97th column takes 4 lanes, not 16, and the 97th
+    position of a row is not padded to a vector (but, of results that are rounded, it is)."""
     q, k, v, grad = maps(32, 32, 64, 64, height=size, width=size, dtype=dtype)
     output, logsumexp = OPERATORS.criss_cross_attention(q, k, v, 1.0)
     pairs = 2 * size**3
@@ -117,7 +125,7 @@ def test_criss_cross_work_is_the_arithmetic(multiply_adds, size, padding, dtype)
 @pytest.mark.parametrize("shape", [(1, 3, 5, 300, 6), (1, 3, 5, 7, 600), (1, 2, 3, 1, 257), (1, 2, 3, 129, 1)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_long_lines_go_in_blocks_of_queries(shape, dtype):
-    """Beyond 128 rows or 256 columns the weights of a line are made block by block and gradients summed over blocks."""
+    """Beyond 104 rows or 256 columns the weights of a line are made block by block and gradients summed over blocks."""
     batch, e, c, height, width = shape
     inputs = [torch.randn(batch, n, height, width).to(dtype) for n in (e, e, c)]
     grad = torch.randn(batch, c, height, width).to(dtype)

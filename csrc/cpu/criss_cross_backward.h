@@ -6,7 +6,8 @@
 // along rows, which write the gradients, then along columns, which add to them.
 #pragma once
 
-#include "criss_cross_products.h"
+#include "criss_cross_column_backward.h"
+#include "criss_cross_rows.h"
 #include "exp.h"
 #include "../checks/criss_cross.h"
 
@@ -41,150 +42,116 @@ class CrissCrossBackward {
         delta_(arguments.sizes.batch * map_.positions()) {}
 
   void run() const {
-    run_branch<RowLine<T>>();
-    run_branch<ColumnLines<T>>();
+    run_rows();
+    ColumnBackward<T>({arguments_.grad_output, arguments_.query, arguments_.key, arguments_.value, arguments_.logsumexp,
+                       delta_.data(), arguments_.grad_query, arguments_.grad_key, arguments_.grad_value,
+                       arguments_.sizes, arguments_.scale})
+        .run();
   }
 
  private:
-  // A unit's memory. A line's weights take a slot of `slot` elements; there is a slot more than there are lines, so
-  // that each line's transposed weights can go to the slot before its own, which is free by then.
-  template <class Lines>
+  // A row's memory. Weights take a slot of `slot` elements; transposed they go to the slot before their own.
   struct Workspace {
-    LineProducts<T, Lines> products;
-    std::int64_t lines, slot, columns;
+    std::int64_t slot, columns;
     std::int64_t key_sums_size, value_sums_size;
-    A* weights = nullptr;    // P, then P^T
-    A* grads = nullptr;      // dP, dS, dS^T
-    A* logsumexp = nullptr;  // of a block of queries
-    A* delta = nullptr;
+    A* weights = nullptr;  // P, then P^T
+    A* grads = nullptr;    // dP, dS, dS^T
+    A* delta = nullptr;    // of the row
     A* key_sums = nullptr;
     A* value_sums = nullptr;
 
-    Workspace(MapSizes map, const CrissCrossSizes& sizes)
-        : products(Lines::length_of(map), lines_in_group<Lines>(map, sizes.batch),
-                   std::max(sizes.key_channels, sizes.value_channels)),
-          lines(lines_in_group<Lines>(map, sizes.batch)) {
-      const std::int64_t length = Lines::length_of(map);
-      const std::int64_t block = products.block();
-      const std::int64_t transposed = packed_b_size<P>(length, block);
-      slot = line_stride<A>(std::max(panels_size<P>(length, block),
-                                     kIsPair<P> ? packed_b_size<P>(block, length) + transposed : transposed));
-      columns = padded_columns<P>(block);
-      key_sums_size = block < length ? products.sums_size(sizes.key_channels) : 0;
-      value_sums_size = block < length ? products.sums_size(sizes.value_channels) : 0;
+    Workspace(MapSizes map, const CrissCrossSizes& sizes, const RowProducts<T>& products)
+        : columns(padded_columns<P>(map.width)),
+          key_sums_size(products.sums_size(sizes.key_channels)),
+          value_sums_size(products.sums_size(sizes.value_channels)) {
+      const std::int64_t transposed = packed_b_size<P>(map.width, products.block());
+      slot = std::max(panels_size<P>(map.width, products.block()),
+                      kIsPair<P> ? packed_b_size<P>(products.block(), map.width) + transposed : transposed);
     }
 
     std::size_t scratch() const {
-      return products.scratch() + 2 * scratch_bytes<A>((lines + 1) * slot) + 2 * scratch_bytes<A>(columns) +
-             scratch_bytes<A>(key_sums_size) + scratch_bytes<A>(value_sums_size);
+      return 2 * scratch_bytes<A>(2 * slot) + scratch_bytes<A>(columns) + scratch_bytes<A>(key_sums_size) +
+             scratch_bytes<A>(value_sums_size);
     }
 
     void take(Scratch& from) {
-      products.take(from);
-      weights = from.take<A>((lines + 1) * slot);
-      grads = from.take<A>((lines + 1) * slot);
-      logsumexp = from.take<A>(columns);
+      weights = from.take<A>(2 * slot);
+      grads = from.take<A>(2 * slot);
       delta = from.take<A>(columns);
       key_sums = from.take<A>(key_sums_size);
       value_sums = from.take<A>(value_sums_size);
     }
   };
 
-  template <class Lines>
-  void run_branch() const {
-    const Workspace<Lines> shared(map_, arguments_.sizes);
-    for_each_group<Lines>(map_, arguments_.sizes.batch, shared.lines, shared.scratch(),
-                          [&](std::int64_t sample, const Lines& lines, Scratch& scratch) {
-                            Workspace<Lines> workspace = shared;
-                            workspace.take(scratch);
-                            if constexpr (!Lines::kExcludesSelf) {
-                              compute_delta(sample, lines);
-                            }
-                            differentiate(sample, lines, workspace);
-                          });
+  void run_rows() const {
+    const CrissCrossSizes& sizes = arguments_.sizes;
+    const RowProducts<T> products(map_, std::max(sizes.key_channels, sizes.value_channels));
+    const Workspace shared(map_, sizes, products);
+    for_each_row(map_, sizes.batch, products, shared.scratch(),
+                 [&](std::int64_t sample, const RowProducts<T>& row, Scratch& scratch) {
+                   Workspace workspace = shared;
+                   workspace.take(scratch);
+                   compute_delta(sample, row, workspace.delta);
+                   differentiate(sample, row, workspace);
+                 });
   }
 
-  // D of the row's positions; the column pass comes after all rows.
-  void compute_delta(std::int64_t sample, const RowLine<T>& row) const {
+  // D of the row's positions, kept for the column pass.
+  void compute_delta(std::int64_t sample, const RowProducts<T>& row, A* delta) const {
+    constexpr std::int64_t kAhead = 4;
     const std::int64_t positions = map_.positions();
     const std::int64_t channels = arguments_.sizes.value_channels;
-    for (std::int64_t x = 0; x < map_.width; x += kLane) {
-      const std::int64_t n = std::min(kLane, map_.width - x);
-      std::int64_t offset = sample * channels * positions + row.offset(0, x);
-      V sum{};
-      for (std::int64_t c = 0; c < channels; ++c, offset += positions) {
-        sum = fma(read_vector(arguments_.grad_output + offset, n), read_vector(arguments_.output + offset, n), sum);
+    std::fill_n(delta, padded_columns<P>(map_.width), A(0));
+    for (std::int64_t c = 0; c < channels; ++c) {
+      const std::int64_t offset = (sample * channels + c) * positions + row.offset();
+      if (c + kAhead < channels) {
+        prefetch_rows(arguments_.grad_output + offset + kAhead * positions, 1, 0, map_.width, 0, 1);
+        prefetch_rows(arguments_.output + offset + kAhead * positions, 1, 0, map_.width, 0, 1);
       }
-      write_vector(delta_.data() + sample * positions + row.offset(0, x), sum, n);
+      for (std::int64_t x = 0; x < map_.width; x += kLane) {
+        const std::int64_t n = std::min(kLane, map_.width - x);
+        store(delta + x, fma(read_vector(arguments_.grad_output + offset + x, n),
+                             read_vector(arguments_.output + offset + x, n), load<V>(delta + x)));
+      }
     }
+    std::copy_n(delta, map_.width, delta_.data() + sample * positions + row.offset());
   }
 
-  template <class Lines>
-  void differentiate(std::int64_t sample, const Lines& lines, const Workspace<Lines>& workspace) const {
+  void differentiate(std::int64_t sample, const RowProducts<T>& row, const Workspace& workspace) const {
     const CrissCrossSizes& sizes = arguments_.sizes;
-    const LineProducts<T, Lines>& products = workspace.products;
-    const std::int64_t length = lines.length();
-    const std::int64_t slot = workspace.slot;
+    const std::int64_t width = map_.width;
     const std::int64_t key_offset = sample * sizes.key_channels * map_.positions();
     const std::int64_t value_offset = sample * sizes.value_channels * map_.positions();
     const T* const grad_output = arguments_.grad_output + value_offset;
+    const A* const logsumexp = arguments_.logsumexp + sample * map_.positions() + row.offset();
+    A* const weights = workspace.weights + workspace.slot;
+    A* const grads = workspace.grads + workspace.slot;
     // Elements of P and A have the same size.
     P* const transposed_weights = reinterpret_cast<P*>(workspace.weights);
     P* const packed_grads = reinterpret_cast<P*>(workspace.grads);
-    const auto put = [positions = map_.positions()](T* map) {
-      return [map, positions](std::int64_t channel, std::int64_t position, V vector, std::int64_t n) {
-        put_vector<Lines>(map + channel * positions + position, vector, n);
-      };
-    };
-    for (std::int64_t first = 0; first < length; first += products.block()) {
-      const std::int64_t queries = std::min(products.block(), length - first);
-      products.score(lines, arguments_.key + key_offset, arguments_.query + key_offset, sizes.key_channels, first,
-                     queries, workspace.weights + slot, slot);
-      products.score(lines, arguments_.value + value_offset, grad_output, sizes.value_channels, first, queries,
-                     workspace.grads + slot, slot);
-      for (std::int64_t line = 0; line < lines.lines(); ++line) {
-        A* const weights = workspace.weights + (line + 1) * slot;
-        A* const grads = workspace.grads + (line + 1) * slot;
-        for (std::int64_t i = 0; i < queries; ++i) {
-          const std::int64_t offset = sample * map_.positions() + lines.offset(line, first + i);
-          workspace.logsumexp[i] = arguments_.logsumexp[offset];
-          workspace.delta[i] = delta_.data()[offset];
-        }
-        differentiate_softmax(weights, grads, length, queries, workspace.logsumexp, workspace.delta);
-        if constexpr (Lines::kExcludesSelf) {
-          for (std::int64_t i = 0; i < queries; ++i) {
-            const std::int64_t self = panel_offset<A>(length, queries, first + i, i);
-            weights[self] = grads[self] = A(0);
-          }
-        }
-        pack_b_from_transposed_panels<P>(transposed_weights + line * slot, weights, length, queries);
-      }
-      products.accumulate(lines, grad_output, sizes.value_channels, first, queries, transposed_weights, slot,
-                          workspace.value_sums, put(arguments_.grad_value + value_offset));
+    for (std::int64_t first = 0; first < width; first += row.block()) {
+      const std::int64_t queries = std::min(row.block(), width - first);
+      row.score(arguments_.key + key_offset, arguments_.query + key_offset, sizes.key_channels, first, queries, weights);
+      row.score(arguments_.value + value_offset, grad_output, sizes.value_channels, first, queries, grads);
+      differentiate_softmax(weights, grads, width, queries, logsumexp + first, workspace.delta + first);
+      pack_b_from_transposed_panels<P>(transposed_weights, weights, width, queries);
+      row.accumulate(grad_output, sizes.value_channels, first, queries, transposed_weights, workspace.value_sums,
+                     arguments_.grad_value + value_offset);
 
-      const std::int64_t transposed = kIsPair<P> ? packed_b_size<P>(queries, length) : 0;
-      const auto transpose_grads = [&] {
-        for (std::int64_t line = 0; line < lines.lines(); ++line) {
-          A* const grads = workspace.grads + (line + 1) * slot;
-          if constexpr (kIsPair<P>) {
-            pack_b_from_panels<P>(packed_grads + line * slot, grads, length, queries);
-          }
-          pack_b_from_transposed_panels<P>(packed_grads + line * slot + transposed, grads, length, queries);
-        }
+      const auto find_grad_query = [&](const P* operand) {
+        row.apply(arguments_.key + key_offset, sizes.key_channels, 0, width, operand, first, queries,
+                  arguments_.grad_query + key_offset);
       };
-      const auto find_grad_query = [&](const P* grads) {
-        products.apply(lines, arguments_.key + key_offset, sizes.key_channels, 0, length, grads, slot, first, queries,
-                       put(arguments_.grad_query + key_offset));
-      };
+      const std::int64_t transposed = kIsPair<P> ? packed_b_size<P>(queries, width) : 0;
       if constexpr (kIsPair<P>) {
-        transpose_grads();
+        pack_b_from_panels<P>(packed_grads, grads, width, queries);
         find_grad_query(packed_grads);
       } else {
-        find_grad_query(packed_grads + slot);
-        transpose_grads();
+        find_grad_query(grads);
       }
-      products.accumulate(lines, arguments_.query + key_offset, sizes.key_channels, first, queries,
-                          packed_grads + transposed, slot, workspace.key_sums, put(arguments_.grad_key + key_offset));
+      pack_b_from_transposed_panels<P>(packed_grads + transposed, grads, width, queries);
+      row.accumulate(arguments_.query + key_offset, sizes.key_channels, first, queries, packed_grads + transposed,
+                     workspace.key_sums, arguments_.grad_key + key_offset);
     }
   }
 
@@ -194,12 +161,15 @@ class CrissCrossBackward {
     const V scale = broadcast<V>(arguments_.scale);
     for (std::int64_t first = 0; first < queries; first += panel_columns<A>) {
       const std::int64_t width = panel_width<A>(queries, first);
-      for (std::int64_t j = 0; j < keys; ++j) {
-        for (std::int64_t i = 0; i < width; i += kLane) {
+      for (std::int64_t i = 0; i < width; i += kLane) {
+        const std::int64_t n = std::min(kLane, queries - first - i);
+        const V query_logsumexp = read_vector(logsumexp + first + i, n);
+        const V query_delta = read_vector(delta + first + i, n);
+        for (std::int64_t j = 0; j < keys; ++j) {
           const std::int64_t offset = first * keys + j * width + i;
-          const V weight = exp(fma(load<V>(weights + offset), scale, -load<V>(logsumexp + first + i)));
+          const V weight = exp(fma(load<V>(weights + offset), scale, -query_logsumexp));
           store(weights + offset, weight);
-          store(grads + offset, weight * (load<V>(grads + offset) - load<V>(delta + first + i)) * scale);
+          store(grads + offset, weight * (load<V>(grads + offset) - query_delta) * scale);
         }
       }
     }

@@ -1,10 +1,10 @@
 // Criss-cross attention, forward. The row pass, here, writes each position's attention over its row alone, with the
-// maximum and total of its exponentials; the column pass (criss_cross_columns.h) scales that and adds its own part, the
+// maximum and total of its exponentials; the column pass (criss_cross_column_forward.h) scales that and adds its own part, the
 // position itself left out, by the total of both.
 #pragma once
 
-#include "criss_cross_columns.h"
-#include "criss_cross_products.h"
+#include "criss_cross_column_forward.h"
+#include "criss_cross_rows.h"
 #include "exp.h"
 #include "../checks/criss_cross.h"
 
@@ -44,54 +44,43 @@ class CrissCrossForward {
   }
 
  private:
-  using Rows = RowLine<T>;
-
   void run_rows() const {
     const CrissCrossSizes& sizes = arguments_.sizes;
-    const LineProducts<T, Rows> products(map_.width, 1, std::max(sizes.key_channels, sizes.value_channels));
+    const RowProducts<T> products(map_, std::max(sizes.key_channels, sizes.value_channels));
     const std::int64_t block = products.block();
-    const std::size_t scratch_size =
-        products.scratch() + scratch_bytes<A>(panels_size<P>(map_.width, block)) +
-        (kIsPair<P> ? scratch_bytes<P>(packed_b_size<P>(block, map_.width)) : 0) +
-        3 * scratch_bytes<A>(padded_columns<P>(block));
-    for_each_group<Rows>(map_, sizes.batch, 1, scratch_size,
-                         [&](std::int64_t sample, const Rows& row, Scratch& scratch) {
-                           LineProducts<T, Rows> unit_products = products;
-                           unit_products.take(scratch);
-                           attend(sample, row, unit_products, scratch);
-                         });
+    const std::size_t scratch_size = scratch_bytes<A>(panels_size<P>(map_.width, block)) +
+                                     (kIsPair<P> ? scratch_bytes<P>(packed_b_size<P>(block, map_.width)) : 0) +
+                                     3 * scratch_bytes<A>(padded_columns<P>(block));
+    for_each_row(map_, sizes.batch, products, scratch_size,
+                 [&](std::int64_t sample, const RowProducts<T>& row, Scratch& scratch) { attend(sample, row, scratch); });
   }
 
-  void attend(std::int64_t sample, const Rows& row, const LineProducts<T, Rows>& products, Scratch& scratch) const {
+  void attend(std::int64_t sample, const RowProducts<T>& row, Scratch& scratch) const {
     const CrissCrossSizes& sizes = arguments_.sizes;
     const std::int64_t positions = map_.positions();
-    const std::int64_t length = map_.width;
+    const std::int64_t width = map_.width;
     const std::int64_t key_offset = sample * sizes.key_channels * positions;
     const std::int64_t value_offset = sample * sizes.value_channels * positions;
-    A* const panels = scratch.take<A>(panels_size<P>(length, products.block()));
-    P* const packed = kIsPair<P> ? scratch.take<P>(packed_b_size<P>(products.block(), length)) : nullptr;
-    A* const maximum = scratch.take<A>(padded_columns<P>(products.block()));
-    A* const total = scratch.take<A>(padded_columns<P>(products.block()));
-    A* const factor = scratch.take<A>(padded_columns<P>(products.block()));
-    for (std::int64_t first = 0; first < length; first += products.block()) {
-      const std::int64_t queries = std::min(products.block(), length - first);
-      products.score(row, arguments_.key + key_offset, arguments_.query + key_offset, sizes.key_channels, first, queries,
-                     panels, 0);
-      exponentials(panels, length, queries, maximum, total);
-      keep_row(sample * positions + row.offset(0, first), queries, maximum, total, factor);
-      scale_columns(panels, length, queries, factor);
+    A* const panels = scratch.take<A>(panels_size<P>(width, row.block()));
+    P* const packed = kIsPair<P> ? scratch.take<P>(packed_b_size<P>(row.block(), width)) : nullptr;
+    A* const maximum = scratch.take<A>(padded_columns<P>(row.block()));
+    A* const total = scratch.take<A>(padded_columns<P>(row.block()));
+    A* const factor = scratch.take<A>(padded_columns<P>(row.block()));
+    for (std::int64_t first = 0; first < width; first += row.block()) {
+      const std::int64_t queries = std::min(row.block(), width - first);
+      row.score(arguments_.key + key_offset, arguments_.query + key_offset, sizes.key_channels, first, queries, panels);
+      exponentials(panels, width, queries, maximum, total);
+      keep_row(sample * positions + row.offset() + first, queries, maximum, total, factor);
+      scale_columns(panels, width, queries, factor);
       const P* weights;
       if constexpr (kIsPair<P>) {
-        pack_b_from_panels<P>(packed, panels, length, queries);
+        pack_b_from_panels<P>(packed, panels, width, queries);
         weights = packed;
       } else {
         weights = panels;
       }
-      T* const output = arguments_.output + value_offset;
-      products.apply(row, arguments_.value + value_offset, sizes.value_channels, 0, length, weights, 0, first, queries,
-                     [&](std::int64_t channel, std::int64_t position, V vector, std::int64_t n) {
-                       write_vector(output + channel * positions + position, vector, n);
-                     });
+      row.apply(arguments_.value + value_offset, sizes.value_channels, 0, width, weights, first, queries,
+                arguments_.output + value_offset);
     }
   }
 

@@ -1,8 +1,9 @@
 // Products of many small matrices at once, one in every lane: C(m, n) = sum over k of A(m, k) B(n, k), where an element is
-// a vector whose lanes belong to neighbouring columns of a map. What lies next to each other in memory fills the vectors,
-// so nothing is transposed, and no element is broadcast.
+// a vector V whose lanes belong to neighbouring columns of a map. What lies next to each other in memory fills the
+// vectors, so nothing is transposed, and no element is broadcast.
 #pragma once
 
+#include "prefetch.h"
 #include "simd.h"
 #include "work_counter.h"
 
@@ -36,14 +37,13 @@ inline constexpr int kLaneRows = 3;
 inline constexpr int kLaneColumns = 3;
 #endif
 
-// Block of k: 6 x 32 vectors of A (12 KB) stay in the first-level cache while B passes.
+// Blocks of k have about so many steps: 6 x 32 vectors of A (12 KB) stay in the first-level cache while B passes.
 inline constexpr std::int64_t kLaneSteps = 32;
 
 namespace detail {
 
-template <class A, int rows, int columns>
+template <class V, int rows, int columns, class A = ElementOf<V>>
 void lane_kernel(const LaneOperand<A>& a, const LaneOperand<A>& b, std::int64_t steps, const LaneResult<A>& c, bool add) {
-  using V = Vec<A>;
   V sums[rows][columns] = {};
   if (add) {
 #pragma GCC unroll 8
@@ -85,31 +85,37 @@ void lane_kernel(const LaneOperand<A>& a, const LaneOperand<A>& b, std::int64_t 
 template <class A>
 using LaneKernel = void (*)(const LaneOperand<A>&, const LaneOperand<A>&, std::int64_t, const LaneResult<A>&, bool);
 
-template <class A, int... index>
+template <class V, int... index>
 constexpr auto make_lane_kernels(std::integer_sequence<int, index...>) {
-  return std::array<LaneKernel<A>, sizeof...(index)>{
-      lane_kernel<A, index / kLaneColumns + 1, index % kLaneColumns + 1>...};
+  return std::array<LaneKernel<ElementOf<V>>, sizeof...(index)>{
+      lane_kernel<V, index / kLaneColumns + 1, index % kLaneColumns + 1>...};
 }
 
-template <class A>
-inline constexpr auto kLaneKernels = make_lane_kernels<A>(std::make_integer_sequence<int, kLaneRows * kLaneColumns>{});
+template <class V>
+inline constexpr auto kLaneKernels = make_lane_kernels<V>(std::make_integer_sequence<int, kLaneRows * kLaneColumns>{});
 
 }  // namespace detail
 
 // C (m x n) = or, with `add`, += A (m x steps) B^T (n x steps). The order of a sum depends on `steps` alone.
-template <class A>
+// meanwhile(part, parts) is called before each of the product's parts, to fetch what is needed next.
+template <class V, class Meanwhile = DoNothing, class A = ElementOf<V>>
 void lane_product(const LaneOperand<A>& a, std::int64_t m, const LaneOperand<A>& b, std::int64_t n, std::int64_t steps,
-                  const LaneResult<A>& c, bool add) {
-  count_multiply_adds(m * n * steps * kLanes<A>);
-  for (std::int64_t k = 0; k < steps; k += kLaneSteps) {
-    const std::int64_t depth = std::min(kLaneSteps, steps - k);
+                  const LaneResult<A>& c, bool add, const Meanwhile& meanwhile = {}) {
+  count_multiply_adds(m * n * steps * kWidthOf<V>);
+  const std::int64_t blocks = std::max<std::int64_t>(1, (steps + kLaneSteps / 2 - 1) / kLaneSteps);
+  const std::int64_t parts = blocks * ((m + kLaneRows - 1) / kLaneRows) * ((n + kLaneColumns - 1) / kLaneColumns);
+  std::int64_t part = 0;
+  for (std::int64_t block = 0; block < blocks; ++block) {
+    const std::int64_t k = steps * block / blocks;
+    const std::int64_t depth = steps * (block + 1) / blocks - k;
     for (std::int64_t i = 0; i < m; i += kLaneRows) {
       const std::int64_t rows = std::min<std::int64_t>(kLaneRows, m - i);
-      for (std::int64_t j = 0; j < n; j += kLaneColumns) {
+      for (std::int64_t j = 0; j < n; j += kLaneColumns, ++part) {
         const std::int64_t columns = std::min<std::int64_t>(kLaneColumns, n - j);
-        detail::kLaneKernels<A>[(rows - 1) * kLaneColumns + columns - 1](
+        meanwhile(part, parts);
+        detail::kLaneKernels<V>[(rows - 1) * kLaneColumns + columns - 1](
             {a.data + i * a.row + k * a.step, a.row, a.step}, {b.data + j * b.row + k * b.step, b.row, b.step}, depth,
-            {c.data + i * c.row + j * c.column, c.row, c.column}, add || k > 0);
+            {c.data + i * c.row + j * c.column, c.row, c.column}, add || block > 0);
       }
     }
   }

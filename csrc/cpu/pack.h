@@ -283,7 +283,7 @@ void store_panels(T* target, std::int64_t ld, const AccumulatorOf<T>* panels, st
   detail::for_each_panel_vector(panels, m, n, [&](std::int64_t row, std::int64_t column, auto vector, std::int64_t count) {
     if (residual != nullptr) {
       const T* const at = residual + row * ld + column;
-      vector += count == lanes ? widen<lanes>(at) : widen_partial<lanes>(at, count);
+      vector += read_vector(at, count);
     }
     if (count == lanes) {
       narrow<lanes>(target + row * ld + column, vector);

@@ -73,17 +73,62 @@ using ElementOf = std::remove_cvref_t<decltype(std::declval<V>()[0])>;
 template <class V>
 inline constexpr int kWidthOf = static_cast<int>(sizeof(V) / sizeof(ElementOf<V>));
 
-// First `count` (0 .. width) elements; the other lanes are zero.
+template <class To, class From>
+inline To bit_cast_vector(From value) {
+  static_assert(sizeof(To) == sizeof(From));
+  To result;
+  std::memcpy(&result, &value, sizeof(To));
+  return result;
+}
+
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+namespace detail {
+
+// A bit for each of `bytes` (0 .. 64) bytes.
+inline std::uint64_t byte_mask(std::int64_t bytes) { return bytes == 0 ? 0 : ~std::uint64_t{0} >> (64 - bytes); }
+
+}  // namespace detail
+#endif
+
+// First `count` (0 .. width) elements; the other lanes are zero. Where there are no masked moves this is a call of memcpy
+// and a load that waits for its stores.
 template <class V>
 inline V load_partial(const ElementOf<V>* source, std::int64_t count) {
   V result{};
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const std::uint64_t mask = detail::byte_mask(count * static_cast<std::int64_t>(sizeof(ElementOf<V>)));
+  if constexpr (sizeof(V) == 64) {
+    result = bit_cast_vector<V>(_mm512_maskz_loadu_epi8(mask, source));
+  } else if constexpr (sizeof(V) == 32) {
+    result = bit_cast_vector<V>(_mm256_maskz_loadu_epi8(static_cast<__mmask32>(mask), source));
+  } else {
+    static_assert(sizeof(V) <= 16);
+    const __m128i lanes = _mm_maskz_loadu_epi8(static_cast<__mmask16>(mask), source);
+    std::memcpy(&result, &lanes, sizeof(V));
+  }
+#else
   std::memcpy(&result, source, static_cast<std::size_t>(count) * sizeof(ElementOf<V>));
+#endif
   return result;
 }
 
 template <class V>
 inline void store_partial(ElementOf<V>* target, V value, std::int64_t count) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const std::uint64_t mask = detail::byte_mask(count * static_cast<std::int64_t>(sizeof(ElementOf<V>)));
+  if constexpr (sizeof(V) == 64) {
+    _mm512_mask_storeu_epi8(target, mask, bit_cast_vector<__m512i>(value));
+  } else if constexpr (sizeof(V) == 32) {
+    _mm256_mask_storeu_epi8(target, static_cast<__mmask32>(mask), bit_cast_vector<__m256i>(value));
+  } else {
+    static_assert(sizeof(V) <= 16);
+    __m128i lanes{};
+    std::memcpy(&lanes, &value, sizeof(V));
+    _mm_mask_storeu_epi8(target, static_cast<__mmask16>(mask), lanes);
+  }
+#else
   std::memcpy(target, &value, static_cast<std::size_t>(count) * sizeof(ElementOf<V>));
+#endif
 }
 
 template <class V>
@@ -107,54 +152,51 @@ inline V select(M mask, V a, V b) {
   return mask ? a : b;
 }
 
-template <class To, class From>
-inline To bit_cast_vector(From value) {
-  static_assert(sizeof(To) == sizeof(From));
-  To result;
-  std::memcpy(&result, &value, sizeof(To));
-  return result;
-}
-
 // ---- elements of any supported dtype <-> lanes of the accumulator type ------------------------------------
 
 namespace detail {
 
+template <class T>
+using BitsOf = std::conditional_t<sizeof(T) == 2, std::uint16_t, T>;
+
 template <int n>
-inline VecN<float, n> widen_half(const Half* source) {
+inline VecN<float, n> widen_half(VecN<std::uint16_t, n> bits) {
 #if defined(__AVX512F__)
   if constexpr (n == 16) {
-    return bit_cast_vector<VecN<float, 16>>(_mm512_cvtph_ps(load<__m256i>(source)));
+    return bit_cast_vector<VecN<float, 16>>(_mm512_cvtph_ps(bit_cast_vector<__m256i>(bits)));
   }
 #endif
 #if defined(__F16C__)
   if constexpr (n == 8) {
-    return bit_cast_vector<VecN<float, 8>>(_mm256_cvtph_ps(load<__m128i>(source)));
+    return bit_cast_vector<VecN<float, 8>>(_mm256_cvtph_ps(bit_cast_vector<__m128i>(bits)));
   }
 #endif
   VecN<float, n> result;
   for (int i = 0; i < n; ++i) {
-    result[i] = static_cast<float>(source[i]);
+    result[i] = static_cast<float>(Half(bits[i], Half::from_bits()));
   }
   return result;
 }
 
 template <int n>
-inline void narrow_half(Half* target, VecN<float, n> value) {
+inline VecN<std::uint16_t, n> half_bits(VecN<float, n> value) {
 #if defined(__AVX512F__)
   if constexpr (n == 16) {
-    store(target, _mm512_cvtps_ph(bit_cast_vector<__m512>(value), _MM_FROUND_TO_NEAREST_INT));
-    return;
+    return bit_cast_vector<VecN<std::uint16_t, n>>(
+        _mm512_cvtps_ph(bit_cast_vector<__m512>(value), _MM_FROUND_TO_NEAREST_INT));
   }
 #endif
 #if defined(__F16C__)
   if constexpr (n == 8) {
-    store(target, _mm256_cvtps_ph(bit_cast_vector<__m256>(value), _MM_FROUND_TO_NEAREST_INT));
-    return;
+    return bit_cast_vector<VecN<std::uint16_t, n>>(
+        _mm256_cvtps_ph(bit_cast_vector<__m256>(value), _MM_FROUND_TO_NEAREST_INT));
   }
 #endif
+  VecN<std::uint16_t, n> result;
   for (int i = 0; i < n; ++i) {
-    target[i] = static_cast<Half>(static_cast<float>(value[i]));
+    result[i] = static_cast<Half>(static_cast<float>(value[i])).x;
   }
+  return result;
 }
 
 }  // namespace detail
@@ -174,43 +216,61 @@ inline VecN<std::uint32_t, n> bfloat16_bits(VecN<float, n> value) {
   return (value == value) ? rounded : U{} + 0x7fc0u;
 }
 
-// n elements at `source` as float (double for double) lanes.
-template <int n, class T>
-inline VecN<AccumulatorOf<T>, n> widen(const T* source) {
+namespace detail {
+
+template <class T, int n>
+inline VecN<AccumulatorOf<T>, n> widen_bits(VecN<BitsOf<T>, n> bits) {
   if constexpr (std::is_same_v<T, Half>) {
-    return detail::widen_half<n>(source);
+    return widen_half<n>(bits);
   } else if constexpr (std::is_same_v<T, BFloat16>) {
-    const auto bits = __builtin_convertvector(load<VecN<std::uint16_t, n>>(source), VecN<std::uint32_t, n>);
-    return bit_cast_vector<VecN<float, n>>(bits << 16);
+    return bit_cast_vector<VecN<float, n>>(__builtin_convertvector(bits, VecN<std::uint32_t, n>) << 16);
   } else {
-    return load<VecN<T, n>>(source);
+    return bits;
   }
 }
 
+template <class T, int n>
+inline VecN<BitsOf<T>, n> narrow_bits(VecN<AccumulatorOf<T>, n> value) {
+  if constexpr (std::is_same_v<T, Half>) {
+    return half_bits<n>(value);
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    return __builtin_convertvector(bfloat16_bits<n>(value), VecN<std::uint16_t, n>);
+  } else {
+    return value;
+  }
+}
+
+}  // namespace detail
+
+// n elements at `source` as float (double for double) lanes.
+template <int n, class T>
+inline VecN<AccumulatorOf<T>, n> widen(const T* source) {
+  return detail::widen_bits<T, n>(load<VecN<detail::BitsOf<T>, n>>(source));
+}
+
+// The first `count`; the other lanes are zero.
 template <int n, class T>
 inline VecN<AccumulatorOf<T>, n> widen_partial(const T* source, std::int64_t count) {
-  T padded[n] = {};
-  std::memcpy(static_cast<void*>(padded), source, static_cast<std::size_t>(count) * sizeof(T));
-  return widen<n>(padded);
+  using Bits = detail::BitsOf<T>;
+  return detail::widen_bits<T, n>(load_partial<VecN<Bits, n>>(reinterpret_cast<const Bits*>(source), count));
 }
 
 // Rounds n accumulator lanes to T (nearest, ties to even) and stores them.
 template <int n, class T>
 inline void narrow(T* target, VecN<AccumulatorOf<T>, n> value) {
-  if constexpr (std::is_same_v<T, Half>) {
-    detail::narrow_half<n>(target, value);
-  } else if constexpr (std::is_same_v<T, BFloat16>) {
-    store(target, __builtin_convertvector(bfloat16_bits<n>(value), VecN<std::uint16_t, n>));
-  } else {
-    store(target, value);
-  }
+  store(target, detail::narrow_bits<T, n>(value));
 }
 
 template <int n, class T>
 inline void narrow_partial(T* target, VecN<AccumulatorOf<T>, n> value, std::int64_t count) {
-  T padded[n];
-  narrow<n>(padded, value);
-  std::memcpy(static_cast<void*>(target), padded, static_cast<std::size_t>(count) * sizeof(T));
+  store_partial(reinterpret_cast<detail::BitsOf<T>*>(target), detail::narrow_bits<T, n>(value), count);
+}
+
+// The same by the number of elements there are, of a vector.
+template <class T>
+inline Vec<AccumulatorOf<T>> read_vector(const T* source, std::int64_t count) {
+  constexpr int n = kLanes<AccumulatorOf<T>>;
+  return count >= n ? widen<n>(source) : widen_partial<n>(source, count);
 }
 
 // ---- square transposes in registers -------------------------------------------------------------------------

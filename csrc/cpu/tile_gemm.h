@@ -24,9 +24,10 @@
 // Modes: store C = AB; add C += AB; scale_add C = C * column_scale[n] + AB (the rescaling of the online softmax for free).
 // Sums run over k in order, in blocks of kBlockSteps, whatever the panel: a result does not depend on the tiling of M and N.
 //
-//   tile_gemm<P>(a, b, c, M, N, K_steps, mode, column_scale)
+//   tile_gemm<P>(a, b, c, M, N, K_steps, mode, column_scale, meanwhile)
 #pragma once
 
+#include "prefetch.h"
 #include "simd.h"
 #include "work_counter.h"
 
@@ -136,6 +137,7 @@ struct MicroKernelArguments {
   std::int64_t steps;
   const P* a;
   const P* next_a;  // the row panel that comes next, fetched into the first-level cache meanwhile
+  std::int64_t next_step;  // elements of it for a step
   std::int64_t a_step, a_row;
   const P* b;  // [steps][vectors]
   Accumulator* c;
@@ -171,6 +173,7 @@ void micro_kernel(const MicroKernelArguments<P>& arguments) {
   const P* b = arguments.b;
   const std::int64_t a_step = arguments.a_step;
   const P* next_a = arguments.next_a;
+  const std::int64_t next_step = arguments.next_step;
   const std::int64_t a_row = arguments.a_row;
   // The hardware does not fetch ahead across pages, and a panel of A fills one; C comes from the second-level cache.
 #pragma GCC unroll 16
@@ -196,7 +199,7 @@ void micro_kernel(const MicroKernelArguments<P>& arguments) {
     }
     __builtin_prefetch(next_a);
     a += a_step;
-    next_a += rows;
+    next_a += next_step;
     b += vectors * lanes;
   }
 #pragma GCC unroll 16
@@ -228,12 +231,17 @@ inline constexpr auto kMicroKernels =
 }  // namespace detail
 
 // a: M x K, packed or strided; b: K x N in column panels; c: M x N; column_scale: [padded_columns(N)] for scale_add.
-template <class P>
+// meanwhile(part, parts) is called before each micro-kernel, to fetch what is needed next.
+template <class P, class Meanwhile = DoNothing>
 void tile_gemm(AOperand<P> a, const P* b, COperand<AccumulatorOf<P>> c, std::int64_t m, std::int64_t n,
-               std::int64_t steps, GemmMode mode, const AccumulatorOf<P>* column_scale = nullptr) {
+               std::int64_t steps, GemmMode mode, const AccumulatorOf<P>* column_scale = nullptr,
+               const Meanwhile& meanwhile = {}) {
   using Accumulator = AccumulatorOf<P>;
   constexpr std::int64_t lanes = kLanes<Accumulator>;
   count_multiply_adds(m * padded_columns<P>(n) * steps * (kIsPair<P> ? 2 : 1));
+  const std::int64_t parts = std::max<std::int64_t>(1, (steps + kBlockSteps - 1) / kBlockSteps) *
+                             ((n + panel_columns<P> - 1) / panel_columns<P>) * ((m + kRows<P> - 1) / kRows<P>);
+  std::int64_t part = 0;
   detail::MicroKernelArguments<P> arguments{};
   for (std::int64_t first_step = 0; first_step == 0 || first_step < steps; first_step += kBlockSteps) {
     arguments.steps = std::min(kBlockSteps, steps - first_step);
@@ -244,20 +252,23 @@ void tile_gemm(AOperand<P> a, const P* b, COperand<AccumulatorOf<P>> c, std::int
       arguments.c_row = c.row_stride == 0 ? width : c.row_stride;
       arguments.column_scale = column_scale == nullptr ? nullptr : column_scale + column;
       Accumulator* const c_panel = c.data + column * (c.row_stride == 0 ? m : 1);
-      for (std::int64_t row = 0; row < m; row += kRows<P>) {
+      for (std::int64_t row = 0; row < m; row += kRows<P>, ++part) {
         const std::int64_t rows = std::min<std::int64_t>(kRows<P>, m - row);
         if (a.step_stride == 0) {
           arguments.a = a.data + row * steps + first_step * rows;
           arguments.a_step = rows;
           arguments.a_row = 1;
           arguments.next_a = arguments.a + rows * steps;
+          arguments.next_step = rows;
         } else {
           arguments.a = a.data + row * a.row_stride + first_step * a.step_stride;
           arguments.a_step = a.step_stride;
           arguments.a_row = a.row_stride;
-          arguments.next_a = arguments.a + rows * a.row_stride;  // rows that lie one behind the other
+          arguments.next_a = arguments.a + rows * a.row_stride;
+          arguments.next_step = a.step_stride == 1 ? 0 : rows;  // rows that lie one behind the other, but for whole maps
         }
         arguments.c = c_panel + row * arguments.c_row;
+        meanwhile(part, parts);
         detail::kMicroKernels<P>[(rows - 1) * kColumnVectors<P> + width / lanes - 1](arguments);
       }
     }
