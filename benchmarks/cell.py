@@ -124,6 +124,8 @@ class Cell:
         """
         run = self.forward if kind == "forward" else self.forward_backward
         gc.collect()
+        if not self.on_device:
+            measure.wake_threads()
         gc.disable()
         try:
             first = self.time(run)
