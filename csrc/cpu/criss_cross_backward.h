@@ -105,8 +105,8 @@ class CrissCrossBackward {
     for (std::int64_t c = 0; c < channels; ++c) {
       const std::int64_t offset = (sample * channels + c) * positions + row.offset();
       if (c + kAhead < channels) {
-        prefetch_rows(arguments_.grad_output + offset + kAhead * positions, 1, 0, map_.width, 0, 1);
-        prefetch_rows(arguments_.output + offset + kAhead * positions, 1, 0, map_.width, 0, 1);
+        Prefetch(arguments_.grad_output + offset + kAhead * positions, 1, 0, 1, 0, map_.width)(1);
+        Prefetch(arguments_.output + offset + kAhead * positions, 1, 0, 1, 0, map_.width)(1);
       }
       for (std::int64_t x = 0; x < map_.width; x += kLane) {
         const std::int64_t n = std::min(kLane, map_.width - x);

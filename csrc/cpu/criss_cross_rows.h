@@ -123,11 +123,13 @@ class RowProducts {
       pack_a_from_steps<P>(packed_keys, key_chunk, positions, map_.width, depth);
       pack_b_from_steps<P>(packed_queries, query_chunk, positions, columns, depth);
       const std::int64_t next = std::min(score_channels_, channels - channel - depth);
+      Prefetch next_keys(key_chunk + depth * positions, next, positions, 1, 0, map_.width);
+      Prefetch next_queries(query_chunk + depth * positions, next, positions, 1, 0, count);
       tile_gemm<P>(AOperand<P>::packed(packed_keys), packed_queries, COperand<A>::panels(panels), map_.width, columns,
                    k_steps<P>(depth), channel == 0 ? GemmMode::store : GemmMode::add, nullptr,
-                   [&](std::int64_t part, std::int64_t parts) {
-                     prefetch_rows(key_chunk + depth * positions, next, positions, map_.width, part, parts);
-                     prefetch_rows(query_chunk + depth * positions, next, positions, count, part, parts);
+                   [&](std::int64_t parts) {
+                     next_keys(parts);
+                     next_queries(parts);
                    });
       if (alone) {
         score_alone(key_chunk, query_chunk + columns, depth, channel > 0);
@@ -150,7 +152,7 @@ class RowProducts {
     const std::int64_t positions = map_.positions();
     // Results that need neither rounding nor a cut are written where they belong.
     const std::int64_t whole = kInPlace ? columns / panel_columns<P> * panel_columns<P> : 0;
-    for_each_chunk(map, channels, first, count, [&](std::int64_t channel, std::int64_t depth, auto operand, auto fetch) {
+    for_each_chunk(map, channels, first, count, [&](std::int64_t channel, std::int64_t depth, auto operand, auto& fetch) {
       T* const out = target + channel * positions + row_ + first_column;
       if constexpr (kInPlace) {
         tile_gemm<P>(operand, weights, COperand<A>::row_major(out, positions), depth, whole, k_steps<P>(count),
@@ -182,7 +184,7 @@ class RowProducts {
       apply(map, channels, first, count, weights, 0, map_.width, target);
       return;
     }
-    for_each_chunk(map, channels, first, count, [&](std::int64_t channel, std::int64_t depth, auto operand, auto fetch) {
+    for_each_chunk(map, channels, first, count, [&](std::int64_t channel, std::int64_t depth, auto operand, auto& fetch) {
       A* const chunk = sums + channel / apply_channels_ * result_size();
       tile_gemm<P>(operand, weights, COperand<A>::panels(chunk), depth, map_.width, k_steps<P>(count),
                    first == 0 ? GemmMode::store : GemmMode::add, nullptr, fetch);
@@ -203,9 +205,7 @@ class RowProducts {
       const std::int64_t depth = std::min(apply_channels_, channels - channel);
       const T* const chunk = map + channel * positions + row_ + first;
       const std::int64_t next = std::min(apply_channels_, channels - channel - depth);
-      const auto fetch = [&](std::int64_t part, std::int64_t parts) {
-        prefetch_rows(chunk + depth * positions, next, positions, count, part, parts);
-      };
+      Prefetch fetch(chunk + depth * positions, next, positions, 1, 0, count);
       if constexpr (kInPlace) {
         work(channel, depth, AOperand<P>::strided(chunk, 1, positions), fetch);
       } else {

@@ -143,14 +143,16 @@ class ColumnStrip {
       const std::int64_t depth = std::min(kScoreChannels, channels - channel);
       const std::int64_t next = channel + depth;
       const std::int64_t next_depth = std::min(kScoreChannels, channels - next);
+      Prefetch next_keys = prefetch(keys + next * map_.positions(), next_depth, column);
+      Prefetch next_queries = prefetch(queries + next * map_.positions(), next_depth, block);
       A* const staged_keys = memory_;
       A* const staged_queries = memory_ + depth * key_stride;
       stage(staged_keys, key_stride, keys + channel * map_.positions(), depth, column);
       stage(staged_queries, query_stride, queries + channel * map_.positions(), depth, block);
       lane_product<V>({staged_keys, lanes, key_stride}, height(), {staged_queries, lanes, query_stride}, block.count,
-                      depth, {weights, lanes, key_stride}, channel > 0, [&](std::int64_t part, std::int64_t parts) {
-                        prefetch(keys + next * map_.positions(), next_depth, column, part, parts);
-                        prefetch(queries + next * map_.positions(), next_depth, block, part, parts);
+                      depth, {weights, lanes, key_stride}, channel > 0, [&](std::int64_t parts) {
+                        next_keys(parts);
+                        next_queries(parts);
                       });
     }
   }
@@ -192,18 +194,10 @@ class ColumnStrip {
     }
   }
 
-  // A part of the stretch of map (channels, H, W); no channels are nothing to do.
+  // Of the stretch of map (channels, H, W).
   template <class Element>
-  void prefetch(Element* map, std::int64_t channels, Stretch stretch, std::int64_t part, std::int64_t parts) const {
-    const std::int64_t vectors = std::max<std::int64_t>(0, channels) * stretch.count;
-    const std::int64_t end = vectors * (part + 1) / parts;
-    for (std::int64_t at = vectors * part / parts; at < end;) {
-      const std::int64_t position = at % stretch.count;
-      const std::int64_t count = std::min(stretch.count - position, end - at);
-      prefetch_rows(map + at / stretch.count * map_.positions() + offset(stretch.first + position), count, map_.width,
-                    present_, 0, 1);
-      at += count;
-    }
+  Prefetch<Element> prefetch(Element* map, std::int64_t channels, Stretch stretch) const {
+    return {map + offset(stretch.first), channels, map_.positions(), stretch.count, map_.width, present_};
   }
 
   // store_sum(address in target, position, sum) for the sums over `steps` of map times weights, for every channel and
@@ -220,11 +214,13 @@ class ColumnStrip {
       const std::int64_t next_depth = std::min(kApplyChannels, channels - next);
       A* const products = sums == nullptr ? memory_ + depth * step_stride : sums + channel * result_stride;
       T* const chunk = target == nullptr ? nullptr : target + channel * map_.positions();
+      Prefetch next_steps = prefetch(map + next * map_.positions(), next_depth, steps);
+      Prefetch next_results = prefetch(chunk, chunk == nullptr ? 0 : depth, results);
       stage(memory_, step_stride, map + channel * map_.positions(), depth, steps);
       lane_product<V>({memory_, step_stride, lanes}, depth, weights, results.count, steps.count,
-                      {products, result_stride, lanes}, add, [&](std::int64_t part, std::int64_t parts) {
-                        prefetch(map + next * map_.positions(), next_depth, steps, part, parts);
-                        prefetch(chunk, chunk == nullptr ? 0 : depth, results, part, parts);
+                      {products, result_stride, lanes}, add, [&](std::int64_t parts) {
+                        next_steps(parts);
+                        next_results(parts);
                       });
       if (chunk == nullptr) {
         continue;

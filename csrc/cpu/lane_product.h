@@ -44,13 +44,21 @@ namespace detail {
 
 template <class V, int rows, int columns, class A = ElementOf<V>>
 void lane_kernel(const LaneOperand<A>& a, const LaneOperand<A>& b, std::int64_t steps, const LaneResult<A>& c, bool add) {
+  // Copies: the stores below could otherwise change the operands.
+  A* const target = c.data;
+  const std::int64_t target_row = c.row;
+  const std::int64_t target_column = c.column;
+  const std::int64_t left_row = a.row;
+  const std::int64_t right_row = b.row;
+  const std::int64_t left_step = a.step;
+  const std::int64_t right_step = b.step;
   V sums[rows][columns] = {};
   if (add) {
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 8
       for (int j = 0; j < columns; ++j) {
-        sums[i][j] = load<V>(c.data + i * c.row + j * c.column);
+        sums[i][j] = load<V>(target + i * target_row + j * target_column);
       }
     }
   }
@@ -60,24 +68,24 @@ void lane_kernel(const LaneOperand<A>& a, const LaneOperand<A>& b, std::int64_t 
     V vectors[columns];
 #pragma GCC unroll 8
     for (int j = 0; j < columns; ++j) {
-      vectors[j] = load<V>(right + j * b.row);
+      vectors[j] = load<V>(right + j * right_row);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
-      const V vector = load<V>(left + i * a.row);
+      const V vector = load<V>(left + i * left_row);
 #pragma GCC unroll 8
       for (int j = 0; j < columns; ++j) {
         sums[i][j] = fma(vector, vectors[j], sums[i][j]);
       }
     }
-    left += a.step;
-    right += b.step;
+    left += left_step;
+    right += right_step;
   }
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 8
     for (int j = 0; j < columns; ++j) {
-      store(c.data + i * c.row + j * c.column, sums[i][j]);
+      store(target + i * target_row + j * target_column, sums[i][j]);
     }
   }
 }
@@ -97,22 +105,21 @@ inline constexpr auto kLaneKernels = make_lane_kernels<V>(std::make_integer_sequ
 }  // namespace detail
 
 // C (m x n) = or, with `add`, += A (m x steps) B^T (n x steps). The order of a sum depends on `steps` alone.
-// meanwhile(part, parts) is called before each of the product's parts, to fetch what is needed next.
+// meanwhile(parts) is called before each of the product's parts, to fetch what is needed next.
 template <class V, class Meanwhile = DoNothing, class A = ElementOf<V>>
 void lane_product(const LaneOperand<A>& a, std::int64_t m, const LaneOperand<A>& b, std::int64_t n, std::int64_t steps,
-                  const LaneResult<A>& c, bool add, const Meanwhile& meanwhile = {}) {
+                  const LaneResult<A>& c, bool add, Meanwhile&& meanwhile = {}) {
   count_multiply_adds(m * n * steps * kWidthOf<V>);
   const std::int64_t blocks = std::max<std::int64_t>(1, (steps + kLaneSteps / 2 - 1) / kLaneSteps);
   const std::int64_t parts = blocks * ((m + kLaneRows - 1) / kLaneRows) * ((n + kLaneColumns - 1) / kLaneColumns);
-  std::int64_t part = 0;
   for (std::int64_t block = 0; block < blocks; ++block) {
     const std::int64_t k = steps * block / blocks;
     const std::int64_t depth = steps * (block + 1) / blocks - k;
     for (std::int64_t i = 0; i < m; i += kLaneRows) {
       const std::int64_t rows = std::min<std::int64_t>(kLaneRows, m - i);
-      for (std::int64_t j = 0; j < n; j += kLaneColumns, ++part) {
+      for (std::int64_t j = 0; j < n; j += kLaneColumns) {
         const std::int64_t columns = std::min<std::int64_t>(kLaneColumns, n - j);
-        meanwhile(part, parts);
+        meanwhile(parts);
         detail::kLaneKernels<V>[(rows - 1) * kLaneColumns + columns - 1](
             {a.data + i * a.row + k * a.step, a.row, a.step}, {b.data + j * b.row + k * b.step, b.row, b.step}, depth,
             {c.data + i * c.row + j * c.column, c.row, c.column}, add || block > 0);

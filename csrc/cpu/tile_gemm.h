@@ -231,17 +231,16 @@ inline constexpr auto kMicroKernels =
 }  // namespace detail
 
 // a: M x K, packed or strided; b: K x N in column panels; c: M x N; column_scale: [padded_columns(N)] for scale_add.
-// meanwhile(part, parts) is called before each micro-kernel, to fetch what is needed next.
+// meanwhile(parts) is called before each micro-kernel, to fetch what is needed next.
 template <class P, class Meanwhile = DoNothing>
 void tile_gemm(AOperand<P> a, const P* b, COperand<AccumulatorOf<P>> c, std::int64_t m, std::int64_t n,
                std::int64_t steps, GemmMode mode, const AccumulatorOf<P>* column_scale = nullptr,
-               const Meanwhile& meanwhile = {}) {
+               Meanwhile&& meanwhile = {}) {
   using Accumulator = AccumulatorOf<P>;
   constexpr std::int64_t lanes = kLanes<Accumulator>;
   count_multiply_adds(m * padded_columns<P>(n) * steps * (kIsPair<P> ? 2 : 1));
   const std::int64_t parts = std::max<std::int64_t>(1, (steps + kBlockSteps - 1) / kBlockSteps) *
                              ((n + panel_columns<P> - 1) / panel_columns<P>) * ((m + kRows<P> - 1) / kRows<P>);
-  std::int64_t part = 0;
   detail::MicroKernelArguments<P> arguments{};
   for (std::int64_t first_step = 0; first_step == 0 || first_step < steps; first_step += kBlockSteps) {
     arguments.steps = std::min(kBlockSteps, steps - first_step);
@@ -252,7 +251,7 @@ void tile_gemm(AOperand<P> a, const P* b, COperand<AccumulatorOf<P>> c, std::int
       arguments.c_row = c.row_stride == 0 ? width : c.row_stride;
       arguments.column_scale = column_scale == nullptr ? nullptr : column_scale + column;
       Accumulator* const c_panel = c.data + column * (c.row_stride == 0 ? m : 1);
-      for (std::int64_t row = 0; row < m; row += kRows<P>, ++part) {
+      for (std::int64_t row = 0; row < m; row += kRows<P>) {
         const std::int64_t rows = std::min<std::int64_t>(kRows<P>, m - row);
         if (a.step_stride == 0) {
           arguments.a = a.data + row * steps + first_step * rows;
@@ -268,7 +267,7 @@ void tile_gemm(AOperand<P> a, const P* b, COperand<AccumulatorOf<P>> c, std::int
           arguments.next_step = a.step_stride == 1 ? 0 : rows;  // rows that lie one behind the other, but for whole maps
         }
         arguments.c = c_panel + row * arguments.c_row;
-        meanwhile(part, parts);
+        meanwhile(parts);
         detail::kMicroKernels<P>[(rows - 1) * kColumnVectors<P> + width / lanes - 1](arguments);
       }
     }
