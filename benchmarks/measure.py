@@ -122,8 +122,8 @@ class DeviceMemory:
 
 
 def wake_threads(seconds: float = 0.01) -> None:
-    """Keeps all of torch's threads busy for a moment. After a pause the kernel may wake two of them on one core and leave
-    them there for tens of milliseconds: criss-cross attention of 16 ms took 29 in a third of the calls."""
+    """Keeps all of torch's threads busy for a moment. After a pause the kernel may wake two of them on one core and
+    leave them there for tens of milliseconds: criss-cross attention of 16 ms took 29 in a third of the calls."""
     numbers = torch.ones(2**18)  # 1 MiB: small beside the operands, so that caches stay as they are
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
