@@ -133,7 +133,7 @@ inline void store_partial(ElementOf<V>* target, V value, std::int64_t count) {
 
 template <class V>
 inline V broadcast(ElementOf<V> value) {
-  return V{} + value;
+  return value - V{};  // exact, and known to be: 0 + value would have to turn -0 into 0, an addition for each broadcast
 }
 
 // GCC and Clang contract a * b + c of one expression at their default -ffp-contract.
