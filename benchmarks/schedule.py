@@ -79,9 +79,10 @@ class Schedule:
         return self.budget - self.elapsed - sum(self.least(later) for later in to_come)
 
     def rounds(self, round_seconds: float, to_come: list[Workload]) -> int:
-        """How often a workload's cells are timed, all once a round; 0: not repeated, the first pass is the figure."""
+        """How often a workload's cells are timed, all once a round, after a round that does not count; 0: not repeated,
+        the first pass is the figure."""
         if round_seconds > SINGLE_SECONDS:
             return 0
         wanted = int(min(max(TIMED_SECONDS / max(round_seconds, 1e-9), ROUNDS[0]), ROUNDS[1]))
         seconds = float("inf") if self.budget is None else max(self.spare(to_come), CHEAP * self.budget)
-        return int(min(wanted, seconds / max(round_seconds, 1e-9)))
+        return max(0, int(min(wanted, seconds / max(round_seconds, 1e-9) - 1)))

@@ -302,7 +302,7 @@ class TestSchedule:
     def test_short_workloads_repeat_more(self):
         plan = schedule.Schedule(None)
         assert [plan.rounds(seconds, []) for seconds in (0.001, 1.0, 10.0, 100.0)] == [schedule.ROUNDS[1], 5, 3, 0]
-        assert schedule.Schedule(15.0).rounds(10.0, []) == 1  # no time for more
+        assert schedule.Schedule(25.0).rounds(10.0, []) == 1  # no time for more
         assert schedule.Schedule(100.0).rounds(0.1, [Workload("position", 256, 256)]) == 9  # cheap: always
         assert schedule.Schedule(5.0).rounds(10.0, []) == 0
 
