@@ -1,4 +1,4 @@
-"""The machine code of the CPU's inner loops, as built: loads, multiply-adds and nothing else; prefetches that are there.
+"""The machine code of the CPU's inner loops, as built: loads and multiply-adds alone, and prefetches that are there.
 
 Seconds cannot be held by a test, instructions can. Both faults this looks for had been in the libraries unnoticed: an
 addition to zero for every broadcast (AVX2 lost a quarter of its rate), and prefetches that the compiler had removed.

@@ -9,24 +9,8 @@
 #include "criss_cross_column_backward.h"
 #include "criss_cross_rows.h"
 #include "exp.h"
-#include "../checks/criss_cross.h"
 
 namespace segattn::cpu {
-
-template <class T>
-struct CrissCrossBackwardArguments {
-  const T* grad_output;               // (B, C, H, W)
-  const T* query;                     // (B, E, H, W)
-  const T* key;                       // (B, E, H, W)
-  const T* value;                     // (B, C, H, W)
-  const T* output;                    // (B, C, H, W)
-  const AccumulatorOf<T>* logsumexp;  // (B, H, W)
-  T* grad_query;                      // (B, E, H, W)
-  T* grad_key;                        // (B, E, H, W)
-  T* grad_value;                      // (B, C, H, W)
-  CrissCrossSizes sizes;
-  AccumulatorOf<T> scale;
-};
 
 template <class T>
 class CrissCrossBackward {
@@ -43,10 +27,7 @@ class CrissCrossBackward {
 
   void run() const {
     run_rows();
-    ColumnBackward<T>({arguments_.grad_output, arguments_.query, arguments_.key, arguments_.value, arguments_.logsumexp,
-                       delta_.data(), arguments_.grad_query, arguments_.grad_key, arguments_.grad_value,
-                       arguments_.sizes, arguments_.scale})
-        .run();
+    ColumnBackward<T>(arguments_, delta_.data()).run();
   }
 
  private:

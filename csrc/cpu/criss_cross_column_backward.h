@@ -1,35 +1,21 @@
 // Criss-cross attention, backward, the column pass: adds the columns' part to the gradients that the row pass has written.
 #pragma once
 
+#include "criss_cross_arguments.h"
 #include "criss_cross_strip.h"
 #include "exp.h"
 #include "parallel.h"
-#include "../checks/criss_cross.h"
 
 namespace segattn::cpu {
-
-template <class T>
-struct ColumnBackwardArguments {
-  const T* grad_output;               // (B, C, H, W)
-  const T* query;                     // (B, E, H, W)
-  const T* key;                       // (B, E, H, W)
-  const T* value;                     // (B, C, H, W)
-  const AccumulatorOf<T>* logsumexp;  // (B, H, W)
-  const AccumulatorOf<T>* delta;      // (B, H, W): D
-  T* grad_query;                      // (B, E, H, W)
-  T* grad_key;                        // (B, E, H, W)
-  T* grad_value;                      // (B, C, H, W)
-  CrissCrossSizes sizes;
-  AccumulatorOf<T> scale;
-};
 
 template <class T>
 class ColumnBackward {
   using A = AccumulatorOf<T>;
 
  public:
-  explicit ColumnBackward(const ColumnBackwardArguments<T>& arguments)
-      : arguments_(arguments), map_{arguments.sizes.height, arguments.sizes.width} {}
+  // The gradients hold those of the rows alone; delta (B, H, W) is D.
+  ColumnBackward(const CrissCrossBackwardArguments<T>& arguments, const A* delta)
+      : arguments_(arguments), map_{arguments.sizes.height, arguments.sizes.width}, delta_(delta) {}
 
   void run() const { for_each_strip<A>(map_, arguments_.sizes.batch, *this); }
 
@@ -83,7 +69,7 @@ class ColumnBackward {
     const std::int64_t at = sample * map_.positions() + strip.offset(query);
     const V scale = broadcast<V>(arguments_.scale);
     const V logsumexp = strip.read(arguments_.logsumexp + at);
-    const V delta = strip.read(arguments_.delta + at);
+    const V delta = strip.read(delta_ + at);
     for (std::int64_t j = 0; j < map_.height; ++j, weights += kWidthOf<V>, grads += kWidthOf<V>) {
       const V weight = j == query ? V{} : exp(fma(load<V>(weights), scale, -logsumexp));
       store(weights, weight);
@@ -91,8 +77,9 @@ class ColumnBackward {
     }
   }
 
-  ColumnBackwardArguments<T> arguments_;
+  CrissCrossBackwardArguments<T> arguments_;
   MapSizes map_;
+  const A* delta_;
 };
 
 }  // namespace segattn::cpu

@@ -2,10 +2,10 @@
 // pass has written, by the total of both.
 #pragma once
 
+#include "criss_cross_arguments.h"
 #include "criss_cross_strip.h"
 #include "exp.h"
 #include "parallel.h"
-#include "../checks/criss_cross.h"
 
 #include <cmath>
 #include <limits>
@@ -13,25 +13,15 @@
 namespace segattn::cpu {
 
 template <class T>
-struct ColumnForwardArguments {
-  const T* query;               // (B, E, H, W)
-  const T* key;                 // (B, E, H, W)
-  const T* value;               // (B, C, H, W)
-  T* output;                    // (B, C, H, W): of the rows alone, becomes that of both
-  AccumulatorOf<T>* logsumexp;  // (B, H, W): the rows' maximum, becomes the log-sum-exp of both
-  AccumulatorOf<T>* row_total;  // (B, H, W): the rows' total of exponentials; the query's own block reads it
-  CrissCrossSizes sizes;
-  AccumulatorOf<T> scale;
-};
-
-template <class T>
 class ColumnForward {
   using A = AccumulatorOf<T>;
   static constexpr std::int64_t kLane = kLanes<A>;
 
  public:
-  explicit ColumnForward(const ColumnForwardArguments<T>& arguments)
-      : arguments_(arguments), map_{arguments.sizes.height, arguments.sizes.width} {}
+  // The output holds that of the rows alone, logsumexp the rows' maximum, row_total (B, H, W) the rows' total of
+  // exponentials.
+  ColumnForward(const CrissCrossForwardArguments<T>& arguments, const A* row_total)
+      : arguments_(arguments), map_{arguments.sizes.height, arguments.sizes.width}, row_total_(row_total) {}
 
   void run() const {
     using Strip = ColumnStrip<T, kLane>;
@@ -78,7 +68,7 @@ class ColumnForward {
           factor(scratch.take<A>(block.count * lanes)) {}
 
     void run() const {
-      const ColumnForwardArguments<T>& arguments = pass.arguments_;
+      const CrissCrossForwardArguments<T>& arguments = pass.arguments_;
       const std::int64_t key_offset = sample * arguments.sizes.key_channels * pass.map_.positions();
       const std::int64_t value_offset = sample * arguments.sizes.value_channels * pass.map_.positions();
       strip.score(arguments.key + key_offset, arguments.query + key_offset, arguments.sizes.key_channels, block, weights);
@@ -117,7 +107,7 @@ class ColumnForward {
       A* const logsumexp = pass.arguments_.logsumexp + at;
       const V row_maximum = strip.read(logsumexp);
       const V common = max(most, row_maximum);
-      const V row_sum = exp(row_maximum - common) * strip.read(pass.arguments_.row_total + at);
+      const V row_sum = exp(row_maximum - common) * strip.read(pass.row_total_ + at);
       const V exponential = exp(most - common);
       const V sum = row_sum + exponential * total;
       strip.for_each_lane([&](std::int64_t lane) { logsumexp[lane] = common[lane] + std::log(sum[lane]); });
@@ -126,8 +116,9 @@ class ColumnForward {
     }
   };
 
-  ColumnForwardArguments<T> arguments_;
+  CrissCrossForwardArguments<T> arguments_;
   MapSizes map_;
+  const A* row_total_;
 };
 
 }  // namespace segattn::cpu

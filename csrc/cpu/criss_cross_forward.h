@@ -1,27 +1,15 @@
 // Criss-cross attention, forward. The row pass, here, writes each position's attention over its row alone, with the
-// maximum and total of its exponentials; the column pass (criss_cross_column_forward.h) scales that and adds its own part, the
-// position itself left out, by the total of both.
+// maximum and total of its exponentials; the column pass (criss_cross_column_forward.h) scales that and adds its own part,
+// the position itself left out, by the total of both.
 #pragma once
 
 #include "criss_cross_column_forward.h"
 #include "criss_cross_rows.h"
 #include "exp.h"
-#include "../checks/criss_cross.h"
 
 #include <limits>
 
 namespace segattn::cpu {
-
-template <class T>
-struct CrissCrossForwardArguments {
-  const T* query;               // (B, E, H, W)
-  const T* key;                 // (B, E, H, W)
-  const T* value;               // (B, C, H, W)
-  T* output;                    // (B, C, H, W)
-  AccumulatorOf<T>* logsumexp;  // (B, H, W)
-  CrissCrossSizes sizes;
-  AccumulatorOf<T> scale;
-};
 
 template <class T>
 class CrissCrossForward {
@@ -38,9 +26,7 @@ class CrissCrossForward {
 
   void run() const {
     run_rows();
-    ColumnForward<T>({arguments_.query, arguments_.key, arguments_.value, arguments_.output, arguments_.logsumexp,
-                      row_total_.data(), arguments_.sizes, arguments_.scale})
-        .run();
+    ColumnForward<T>(arguments_, row_total_.data()).run();
   }
 
  private:
