@@ -166,7 +166,7 @@ class RowProducts {
         }
       }
       tile_gemm<P>(operand, rest, COperand<A>::panels(results_), depth, columns - whole, k_steps<P>(count),
-                   GemmMode::store);
+                   GemmMode::store, nullptr, fetch);
       store_panels(out + whole, positions, results_, depth, columns - whole);
     });
   }

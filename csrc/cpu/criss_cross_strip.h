@@ -24,7 +24,7 @@ struct Stretch {
 constexpr std::int64_t lane_stride(std::int64_t length, int lanes) { return (length | 1) * lanes; }
 
 // A column's positions in blocks of about equal size: queries whose weights are made at once, at most 700 KB of them, all
-// queries up to 104 rows of float. Each block reads the maps again; weights that do not fit the second-level cache beside
+// queries up to 105 rows of float. Each block reads the maps again; weights that do not fit the second-level cache beside
 // what is staged are read as one stream from the third. Gradients are summed over blocks, so that the cut into the fewest
 // depends on nothing but the height.
 template <class A>
@@ -162,7 +162,7 @@ class ColumnStrip {
   template <class Store>
   void sum_over_keys(const T* map, std::int64_t channels, const A* weights, Stretch block, T* target,
                      const Store& store_sum) const {
-    multiply(map, channels, {0, height()}, {weights, stride(height()), lanes}, target, block, nullptr, false, store_sum);
+    multiply(map, channels, {0, height()}, {weights, stride(height()), lanes}, target, block, nullptr, false, true, store_sum);
   }
 
   // The same for every channel and key: sums over the block's queries, added up over blocks, which must follow each
@@ -172,18 +172,22 @@ class ColumnStrip {
   void sum_over_queries(const T* map, std::int64_t channels, const A* weights, Stretch block, T* target, A* sums,
                         const Store& store_sum) const {
     const LaneOperand<A> operand{weights, lanes, stride(height())};
-    if (sums_size(height(), 1) == 0) {
-      multiply(map, channels, block, operand, target, {0, height()}, nullptr, false, store_sum);
-    } else {
+    if (keeps_sums(height())) {
       const bool last = block.first + block.count == height();
-      multiply(map, channels, block, operand, last ? target : nullptr, {0, height()}, sums, block.first > 0, store_sum);
+      multiply(map, channels, block, operand, target, {0, height()}, sums, block.first > 0, last, store_sum);
+    } else {
+      multiply(map, channels, block, operand, target, {0, height()}, nullptr, false, true, store_sum);
     }
   }
   static std::int64_t sums_size(std::int64_t height, std::int64_t channels) {
-    return std::is_same_v<T, A> || QueryBlocks<A>(height).count() == 1 ? 0 : channels * stride(height);
+    return keeps_sums(height) ? channels * stride(height) : 0;
   }
 
  private:
+  static bool keeps_sums(std::int64_t height) {
+    return !std::is_same_v<T, A> && QueryBlocks<A>(height).count() > 1;
+  }
+
   // target [channels][positions], `row` elements apart: the stretch of map (channels, H, W)
   void stage(A* target, std::int64_t row, const T* map, std::int64_t channels, Stretch stretch) const {
     for (std::int64_t c = 0; c < channels; ++c) {
@@ -201,11 +205,11 @@ class ColumnStrip {
   }
 
   // store_sum(address in target, position, sum) for the sums over `steps` of map times weights, for every channel and
-  // position of `results`. With `sums` those are kept there, and added to what is there if `add`; a null target takes
-  // none of them.
+  // position of `results`. With `sums` those are kept there, and added to what is there if `add`. Where they are
+  // not `final` none is handed on.
   template <class Store>
   void multiply(const T* map, std::int64_t channels, Stretch steps, const LaneOperand<A>& weights, T* target,
-                Stretch results, A* sums, bool add, const Store& store_sum) const {
+                Stretch results, A* sums, bool add, bool final, const Store& store_sum) const {
     const std::int64_t step_stride = stride(steps.count);
     const std::int64_t result_stride = stride(results.count);
     for (std::int64_t channel = 0; channel < channels; channel += kApplyChannels) {
@@ -213,16 +217,16 @@ class ColumnStrip {
       const std::int64_t next = channel + depth;
       const std::int64_t next_depth = std::min(kApplyChannels, channels - next);
       A* const products = sums == nullptr ? memory_ + depth * step_stride : sums + channel * result_stride;
-      T* const chunk = target == nullptr ? nullptr : target + channel * map_.positions();
+      T* const chunk = target + channel * map_.positions();
       Prefetch next_steps = prefetch(map + next * map_.positions(), next_depth, steps);
-      Prefetch next_results = prefetch(chunk, chunk == nullptr ? 0 : depth, results);
+      Prefetch next_results = prefetch(chunk, final ? depth : 0, results);
       stage(memory_, step_stride, map + channel * map_.positions(), depth, steps);
       lane_product<V>({memory_, step_stride, lanes}, depth, weights, results.count, steps.count,
                       {products, result_stride, lanes}, add, [&](std::int64_t parts) {
                         next_steps(parts);
                         next_results(parts);
                       });
-      if (chunk == nullptr) {
+      if (!final) {
         continue;
       }
       for (std::int64_t c = 0; c < depth; ++c) {

@@ -43,55 +43,45 @@ inline constexpr std::int64_t kLaneSteps = 32;
 namespace detail {
 
 template <class V, int rows, int columns, class A = ElementOf<V>>
-void lane_kernel(const LaneOperand<A>& a, const LaneOperand<A>& b, std::int64_t steps, const LaneResult<A>& c, bool add) {
-  // Copies: the stores below could otherwise change the operands.
-  A* const target = c.data;
-  const std::int64_t target_row = c.row;
-  const std::int64_t target_column = c.column;
-  const std::int64_t left_row = a.row;
-  const std::int64_t right_row = b.row;
-  const std::int64_t left_step = a.step;
-  const std::int64_t right_step = b.step;
+void lane_kernel(LaneOperand<A> a, LaneOperand<A> b, std::int64_t steps, LaneResult<A> c, bool add) {
   V sums[rows][columns] = {};
   if (add) {
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 8
       for (int j = 0; j < columns; ++j) {
-        sums[i][j] = load<V>(target + i * target_row + j * target_column);
+        sums[i][j] = load<V>(c.data + i * c.row + j * c.column);
       }
     }
   }
-  const A* left = a.data;
-  const A* right = b.data;
   for (std::int64_t k = 0; k < steps; ++k) {
     V vectors[columns];
 #pragma GCC unroll 8
     for (int j = 0; j < columns; ++j) {
-      vectors[j] = load<V>(right + j * right_row);
+      vectors[j] = load<V>(b.data + j * b.row);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
-      const V vector = load<V>(left + i * left_row);
+      const V vector = load<V>(a.data + i * a.row);
 #pragma GCC unroll 8
       for (int j = 0; j < columns; ++j) {
         sums[i][j] = fma(vector, vectors[j], sums[i][j]);
       }
     }
-    left += left_step;
-    right += right_step;
+    a.data += a.step;
+    b.data += b.step;
   }
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 8
     for (int j = 0; j < columns; ++j) {
-      store(target + i * target_row + j * target_column, sums[i][j]);
+      store(c.data + i * c.row + j * c.column, sums[i][j]);
     }
   }
 }
 
 template <class A>
-using LaneKernel = void (*)(const LaneOperand<A>&, const LaneOperand<A>&, std::int64_t, const LaneResult<A>&, bool);
+using LaneKernel = void (*)(LaneOperand<A>, LaneOperand<A>, std::int64_t, LaneResult<A>, bool);
 
 template <class V, int... index>
 constexpr auto make_lane_kernels(std::integer_sequence<int, index...>) {

@@ -266,7 +266,7 @@ inline void narrow_partial(T* target, VecN<AccumulatorOf<T>, n> value, std::int6
   store_partial(reinterpret_cast<detail::BitsOf<T>*>(target), detail::narrow_bits<T, n>(value), count);
 }
 
-// The same by the number of elements there are, of a vector.
+// A vector of elements, or its first `count`, where fewer than a vector are left.
 template <class T>
 inline Vec<AccumulatorOf<T>> read_vector(const T* source, std::int64_t count) {
   constexpr int n = kLanes<AccumulatorOf<T>>;
