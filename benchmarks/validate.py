@@ -12,11 +12,13 @@ import math
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from . import rivals
 from .workloads import PAIRWISE, Workload
 
 SAMPLES = 64
+SMALL_MAP = 2**20  # up to this many weights, the sums over whole rows are computed in float64 too
 # Added to twice eager's error: the relative L2 error that the dtype's own rounding explains at any size, measured
 # against float64 of the same, already rounded, inputs.
 FLOOR = {"float64": 1e-12, "float32": 2e-6, "bfloat16": 4e-3, "float16": 5e-4}
@@ -26,27 +28,67 @@ FLOOR = {"float64": 1e-12, "float32": 2e-6, "bfloat16": 4e-3, "float16": 5e-4}
 ALONE = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 4e-2, "float16": 5e-3}
 ROUNDING = {"float64": 2e-16, "float32": 1e-7, "bfloat16": 1e-7, "float16": 1e-7}  # energies are kept in float32
 GROSS = 0.1  # a rival whose relative error is above this computes something else
+ZERO = 1e-12  # below this share of the terms that cancel in it, a float64 gradient is zero but for its own rounding
 
 
 class WrongResult(RuntimeError):
     """A formulation's result is not the attention it should be."""
 
 
+class _Uncentred(TorchFunctionMode):
+    """Softmax whose backward leaves out the subtraction of sum(P dP): the first of the two terms that cancel in it."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.softmax:
+            energy = args[0]
+            return torch.exp(energy - energy.logsumexp(-1, keepdim=True).detach())
+        return func(*args, **(kwargs or {}))
+
+
 def _flat64(tensor: Tensor) -> Tensor:
     return tensor.detach().flatten(2).double()
 
 
+def _scale_of_zero(gradient: Tensor, terms: Tensor) -> float:
+    """The norm of the cancelling terms where the gradient is zero in exact arithmetic (a softmax over one key, or over
+    equal ones), and its own norm is rounding; 0 where an error relative to the gradient itself has a meaning."""
+    size = float(terms.norm())
+    return size if float(gradient.norm()) <= ZERO * size else 0.0
+
+
 def expected(workload: Workload, leaves: dict[str, Tensor], grad_output: Tensor, seed: int = 0) -> dict[str, Tensor]:
-    """What any formulation's results are compared with: float64 tensors, on the leaves' device."""
+    """What any formulation's results are compared with: float64 tensors, on the leaves' device, and in ``scales`` what
+    the error of a gradient is relative to at least, by the gradient's name in :func:`errors`."""
     if workload.op in PAIRWISE:
         return _expected_position(leaves["query"], leaves["key"], leaves["value"], grad_output, seed)
-    inputs = [leaf.detach().double().requires_grad_() for leaf in leaves.values()]
-    output = rivals.formulation("eager", workload.op)(*inputs)
-    gradients = torch.autograd.grad(output, inputs, grad_output.double())
-    reference = {"output": output.detach(), **dict(zip(leaves, gradients, strict=True))}
+    inputs = {name: leaf.detach().double() for name, leaf in leaves.items()}
+    if workload.op == "rcca":
+        inputs["gamma"] = inputs["gamma"].expand(grad_output.shape).contiguous()  # its gradient by elements
+    output, gradients = _eager64(workload, inputs, grad_output)
+    reference = {"output": output.detach(), **gradients, "scales": {}}
+    if workload.op == "rcca":
+        # One number, a sum of terms of both signs, which by chance cancel to any degree. The terms' rounding errors are
+        # independent, so the sum's has a standard deviation of the dtype's rounding times the terms' L2 norm. A single
+        # draw, unlike a norm over many, often reaches two standard deviations, and eager's own draw may be near zero.
+        reference["gamma"] = gradients["gamma"].sum().view(1)
+        reference["scales"]["grad_gamma"] = 2 * float(gradients["gamma"].norm())
+    # Joined with their weights in the comparison, biases need no scale: the key's always has gradient zero.
+    sizes = {name: float(gradient.norm()) for name, gradient in gradients.items() if not name.endswith("_bias")}
+    if min(sizes.values()) < 1e-6 * max(sizes.values()):
+        with _Uncentred():
+            _, terms = _eager64(workload, inputs, grad_output)
+        for name in sizes.keys() - {"gamma"}:
+            reference["scales"][f"grad_{name}"] = _scale_of_zero(gradients[name], terms[name])
     if workload.op == "channel":
-        reference["energy"] = inputs[0].detach().flatten(2).square().sum(-1).max()  # the largest entry of X X^T
+        reference["energy"] = inputs["input"].flatten(2).square().sum(-1).max()  # the largest entry of X X^T
     return reference
+
+
+def _eager64(workload: Workload, inputs: dict[str, Tensor], grad_output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+    output = rivals.formulation("eager", workload.op)(*leaves.values())
+    gradients = torch.autograd.grad(output, list(leaves.values()), grad_output.double())
+    return output, dict(zip(leaves, gradients, strict=True))
 
 
 def _expected_position(query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor, seed: int) -> dict[str, Tensor]:
@@ -60,15 +102,21 @@ def _expected_position(query: Tensor, key: Tensor, value: Tensor, grad_output: T
     attention = torch.softmax(q.transpose(1, 2) @ k, dim=-1)  # (B, samples, N)
     grad_attention = g.transpose(1, 2) @ v
     centred = grad_attention - (attention * grad_attention).sum(-1, keepdim=True)
-    return {
+    grad_query = k @ (attention * centred).transpose(1, 2)
+    reference = {
         "index": index,
         "key_index": key_index,
         "output": v @ attention.transpose(1, 2),
-        "query": k @ (attention * centred).transpose(1, 2),
+        "query": grad_query,
+        "scales": {"grad_query": _scale_of_zero(grad_query, k @ (attention * grad_attention).transpose(1, 2))},
         "logsumexp": _logsumexp(
             query, key, torch.float32 if n > 8192 and query.dtype != torch.float64 else torch.float64
         ),
     }
+    if n * m <= SMALL_MAP:
+        whole = torch.softmax(_flat64(query).transpose(1, 2) @ k, dim=-1)
+        reference["row_sums"] = (whole * (_flat64(grad_output).transpose(1, 2) @ v)).sum(-1)
+    return reference
 
 
 def _logsumexp(query: Tensor, key: Tensor, dtype: torch.dtype) -> Tensor:
@@ -87,37 +135,49 @@ def errors(
     output: Tensor,
     gradients: tuple[Tensor, ...],
 ) -> dict[str, float]:
-    """||x - reference|| / ||reference|| of the output and of each gradient, and the largest energy."""
+    """||x - reference|| / ||reference|| of the output and of each gradient, and the largest energy.
+
+    Where a gradient cancels to nothing, the error is relative to the terms that cancel (``scales`` of
+    :func:`expected`): any rounding is infinitely large beside zero.
+    """
     if output.shape != grad_output.shape:
         raise WrongResult(f"{workload.label}: output has shape {list(output.shape)}, not {list(grad_output.shape)}")
     got = dict(zip(leaves, gradients, strict=True))
     if workload.op in PAIRWISE:
-        pairs = _position_pairs(leaves, grad_output, reference, output, got)
+        pairs, scales = _position_pairs(leaves, grad_output, reference, output, got)
     else:
+        scales = reference["scales"]
         pairs = {"output": (output, reference["output"])}
         pairs |= {f"grad_{name}": (gradient, reference[name]) for name, gradient in got.items()}
         pairs = _with_biases_joined(pairs)
-    found = {name: _relative_error(*pair) for name, pair in pairs.items()}
+    found = {name: _relative_error(*pair, scales.get(name, 0.0)) for name, pair in pairs.items()}
     return found | {"energy": float(reference.get("energy", 0.0))}
 
 
-def _position_pairs(leaves, grad_output, reference, output, got) -> dict[str, tuple[Tensor, Tensor]]:
+def _position_pairs(
+    leaves, grad_output, reference, output, got
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, float]]:
     q, g = _flat64(leaves["query"]), _flat64(grad_output)
     k, v = (_flat64(leaves[name]).index_select(2, reference["key_index"]) for name in ("key", "value"))
     attention = torch.exp(q.transpose(1, 2) @ k - reference["logsumexp"].unsqueeze(-1))  # (B, N, samples)
-    # The row sums of attention * grad_attention equal grad_output . output; the output's own sample was compared above.
-    row_sums = (g * _flat64(output)).sum(1).unsqueeze(-1)
-    grad_energy = attention * (g.transpose(1, 2) @ v - row_sums)
+    # The row sums of attention * grad_attention equal grad_output . output, which would need the whole map otherwise;
+    # the output's own sample was compared above. Rounded to 16 bits it hides a gradient that cancels to nothing.
+    row_sums = reference["row_sums"] if "row_sums" in reference else (g * _flat64(output)).sum(1)
+    row_sums = row_sums.unsqueeze(-1)
+    grad_attention = g.transpose(1, 2) @ v
+    grad_key = q @ (attention * (grad_attention - row_sums))
+    scales = reference["scales"] | {"grad_key": _scale_of_zero(grad_key, q @ (attention * grad_attention))}
 
     def sample(tensor: Tensor, index: str) -> Tensor:
         return tensor.flatten(2).index_select(2, reference[index])
 
-    return {
+    pairs = {
         "output": (sample(output, "index"), reference["output"]),
         "grad_query": (sample(got["query"], "index"), reference["query"]),
-        "grad_key": (sample(got["key"], "key_index"), q @ grad_energy),
+        "grad_key": (sample(got["key"], "key_index"), grad_key),
         "grad_value": (sample(got["value"], "key_index"), g @ attention),
     }
+    return pairs, scales
 
 
 def _with_biases_joined(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -135,11 +195,11 @@ def _with_biases_joined(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tu
     }
 
 
-def _relative_error(result: Tensor, reference: Tensor) -> float:
+def _relative_error(result: Tensor, reference: Tensor, scale: float = 0.0) -> float:
     result = result.detach().double()
     if not bool(torch.isfinite(result).all()):
         return math.inf
-    norm = float(reference.norm())
+    norm = max(float(reference.norm()), scale)
     difference = float((result - reference).norm())
     return difference / norm if norm else difference
 
