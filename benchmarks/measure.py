@@ -143,11 +143,12 @@ class DeviceTimer:
     """Seconds of one call between two device events, the L2 cache flushed before it and the host's launches hidden.
 
     Before the first event come a write of a buffer of twice the L2's size and a kernel that only waits. While it waits
-    the host enqueues the whole call, so that the events enclose the device's work and not the gaps in which it would have
-    waited for the next launch. The wait follows the time that the host took to enqueue the call before; the first one
-    is long enough for a forward and backward of eager PyTorch. ``hidden`` says whether the last call was enqueued in time:
-    the first event was still pending then. A call that itself waits for the device never is, because the host goes on
-    only when the wait is over, and its figure holds the host's time; neither is one beyond ``LONGEST`` seconds.
+    the host enqueues the whole call, so the events enclose the device's work without gaps between launches. The wait is
+    a multiple of the time that the host took to enqueue the call before; the first wait is long enough for a forward
+    and backward of eager PyTorch. ``hidden`` says whether the last call was enqueued in time, that is, whether the first
+    event was still pending when the host was done. A call that synchronises itself is never hidden, because its host code
+    continues only after the wait; its figure includes host time. So does that of a call whose launches take the host
+    more than ``LONGEST`` seconds.
     """
 
     FIRST, SHORTEST, LONGEST = 5e-3, 1e-3, 20e-3  # seconds of waiting

@@ -98,10 +98,9 @@ def sdpa_position_by(backend: str, query: Tensor, key: Tensor, value: Tensor) ->
 def sdpa_position_split(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """The same through SDPA's flash backend, which wants query, key and value of one width of at most 256 channels.
 
-    The value's channels are cut into parts of at most 256, each a head, and all heads share the query and the key,
-    which are padded with zeros to the width of a part: the flash kernels run once, and pass over the keys once for each
-    part. The scale stays that of the unpadded query. Raises RuntimeError where the backend refuses, ValueError where the
-    query alone is wider than 256.
+    The value's channels are cut into parts of at most 256, each a head. All heads share the query and the key, padded
+    with zeros to the width of a part. One call passes over the keys once for each part. The scale stays that of the
+    unpadded query. Raises RuntimeError where the backend refuses, ValueError where the query is wider than 256.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -157,9 +156,9 @@ def flex_options(value: Tensor) -> dict | None:
     """FlexAttention's ``kernel_options`` for a (B,C,*S) value: on a GPU, tiles that fit a block's shared memory.
 
     Flex chooses tiles by the query's width, 64 here, and then has no room for 512 value channels: 3 stages of 128 keys
-    are 384 KiB. One stage of 64 queries and 32 keys fits; in float32 half of that. The names with 1 are those of the
-    kernel of grad_key and grad_value, which keeps N1 keys and walks M1 queries, those with 2 of grad_query's, which keeps
-    M2 queries and walks N2 keys. Eight warps, because the accumulator of 64 x 512 takes half of their registers.
+    are 384 KiB. One stage of 64 queries and 32 keys fits; in float32 half of that. M1 and N1 belong to the kernel of
+    grad_key and grad_value, which keeps N1 keys and walks M1 queries at a time; M2 and N2 to that of grad_query, which
+    keeps M2 queries and walks N2 keys. Eight warps, because an accumulator of 64 x 512 takes half of their registers.
     """
     if not value.is_cuda or value.shape[1] <= 256:
         return None
@@ -256,8 +255,8 @@ def sdpa_backend(workload: Workload, device: str | torch.device) -> str:
 
 
 def needed_bytes(workload: Workload, rival: str, device: str | torch.device = "cpu") -> int:
-    """:func:`~benchmarks.workloads.peak_bytes` on ``device``: ``sdpa`` is charged for maps where PyTorch chooses its math
-    path there, and for none where a fused backend takes the workload."""
+    """:func:`~benchmarks.workloads.peak_bytes` on ``device``: ``sdpa`` is charged for maps if PyTorch chooses its math
+    path there, and for none if a fused backend takes the workload."""
     if rival == "sdpa":
         return peak_bytes(workload, rival, sdpa_backend(workload, device))
     return peak_bytes(workload, rival)
