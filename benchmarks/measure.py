@@ -145,10 +145,10 @@ class DeviceTimer:
     Before the first event come a write of a buffer of twice the L2's size and a kernel that only waits. While it waits
     the host enqueues the whole call, so the events enclose the device's work without gaps between launches. The wait is
     a multiple of the time that the host took to enqueue the call before; the first wait is long enough for a forward
-    and backward of eager PyTorch. ``hidden`` says whether the last call was enqueued in time, that is, whether the first
-    event was still pending when the host was done. A call that synchronises itself is never hidden, because its host code
-    continues only after the wait; its figure includes host time. So does that of a call whose launches take the host
-    more than ``LONGEST`` seconds.
+    and backward of eager PyTorch. ``hidden`` says whether the last call was enqueued in time: whether the first event
+    was still pending when the host was done. A call that synchronises itself is never hidden, because its host code
+    continues only after the wait; its figure includes host time. So does the figure of a call whose launches take the
+    host more than ``LONGEST`` seconds.
     """
 
     FIRST, SHORTEST, LONGEST = 5e-3, 1e-3, 20e-3  # seconds of waiting

@@ -109,9 +109,8 @@ class Runner:
     def _start(self, workload, name, path, to_come, eager_errors) -> tuple[dict, CellProcess | None]:
         """A checked cell with its memory measured, or the record of why there is none."""
         if rivals.uses_compiler(name) and workload.positions * workload.batch < self.options.compile_from:
-            return self._record(
-                workload, name, "skipped", f"not compiled below {self.options.compile_from} positions"
-            ), None
+            reason = f"not compiled below {self.options.compile_from} positions"
+            return self._record(workload, name, "skipped", reason), None
         available = measure.available_bytes(self.options.device)
         reason = self.schedule.verdict(workload, name, available, to_come)
         if reason:

@@ -175,8 +175,8 @@ FLASH_WIDTH = 256  # channels at most in a head of SDPA's flash backend
 
 
 def split_heads(inner: int, outer: int) -> tuple[int, int]:
-    """(number of parts, their padded width) of ``outer`` value channels in heads of SDPA's flash backend, which also hold
-    the query's and the key's ``inner`` channels: as few parts as there can be, of a multiple of 8 channels each.
+    """(number of parts, their padded width) of ``outer`` value channels in heads of SDPA's flash backend, each of which
+    also holds the ``inner`` channels of query and key: as few parts as possible, of a multiple of 8 channels each.
 
     Raises:
         ValueError: where the query is wider than a head can be.
@@ -188,9 +188,9 @@ def split_heads(inner: int, outer: int) -> tuple[int, int]:
 
 
 def split_bytes(workload: Workload) -> int:
-    """Bytes that ``sdpa_flash_split`` needs beyond operands and results, padded to heads of one width: query and key once,
-    and for each part value, output, grad_output and the gradients of query, key and value; on a GPU grad_query also
-    as a float32 sum."""
+    """Bytes that ``sdpa_flash_split`` needs beyond operands and results: query and key once and, for each part, value,
+    output, grad_output and the gradients of query, key and value, all padded to one width; and, as on a GPU, grad_query
+    in float32."""
     inner, outer = workload.widths
     parts, width = split_heads(min(inner, FLASH_WIDTH), outer)
     queries, keys = workload.positions * workload.batch, workload.keys * workload.batch

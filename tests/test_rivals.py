@@ -15,7 +15,7 @@ FAR = Workload("position", 128, 256, "bfloat16")
 
 class TestBackendOfSdpa:
     def test_on_a_cpu(self):
-        """Its flash backend takes equal widths only, in every dtype: Non-local and ANN; the others get the math path."""
+        """Its flash backend takes equal widths only, in every dtype: Non-local and ANN; position gets the math path."""
         for op, expected in (("position", "MATH"), ("non_local", "FLASH_ATTENTION"), ("ann", "FLASH_ATTENTION")):
             for dtype in workloads.DTYPES:
                 assert rivals.sdpa_backend(Workload(op, 20, 30, dtype), "cpu") == expected
@@ -40,7 +40,7 @@ class TestBackendOfSdpa:
 
     @pytest.mark.parametrize("fused", ["FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"])
     def test_a_fused_backend_is_charged_for_no_map(self, fused, monkeypatch):
-        """128 x 256, B = 8, is 99 GiB on the math path: more than an H100 has, though a fused backend needs 4% of it."""
+        """128 x 256, B = 8, needs 99 GiB of maps on the math path, and none on a fused backend."""
         many = dataclasses.replace(FAR, batch=8)
         maps = int(workloads.LIVE_MAPS["sdpa"] * workloads.map_bytes(many, "sdpa"))
         charged = workloads.peak_bytes(many, "sdpa")
@@ -60,8 +60,15 @@ class TestBackendOfSdpa:
 class TestFlashInParts:
     @pytest.mark.parametrize(
         "inner, outer, expected",
-        [(64, 512, (2, 256)), (64, 513, (3, 176)), (256, 256, (1, 256)), (256, 300, (2, 256)), (20, 300, (2, 152)), (1, 1, (1, 8))],
-    )  # fmt: skip
+        [
+            (64, 512, (2, 256)),
+            (64, 513, (3, 176)),
+            (256, 256, (1, 256)),
+            (256, 300, (2, 256)),
+            (20, 300, (2, 152)),
+            (1, 1, (1, 8)),
+        ],
+    )
     def test_parts(self, inner, outer, expected):
         assert workloads.split_heads(inner, outer) == expected
 
