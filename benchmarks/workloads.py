@@ -52,6 +52,13 @@ class Workload:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 (got {getattr(self, name)})")
 
+    @classmethod
+    def of(cls, record: dict) -> Workload:
+        """The workload of a cell's record (``benchmarks.run.record``)."""
+        shared = {name: record[name] for name in ("op", "height", "width", "dtype", "batch", "channels")}
+        widths_follow_channels = record["op"] in ("channel", "non_local", "ann")
+        return cls(**shared) if widths_follow_channels else cls(**shared, key_channels=record["query_channels"])
+
     @property
     def positions(self) -> int:
         return self.height * self.width
@@ -117,6 +124,11 @@ class Workload:
     def result_bytes(self) -> int:
         """Output and gradients, which every rival must produce."""
         return self.operand_bytes()
+
+    def least_bytes(self) -> tuple[int, int]:
+        """Bytes that a forward and a backward must move: inputs and output once; inputs, grad_output and gradients once."""
+        inputs = self.itemsize * sum(prod(shape) for shape in self.leaves().values())
+        return self.operand_bytes(), self.operand_bytes() + inputs
 
 
 def flops(workload: Workload) -> tuple[int, int]:
