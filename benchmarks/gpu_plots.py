@@ -1,6 +1,6 @@
 """Pictures of the GPU suite's JSON, drawn on any machine: ``python -m benchmarks.gpu_plots report/gpu/gpu.json``.
 
-For each op family three pictures are drawn beside the JSON, with a row for each workload and a panel each for forward and
+Three pictures of each op family are drawn beside the JSON, with a row for each workload and a panel for forward and for
 backward: ``FAMILY-throughput.png`` (every rival's TFLOP/s against what a large matrix product reaches on that device),
 ``FAMILY-rivals.png`` (every rival's time over the fused op's) and ``FAMILY-bound.png`` (the fused op's time over its
 bound). Only cells of the sources that were measured last are drawn. Exit status 1 where there is nothing to draw.
@@ -63,7 +63,7 @@ def flop_ceiling(ceilings: dict, dtype: str) -> float | None:
 
 
 def bound(entry: dict, kind: str, ceilings: dict) -> tuple[float, str] | None:
-    """(least seconds of a cell, what decides them): FLOP over the ceiling of its dtype, or bytes over that of a copy."""
+    """(least seconds of a cell, what decides them): FLOP over the dtype's ceiling, or bytes over a copy's."""
     by_flop, copy = flop_ceiling(ceilings, entry["dtype"]), ceilings.get("copy_bytes_per_second")
     if not by_flop or not copy:
         return None

@@ -126,7 +126,7 @@ class Workload:
         return self.operand_bytes()
 
     def least_bytes(self) -> tuple[int, int]:
-        """Bytes that a forward and a backward must move: inputs and output once; inputs, grad_output and gradients once."""
+        """Bytes that a forward must move, inputs and output once, and a backward, inputs, grad_output and gradients."""
         inputs = self.itemsize * sum(prod(shape) for shape in self.leaves().values())
         return self.operand_bytes(), self.operand_bytes() + inputs
 
