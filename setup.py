@@ -16,8 +16,7 @@ import json
 import os
 import platform
 import re
-import shutil
-import subprocess
+import runpy
 from pathlib import Path
 
 from setuptools import setup
@@ -25,22 +24,10 @@ from setuptools import setup
 ROOT = Path(__file__).parent.resolve()
 
 
-def find_cuda_toolkit() -> tuple[str | None, str]:
-    """The toolkit's folder and how it was found. nvcc is asked, because on PATH it may be a wrapper script, whose
-    own folder says nothing about the toolkit."""
-    if home := os.environ.get("CUDA_HOME"):
-        return home, "CUDA_HOME"
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        return None, "no nvcc on PATH and CUDA_HOME is not set"
-    dry_run = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True, check=False)
-    top = re.search(r"^#\$ TOP=(.+)$", dry_run.stderr + dry_run.stdout, re.MULTILINE)
-    if top is None:
-        return None, f"`{nvcc} --dryrun` did not tell where the toolkit is"
-    return os.path.realpath(top.group(1).strip()), "nvcc --dryrun"
-
-
-CUDA_TOOLKIT, CUDA_TOOLKIT_SOURCE = find_cuda_toolkit()
+# By path: importing the package would import torch, and load the libraries that are about to be replaced.
+build_tools = runpy.run_path(str(ROOT / "segattn_ops" / "_build_tools.py"))
+SOURCES = build_tools["fingerprint"](ROOT)
+CUDA_TOOLKIT, CUDA_TOOLKIT_SOURCE = build_tools["find_cuda_toolkit"]()
 if CUDA_TOOLKIT is not None:
     os.environ["CUDA_HOME"] = CUDA_TOOLKIT  # before torch guesses
 
@@ -89,7 +76,10 @@ def sources(folder: str, *suffixes: str) -> list[str]:
 
 
 def headers() -> list[str]:
-    return [str(path) for suffix in ("h", "cuh") for path in sorted((ROOT / "csrc").rglob(f"*.{suffix}"))]
+    """What every library is built anew for: the headers, and the flags in this file."""
+    return ["setup.py"] + [
+        str(path) for suffix in ("h", "cuh") for path in sorted((ROOT / "csrc").rglob(f"*.{suffix}"))
+    ]
 
 
 def wanted_instruction_sets() -> dict[str, list[str]]:
@@ -175,7 +165,16 @@ class Build(BuildExtension):
     def run(self) -> None:
         super().run()
         package = ROOT / "segattn_ops" if self.inplace else Path(self.build_lib) / "segattn_ops"
+        build_info["sources"] = self.sources_of_libraries(package)
         (package / "_build_info.json").write_text(json.dumps(build_info, indent=1) + "\n")
+
+    def sources_of_libraries(self, package: Path) -> dict[str, str]:
+        """The fingerprint of the sources of each library in the folder; one that was not part of this build keeps its
+        own."""
+        path = package / "_build_info.json"
+        earlier = json.loads(path.read_text()).get("sources", {}) if path.exists() else {}
+        built = {ext.name.rpartition(".")[2]: SOURCES for ext in self.extensions}
+        return {name: mark for name, mark in (earlier | built).items() if (package / f"{name}.abi3.so").exists()}
 
 
 setup(

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import statistics
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
-from . import features, measure, rivals, run, validate
+from . import features, measure, native, rivals, run, validate
 from .workloads import DTYPES, Workload
 
 ROUNDS = 25
-SECONDS = 2.0  # of repeats, for one cell and kind
+SECONDS = 0.5  # of repeats, for one cell and kind: 25 rounds of 20 ms, and what takes longer varies less
 
 
 class DeviceCell:
@@ -59,8 +61,26 @@ class DeviceCell:
         weights = {f"grad_{name}" for name in self.leaves if not _has_batch(self.workload, name)}
         return {name: error for name, error in found.items() if name not in weights}
 
+    def learn_eager(self) -> None:
+        """Eager's errors, which are the measure of the fused op's; it leaves them unknown where eager does not run."""
+        leaves = tuple(self.leaves.values())
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            output = rivals.formulation("eager", self.workload.op)(*leaves)
+            gradients = torch.autograd.grad(output, leaves, self.grad_output)
+            self.eager_errors = self.errors(output, gradients)
+
     def measure(self, rival: str) -> dict:
-        """Errors, extra memory, and seconds of forward, backward and both; raises what the rival raises."""
+        """Errors, extra memory, seconds of forward, backward and both, and in which of them the device waited for the
+        host. Raises what the rival raises, and ``NotNative`` for the fused op without its kernels."""
+        if rival != "fused":
+            return self._measure(rival)
+        native.require_native(self.device.type)
+        from segattn_ops import use_backend
+
+        with use_backend("native"):
+            return self._measure(rival)
+
+    def _measure(self, rival: str) -> dict:
         leaves = tuple(self.leaves.values())
         function = rivals.formulation(rival, self.workload.op)
 
@@ -86,20 +106,32 @@ class DeviceCell:
         if rival == "fused":
             validate.check(self.workload, "segattn_ops", found, self.eager_errors)
         del output, gradients
-        timings = {"forward": self._repeat(forward), "forward_backward": self._repeat(forward_backward)}
-        timings["backward"] = self._backward(function, leaves)
-        if graph := self._captured(forward):
-            timings["forward_graph"] = self._repeat(graph.replay)
-        return {"errors": found, "memory": memory} | {
-            kind: measure.Timing(tuple(seconds)).as_dict() for kind, seconds in timings.items()
+        kinds = {
+            "forward": lambda: self._repeat(forward),
+            "forward_backward": lambda: self._repeat(forward_backward),
+            "backward": lambda: self._backward(function, leaves),
         }
+        if graph := self._captured(forward):
+            kinds["forward_graph"] = lambda: self._repeat(graph.replay)
+        timings, exposed = {}, []
+        for kind, repeat in kinds.items():
+            self.hidden = True
+            timings[kind] = measure.Timing(tuple(repeat())).as_dict()
+            exposed += [] if self.hidden else [kind]
+        return {"errors": found, "memory": memory, "host_exposed": exposed} | timings
+
+    def _timed(self, function) -> float:
+        """Seconds of one call. ``hidden`` becomes False where the device waited for the host in it."""
+        seconds = self.time(function)
+        self.hidden &= getattr(self.time, "hidden", True)
+        return seconds
 
     def _repeat(self, function) -> list[float]:
         first = self.time(function)
         rounds = int(min(max(SECONDS / first, 3), ROUNDS))
         gc.disable()
         try:
-            return [self.time(function) for _ in range(rounds)]
+            return [self._timed(function) for _ in range(rounds)]
         finally:
             gc.enable()
 
@@ -108,7 +140,7 @@ class DeviceCell:
         seconds = []
         while len(seconds) < 3 or (len(seconds) < ROUNDS and sum(seconds) < SECONDS):
             output = function(*leaves)
-            seconds.append(self.time(lambda output=output: torch.autograd.grad(output, leaves, self.grad_output)))
+            seconds.append(self._timed(lambda output=output: torch.autograd.grad(output, leaves, self.grad_output)))
         return seconds
 
     def _captured(self, forward) -> torch.cuda.CUDAGraph | None:
@@ -129,23 +161,20 @@ def _has_batch(workload: Workload, name: str) -> bool:
     return workload.op != "rcca" or name == "input"
 
 
-def cell_record(workload: Workload, rival: str, cell: DeviceCell | None, device: torch.device) -> dict:
-    """The record of one rival: measured, or skipped, failed or wrong with the reason."""
-    entry = run.record(workload, rival, "measured")
+def cell_record(workload: Workload, rival: str, cell: Callable[[], DeviceCell], device: torch.device) -> dict:
+    """The record of one rival in the cell that ``cell()`` makes: measured, failed or wrong, with the reason."""
+    entry = run.record(workload, rival, "measured", device=device)
     try:
-        if cell is None:
-            raise RuntimeError("its operands could not be made")
-        return entry | cell.measure(rival)
+        return entry | cell().measure(rival)
+    except native.NotNative:
+        raise  # no fact about this cell
     except validate.WrongResult as wrong:
         return entry | {"status": "wrong", "reason": str(wrong)}
     except torch.cuda.OutOfMemoryError as error:
-        return entry | {"status": "failed", "reason": f"out of memory: {str(error).splitlines()[0]}"}
+        return entry | {"status": "failed", "reason": f"out of memory: {str(error).splitlines()[0]}"[:300]}
     except Exception as error:  # a rival's refusal is a line of the report, whatever it raises
-        return entry | {"status": "failed", "reason": f"{type(error).__name__}: {str(error).splitlines()[0]}"[:300]}
-    finally:
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        return entry | {"status": "failed", "reason": reason[:300]}
 
 
 def sdpa_choice(workload: Workload, device: torch.device) -> dict[str, str]:
@@ -171,19 +200,21 @@ def sdpa_choice(workload: Workload, device: torch.device) -> dict[str, str]:
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
-    """What the device reaches: bytes/s of a copy (read + written), FLOP/s of large products of random matrices."""
-    timer = measure.DeviceTimer(device)
+    """What the device reaches: bytes/s of a copy (read + written), FLOP/s of large products of random matrices; on a
+    CPU, of small ones, which rehearses the code and is no figure."""
+    on_device = device.type == "cuda"
+    timer = measure.DeviceTimer(device) if on_device else measure.time_host
 
     def median(function) -> float:
         function()
         return statistics.median(timer(function) for _ in range(15))
 
-    source = torch.randn(2**29, device=device)  # 2 GiB
+    source = torch.randn(2**29 if on_device else 2**20, device=device)  # 2 GiB
     target = torch.empty_like(source)
     seconds = median(functools.partial(target.copy_, source))
     found = {"copy_bytes_per_second": 2 * source.numel() * source.element_size() / seconds}
     del source, target
-    n = 8192
+    n = 8192 if on_device else 256
     allowed = torch.backends.cuda.matmul.allow_tf32
     for name, dtype, tf32 in (
         ("bfloat16", torch.bfloat16, False),

@@ -1,6 +1,7 @@
 """Runs one op family's kernels on small odd shapes, against the reference: what compute-sanitizer and ncu look at.
 
-``python -m benchmarks.gpu_driver --op position [--size 9x11] [--dtypes bfloat16,float32] [--check | --once]``
+``python -m benchmarks.gpu_driver --op position [--size 9x11] [--dtypes bfloat16,float32] [--once]``. Exit status 1:
+a result is wrong; 2: the package's kernels for the device are not loaded.
 """
 
 from __future__ import annotations
@@ -10,21 +11,17 @@ import sys
 
 import torch
 
-from segattn_ops import use_backend
-
-from . import features, rivals, validate
+from . import features, native, rivals, validate
+from .gpu_work import FAMILIES
 from .workloads import DTYPES, Workload, parse_size
 
-FAMILIES = {
-    "position": ("position", "non_local", "ann"),
-    "criss-cross": ("criss_cross", "rcca"),
-    "channel": ("channel",),
-}
 SMALL = ((9, 11), (1, 33), (17, 1), (1, 1))
 
 
 def exercise(workload: Workload, device: torch.device, check: bool) -> None:
     """Forward and backward of the native kernels; ``check`` compares with float64 under the tolerance rule."""
+    from segattn_ops import use_backend
+
     x = torch.randn(workload.batch, workload.channels, workload.height, workload.width, device=device).relu()
     leaves = {name: leaf.requires_grad_() for name, leaf in features.operands(workload, x).items()}
     grad_output = features.grad_output(workload, device=device)
@@ -32,6 +29,8 @@ def exercise(workload: Workload, device: torch.device, check: bool) -> None:
     with use_backend("native"):
         output = rivals.formulation("fused", workload.op)(*operands)
         gradients = torch.autograd.grad(output, operands, grad_output)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # an error of these kernels is theirs, and not of the comparison's
     if not check:
         return
     expected = validate.expected(workload, leaves, grad_output)
@@ -54,17 +53,32 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--once", action="store_true", help="no comparison: the package's kernels and nothing else")
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
-    for dtype in arguments.dtypes.split(","):
-        if dtype not in DTYPES:
-            parser.error(f"dtypes must be from {', '.join(DTYPES)} (got {dtype!r})")
+    dtypes = arguments.dtypes.split(",")
+    if unknown := [dtype for dtype in dtypes if dtype not in DTYPES]:
+        parser.error(f"dtypes must be from {', '.join(DTYPES)} (got {unknown[0]!r})")
+    try:
+        native.require_native(device.type)
+    except native.NotNative as missing:
+        print(f"gpu_driver: {missing}")
+        return 2
+    torch.manual_seed(0)
+    wrong = 0
+    for dtype in dtypes:
         for op in FAMILIES[arguments.op]:
             for height, width in arguments.size or SMALL:
                 workload = Workload(
                     op, height, width, dtype, arguments.batch, arguments.channels, arguments.key_channels
                 )
-                exercise(workload, device, not arguments.once)
-                print(f"{workload.label}: right" if not arguments.once else workload.label, flush=True)
-    return 0
+                try:
+                    exercise(workload, device, not arguments.once)
+                except validate.WrongResult as error:
+                    wrong += 1
+                    print(f"wrong: {error}", flush=True)
+                else:
+                    print(f"{workload.label}: right" if not arguments.once else workload.label, flush=True)
+    if wrong:
+        print(f"gpu_driver: {wrong} results are wrong")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

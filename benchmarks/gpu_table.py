@@ -1,0 +1,82 @@
+"""The GPU suite's results as Markdown: steps, ceilings, which of SDPA's backends took what, and a row a cell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import measure, report, rivals, validate, workloads
+from .gpu_state import State, key_of
+from .workloads import Workload
+
+COLUMNS = (
+    "op",
+    "size",
+    "B",
+    "dtype",
+    "",
+    "forward ms",
+    "TFLOP/s",
+    "GB/s",
+    "graph ms",
+    "backward ms",
+    "TFLOP/s",
+    "both, x ours",
+    "extra MiB",
+    "error",
+)
+
+
+def table(cells: list[dict]) -> list[list[str]]:
+    """A row a cell: TFLOP/s of the definition, GB/s of the least bytes that must move, time over the fused op's."""
+    order = {name: index for index, name in enumerate(rivals.RIVALS)}
+    ours = {key_of(entry): entry for entry in cells if entry["rival"] == "fused" and entry["status"] == "measured"}
+    rows = []
+    groups = sorted(
+        cells, key=lambda e: (workloads.OPS.index(e["op"]), e["dtype"], e["positions"], e["batch"], order[e["rival"]])
+    )
+    for entry in groups:
+        row = [entry["op"], report.size_of(entry), str(entry["batch"]), entry["dtype"], rivals.TITLES[entry["rival"]]]
+        if entry["status"] != "measured":
+            rows.append([*row, f"{entry['status']}: {entry['reason']}", *[""] * (len(COLUMNS) - len(row) - 1)])
+            continue
+        flop = entry["flop"]
+        forward, backward = entry["forward"]["median"], entry["backward"]["median"]
+        fused = ours.get(key_of(entry | {"rival": "fused"}))
+        graph = entry.get("forward_graph")
+        row += [
+            f"{forward * 1e3:.3f}",
+            f"{flop['forward'] / forward / 1e12:.1f}",
+            f"{Workload.of(entry).least_bytes()[0] / forward / 1e9:.0f}",
+            f"{graph['median'] * 1e3:.3f}" if graph else "",
+            f"{backward * 1e3:.3f}",
+            f"{(flop['forward_backward'] - flop['forward']) / backward / 1e12:.1f}",
+            f"{entry['forward_backward']['median'] / fused['forward_backward']['median']:.2f}" if fused else "",
+            f"{entry['memory']['forward_backward'] / measure.MIB:.1f}" if entry["memory"] else "",
+            f"{validate.worst(entry['errors']):.0e}",
+        ]
+        rows.append(row)
+    return rows
+
+
+def write_table(state: State) -> Path:
+    """A Markdown file beside the JSON: the steps, the ceilings and the table of what these sources were measured at."""
+    facts = state.machine
+    parts = ["# segattn_ops on a GPU", f"{facts.get('gpu')}, CUDA {facts.get('cuda')}, torch {facts.get('torch')}"]
+    steps = [
+        [piece, name, entry["status"], f"{entry.get('seconds', '')}", entry["commit"] or ""]
+        for piece, entries in state.pieces.items()
+        for name, entry in entries.items()
+        if "status" in entry
+    ]
+    parts.append(report.markdown_table(("piece", "step", "status", "s", "commit"), steps))
+    if found := state.pieces.get("ceilings", {}).get("device"):
+        lines = [[name, f"{value / 1e12:.2f}"] for name, value in found.items() if name.endswith("per_second")]
+        parts.append(report.markdown_table(("ceiling", "T/s"), lines))
+    for name, answers in state.pieces.get("sdpa", {}).items():
+        parts.append(f"SDPA, {name}: " + "; ".join(f"{backend}: {answer}" for backend, answer in answers.items()) + ".")
+    parts.append(
+        report.markdown_table(COLUMNS, table([entry for entry in state.cells.values() if state.counts(entry)]))
+    )
+    path = state.path.with_suffix(".md")
+    path.write_text("\n\n".join(parts) + "\n")
+    return path

@@ -1,0 +1,129 @@
+"""The process in which the GPU suite's cells run: answers requests on its standard input, a line of JSON each.
+
+``python -m benchmarks.gpu_worker --device cuda``. After every request the device is synchronised. Where that fails (an
+illegal access ends the CUDA context, and every later call in the process fails with it), the answer says so, and the
+process ends: the suite goes on in another one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import sys
+
+import torch
+
+from . import gpu_cells, measure, native, report, rivals, run, schedule
+from .workloads import Workload
+
+
+class Crashed(RuntimeError):
+    """The device does not answer any more in this process."""
+
+
+class Server:
+    """The requests, as methods. It keeps the operands of the workload at hand, which its rivals share."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.held: gpu_cells.DeviceCell | None = None
+
+    def identify(self) -> dict:
+        """The machine, the device's capability, what was built, and why the libraries do not serve, if so."""
+        import segattn_ops
+
+        capability = torch.cuda.get_device_capability(self.device) if self.device.type == "cuda" else None
+        return {
+            "machine": report.machine(str(self.device), torch.get_num_threads()),
+            "capability": capability,
+            "build": segattn_ops.build_config(),
+            "fault": native.fault(self.device),
+        }
+
+    def require_native(self) -> None:
+        """Raises ``NotNative`` unless the package's kernels for the device are loaded."""
+        native.require_native(self.device.type)
+
+    def cell(self, workload: dict, rival: str, eager_errors: dict | None, run_eager: bool) -> dict:
+        """One cell's record. Without ``eager_errors`` eager runs first, if it may, for the fused op to be compared."""
+        work = Workload(**workload)
+        if reason := self._too_large(work, rival):
+            return run.record(work, rival, "skipped", reason, self.device)
+        if self.held is None or self.held.workload != work:
+            self.held = None
+            self.release()
+        return gpu_cells.cell_record(work, rival, self._cell_of(work, eager_errors, run_eager), self.device)
+
+    def _cell_of(self, work: Workload, eager_errors: dict | None, run_eager: bool):
+        def made() -> gpu_cells.DeviceCell:
+            self.held = self.held or gpu_cells.DeviceCell(work, self.device)
+            self.held.eager_errors = eager_errors or self.held.eager_errors
+            if run_eager and self.held.eager_errors is None and not self._too_large(work, "eager"):
+                self.held.learn_eager()
+            return self.held
+
+        return made
+
+    def _too_large(self, work: Workload, rival: str) -> str | None:
+        # What the operands at hand take is theirs again.
+        held = work.operand_bytes() if self.held is not None and self.held.workload == work else 0
+        needed = rivals.needed_bytes(work, rival, self.device)
+        available = measure.available_bytes(str(self.device)) + held
+        if needed <= schedule.MEMORY_SHARE * available:
+            return None
+        return f"would not fit: needs {needed / schedule.GIB:.1f} GiB, {available / schedule.GIB:.1f} GiB available"
+
+    def sdpa(self, workload: dict) -> dict:
+        return gpu_cells.sdpa_choice(Workload(**workload), self.device)
+
+    def ceilings(self) -> dict:
+        return gpu_cells.ceilings(self.device)
+
+    def release(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def answer(self, name: str, arguments: dict) -> dict:
+        """``{"result": ...}``, ``{"error": reason}``, or, where the device is lost, ``{"crashed": reason}``."""
+        try:
+            answer = {"result": getattr(self, name)(**arguments)}
+        except Exception as error:  # whatever a rival or a probe raises is an answer, and the next request is served
+            answer = {"error": _reason(error)}
+        try:
+            self.synchronize()
+        except RuntimeError as error:
+            return {"crashed": _reason(error)}
+        return answer
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:300]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_worker", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    arguments = parser.parse_args(argv)
+    # What a rival prints must not get between the answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    server = Server(torch.device(arguments.device))
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer = server.answer(request["call"], request["arguments"])
+        answers.write(json.dumps(answer, default=str) + "\n")
+        answers.flush()
+        if "crashed" in answer:
+            os._exit(1)  # without the destructors, which would call the lost device
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
