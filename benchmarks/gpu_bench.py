@@ -34,6 +34,15 @@ class Refused(RuntimeError):
     """The worker answered that it cannot do what was asked."""
 
 
+def result_of(answer: dict) -> dict:
+    """The result in a worker's answer, or what it says went wrong, raised."""
+    if "crashed" in answer:
+        raise WorkerLost(answer["crashed"])
+    if "error" in answer:
+        raise Refused(answer["error"])
+    return answer["result"]
+
+
 class Worker:
     """A ``gpu_worker`` process: started with the first request, and anew with the first after one that lost it."""
 
@@ -70,10 +79,7 @@ class Worker:
             raise
         if "crashed" in answer:
             self.close()
-            raise WorkerLost(answer["crashed"])
-        if "error" in answer:
-            raise Refused(answer["error"])
-        return answer["result"]
+        return result_of(answer)
 
     def _line(self, end: float) -> bytes:
         found = b""

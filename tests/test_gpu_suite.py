@@ -1,16 +1,33 @@
-"""What of the GPU suite needs no GPU: the list of work, resuming, verdicts, tables; cells, on the CPU in its place."""
+"""What of the GPU suite needs no GPU: what is selected, resuming, the build, commands, the plan, the table."""
 
 import json
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gpu_cells, gpu_driver, gpu_suite, report, rivals, run, validate
+from benchmarks import (
+    children,
+    gpu_driver,
+    gpu_pieces,
+    gpu_plan,
+    gpu_state,
+    gpu_suite,
+    gpu_table,
+    native,
+    report,
+    run,
+)
+from benchmarks.children import Finished
+from benchmarks.gpu_work import FAMILIES, RIVALS, SIZES, Selection
 from benchmarks.workloads import OPS, Workload
-from segattn_ops import use_backend
+from segattn_ops import _backend
 
 CPU = torch.device("cpu")
+ALL = Selection()
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
@@ -20,17 +37,7 @@ def small(op: str, batch: int = 1, dtype: str = "float32") -> Workload:
 
 @pytest.fixture
 def state(tmp_path):
-    return gpu_suite.State(tmp_path / "gpu" / "gpu.json")
-
-
-@pytest.fixture
-def short(monkeypatch):
-    """Small workloads, two rivals, a few repeats."""
-    monkeypatch.setattr(gpu_suite, "workloads_of", lambda family: [small(op, 3) for op in gpu_driver.FAMILIES[family]])
-    monkeypatch.setattr(gpu_suite, "RIVALS", ("eager", "fused", "sdpa_cudnn"))
-    monkeypatch.setattr(gpu_cells, "SECONDS", 0.0)
-    with use_backend("reference"):
-        yield
+    return gpu_state.State(tmp_path / "gpu" / "gpu.json")
 
 
 @without_gpu
@@ -40,194 +47,413 @@ def test_without_a_gpu_it_says_so_and_exits_cleanly(tmp_path, capsys):
     assert not (tmp_path / "gpu.json").exists()
 
 
-def test_dry_run_lists_the_work_of_every_piece(tmp_path, capsys):
-    assert gpu_suite.main(["--dry-run", "--output", str(tmp_path / "gpu.json")]) == 0
-    printed = capsys.readouterr().out
-    for piece in gpu_suite.PIECES:
-        assert f"{piece}:" in printed
+def test_what_comes_before_the_build_loads_no_library(tmp_path):
+    """A library that is loaded cannot be replaced by the build, and without one "fused" would be the reference."""
+    code = (
+        "import sys; sys.modules['segattn_ops'] = None; from benchmarks import gpu_suite\n"
+        f"assert gpu_suite.main(['--dry-run', '--output', {str(tmp_path / 'gpu.json')!r}]) == 0\n"
+        "assert gpu_suite.main(['--plan']) == 0"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=children.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for piece in ("build", *gpu_suite.PIECES):
+        assert f"{piece}:" in done.stdout
     for expected in (
+        "position 97x97 B=8 bfloat16: eager, fused, sdpa",
         "position 128x256 B=8 float16",
         "criss_cross 97x97 B=32 bfloat16",
-        "rcca 97x97",
-        "tests/test_ops.py",
+        "channel racecheck",
+        "Call 3, sanitize",
     ):
-        assert expected in printed
-    assert "sdpa_efficient" in printed
-    assert "flex" in printed
+        assert expected in done.stdout
 
 
-def test_every_op_belongs_to_one_family():
-    assert sorted(op for ops in gpu_driver.FAMILIES.values() for op in ops) == sorted(OPS)
+class TestSelection:
+    def test_every_op_belongs_to_one_family(self):
+        assert sorted(op for ops in FAMILIES.values() for op in ops) == sorted(OPS)
+
+    def test_every_rival_is_measured_eager_first(self):
+        assert set(RIVALS) == set(run.rivals.RIVALS)
+        assert RIVALS[:2] == ("eager", "fused")
+
+    def test_the_most_important_come_first_and_none_twice(self):
+        planned = ALL.workloads()
+        assert {(w.op, w.size, w.dtype, w.batch) for w in planned[:3]} == {
+            (op, "97x97", "bfloat16", 8) for op in ("position", "criss_cross", "channel")
+        }
+        assert len(set(planned)) == len(planned)
+        assert {w.op for w in planned} == set(OPS)
+        assert {w.batch for w in planned if w.op == "criss_cross"} == {1, 8, 32}
+
+    def test_compilers_run_at_one_size_dtype_and_batch(self):
+        for workload in ALL.workloads():
+            main = (workload.size, workload.dtype, workload.batch) == ("97x97", "bfloat16", 8)
+            assert ("compile" in ALL.rivals_of(workload)) == main
+        chosen = Selection(sizes=((5, 7), (9, 9)), dtypes=("float32",), batches=(2,), rivals=("eager", "compile"))
+        assert [w.size for w in chosen.workloads() if "compile" in chosen.rivals_of(w) and w.op == "channel"] == ["5x7"]
+
+    def test_the_command_line_narrows_it(self):
+        arguments = gpu_suite.parser().parse_args(
+            [
+                "--families",
+                "channel",
+                "--rivals",
+                "fused",
+                "--sizes",
+                "5x7,9x9",
+                "--dtypes",
+                "float32",
+                "--batches",
+                "3",
+            ]
+        )
+        assert arguments.sizes == ((5, 7), (9, 9))
+        chosen = Selection(arguments.families, arguments.sizes, arguments.dtypes, arguments.batches, arguments.rivals)
+        assert chosen.workloads() == [Workload("channel", *size, "float32", 3) for size in ((5, 7), (9, 9))]
+        assert chosen.rivals_of(chosen.workloads()[0]) == ["fused"]
+
+    @pytest.mark.parametrize(
+        "option, value",
+        [("--rivals", "eager,mine"), ("--sizes", "97"), ("--dtypes", "int8"), ("--batches", "0"), ("--families", "x")],
+    )
+    def test_what_is_unknown_is_refused(self, option, value, capsys):
+        with pytest.raises(SystemExit):
+            gpu_suite.parser().parse_args([option, value])
+        assert option in capsys.readouterr().err
+
+    def test_the_folder_that_comes_back_is_the_default(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("OUT", str(tmp_path))
+        assert gpu_suite.default_output() == tmp_path / "gpu.json"
+        monkeypatch.delenv("OUT")
+        assert gpu_suite.default_output() == Path("report/gpu/gpu.json")
 
 
 class TestResuming:
     def test_cells_and_steps_survive_in_the_file(self, state):
         workload = small("channel")
         state.set_cell(run.record(workload, "fused", "measured"))
-        state.set_cell(run.record(workload, "eager", "wrong"))
-        state.set_step("build", "sm_90", "passed", seconds=1.0)
-        state.set_step("tests", "a", "failed")
-        again = gpu_suite.State(state.path)
+        state.set_cell(run.record(workload, "eager", "stopped"))
+        state.set_step("smoke", "channel", "passed", seconds=1.0)
+        state.set_step("tests", "cuda", "failed")
+        again = gpu_state.State(state.path)
         assert again.cell(workload, "fused")["status"] == "measured"
-        assert again.cell(workload, "eager") is None  # a wrong result is tried again
+        assert again.cell(workload, "eager") is None  # the time limit says nothing of it
         assert again.cell(small("channel", dtype="bfloat16"), "fused") is None
-        assert again.step("build", "sm_90")["seconds"] == 1.0
-        assert again.step("tests", "a") is None
-        assert gpu_suite.State(state.path, again=True).cell(workload, "fused") is None
+        assert again.step("smoke", "channel")["seconds"] == 1.0
+        assert again.step("tests", "cuda") is None
+        assert gpu_state.State(state.path, again=True).cell(workload, "fused") is None
+
+    @pytest.mark.parametrize("status", ["wrong", "crashed", "failed", "skipped"])
+    def test_what_a_build_did_once_it_does_again(self, state, status):
+        state.set_cell(run.record(small("channel"), "fused", status, "why"))
+        assert gpu_state.State(state.path).cell(small("channel"), "fused")["status"] == status
 
     def test_other_sources_are_measured_again(self, state, monkeypatch):
-        state.set_cell(run.record(small("channel"), "fused", "measured"))
-        state.set_step("build", "sm_90", "passed")
-        monkeypatch.setattr(gpu_suite, "fingerprint", lambda: "another")
-        changed = gpu_suite.State(state.path)
+        state.set_cell(run.record(small("channel"), "fused", "wrong"))
+        state.set_step("smoke", "channel", "passed")
+        monkeypatch.setattr(gpu_state, "fingerprint", lambda: "another")
+        changed = gpu_state.State(state.path)
         assert changed.cell(small("channel"), "fused") is None
-        assert changed.step("build", "sm_90") is None
+        assert changed.step("smoke", "channel") is None
+
+    def test_another_device_is_measured_again(self, state):
+        state.machine = {"gpu": "an H100"}
+        state.set_cell(run.record(small("channel"), "fused", "measured"))
+        state.set_step("ceilings", "device", "passed")
+        assert state.cell(small("channel"), "fused")
+        state.machine = {"gpu": "an H200"}
+        assert state.cell(small("channel"), "fused") is None
+        assert state.step("ceilings", "device") is None
+
+    def test_a_cell_that_ends_the_suite_is_tried_twice(self, state):
+        workload = small("channel")
+        for _ in range(gpu_state.STARTS):
+            assert gpu_state.State(state.path).start_cell(workload, "fused")
+            assert json.loads(state.path.read_text())["cells"][0]["status"] == "started"
+        assert not gpu_state.State(state.path).start_cell(workload, "fused")
+        assert gpu_state.State(state.path).cell(workload, "fused")["status"] == "crashed"
+
+    def test_a_rival_that_failed_is_not_tried_again_for_the_op_and_dtype(self, state):
+        state.set_cell(run.record(small("position", 2), "sdpa_flash", "failed", "no kernel"))
+        state.set_cell(run.record(small("position", 2), "eager", "failed", "out of memory: 80 GiB"))
+        state.set_cell(run.record(small("position", 2), "sdpa", "skipped", "would not fit"))
+        assert "SDPA flash failed at 5x7 B=2: no kernel" in state.refusal(small("position"), "sdpa_flash")
+        assert state.refusal(small("position", dtype="bfloat16"), "sdpa_flash") is None
+        assert state.refusal(small("non_local"), "sdpa_flash") is None
+        assert state.refusal(small("position", 1), "eager") is None  # smaller: it may fit
+        assert state.refusal(small("position", 3), "eager")
+        assert state.refusal(small("position"), "sdpa") is None
+
+    def test_a_run_goes_on_from_another_file(self, state, tmp_path):
+        state.set_cell(run.record(small("channel"), "fused", "measured"))
+        other = tmp_path / "other" / "gpu.json"
+        resumed = gpu_state.State(other, resume=state.path)
+        assert resumed.cell(small("channel"), "fused")
+        resumed.save()
+        state.path.unlink()
+        assert gpu_state.State(other, resume=state.path).cell(small("channel"), "fused")  # its own file comes first
 
     def test_another_schema_is_refused(self, state):
         state.save()
         state.path.write_text(json.dumps({"schema": 99}))
         with pytest.raises(ValueError, match="schema 99"):
-            gpu_suite.State(state.path)
+            gpu_state.State(state.path)
 
-    def test_the_fingerprint_follows_the_sources(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(gpu_suite, "ROOT", tmp_path)
-        (tmp_path / "csrc").mkdir()
-        for name in ("setup.py", "csrc/kernel.cuh"):
-            (tmp_path / name).write_text("1")
-        first = gpu_suite.fingerprint()
-        assert gpu_suite.fingerprint() == first
-        (tmp_path / "csrc/kernel.cuh").write_text("2")
-        assert gpu_suite.fingerprint() != first
+    def test_output_that_is_kept_is_bounded(self, state):
+        state.set_step("tests", "cuda", "failed", output=["x" * 10**6] * 1000)
+        assert state.path.stat().st_size < 2 * gpu_state.OUTPUT_LINES * gpu_state.OUTPUT_WIDTH
 
 
-class TestSteps:
-    def step(self, state, code, clock=None):
-        command = [sys.executable, "-c", code]
-        return gpu_suite._step(state, "tests", "step", command, clock or gpu_suite.Clock(100))
+@pytest.fixture
+def commands(monkeypatch):
+    """Commands are remembered and answered by ``respond`` in place of being run."""
 
-    def test_passed_steps_are_not_run_again(self, state):
-        assert self.step(state, "print('fine')") is True
-        assert state.pieces["tests"]["step"]["output"] == ["fine"]
-        assert self.step(state, "raise SystemExit(5)") is True
+    class Remembered(list):
+        environment: dict | None = None
+        together: list[int] = []
 
-    def test_failures_keep_their_output_and_are_run_again(self, state):
-        assert self.step(state, "print('why'); raise SystemExit(3)") is False
-        stored = gpu_suite.State(state.path).pieces["tests"]["step"]
-        assert (stored["status"], stored["exit_status"], stored["output"]) == ("failed", 3, ["why"])
-        assert self.step(state, "pass") is True
+        def respond(self, command):
+            return Finished(0, "fine", 1.0)
 
-    def test_the_time_limit_stops_and_is_not_a_failure(self, state, monkeypatch):
-        assert self.step(state, "pass", gpu_suite.Clock(10)) is None  # not worth starting
-        assert "step" not in state.pieces.get("tests", {})
-        monkeypatch.setattr(gpu_suite.Clock, "left", property(lambda self: 21 if not state.pieces else 0))
-        run_ = gpu_suite._run
-        monkeypatch.setattr(gpu_suite, "_run", lambda command, seconds, environment=None: run_(command, 1, environment))
-        assert self.step(state, "import time; print('begun', flush=True); time.sleep(30)") is None
-        assert state.pieces["tests"]["step"]["status"] == "stopped"
+    seen = Remembered()
+    seen.together = []
 
-    def test_the_build_names_the_device(self, state, monkeypatch):
-        seen = {}
+    def remember(commands, seconds, environment=None):
+        seen.extend(commands)
+        seen.together.append(len(commands))
+        seen.environment = environment
+        return [seen.respond(command) for command in commands]
 
-        def remember(command, seconds, environment=None):
-            seen.update(environment)
-            return 0, "built", 1.0
+    monkeypatch.setattr(children, "run", remember)
+    return seen
 
-        monkeypatch.setattr(gpu_suite, "_run", remember)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+class TestBuild:
+    CLOCK = gpu_state.Clock(1000)
+
+    def identified(self, monkeypatch, *faults):
+        """``identify`` finds these faults one after another."""
+        answers = iter(faults)
+        facts = {"capability": [9, 0], "build": {"torch_at_build": "2.14.1"}}
+        monkeypatch.setattr(gpu_pieces, "identify", lambda *_: facts | {"fault": next(answers)})
+
+    def test_carried_libraries_of_these_sources_are_not_built_again(self, state, monkeypatch, commands):
+        self.identified(monkeypatch, None)
+        assert gpu_pieces.build(state, self.CLOCK, "cuda") is True
+        assert not commands
+
+    def test_a_remembered_build_is_no_library(self, state, monkeypatch, commands):
+        state.set_step("build", "libraries", "passed")
+        self.identified(monkeypatch, "the CUDA kernels were not built", None)
         monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-        assert gpu_suite.build(state, gpu_suite.Clock(100), CPU) is True
-        assert seen["TORCH_CUDA_ARCH_LIST"] == "9.0"
-        assert state.step("build", "sm_90")
+        assert gpu_pieces.build(state, self.CLOCK, "cuda") is True
+        assert [command[1:] for command in commands] == [["setup.py", "build_ext", "--inplace", "--force"]]
+        assert commands.environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
+        assert commands.environment["FORCE_CUDA"] == "1"
 
-    def test_sanitizers_look_at_our_kernels_only(self, state, monkeypatch):
-        commands = []
+    def test_a_build_that_does_not_load_has_failed(self, state, monkeypatch, commands):
+        self.identified(monkeypatch, "stale", "the CUDA library did not load")
+        assert gpu_pieces.build(state, self.CLOCK, "cuda") is False
+        assert state.pieces["build"]["libraries"]["output"][-1] == "the CUDA library did not load"
 
-        def remember(command, seconds, environment=None):
-            commands.append(command)
-            return 0, "options: --kernel-name" if "--help" in command else "ERROR SUMMARY: 0 errors", 1.0
+    def test_a_build_that_fails_keeps_its_output(self, state, monkeypatch, commands):
+        commands.respond = lambda command: Finished(1, "error: expected ;\n", 1.0)
+        self.identified(monkeypatch, "stale")
+        assert gpu_pieces.build(state, self.CLOCK, "cuda") is False
+        assert state.pieces["build"]["libraries"]["output"] == ["error: expected ;"]
 
-        monkeypatch.setattr(gpu_suite, "_run", remember)
-        monkeypatch.setattr(gpu_suite.shutil, "which", lambda name: f"/bin/{name}")
-        assert gpu_suite.sanitize(state, gpu_suite.Clock(100), CPU) is True
-        tools = {command[command.index("--tool") + 1] for command in commands if "--tool" in command}
-        assert tools == set(gpu_suite.SANITIZERS)
-        assert all("kns=segattn" in command for command in commands if "--tool" in command)
-        assert len(commands) == 1 + 3 * 3 * 4
+    def test_nothing_runs_without_libraries(self, tmp_path, monkeypatch, capsys):
+        self.identified(monkeypatch, "_C_cuda was built of other sources")
+        monkeypatch.setitem(gpu_suite.PIECES, "bench", lambda *_: pytest.fail("measured"))
+        arguments = ["--device", "cpu", "--piece", "bench", "--output", str(tmp_path / "gpu.json")]
+        assert gpu_suite.main(arguments) == 1
+        assert "built of other sources; run the piece build first" in capsys.readouterr().out
+
+
+class TestNative:
+    def test_a_missing_library_is_an_error(self, monkeypatch):
+        native.require_native("cpu")
+        monkeypatch.setitem(_backend.LIBRARIES.missing, "cuda", "the CUDA kernels were not built (a test)")
+        with pytest.raises(native.NotNative, match="no native cuda kernels.*a test"):
+            native.require_native("cuda")
+        assert "a test" in native.fault(torch.device("cuda"))
+
+    def test_the_driver_stops(self, monkeypatch, capsys):
+        monkeypatch.setitem(_backend.LIBRARIES.missing, "cuda", "the CUDA kernels were not built (a test)")
+        assert gpu_driver.main(["--op", "channel", "--device", "cuda"]) == 2
+        assert "no native cuda kernels" in capsys.readouterr().out
+
+    def test_libraries_of_other_sources_are_named(self, monkeypatch):
+        sources = children.BUILD_TOOLS["fingerprint"](children.ROOT)
+        used = ["_C", f"_cpu_{_backend.LIBRARIES.cpu_capability}"]
+        monkeypatch.setitem(_backend.LIBRARIES.build_info, "sources", dict.fromkeys(used, sources))
+        assert native.fault(CPU) is None
+        monkeypatch.setitem(_backend.LIBRARIES.build_info, "sources", {used[0]: sources, used[1]: "another"})
+        assert f"{used[1]} was built of other sources (another)" in native.fault(CPU)
+
+    def test_a_tree_without_libraries_measures_nothing(self, tmp_path):
+        """The whole command in a copy of the tree in which nothing is built: an error, and not the reference's time."""
+        ignored = shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__")
+        for folder in ("benchmarks", "segattn_ops"):
+            shutil.copytree(children.ROOT / folder, tmp_path / folder, ignore=ignored)
+        shutil.copy(children.ROOT / "setup.py", tmp_path)
+        code = "import sys; from benchmarks import gpu_bench, gpu_state, gpu_work; from pathlib import Path\n"
+        code += "work = gpu_work.Selection(('channel',), ((5, 7),), ('float32',), (1,), ('eager', 'fused'))\n"
+        code += "state = gpu_state.State(Path('gpu.json'))\n"
+        code += "sys.exit({False: 7}.get(gpu_bench.bench(state, gpu_state.Clock(100), work, 'cpu')))"
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 7, done.stderr
+        assert "segattn_ops has no native cpu kernels here" in done.stdout
+        assert json.loads((tmp_path / "gpu.json").read_text())["cells"] == []
+
+
+class TestCommands:
+    CLOCK = gpu_state.Clock(1000)
+
+    @pytest.fixture(autouse=True)
+    def tools(self, monkeypatch):
+        monkeypatch.setitem(children.BUILD_TOOLS, "find_program", lambda name: f"/bin/{name}")
+
+    def test_smoke_looks_at_every_family_at_once(self, state, commands):
+        assert gpu_pieces.smoke(state, self.CLOCK, ALL, "cuda") is True
+        assert commands.together == [len(FAMILIES)]
+        assert {command[command.index("--op") + 1] for command in commands} == set(FAMILIES)
+
+    def test_sanitizers_are_one_process_a_family_and_tool(self, state, commands):
+        commands.respond = lambda command: Finished(0, "options: --kernel-name", 1.0)
+        assert gpu_pieces.sanitize(state, self.CLOCK, ALL, "cuda") is True
+        checks = [command for command in commands if "--tool" in command]
+        pairs = {(command[command.index("--tool") + 1], command[command.index("--op") + 1]) for command in checks}
+        assert len(checks) == len(pairs) == len(FAMILIES) * len(gpu_pieces.SANITIZERS)
+        assert all("kns=segattn" in command for command in checks)
+        for command in checks:
+            assert ("--report-api-errors" in command) == ("memcheck" in command)
+        assert commands.environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+
+    def test_tests_are_one_run_chosen_by_their_marker(self, state, commands):
+        def respond(command):
+            path = next(word.removeprefix("--junitxml=") for word in command if word.startswith("--junitxml="))
+            text = '<testsuites><testsuite tests="12" failures="1" errors="0" skipped="2"/></testsuites>'
+            Path(path).write_text(text)
+            return Finished(1, "1 failed", 9.0)
+
+        commands.respond = respond
+        state.save()
+        assert gpu_pieces.tests(state, self.CLOCK, ALL, "cuda") is False
+        (command,) = commands
+        assert command[command.index("pytest") + 1 :][-2:] == ["--dist", "worksteal"] or "-n" not in command
+        assert command[command.index("-m", 2 + command.index("pytest") - 1) + 1] == "cuda"
+        assert not any(word.startswith("tests/") for word in command)
+        assert commands.environment == {"SEGATTN_TEST_BACKENDS": "cuda"}
+        step = gpu_state.State(state.path).pieces["tests"]["cuda"]
+        assert step["status"] == "failed"
+        assert step["counts"] == {"tests": 12, "failures": 1, "errors": 0, "skipped": 2}
+
+    def test_profiles_leave_the_clocks_alone_and_are_bounded(self, state, commands):
+        state.save()
+
+        def respond(command):
+            Path(command[command.index("--log-file") + 1]).write_bytes(b"a" * (2 * gpu_pieces.FILE_BYTES) + b"end")
+            return Finished(0, "", 1.0)
+
+        commands.respond = respond
+        assert gpu_pieces.profile(state, self.CLOCK, ALL, "cuda") is True
+        assert commands.together == [1] * len(FAMILIES)  # two profilers would share the counters
+        for command in commands:
+            assert command[command.index("--clock-control") + 1] == "none"
+            log = Path(command[command.index("--log-file") + 1]).read_bytes()
+            assert len(log) < gpu_pieces.FILE_BYTES + 100
+            assert log.endswith(b"end")
 
     def test_missing_tools_are_failures(self, state, monkeypatch):
-        monkeypatch.setattr(gpu_suite.shutil, "which", lambda name: None)
-        assert gpu_suite.sanitize(state, gpu_suite.Clock(100), CPU) is False
-        assert gpu_suite.profile(state, gpu_suite.Clock(100), CPU) is False
+        monkeypatch.setitem(children.BUILD_TOOLS, "find_program", lambda name: None)
+        assert gpu_pieces.sanitize(state, self.CLOCK, ALL, "cuda") is False
+        assert gpu_pieces.profile(state, self.CLOCK, ALL, "cuda") is False
 
-    def test_a_module_without_gpu_tests_is_fine(self, state, monkeypatch):
-        monkeypatch.setattr(gpu_suite, "test_files", lambda: ["tests/test_a.py"])
-        monkeypatch.setattr(gpu_suite, "_run", lambda *_: (5, "no tests ran", 1.0))
-        assert gpu_suite.tests(state, gpu_suite.Clock(100), CPU) is True
-        monkeypatch.setattr(gpu_suite, "test_files", lambda: ["tests/test_b.py"])
-        monkeypatch.setattr(gpu_suite, "_run", lambda *_: (1, "1 failed", 1.0))
-        assert gpu_suite.tests(state, gpu_suite.Clock(100), CPU) is False
+    def test_passed_steps_are_not_run_again_and_failed_ones_are(self, state, commands):
+        step = {"a": ["true"], "b": ["false"]}
+        commands.respond = lambda command: Finished(0 if command == ["true"] else 3, "why", 1.0)
+        assert gpu_pieces._steps(state, "smoke", step, self.CLOCK) is False
+        stored = gpu_state.State(state.path).pieces["smoke"]["b"]
+        assert (stored["status"], stored["exit_status"], stored["output"]) == ("failed", 3, ["why"])
+        assert gpu_pieces._steps(state, "smoke", step, self.CLOCK) is False
+        assert commands == [["true"], ["false"], ["false"]]
+
+    def test_the_time_limit_is_no_failure(self, state, commands):
+        assert gpu_pieces._steps(state, "smoke", {"a": ["true"]}, gpu_state.Clock(10)) is None
+        assert not commands
+        commands.respond = lambda command: Finished(children.TIMED_OUT, "begun", 1.0)
+        assert gpu_pieces._steps(state, "smoke", {"a": ["true"]}, self.CLOCK) is None
+        assert state.pieces["smoke"]["a"]["status"] == "stopped"
 
     @pytest.mark.parametrize("verdicts, whole", [([True, True], True), ([True, None], None), ([None, False], False)])
     def test_verdicts(self, verdicts, whole):
-        assert gpu_suite._all(verdicts) is whole
+        assert gpu_state.whole(verdicts) is whole
 
 
-class TestBench:
-    @pytest.mark.parametrize("family", gpu_driver.FAMILIES)
-    def test_cells_are_recorded_once(self, family, state, short, monkeypatch):
-        assert gpu_suite.bench(family, state, gpu_suite.Clock(1000), CPU) is True
-        for entry in state.cells.values():
-            if entry["rival"] == "sdpa_cudnn":  # not on a CPU: a line, not a crash
-                assert entry["status"] == "failed"
-                assert "RuntimeError" in entry["reason"]
-            else:
-                assert entry["status"] == "measured"
-                for kind in ("forward", "backward", "forward_backward"):
-                    assert entry[kind]["median"] > 0
-                assert validate.worst(entry["errors"]) < 1e-4
-        monkeypatch.setattr(gpu_cells, "cell_record", lambda *_: pytest.fail("measured again"))
-        assert gpu_suite.bench(family, state, gpu_suite.Clock(1000), CPU) is True
+class TestPlan:
+    def test_every_printed_command_is_one_of_the_suite(self):
+        commands = gpu_plan.invocations(gpu_plan.describe())
+        assert len(commands) == sum(len(call.invocations) for call in gpu_plan.calls())
+        parsed = [gpu_suite.parser().parse_args(command) for command in commands]
+        asked = [piece for arguments in parsed for piece in arguments.piece]
+        assert set(asked) == {"build", *gpu_suite.PIECES}
+        benches = [arguments.rivals for arguments in parsed if "bench" in arguments.piece]
+        assert set(benches[0]) | set(benches[1]) == set(RIVALS)
+        assert "compile" not in benches[0]
+        assert (parsed[1].sizes, parsed[1].dtypes) == ((SIZES[0],), ("bfloat16",))
+        assert all(call.command.startswith("python3 -m") and len(call.command) < 2000 for call in gpu_plan.calls())
 
-    def test_no_time_left_means_more_to_do(self, state, short):
-        assert gpu_suite.bench("channel", state, gpu_suite.Clock(30), CPU) is None
-        assert not state.cells
+    def test_the_calls_fit_the_time(self):
+        for call in gpu_plan.calls():
+            limits = [
+                gpu_suite.parser().parse_args(command).limit for command in gpu_plan.invocations([f"  {call.command}"])
+            ]
+            assert sum(limits) + 10 * len(limits) < call.seconds  # torch's import, and the interrupt's grace
+            assert call.seconds + gpu_plan.START_SECONDS < 660
+            assert call.seconds < 600
+        total = sum(call.seconds + gpu_plan.START_SECONDS for call in gpu_plan.calls())
+        assert total <= gpu_plan.LENT_SECONDS
 
-    def test_a_wrong_fused_result_is_a_failure(self, state, short, monkeypatch):
-        right = rivals.fused_channel
-        monkeypatch.setitem(rivals._FORMULATIONS["fused"], "channel", lambda x: 1.001 * right(x))
-        assert gpu_suite.bench("channel", state, gpu_suite.Clock(1000), CPU) is False
-        (entry,) = [entry for entry in state.cells.values() if entry["rival"] == "fused"]
-        assert entry["status"] == "wrong"
-        assert "output of segattn_ops is wrong" in entry["reason"]
+    def test_what_travels_is_within_the_limits(self):
+        assert len(gpu_plan.CARRIED) <= 8
+        for call in gpu_plan.calls():
+            assert len(call.returns) <= 8
+        assert gpu_pieces.FILE_BYTES <= 16 << 20
 
-    def test_what_would_not_fit_is_not_started(self, state, short, monkeypatch):
-        monkeypatch.setattr(gpu_suite.measure, "available_bytes", lambda device: 1000)
-        monkeypatch.setattr(gpu_cells, "DeviceCell", lambda *_: pytest.fail("started"))
-        assert gpu_suite.bench("channel", state, gpu_suite.Clock(1000), CPU) is True
-        assert all(entry["reason"].startswith("would not fit") for entry in state.cells.values())
+    @pytest.fixture
+    def tree(self, tmp_path, monkeypatch):
+        """A tree with libraries that match it."""
+        monkeypatch.setattr(children, "ROOT", tmp_path)
+        (tmp_path / "csrc").mkdir()
+        (tmp_path / "segattn_ops").mkdir()
+        (tmp_path / "setup.py").write_text("")
+        mark = children.BUILD_TOOLS["fingerprint"](tmp_path)
+        for name in gpu_plan.CARRIED[:-1]:
+            (tmp_path / name).write_bytes(b"library")
+        names = [Path(name).name.removesuffix(".abi3.so") for name in gpu_plan.CARRIED[:-1]]
+        info = {"sources": dict.fromkeys(names, mark), "cuda": {"architectures": ["90"]}}
+        (tmp_path / gpu_plan.CARRIED[-1]).write_text(json.dumps(info))
+        return tmp_path
 
-    def test_the_last_sample_of_a_batch_is_checked(self):
-        with use_backend("reference"):
-            cell = gpu_cells.DeviceCell(small("position", batch=4), CPU)
-            leaves = tuple(cell.leaves.values())
-            output = rivals.formulation("fused", "position")(*leaves)
-            gradients = torch.autograd.grad(output, leaves, cell.grad_output)
-        assert validate.worst(cell.errors(output, gradients)) < 1e-5
-        broken = output.detach().clone()
-        broken[3] *= 1.01
-        assert cell.errors(broken, gradients)["output"] > 1e-3
+    def test_it_says_whether_the_libraries_serve(self, tree):
+        assert "does not build" in "\n".join(gpu_plan.describe())
+        (tree / "setup.py").write_text("changed")
+        assert "_C was built of other sources" in "\n".join(gpu_plan.describe())
+        (tree / gpu_plan.CARRIED[1]).unlink()
+        lines = "\n".join(gpu_plan.describe())
+        assert "_C_cuda.abi3.so is not built" in lines
+        assert gpu_plan.BUILD in lines
 
-    def test_the_whole_command(self, tmp_path, short, monkeypatch, capsys):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        path = tmp_path / "gpu.json"
-        arguments = ["--device", "cpu", "--piece", "bench-channel", "--output", str(path)]
-        assert gpu_suite.main(arguments) == 0
-        stored = json.loads(path.read_text())
-        assert stored["commands"] == ["python -m benchmarks.gpu_suite " + " ".join(arguments)]
-        assert {entry["status"] for entry in stored["cells"]} == {"measured"}
-        assert "| channel | 5x7 | 3 | float32 | segattn_ops |" in path.with_suffix(".md").read_text()
-        assert gpu_suite.main([*arguments, "--limit", "0"]) == 0  # nothing is left to do
-        assert gpu_suite.main([*arguments, "--limit", "0", "--again"]) == gpu_suite.MORE_TO_DO
+    def test_it_says_what_does_not_fit(self, tree):
+        with (tree / gpu_plan.CARRIED[1]).open("wb") as file:
+            file.truncate(65 << 20)
+        assert "DOES NOT FIT in 64.0 MiB" in "\n".join(gpu_plan.describe())
+
+    def test_the_wrong_architecture_is_named(self, tree):
+        path = tree / gpu_plan.CARRIED[-1]
+        path.write_text(path.read_text().replace('"90"', '"80"'))
+        assert "no code for sm_90" in gpu_plan.carried_fault()
 
 
 class TestTable:
@@ -245,8 +471,8 @@ class TestTable:
         }
 
     def test_figures(self):
-        rows = gpu_suite.table([self.entry("eager", 0.004, 0.008), self.entry("fused", 0.002, 0.004)])
-        ours = dict(zip(gpu_suite.COLUMNS[:7], rows[0][:7], strict=True))
+        rows = gpu_table.table([self.entry("eager", 0.004, 0.008), self.entry("fused", 0.002, 0.004)])
+        ours = dict(zip(gpu_table.COLUMNS[:7], rows[0][:7], strict=True))
         assert ours[""] == "segattn_ops"
         assert float(ours["TFLOP/s"]) == pytest.approx(8 * 101.99e9 / 0.002 / 1e12, rel=1e-3)
         assert rows[0][7] == f"{2 * 8 * 9409 * (64 + 64 + 512 + 512) / 0.002 / 1e9:.0f}"
@@ -256,35 +482,39 @@ class TestTable:
 
     def test_what_did_not_run_says_why(self):
         entry = run.record(Workload("position", 128, 256), "eager", "skipped", "would not fit: needs 17 GiB")
-        (row,) = gpu_suite.table([entry])
+        (row,) = gpu_table.table([entry])
         assert row[5] == "skipped: would not fit: needs 17 GiB"
-        assert len(row) == len(gpu_suite.COLUMNS)
-
-    @pytest.mark.parametrize("op", OPS)
-    def test_least_bytes_are_the_operands(self, op):
-        workload = Workload(op, 6, 5, "float16", 2, 24, 4)
-        assert gpu_suite.least_bytes(run.record(workload, "fused", "measured")) == workload.operand_bytes()
+        assert len(row) == len(gpu_table.COLUMNS)
 
     def test_everything_is_in_the_markdown(self, state):
         state.machine = report.machine("cpu", 1) | {"gpu": "a GPU", "cuda": "13.0"}
         state.pieces["sdpa"] = {"position bfloat16": {"default": "MATH", "FLASH_ATTENTION": "refused: head_dim"}}
         state.set_step("ceilings", "device", "passed", copy_bytes_per_second=4.1e12)
         state.set_cell(self.entry("fused", 0.002, 0.004))
-        text = gpu_suite.write_table(state).read_text()
+        text = gpu_table.write_table(state).read_text()
         for expected in ("a GPU", "| copy_bytes_per_second | 4.10 |", "refused: head_dim", "| position | 97x97 | 8 |"):
             assert expected in text
 
+    def test_figures_of_other_sources_are_left_out(self, state):
+        state.set_cell(self.entry("eager", 0.004, 0.008))
+        state.cells[gpu_state.key_of(self.entry("eager", 1, 1))]["sources"] = "before"
+        state.set_cell(self.entry("fused", 0.002, 0.004))
+        text = gpu_table.write_table(state).read_text()
+        assert "| segattn_ops |" in text
+        assert "| eager |" not in text
 
-@pytest.mark.parametrize("family", gpu_driver.FAMILIES)
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_driver_checks_every_op_of_a_family(family, capsys):
-    if not _native(family):
-        pytest.skip("no native CPU kernels of this family in this build")
-    assert gpu_driver.main(["--op", family, "--device", "cpu", "--dtypes", "float32,bfloat16", "--size", "5x7"]) == 0
+    arguments = ["--op", family, "--device", "cpu", "--dtypes", "float32", "--size", "5x7", "--size", "1x1"]
+    assert gpu_driver.main(arguments) == 0
     lines = capsys.readouterr().out.strip().splitlines()
-    assert len(lines) == 2 * len(gpu_driver.FAMILIES[family])
+    assert len(lines) == 2 * len(FAMILIES[family])
     assert all(line.endswith(": right") for line in lines)
 
 
-def _native(family: str) -> bool:
-    name = {"position": "position_attention", "criss-cross": "criss_cross_attention", "channel": "channel_attention"}
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"segattn::{name[family]}", "CPU")
+def test_the_driver_finds_a_wrong_result(monkeypatch, capsys):
+    right = gpu_driver.rivals.fused_channel
+    monkeypatch.setitem(gpu_driver.rivals._FORMULATIONS["fused"], "channel", lambda x: 1.001 * right(x))
+    assert gpu_driver.main(["--op", "channel", "--device", "cpu", "--dtypes", "float32", "--size", "5x7"]) == 1
+    assert "wrong: channel 5x7" in capsys.readouterr().out
