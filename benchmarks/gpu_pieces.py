@@ -48,7 +48,11 @@ def _steps(
             lines = result.output.strip().splitlines()
             facts = {"seconds": round(result.seconds, 1), "command": commands[name], "exit_status": result.status}
             state.set_step(piece, name, verdict, **facts, output=lines)
-            print(f"  {name} {verdict} in {result.seconds:.0f} s: {lines[-1][:300] if lines else ''}", flush=True)
+            shown = lines[-1:] if verdict == "passed" else lines[-8:]
+            print(
+                f"  {name} {verdict} in {result.seconds:.0f} s: " + "\n    ".join(line[:300] for line in shown),
+                flush=True,
+            )
             verdicts.append({"passed": True, "stopped": None}.get(verdict, False))
     return whole(verdicts)
 

@@ -85,8 +85,9 @@ class TestChildren:
         assert died.status == 128 + signal.SIGSEGV
         assert missing.status == 127
 
-    def test_the_time_limit_ends_what_the_command_started(self, tmp_path):
+    def test_the_time_limit_ends_what_the_command_started(self, tmp_path, monkeypatch):
         """A grandchild that ignores the interrupt, as a profiled program may."""
+        monkeypatch.setattr(children, "GRACE", 0.5)
         mark = tmp_path / "pid"
         code = f"trap '' INT; sh -c 'trap \"\" INT; echo $$ > {mark}; echo begun; sleep 60; sleep 60' & wait"
         (result,) = children.run([["sh", "-c", code]], 1.0)

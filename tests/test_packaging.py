@@ -1,5 +1,6 @@
 """The wheel: one for every Python from 3.10 and every PyTorch from 2.10, usable outside the source tree."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from segattn_ops import _version
+from segattn_ops import _build_tools, _version
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,7 +41,9 @@ def test_wheel(wheel, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     for library in ("_C", "_cpu_baseline"):
         assert f"segattn_ops/{library}.abi3.so" in names
-    assert "segattn_ops/_build_info.json" in names
+    info = json.loads(zipfile.ZipFile(wheel).read("segattn_ops/_build_info.json"))
+    # What tells whether libraries that were built elsewhere are of a tree's sources.
+    assert info["sources"] == dict.fromkeys(["_C", "_cpu_baseline"], _build_tools.fingerprint(ROOT))
     assert f"segattn_ops-{version}.dist-info/licenses/LICENSE" in names
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "csrc"))]
 
