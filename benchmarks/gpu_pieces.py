@@ -152,7 +152,12 @@ def tests(state: State, clock: Clock, selection: Selection, device: str) -> bool
     verdict = _steps(state, "tests", {"cuda": command}, clock, {"SEGATTN_TEST_BACKENDS": "cuda"})
     step = state.pieces.get("tests", {}).get("cuda")
     if step and report.exists():
-        state.set_step("tests", "cuda", step.pop("status"), **(step | {"counts": counts(report)}))
+        found = counts(report)
+        print("  " + ", ".join(f"{number} {name}" for name, number in found.items()), flush=True)
+        if step["status"] == "passed" and found["tests"] == found["skipped"]:
+            step["status"], verdict = "failed", False  # tests without a device, or without kernels, skip themselves
+            step["output"].append("no test ran: all were skipped")
+        state.set_step("tests", "cuda", step.pop("status"), **(step | {"counts": found}))
         shorten(report)
     return verdict
 
@@ -171,8 +176,7 @@ def profile(state: State, clock: Clock, selection: Selection, device: str) -> bo
     """Nsight Compute's account of the package's kernels at 97 x 97, the device's clocks left as they are."""
     program = children.BUILD_TOOLS["find_program"]("ncu")
     if not program:
-        state.set_step("profile", "ncu", "failed", output=["ncu is not on PATH or in the usual places"])
-        return False
+        return _missing(state, "profile", "ncu")
     commands, logs = {}, []
     for family in selection.families:
         logs.append((state.path.parent / f"profile-{family}.txt").resolve())
@@ -191,9 +195,7 @@ def sanitize(state: State, clock: Clock, selection: Selection, device: str) -> b
     """compute-sanitizer over every family, with all dtypes in one process a family and tool, the families together."""
     program = children.BUILD_TOOLS["find_program"]("compute-sanitizer")
     if not program:
-        lines = ["compute-sanitizer is not on PATH or in the usual places"]
-        state.set_step("sanitize", "compute-sanitizer", "failed", output=lines)
-        return False
+        return _missing(state, "sanitize", "compute-sanitizer")
     # The option that restricts a tool to kernels with a substring in their names was renamed over the years.
     (found,) = children.run([[program, "--help"]], 30)
     only_ours = next((name for name in ("--kernel-name", "--kernel-regex", "--filter") if name in found.output), None)
@@ -206,6 +208,13 @@ def sanitize(state: State, clock: Clock, selection: Selection, device: str) -> b
     # PyTorch's allocator hands out parts of large blocks, in which memcheck would not see an overrun.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return _steps(state, "sanitize", commands, clock, environment, together=len(selection.families))
+
+
+def _missing(state: State, piece: str, program: str) -> bool:
+    line = f"{program} is not on PATH or in the usual places"
+    print(f"{piece}: {line}", flush=True)
+    state.set_step(piece, program, "failed", output=[line])
+    return False
 
 
 def shorten(path: Path, limit: int = FILE_BYTES) -> None:

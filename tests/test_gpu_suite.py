@@ -349,6 +349,19 @@ class TestCommands:
         assert step["status"] == "failed"
         assert step["counts"] == {"tests": 12, "failures": 1, "errors": 0, "skipped": 2}
 
+    def test_a_run_in_which_every_test_is_skipped_has_failed(self, state, commands):
+        """Without a device, or without kernels, the tests skip themselves, and pytest calls that a success."""
+
+        def respond(command):
+            path = next(word.removeprefix("--junitxml=") for word in command if word.startswith("--junitxml="))
+            Path(path).write_text('<testsuites><testsuite tests="3" failures="0" errors="0" skipped="3"/></testsuites>')
+            return Finished(0, "3 skipped", 9.0)
+
+        commands.respond = respond
+        state.save()
+        assert gpu_pieces.tests(state, self.CLOCK, ALL, "cuda") is False
+        assert gpu_state.State(state.path).pieces["tests"]["cuda"]["output"][-1] == "no test ran: all were skipped"
+
     def test_profiles_leave_the_clocks_alone_and_are_bounded(self, state, commands):
         state.save()
 
@@ -365,10 +378,11 @@ class TestCommands:
             assert len(log) < gpu_pieces.FILE_BYTES + 100
             assert log.endswith(b"end")
 
-    def test_missing_tools_are_failures(self, state, monkeypatch):
+    def test_missing_tools_are_failures(self, state, monkeypatch, capsys):
         monkeypatch.setitem(children.BUILD_TOOLS, "find_program", lambda name: None)
         assert gpu_pieces.sanitize(state, self.CLOCK, ALL, "cuda") is False
         assert gpu_pieces.profile(state, self.CLOCK, ALL, "cuda") is False
+        assert "ncu is not on PATH or in the usual places" in capsys.readouterr().out
 
     def test_passed_steps_are_not_run_again_and_failed_ones_are(self, state, commands):
         step = {"a": ["true"], "b": ["false"]}
