@@ -32,11 +32,12 @@ def exact(query, key, value, grad_output, scale=1.0):
 
 
 def run(query, key, value, grad_output, scale=1.0):
-    output, logsumexp = OPERATORS.position_attention(query, key, value, scale)
+    output, logsumexp, low = OPERATORS.position_attention(query, key, value, scale, True)
+    low = low if low.shape[1] > 0 else None
     return (
         output,
         logsumexp,
-        *OPERATORS.position_attention_backward(grad_output, query, key, value, output, logsumexp, scale),
+        *OPERATORS.position_attention_backward(grad_output, query, key, value, output, logsumexp, scale, low),
     )
 
 
