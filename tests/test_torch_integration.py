@@ -107,6 +107,27 @@ def test_compile_with_dynamic_shapes(backend, operator):
     assert counter.frame_count >= 1
 
 
+@pytest.mark.parametrize("operator", [*OPERATORS, "residual_channel_attention"])
+def test_availability_of_autocast_is_not_traced(backend, operator, monkeypatch):
+    """Dynamo of PyTorch 2.10 and 2.11 cannot trace the question; here no Dynamo can, and a call works as ever."""
+    ask = torch._C._is_autocast_available
+
+    def untraceable(device_type: str) -> bool:
+        torch._dynamo.graph_break()
+        return ask(device_type)
+
+    monkeypatch.setattr(torch._C, "_is_autocast_available", untraceable)
+    monkeypatch.setattr(torch.amp, "is_autocast_available", untraceable)
+    family = BY_OPERATOR[operator]
+    case = family.cases[0]
+    inputs = family.make(case, torch.float32, backend.device)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *a: family.function(*a, *case.scalars), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*inputs), family.function(*inputs, *case.scalars))
+    with torch.autocast(backend.device, dtype=torch.bfloat16):
+        torch.testing.assert_close(compiled(*inputs), family.function(*inputs, *case.scalars))
+
+
 def test_compile_with_inductor():
     x = torch.randn(1, 8, 6, 6, requires_grad=True)
 
