@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
     if reason:
         console.print(f"benchmarks: {reason}", style="red", highlight=False)
         return 2
-    schedule = Schedule(arguments.budget or None)
+    schedule = Schedule(arguments.budget or None, arguments.device)
     threads = arguments.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     start_server()

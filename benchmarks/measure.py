@@ -140,26 +140,61 @@ def time_host(run: Callable[[], object]) -> float:
 
 
 class DeviceTimer:
-    """Seconds of one call between two device events, the L2 cache flushed before it.
+    """Seconds of one call between two device events, the L2 cache flushed before it and the host's launches hidden.
 
-    The flush writes a buffer of twice the L2's size; it is queued before the first event, so it is not in the time,
-    and while it runs the host gets ahead, so that launch overhead shows only where the device really waits for it.
+    Before the first event come a write of a buffer of twice the L2's size and a kernel that only waits. While it waits
+    the host enqueues the whole call, so the events enclose the device's work without gaps between launches. The wait is
+    a multiple of the time that the host took to enqueue the call before; the first wait is long enough for a forward
+    and backward of eager PyTorch. ``hidden`` says whether the last call was enqueued in time: whether the first event
+    was still pending when the host was done. A call that synchronises itself is never hidden, because its host code
+    continues only after the wait; its figure includes host time. So does the figure of a call whose launches take the
+    host more than ``LONGEST`` seconds.
     """
+
+    FIRST, SHORTEST, LONGEST = 5e-3, 1e-3, 20e-3  # seconds of waiting
+    MARGIN = 2.0  # the wait over the host's time for the call before
+    CALIBRATION_CYCLES = 10_000_000
 
     def __init__(self, device: torch.device):
         properties = torch.cuda.get_device_properties(device)
         l2 = getattr(properties, "L2_cache_size", 0) or 64 * MIB
         self.flush = torch.empty(max(2 * l2, 256 * MIB) // 4, dtype=torch.int32, device=device)
         self.device = device
+        self.wait = self.FIRST
+        self.hidden = True
+        self.cycles_per_second = self._clock()
+
+    def _clock(self) -> float:
+        """Cycles the device counts in a second: the most of three trials, because an idle device starts slowly."""
+        seconds = []
+        with torch.cuda.device(self.device):
+            for _ in range(3):
+                start, end = self._events()
+                start.record()
+                torch.cuda._sleep(self.CALIBRATION_CYCLES)
+                end.record()
+                torch.cuda.synchronize(self.device)
+                seconds.append(start.elapsed_time(end) / 1e3)
+        return self.CALIBRATION_CYCLES / min(seconds)
+
+    @staticmethod
+    def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
     def __call__(self, run: Callable[[], object]) -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self.flush.zero_()
-        start.record()
-        result = run()
-        end.record()
-        torch.cuda.synchronize(self.device)
+        with torch.cuda.device(self.device):
+            start, end = self._events()
+            self.flush.zero_()
+            torch.cuda._sleep(int(self.wait * self.cycles_per_second))
+            start.record()
+            began = time.perf_counter()
+            result = run()
+            end.record()
+            enqueued = time.perf_counter() - began
+            self.hidden = not start.query()
+            torch.cuda.synchronize(self.device)
         del result
+        self.wait = min(max(self.MARGIN * enqueued, self.SHORTEST), self.LONGEST)
         return start.elapsed_time(end) / 1e3
 
 

@@ -7,9 +7,29 @@ from pathlib import Path
 from . import rivals
 from .report import MIB, groups, title
 
-COLOURS = {"fused": "#d1495b", "eager": "#30638e", "sdpa": "#7a9e35", "compile": "#edae49", "flex": "#8d6a9f"}
-OTHER = "#777777"
-MARKERS = {"fused": "o", "eager": "s", "sdpa": "^", "compile": "D", "flex": "v"}
+COLOURS = {
+    "fused": "#d1495b",
+    "eager": "#30638e",
+    "sdpa": "#7a9e35",
+    "compile": "#edae49",
+    "flex": "#8d6a9f",
+    "sdpa_flash": "#2a9d8f",
+    "sdpa_efficient": "#b5838d",
+    "sdpa_cudnn": "#577590",
+    "sdpa_flash_split": "#13505b",
+}
+LEGEND_COLUMN = 1.8  # inches
+MARKERS = {
+    "fused": "o",
+    "eager": "s",
+    "sdpa": "^",
+    "compile": "D",
+    "flex": "v",
+    "sdpa_flash": "<",
+    "sdpa_efficient": ">",
+    "sdpa_cudnn": "P",
+    "sdpa_flash_split": "X",
+}
 
 
 def _figure(count: int, rows: int):
@@ -24,7 +44,7 @@ def _figure(count: int, rows: int):
     return figure, axes
 
 
-def _finish(figure, axes, path: Path, heading: str) -> Path:
+def finish(figure, axes, path: Path, heading: str) -> Path:
     from matplotlib import pyplot
 
     handles, labels = {}, []
@@ -37,8 +57,9 @@ def _finish(figure, axes, path: Path, heading: str) -> Path:
         ax.grid(True, which="minor", alpha=0.12)
         ax.spines[["top", "right"]].set_visible(False)
     figure.suptitle(heading, fontsize=12)
+    columns = min(len(labels), max(int(figure.get_figwidth() / LEGEND_COLUMN), 1))
     figure.legend(
-        [handles[label] for label in labels], labels, loc="outside lower center", ncols=len(labels), frameon=False
+        [handles[label] for label in labels], labels, loc="outside lower center", ncols=columns, frameon=False
     )
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
@@ -74,8 +95,8 @@ def draw_time(records: list[dict], path: Path) -> Path:
                     ax.plot(
                         [e["positions"] for e in cells],
                         [e[kind]["median"] * 1e3 for e in cells],
-                        color=COLOURS.get(name, OTHER),
-                        marker=MARKERS.get(name, "x"),
+                        color=COLOURS[name],
+                        marker=MARKERS[name],
                         markersize=4,
                         linewidth=2.0 if name == "fused" else 1.3,
                         zorder=3 if name == "fused" else 2,
@@ -86,7 +107,7 @@ def draw_time(records: list[dict], path: Path) -> Path:
                 ax.set_title(_wrapped(title(*key)), fontsize=9)
             if column == 0:
                 ax.set_ylabel(("forward" if row == 0 else "forward + backward") + ", ms")
-    return _finish(figure, axes, path, "Time against positions N (lower is better)")
+    return finish(figure, axes, path, "Time against positions N (lower is better)")
 
 
 def draw_memory(records: list[dict], path: Path) -> Path | None:
@@ -105,8 +126,8 @@ def draw_memory(records: list[dict], path: Path) -> Path | None:
                 ax.plot(
                     xs,
                     ys,
-                    color=COLOURS.get(name, OTHER),
-                    marker=MARKERS.get(name, "x"),
+                    color=COLOURS[name],
+                    marker=MARKERS[name],
                     markersize=4,
                     linewidth=2.0 if name == "fused" else 1.3,
                     zorder=3 if name == "fused" else 2,
@@ -117,8 +138,8 @@ def draw_memory(records: list[dict], path: Path) -> Path | None:
                 ax.plot(
                     xs[-1:] + [e["positions"] for e in refused],
                     ys[-1:] + [e["needed_extra_bytes"] / MIB for e in refused],
-                    color=COLOURS.get(name, OTHER),
-                    marker=MARKERS.get(name, "x"),
+                    color=COLOURS[name],
+                    marker=MARKERS[name],
                     markersize=5,
                     markerfacecolor="none",
                     linewidth=1.0,
@@ -130,7 +151,7 @@ def draw_memory(records: list[dict], path: Path) -> Path | None:
         ax.set_title(_wrapped(title(*key)), fontsize=9)
         if column == 0:
             ax.set_ylabel("extra memory, MiB")
-    return _finish(figure, axes, path, "Extra memory of forward + backward against positions N (lower is better)")
+    return finish(figure, axes, path, "Extra memory of forward + backward against positions N (lower is better)")
 
 
 def _by_formula(entry: dict) -> bool:

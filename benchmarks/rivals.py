@@ -4,7 +4,8 @@
 around a softmax for position and channel attention (DANet), and for criss-cross attention the two-branch einsum with
 -inf on the column's diagonal (in mmcv that form replaced hand-written kernels, because it was faster than they were).
 ``compile`` is ``torch.compile`` of that, at fixed shapes. ``sdpa`` is ``scaled_dot_product_attention`` with one head
-(``sdpa_flash`` and so on: with that backend or not at all).
+(``sdpa_flash`` and so on: with that backend or not at all). ``sdpa_flash_split`` brings a value wider than the flash
+backend takes into it: the value's parts are heads that share the query and the key.
 ``flex`` is FlexAttention, with a row-or-column mask for criss-cross. ``fused`` is this package.
 """
 
@@ -17,20 +18,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .workloads import OPS, PAIRWISE, RECURRENCE, Workload
+from .workloads import DTYPES, OPS, PAIRWISE, RECURRENCE, Workload, peak_bytes, split_heads
 
 SDPA_BACKENDS = {
     "sdpa_flash": "FLASH_ATTENTION",
     "sdpa_efficient": "EFFICIENT_ATTENTION",
     "sdpa_cudnn": "CUDNN_ATTENTION",
 }
-RIVALS = ("fused", "eager", "sdpa", "compile", "flex", *SDPA_BACKENDS)
+RIVALS = ("fused", "eager", "sdpa", "compile", "flex", *SDPA_BACKENDS, "sdpa_flash_split")
 APPLICABLE = {
     "fused": OPS,
     "eager": OPS,
     "compile": OPS,
     "sdpa": PAIRWISE,
     **dict.fromkeys(SDPA_BACKENDS, PAIRWISE),
+    "sdpa_flash_split": PAIRWISE,
     "flex": (*PAIRWISE, "criss_cross", "rcca"),
 }
 TITLES = {
@@ -42,6 +44,7 @@ TITLES = {
     "sdpa_flash": "SDPA flash",
     "sdpa_efficient": "SDPA efficient",
     "sdpa_cudnn": "SDPA cuDNN",
+    "sdpa_flash_split": "SDPA flash, split",
 }
 
 
@@ -72,12 +75,14 @@ def eager_criss_cross(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return output + torch.einsum("bchj,bhwj->bchw", value, attention[..., height:])
 
 
-def sdpa_position(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The same through ``scaled_dot_product_attention`` with one head; PyTorch chooses the backend.
+def _tokens(operand: Tensor) -> Tensor:
+    """(B,C,*S) -> (B,1,N,C), contiguous: no fused backend of SDPA takes channels with a stride."""
+    return operand.flatten(2).transpose(1, 2).unsqueeze(1).contiguous()
 
-    Channels-first maps are copied to tokens first: no fused backend takes channels with a stride.
-    """
-    tokens = (operand.flatten(2).transpose(1, 2).unsqueeze(1).contiguous() for operand in (query, key, value))
+
+def sdpa_position(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The same through ``scaled_dot_product_attention`` with one head; PyTorch chooses the backend."""
+    tokens = (_tokens(operand) for operand in (query, key, value))
     output = F.scaled_dot_product_attention(*tokens, scale=1.0)
     return output.squeeze(1).transpose(1, 2).unflatten(2, query.shape[2:])
 
@@ -88,6 +93,27 @@ def sdpa_position_by(backend: str, query: Tensor, key: Tensor, value: Tensor) ->
 
     with sdpa_kernel(getattr(SDPBackend, backend)):
         return sdpa_position(query, key, value)
+
+
+def sdpa_position_split(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The same through SDPA's flash backend, which wants query, key and value of one width of at most 256 channels.
+
+    The value's channels are cut into parts of at most 256, each a head. All heads share the query and the key, padded
+    with zeros to the width of a part. One call passes over the keys once for each part. The scale stays that of the
+    unpadded query. Raises RuntimeError where the backend refuses, ValueError where the query is wider than 256.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    channels, inner = value.shape[1], query.shape[1]
+    parts, width = split_heads(inner, channels)
+    shared = (F.pad(_tokens(operand), (0, width - inner)).expand(-1, parts, -1, -1) for operand in (query, key))
+    part = -(-channels // parts)
+    values = F.pad(value.flatten(2), (0, 0, 0, parts * part - channels)).unflatten(1, (parts, part))
+    values = F.pad(values.transpose(2, 3), (0, width - part)).contiguous()  # (B,parts,N,width)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        output = F.scaled_dot_product_attention(*shared, values, scale=1.0)
+    output = output[..., :part].transpose(2, 3).flatten(1, 2)[:, :channels]
+    return output.unflatten(2, query.shape[2:])
 
 
 def fused_position(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -126,11 +152,34 @@ def _compiled_flex():
     return torch.compile(flex_attention, dynamic=False)
 
 
+def flex_options(value: Tensor) -> dict | None:
+    """FlexAttention's ``kernel_options`` for a (B,C,*S) value: on a GPU, tiles that fit a block's shared memory.
+
+    Flex chooses tiles by the query's width, 64 here, and then has no room for 512 value channels: compiled for sm_90 in
+    bfloat16, its kernels want 448 KiB forward and 361 KiB backward, of 227. With these tiles they want 152 and 76 KiB
+    and spill no registers; in float32 42 and 73 KiB, with some spills. M1 and N1 belong to the kernel of grad_key and
+    grad_value, which keeps N1 keys and walks M1 queries at a time; M2 and N2 to that of grad_query.
+    """
+    if not value.is_cuda or value.shape[1] <= 256:
+        return None
+    if value.element_size() == 2:
+        queries, keys, backward, stages = 64, 64, 32, 2
+    else:
+        queries, keys, backward, stages = 32, 16, 16, 1
+    return {
+        "fwd_BLOCK_M": queries,
+        "fwd_BLOCK_N": keys,
+        **{f"bwd_BLOCK_{name}": backward for name in ("M1", "N1", "M2", "N2")},
+        "num_stages": stages,
+        "num_warps": 8,
+    }
+
+
 def flex_attention(query: Tensor, key: Tensor, value: Tensor, criss_cross: bool = False) -> Tensor:
     """The same through FlexAttention; criss-cross is a mask, so that blocks outside row and column are skipped."""
     tokens = (operand.flatten(2).transpose(1, 2).unsqueeze(1) for operand in (query, key, value))
     mask = _criss_cross_mask(*query.shape[2:], query.device) if criss_cross else None
-    output = _compiled_flex()(*tokens, block_mask=mask, scale=1.0)
+    output = _compiled_flex()(*tokens, block_mask=mask, scale=1.0, kernel_options=flex_options(value))
     return output.squeeze(1).transpose(1, 2).unflatten(2, query.shape[2:])
 
 
@@ -159,6 +208,7 @@ _FORMULATIONS = {
     "fused": {"position": fused_position, "channel": fused_channel, "criss_cross": fused_criss_cross},
     "sdpa": {"position": sdpa_position},
     **{name: {"position": partial(sdpa_position_by, backend)} for name, backend in SDPA_BACKENDS.items()},
+    "sdpa_flash_split": {"position": sdpa_position_split},
     "flex": {"position": flex_attention, "criss_cross": partial(flex_attention, criss_cross=True)},
 }
 
@@ -183,3 +233,30 @@ def uses_compiler(rival: str) -> bool:
 
 def applicable(rivals: tuple[str, ...], workload: Workload) -> list[str]:
     return [rival for rival in rivals if workload.op in APPLICABLE[rival]]
+
+
+@lru_cache(maxsize=64)
+def _sdpa_backend(inner: int, outer: int, queries: int, keys: int, dtype: torch.dtype, device: str) -> str:
+    from torch.nn.attention import SDPBackend
+
+    query, key, value = (
+        torch.empty(1, 1, n, width, dtype=dtype, device=device, requires_grad=True)
+        for n, width in ((queries, inner), (keys, inner), (keys, outer))
+    )
+    return SDPBackend(torch._fused_sdp_choice(query, key, value, scale=1.0)).name
+
+
+def sdpa_backend(workload: Workload, device: str | torch.device) -> str:
+    """The backend PyTorch chooses for ``sdpa`` at a pairwise workload with gradients on ``device``, by its name in
+    ``torch.nn.attention.SDPBackend``. Sizes are asked for up to 4096 positions: no choice depends on more."""
+    inner, outer = workload.widths
+    queries, keys = min(workload.positions, 4096), min(workload.keys, 4096)
+    return _sdpa_backend(inner, outer, queries, keys, DTYPES[workload.dtype], str(device))
+
+
+def needed_bytes(workload: Workload, rival: str, device: str | torch.device = "cpu") -> int:
+    """:func:`~benchmarks.workloads.peak_bytes` on ``device``: ``sdpa`` is charged for maps if PyTorch chooses its math
+    path there, and for none if a fused backend takes the workload."""
+    if rival == "sdpa":
+        return peak_bytes(workload, rival, sdpa_backend(workload, device))
+    return peak_bytes(workload, rival)

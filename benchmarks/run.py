@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+import torch
+
 from . import measure, rivals, validate
 from .cell import CellSpec, save_inputs
 from .features import FeatureSource, grad_output
 from .processes import CellFailed, CellProcess
 from .schedule import Schedule
-from .workloads import PAIRWISE, Workload, flops, peak_bytes, recomputing_flops
+from .workloads import PAIRWISE, Workload, flops, recomputing_flops
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,12 @@ class Options:
     repeats: int | None = None
 
 
-def record(workload: Workload, rival: str, status: str, reason: str | None = None) -> dict:
+def record(
+    workload: Workload, rival: str, status: str, reason: str | None = None, device: str | torch.device = "cpu"
+) -> dict:
+    """What is known of a cell before it runs; the bytes it needs are those on ``device``."""
     forward, both = flops(workload)
+    needed = rivals.needed_bytes(workload, rival, device)
     return {
         "op": workload.op,
         "height": workload.height,
@@ -48,8 +54,8 @@ def record(workload: Workload, rival: str, status: str, reason: str | None = Non
             "forward_backward": both,
             "forward_backward_recomputing": recomputing_flops(workload),
         },
-        "needed_bytes": peak_bytes(workload, rival),
-        "needed_extra_bytes": peak_bytes(workload, rival) - workload.operand_bytes() - workload.result_bytes(),
+        "needed_bytes": needed,
+        "needed_extra_bytes": needed - workload.operand_bytes() - workload.result_bytes(),
     }
 
 
@@ -97,14 +103,18 @@ class Runner:
                 cell.close()
         return [records[name] for name in self.options.rivals if name in records]
 
+    def _record(self, workload: Workload, name: str, status: str, reason: str | None = None) -> dict:
+        return record(workload, name, status, reason, self.options.device)
+
     def _start(self, workload, name, path, to_come, eager_errors) -> tuple[dict, CellProcess | None]:
         """A checked cell with its memory measured, or the record of why there is none."""
         if rivals.uses_compiler(name) and workload.positions * workload.batch < self.options.compile_from:
-            return record(workload, name, "skipped", f"not compiled below {self.options.compile_from} positions"), None
+            reason = f"not compiled below {self.options.compile_from} positions"
+            return self._record(workload, name, "skipped", reason), None
         available = measure.available_bytes(self.options.device)
         reason = self.schedule.verdict(workload, name, available, to_come)
         if reason:
-            return record(workload, name, "skipped", reason), None
+            return self._record(workload, name, "skipped", reason), None
         spec = CellSpec(workload, name, path, self.options.device, self.options.threads, self.options.backend)
         limit = 120 + 10 * self.schedule.predict(workload, name)
         cell = None
@@ -117,9 +127,9 @@ class Runner:
                 cell.close()
             if name == "fused":
                 raise
-            return record(workload, name, "failed", str(failure)), None
+            return self._record(workload, name, "failed", str(failure)), None
         self.schedule.learn(workload, name, first["forward_backward"])
-        entry = record(workload, name, "measured") | {
+        entry = self._record(workload, name, "measured") | {
             "errors": first["errors"],
             "memory": first["memory"],
             "available_bytes": available,

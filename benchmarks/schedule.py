@@ -10,8 +10,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from .rivals import uses_compiler
-from .workloads import Workload, flops, peak_bytes
+from .rivals import needed_bytes, uses_compiler
+from .workloads import Workload, flops
 
 GIB = 2**30
 MEMORY_SHARE = 0.9  # of what is available, what a cell may need
@@ -29,6 +29,7 @@ class Schedule:
     """Clock, rates and verdicts of one run. ``budget`` is in seconds, counted from creation; None for no limit."""
 
     budget: float | None
+    device: str = "cpu"
     reference_rate: float = 0.0  # seconds of the float64 reference per FLOP of a workload, the last one seen
     rates: dict[tuple[str, str, str], float] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
@@ -61,7 +62,7 @@ class Schedule:
 
     def verdict(self, workload: Workload, rival: str, available: int, to_come: list[Workload]) -> str | None:
         """None if the cell may run, or the reason why it does not, as the report prints it."""
-        needed = peak_bytes(workload, rival)
+        needed = needed_bytes(workload, rival, self.device)
         if needed > MEMORY_SHARE * available:
             return f"would not fit: needs {needed / GIB:.1f} GiB, {available / GIB:.1f} GiB available"
         if self.budget is None or rival == "fused":

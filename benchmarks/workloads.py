@@ -52,6 +52,13 @@ class Workload:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 (got {getattr(self, name)})")
 
+    @classmethod
+    def of(cls, record: dict) -> Workload:
+        """The workload of a cell's record (``benchmarks.run.record``)."""
+        shared = {name: record[name] for name in ("op", "height", "width", "dtype", "batch", "channels")}
+        widths_follow_channels = record["op"] in ("channel", "non_local", "ann")
+        return cls(**shared) if widths_follow_channels else cls(**shared, key_channels=record["query_channels"])
+
     @property
     def positions(self) -> int:
         return self.height * self.width
@@ -118,6 +125,11 @@ class Workload:
         """Output and gradients, which every rival must produce."""
         return self.operand_bytes()
 
+    def least_bytes(self) -> tuple[int, int]:
+        """Bytes that a forward must move, inputs and output once, and a backward, inputs, grad_output and gradients."""
+        inputs = self.itemsize * sum(prod(shape) for shape in self.leaves().values())
+        return self.operand_bytes(), self.operand_bytes() + inputs
+
 
 def flops(workload: Workload) -> tuple[int, int]:
     """FLOPs of the definition: (forward, forward + backward), 2 x multiply-accumulates.
@@ -171,14 +183,46 @@ def map_bytes(workload: Workload, rival: str = "eager") -> int:
     return workload.batch * n * workload.keys * itemsize
 
 
-def peak_bytes(workload: Workload, rival: str) -> int:
+FLASH_WIDTH = 256  # channels at most in a head of SDPA's flash backend
+
+
+def split_heads(inner: int, outer: int) -> tuple[int, int]:
+    """(number of parts, their padded width) of ``outer`` value channels in heads of SDPA's flash backend, each of which
+    also holds the ``inner`` channels of query and key: as few parts as possible, of a multiple of 8 channels each.
+
+    Raises:
+        ValueError: where the query is wider than a head can be.
+    """
+    if inner > FLASH_WIDTH:
+        raise ValueError(f"the query must have at most {FLASH_WIDTH} channels for SDPA's flash backend (got {inner})")
+    parts = -(-outer // FLASH_WIDTH)
+    return parts, -(-max(inner, -(-outer // parts)) // 8) * 8
+
+
+def split_bytes(workload: Workload) -> int:
+    """Bytes that ``sdpa_flash_split`` needs beyond operands and results: query and key once and, for each part, value,
+    output, grad_output and the gradients of query, key and value, all padded to one width; and, as on a GPU, grad_query
+    in float32."""
+    inner, outer = workload.widths
+    parts, width = split_heads(min(inner, FLASH_WIDTH), outer)
+    queries, keys = workload.positions * workload.batch, workload.keys * workload.batch
+    padded = width * ((1 + 3 * parts) * queries + (1 + 3 * parts) * keys)
+    return workload.itemsize * padded + 4 * width * parts * queries
+
+
+def peak_bytes(workload: Workload, rival: str, sdpa_backend: str = "MATH") -> int:
     """Bytes that forward + backward of ``rival`` needs at its worst moment, operands and results included.
 
     The maps decide; to them come the operands, the results, and one more set of each for copies made on the way
-    (layout changes of the rivals, packed operands and partial sums of the fused kernels).
+    (layout changes of the rivals, packed operands and partial sums of the fused kernels). ``sdpa`` has maps only if its
+    backend, a name of ``torch.nn.attention.SDPBackend``, is MATH; see :func:`benchmarks.rivals.needed_bytes`.
     """
     maps = LIVE_MAPS.get(rival, 0.0) * (RECURRENCE if workload.op == "rcca" else 1)
+    if rival == "sdpa" and sdpa_backend != "MATH":
+        maps = 0.0
     activations = workload.operand_bytes() + workload.result_bytes()
+    if rival == "sdpa_flash_split":
+        return activations + split_bytes(workload)
     if workload.op == "rcca":
         activations *= 1 + RECURRENCE
     return int(maps * map_bytes(workload, rival)) + 2 * activations

@@ -85,7 +85,7 @@ class TestFormulas:
 
 
 class TestRivals:
-    @pytest.mark.parametrize("rival", ["eager", "sdpa", "fused"])
+    @pytest.mark.parametrize("rival", ["eager", "sdpa", "sdpa_flash_split", "fused"])
     @pytest.mark.parametrize("op", workloads.OPS)
     def test_every_formulation_is_the_same_attention(self, op, rival):
         if op not in rivals.APPLICABLE[rival]:

@@ -46,6 +46,13 @@ def small_call(operator, dtype):
     return lambda: forward_and_backward(operator, inputs, case.scalars)
 
 
+@pytest.fixture(params=["bfloat16", "float16", "3xtf32", "tf32", "float64"])
+def products(request, emulator):
+    """The dtype of a call's tensors, and its float32 products as named: every set of kernels there is."""
+    torch.ops.segattn_emulated._set_allow_tf32(request.param == "tf32")
+    return torch.float32 if request.param.endswith("tf32") else getattr(torch, request.param)
+
+
 @OPERATOR
 def test_batches_beyond_65535(emulator, operator):
     """More samples than the y and z dimensions of a grid can count: the first and the last ones are right. (Nothing
@@ -127,21 +134,38 @@ HARMLESS_TORCH = {
     "aten::new_empty", "aten::empty", "aten::empty_like", "aten::empty_strided", "aten::contiguous", "aten::clone",
     "aten::copy_", "aten::to", "aten::_to_copy", "aten::view", "aten::transpose", "aten::as_strided", "aten::bmm",
     "aten::zero_", "aten::fill_", "aten::detach", "aten::resolve_conj", "aten::expand",
-    "aten::ones_like", "aten::zeros",
+    "aten::ones_like", "aten::zeros", "aten::select",
 }  # fmt: skip
 
 
 @OPERATOR
-@DTYPE
 @pytest.mark.parametrize("architecture", [75, 90])
-def test_nothing_waits_for_the_device(emulator, operator, dtype, architecture):
+def test_nothing_waits_for_the_device(emulator, operator, products, architecture):
     """No synchronisation, no copy to the host, no memory but that of torch's allocator: calls can be captured in a CUDA
     graph, and overlap with the host."""
     emulator.set_device(architecture)
-    call = small_call(operator, dtype)
+    call = small_call(operator, products)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         call()
     assert emulator.report() and set(emulator.calls()) <= HARMLESS
     called = {event.name for event in profile.events() if event.name.startswith("aten::")}
     assert "aten::new_empty" in called
     assert called <= HARMLESS_TORCH
+
+
+@OPERATOR
+@pytest.mark.parametrize("architecture", [75, 90])
+def test_launches_go_to_the_current_stream(emulator, operator, products, architecture):
+    """Every launch is on the stream that is PyTorch's current one at that time, in the forward and in the backward, and
+    none is on the default stream, number 0."""
+    emulator.set_device(architecture)
+    case = SMALL[operator]
+    leaves = [t.requires_grad_() for t in BY_OPERATOR[operator].make(case, products)]
+    emulator.set_current_stream(7)
+    output = BY_OPERATOR[operator].function(*leaves, *case.scalars)
+    forward = emulator.report()
+    emulator.set_current_stream(11)
+    torch.autograd.grad(output, leaves, torch.ones_like(output))
+    backward = emulator.report()[len(forward) :]
+    assert {launch["stream"] for launch in forward} == {7}
+    assert {launch["stream"] for launch in backward} == {11}

@@ -38,7 +38,7 @@ bool allow_tf32();
 struct DeviceGuard {
   explicit DeviceGuard(const Tensor&) {}
 };
-inline cudaStream_t current_stream(const Tensor&) { return nullptr; }
+inline cudaStream_t current_stream(const Tensor&) { return emulator::current_stream(); }
 #else
 struct DeviceGuard {
   explicit DeviceGuard(const Tensor& tensor) : guard(tensor.get_device_index()) {}

@@ -104,6 +104,11 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
                                                           size_t dynamic_shared_bytes);
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream = nullptr);
 
+namespace segattn::emulator {
+// Stands in for PyTorch's current stream: a handle that is never the default stream's, see set_current_stream().
+cudaStream_t current_stream();
+}  // namespace segattn::emulator
+
 template <class... P>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*kernel)(P...)) {
   return cudaFuncGetAttributes(attributes, reinterpret_cast<const void*>(kernel));

@@ -35,6 +35,7 @@ struct LaunchCounters {
   size_t dynamic_shared_bytes = 0;
   size_t static_shared_bytes = 0;  // of all kernels of the library together
   int architecture = 0;
+  int64_t stream = 0;  // 0: the default stream
   double seconds = 0;
   int64_t block_barriers = 0;
   int64_t named_barriers = 0;

@@ -150,6 +150,7 @@ cudaError_t launch(const LaunchRequest& request) {
   counters.block_size = request.block_size;
   counters.dynamic_shared_bytes = request.dynamic_shared_bytes;
   counters.architecture = device().architecture;
+  counters.stream = reinterpret_cast<intptr_t>(request.stream);
 
   SharedMemory shared(request);
   counters.static_shared_bytes = shared.static_bytes();

@@ -1,10 +1,12 @@
 #include "host.h"
 
 #include <algorithm>
+#include <atomic>
 #include <mutex>
 #include <utility>
 
 #include "../include/emulator.h"
+#include "../include/runtime_api.h"
 #include "device.h"
 
 namespace segattn::emulator {
@@ -14,6 +16,7 @@ std::mutex mutex;  // autograd calls from threads of its own
 std::map<std::string, int64_t> counted_calls;
 int64_t launches_before_failure = -1;
 int64_t blocks_at_ends = -1;
+std::atomic<int64_t> stream_number = 1;
 std::vector<int> built;
 
 }  // namespace
@@ -33,6 +36,9 @@ void forget_calls() {
 
 void set_failing_launch(int64_t launches) { launches_before_failure = launches; }
 bool launch_fails() { return launches_before_failure >= 0 && launches_before_failure-- == 0; }
+
+void set_current_stream(int64_t stream) { stream_number = stream; }
+cudaStream_t current_stream() { return reinterpret_cast<cudaStream_t>(intptr_t(stream_number.load())); }
 
 void set_blocks_at_ends(int64_t blocks) { blocks_at_ends = blocks; }
 bool block_runs(uint64_t index, uint64_t blocks) {

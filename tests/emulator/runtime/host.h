@@ -18,6 +18,9 @@ void forget_calls();
 void set_failing_launch(int64_t launches);
 bool launch_fails();
 
+// The number behind current_stream(), never 0: that would be the default stream.
+void set_current_stream(int64_t stream);
+
 // Of every launch, only so many first blocks and as many last ones run: with 0, launches are just checked and remembered.
 // What the other blocks would have written stays NaN. Negative: all run.
 void set_blocks_at_ends(int64_t blocks);

@@ -38,6 +38,7 @@ py::dict as_dict(const LaunchCounters& launch) {
   result["dynamic_shared_bytes"] = launch.dynamic_shared_bytes;
   result["static_shared_bytes"] = launch.static_shared_bytes;
   result["architecture"] = launch.architecture;
+  result["stream"] = launch.stream;
   result["seconds"] = launch.seconds;
   result["block_barriers"] = launch.block_barriers;
   result["named_barriers"] = launch.named_barriers;
@@ -90,6 +91,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("calls", &calls, "How often host code called each function of the runtime API since reset().");
   m.def("set_failing_launch", &set_failing_launch, py::arg("launches"),
         "After so many launches that succeed one fails, as for lack of resources; negative: none.");
+  m.def(
+      "set_current_stream",
+      [](int64_t stream) {
+        if (stream == 0) throw py::value_error("0 is the default stream, which a launch must not fall back to");
+        set_current_stream(stream);
+      },
+      py::arg("stream"), "The number of PyTorch's current stream, as report() shows it for each launch; 1 at first.");
   m.def("set_blocks_at_ends", &set_blocks_at_ends, py::arg("blocks"),
         "So many first and last blocks of every launch run, the others do not; 0: none does; negative: all.");
   m.def("set_built_architectures", &set_built_architectures, py::arg("architectures"),
