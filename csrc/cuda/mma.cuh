@@ -131,10 +131,17 @@ struct MmaTf32 {
     const uint32_t high[2] = {b.r[0][2 * half], b.r[0][2 * half + 1]};
     if constexpr (kProducts == 3) {
       const uint32_t low[2] = {b.r[1][2 * half], b.r[1][2 * half + 1]};
-      ptx::mma_m16n8k8_tf32(d, a.r[1], high);
-      ptx::mma_m16n8k8_tf32(d, a.r[0], low);
+      float sum[4] = {};
+      ptx::mma_m16n8k8_tf32(sum, a.r[1], high);
+      ptx::mma_m16n8k8_tf32(sum, a.r[0], low);
+      ptx::mma_m16n8k8_tf32(sum, a.r[0], high);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        d[i] += sum[i];
+      }
+    } else {
+      ptx::mma_m16n8k8_tf32(d, a.r[0], high);
     }
-    ptx::mma_m16n8k8_tf32(d, a.r[0], high);
   }
 };
 
