@@ -12,8 +12,8 @@ TEST_CUDA_ARCHITECTURES ?= 9.0
 bench: build
 	$(BIN)/python -m benchmarks
 
-test: build $(VENV)/.interop
-	SEGATTN_REQUIRE_INTEROP=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+test: build $(VENV)/.interop build/torch_headers/.complete
+	SEGATTN_REQUIRE_INTEROP=1 SEGATTN_REQUIRE_HEADERS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 $(VENV)/.environment: requirements/dev.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,10 @@ $(VENV)/.environment: requirements/dev.txt pyproject.toml
 # The published implementations that are converted for real, without their own wishes for torch and numpy.
 $(VENV)/.interop: requirements/interop.txt | $(VENV)/.environment
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements/interop.txt
+	touch $@
+
+build/torch_headers/.complete: requirements/headers.txt tests/torch_headers.py | $(VENV)/.environment
+	$(BIN)/python -m tests.torch_headers
 	touch $@
 
 environment: $(VENV)/.environment

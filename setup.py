@@ -19,7 +19,16 @@ import re
 import runpy
 from pathlib import Path
 
+import setuptools
 from setuptools import setup
+
+# A fresh environment of Python 3.11 has setuptools 65, which torch 2.10 and 2.11 accept. Its error about
+# project.license does not say that a newer one is needed.
+if int(setuptools.__version__.split(".")[0]) < 77:
+    raise SystemExit(
+        f"segattn_ops: the build needs setuptools >= 77 (got {setuptools.__version__}): "
+        "pip install 'setuptools>=77,<82', which every torch from 2.10 on accepts"
+    )
 
 ROOT = Path(__file__).parent.resolve()
 

@@ -3,7 +3,8 @@
 Three pictures of each op family are drawn beside the JSON, with a row for each workload and a panel for forward and for
 backward: ``FAMILY-throughput.png`` (every rival's TFLOP/s against what a large matrix product reaches on that device),
 ``FAMILY-rivals.png`` (every rival's time over the fused op's) and ``FAMILY-bound.png`` (the fused op's time over its
-bound). Only cells of the sources that were measured last are drawn. Exit status 1 where there is nothing to draw.
+bound). Hollow markers are times that include the host's. Only cells of the sources and the kind of device that were
+measured last are drawn. Exit status 1 where there is nothing to draw.
 """
 
 from __future__ import annotations
@@ -33,12 +34,16 @@ def load(path: Path) -> dict:
 
 
 def current_cells(content: dict) -> list[dict]:
-    """The measured cells of the sources that the last of them was measured with: others are not comparable."""
+    """The measured cells of the sources and the device that the last of them is of: others are not comparable."""
+
+    def origin(entry: dict) -> tuple:
+        return entry["sources"], entry.get("device")
+
     measured = [entry for entry in content["cells"] if entry["status"] == "measured"]
     if not measured:
         return []
-    latest = max(measured, key=lambda entry: entry["date"])["sources"]
-    return [entry for entry in measured if entry["sources"] == latest]
+    latest = origin(max(measured, key=lambda entry: entry["date"]))
+    return [entry for entry in measured if origin(entry) == latest]
 
 
 def seconds(entry: dict, kind: str) -> float:
@@ -49,6 +54,11 @@ def flop(entry: dict, kind: str) -> int:
     """FLOP of the definition."""
     counted = entry["flop"]
     return counted["forward"] if kind == "forward" else counted["forward_backward"] - counted["forward"]
+
+
+def throughput(entry: dict, kind: str) -> float:
+    """TFLOP/s of the definition."""
+    return flop(entry, kind) / seconds(entry, kind) / 1e12
 
 
 def flop_ceiling(ceilings: dict, dtype: str) -> float | None:
@@ -119,22 +129,46 @@ def _ticks(ax) -> None:
     ax.tick_params(axis="x", labelsize=8)
 
 
-def _points(ax, rows: list[list[dict]], value, names: tuple[str, ...]) -> None:
-    """A marker for every rival in every row, at ``value(entry, row)``, which may be None."""
+HOLLOW = "hollow: with the host's time"
+
+
+def _scatter(ax, points: list[tuple[float, int, bool]], colour: str, marker: str, label: str, **style) -> None:
+    """Markers at (x, row, exposed), hollow where the host's time is in the figure; both are in the legend if drawn."""
+    if not points:
+        return
+    ax.scatter([], [], color=colour, marker=marker, label=label, **style)  # also where all are hollow
+    for exposed in (False, True):
+        chosen = [(x, y) for x, y, with_host in points if with_host == exposed]
+        if chosen and exposed:
+            ax.scatter([], [], facecolors="none", edgecolors="#555555", marker="o", label=HOLLOW, **style)
+        if chosen:
+            face = {"facecolors": "none", "edgecolors": colour} if exposed else {"color": colour}
+            ax.scatter(*zip(*chosen, strict=True), marker=marker, label=HOLLOW if exposed else label, **face, **style)
+
+
+def _exposed(entry: dict, kind: str) -> bool:
+    return kind in entry.get("host_exposed", ())
+
+
+def _points(ax, rows: list[list[dict]], value, kind: str, names: tuple[str, ...]) -> None:
+    """A marker for every rival in every row, at ``value(entry, row)``."""
     for name in names:
         found = [
-            (value(entry, row), index) for index, row in enumerate(rows) for entry in row if entry["rival"] == name
+            (value(entry, row), index, _exposed(entry, kind))
+            for index, row in enumerate(rows)
+            for entry in row
+            if entry["rival"] == name
         ]
-        found = [(x, y) for x, y in found if x is not None]
-        if found:
-            ax.scatter(
-                *zip(*found, strict=True),
-                color=COLOURS[name],
-                marker=MARKERS[name],
-                s=34 if name == "fused" else 22,
-                zorder=4 if name == "fused" else 3,
-                label=rivals.TITLES[name],
-            )
+        fused = name == "fused"
+        _scatter(
+            ax,
+            found,
+            COLOURS[name],
+            MARKERS[name],
+            rivals.TITLES[name],
+            s=34 if fused else 22,
+            zorder=4 if fused else 3,
+        )
 
 
 def draw_throughput(cells: list[dict], ceilings: dict, path: Path, heading: str) -> Path:
@@ -142,7 +176,7 @@ def draw_throughput(cells: list[dict], ceilings: dict, path: Path, heading: str)
     rows = _rows(cells)
     figure, axes = _figure(rows, "TFLOP/s of the definition (higher is better)")
     for ax, kind in zip(axes.flat, KINDS, strict=True):
-        _points(ax, rows, lambda entry, _, kind=kind: flop(entry, kind) / seconds(entry, kind) / 1e12, rivals.RIVALS)
+        _points(ax, rows, lambda entry, _, kind=kind: throughput(entry, kind), kind, rivals.RIVALS)
         reached = [(flop_ceiling(ceilings, row[0]["dtype"]), index) for index, row in enumerate(rows)]
         lines = [(x / 1e12, y) for x, y in reached if x]
         if lines:
@@ -167,7 +201,7 @@ def draw_rivals(cells: list[dict], path: Path, heading: str) -> Path | None:
     names = tuple(name for name in rivals.RIVALS if name != "fused")
     for ax, kind in zip(axes.flat, KINDS, strict=True):
         ax.axvline(1, color=COLOURS["fused"], linewidth=2, zorder=2, label=rivals.TITLES["fused"])
-        _points(ax, rows, lambda entry, row, kind=kind: ratio(entry, row, kind), names)
+        _points(ax, rows, lambda entry, row, kind=kind: ratio(entry, row, kind), kind, names)
         _ticks(ax)
     return finish(figure, axes, path, heading)
 
@@ -187,10 +221,12 @@ def draw_bound(cells: list[dict], ceilings: dict, path: Path, heading: str) -> P
         ax.axvline(1, color="black", linewidth=1.5, zorder=2, label="bound")
         for decides, (colour, marker) in BOUNDS.items():
             found = [(bound(entry, kind, ceilings), index, entry) for index, (entry,) in enumerate(rows)]
-            points = [(seconds(entry, kind) / least, y) for (least, by), y, entry in found if by == decides]
-            if points:
-                label = f"bound by {decides}"
-                ax.scatter(*zip(*points, strict=True), color=colour, marker=marker, s=34, zorder=3, label=label)
+            points = [
+                (seconds(entry, kind) / least, y, _exposed(entry, kind))
+                for (least, by), y, entry in found
+                if by == decides
+            ]
+            _scatter(ax, points, colour, marker, f"bound by {decides}", s=34, zorder=3)
         _ticks(ax)
     return finish(figure, axes, path, heading)
 

@@ -14,10 +14,11 @@ COLOURS = {
     "compile": "#edae49",
     "flex": "#8d6a9f",
     "sdpa_flash": "#2a9d8f",
-    "sdpa_efficient": "#5b8c5a",
+    "sdpa_efficient": "#b5838d",
     "sdpa_cudnn": "#577590",
     "sdpa_flash_split": "#13505b",
 }
+LEGEND_COLUMN = 1.8  # inches
 MARKERS = {
     "fused": "o",
     "eager": "s",
@@ -56,8 +57,9 @@ def finish(figure, axes, path: Path, heading: str) -> Path:
         ax.grid(True, which="minor", alpha=0.12)
         ax.spines[["top", "right"]].set_visible(False)
     figure.suptitle(heading, fontsize=12)
+    columns = min(len(labels), max(int(figure.get_figwidth() / LEGEND_COLUMN), 1))
     figure.legend(
-        [handles[label] for label in labels], labels, loc="outside lower center", ncols=len(labels), frameon=False
+        [handles[label] for label in labels], labels, loc="outside lower center", ncols=columns, frameon=False
     )
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

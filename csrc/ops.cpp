@@ -3,13 +3,16 @@
 #include "registration.h"
 
 SEGATTN_LIBRARY(SEGATTN_NAMESPACE, m) {
-  // query (B, E, *S), key (B, E, *T), value (B, C, *T) -> output (B, C, *S), logsumexp (B, *S)
+  // query (B, E, *S), key (B, E, *T), value (B, C, *T) -> output (B, C, *S), logsumexp (B, *S), output_low: for 16-bit
+  // types and with_low what rounding took from the output, rounded itself, (B, C, *S); else empty, (B, 0, *S)
   m.def(
-      "position_attention(Tensor query, Tensor key, Tensor value, float scale)"
-      " -> (Tensor output, Tensor logsumexp)");
+      "position_attention(Tensor query, Tensor key, Tensor value, float scale, bool with_low=False)"
+      " -> (Tensor output, Tensor logsumexp, Tensor output_low)");
+  // Without output_low, grad_query of 16-bit types carries the rounding of the output (docs/decisions.md).
   m.def(
       "position_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output,"
-      " Tensor logsumexp, float scale) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+      " Tensor logsumexp, float scale, Tensor? output_low=None)"
+      " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
 
   // query (B, C, *S), key (B, K, *S), value (B, K, *T) -> output (B, C, *T), logsumexp (B, C)
   m.def(

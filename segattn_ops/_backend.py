@@ -67,10 +67,17 @@ def operators(device: torch.device):
     return getattr(torch.ops, namespace)
 
 
+@torch.compiler.assume_constant_result
+def has_autocast(device_type: str) -> bool:
+    """Whether the device type knows autocast. While compiling, Dynamo calls this instead of tracing it: that of torch
+    2.10 and 2.11 cannot trace the question."""
+    return torch.amp.is_autocast_available(device_type)
+
+
 def call_reference(definition: Callable[..., Any], *arguments) -> Any:
     """A definition of reference.py outside autocast, which would round its float32 steps to 16 bits."""
     device_type = arguments[0].device.type
-    if not torch.amp.is_autocast_available(device_type):
+    if not has_autocast(device_type):
         return definition(*arguments)
     with torch.autocast(device_type, enabled=False):
         return definition(*arguments)

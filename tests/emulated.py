@@ -19,10 +19,11 @@ def emulator(emulated_library):
     emulated_library.reset()
     yield emulated_library
     emulated_library.set_device(90)
+    emulated_library.set_current_stream(1)
     emulated_library.set_built_architectures([])
     emulated_library.set_failing_launch(-1)
     emulated_library.set_blocks_at_ends(-1)
-    emulated_library.set_current_stream(1)
+    emulated_library.set_mma_rounding("truncate")
     torch.ops.segattn_emulated._set_allow_tf32(False)
 
 

@@ -88,8 +88,9 @@ def position_inputs(shape: tuple[int, int, int, int, int], dtype: torch.dtype, s
 
 def position_forward_backward(query, key, value, grad_output, scale=0.3):
     operators = torch.ops.segattn
-    output, logsumexp = operators.position_attention(query, key, value, scale)
-    gradients = operators.position_attention_backward(grad_output, query, key, value, output, logsumexp, scale)
+    output, logsumexp, low = operators.position_attention(query, key, value, scale, True)
+    low = low if low.shape[1] > 0 else None
+    gradients = operators.position_attention_backward(grad_output, query, key, value, output, logsumexp, scale, low)
     return output, logsumexp, *gradients
 
 
@@ -159,16 +160,18 @@ def test_scores_of_minus_infinity(threads):
     ids=str,
 )
 def test_position_work(library, shape, overhead, dtype):
-    """Multiply-adds done, padding included, against NM(E + C) forward and NM(3E + 2C) backward (DESIGN section 3)."""
+    """Multiply-adds done, padding included, against NM(E + C) forward and NM(3E + 2C) backward, to which float32 adds
+    the mean keys, NME, where the keys are more than a tile."""
     query, key, value, grad_output = position_inputs(shape, dtype)
     _, e, c, n, m = shape
     library.segattn_cpu_take_multiply_adds()
-    output, logsumexp = torch.ops.segattn.position_attention(query, key, value, 0.1)
+    output, logsumexp, _ = torch.ops.segattn.position_attention(query, key, value, 0.1)
     forward = library.segattn_cpu_take_multiply_adds()
     torch.ops.segattn.position_attention_backward(grad_output, query, key, value, output, logsumexp, 0.1)
     backward = library.segattn_cpu_take_multiply_adds()
     assert n * m * (e + c) <= forward <= overhead * n * m * (e + c)
-    assert n * m * (3 * e + 2 * c) <= backward <= overhead * n * m * (3 * e + 2 * c)
+    products = (4 if dtype == torch.float32 and m > 128 else 3) * e + 2 * c
+    assert n * m * products <= backward <= overhead * n * m * products
 
 
 @pytest.mark.parametrize(
@@ -185,7 +188,7 @@ def test_position_packing(library, shape, key_times, query_times):
     """How often the backward pass packs its operands: of a key 2 E + C elements, of a query 2 E + 2 C."""
     query, key, value, grad_output = position_inputs(shape, torch.float32)
     _, e, c, n, m = shape
-    output, logsumexp = torch.ops.segattn.position_attention(query, key, value, 0.1)
+    output, logsumexp, _ = torch.ops.segattn.position_attention(query, key, value, 0.1)
     library.segattn_cpu_take_packed()
     torch.ops.segattn.position_attention_backward(grad_output, query, key, value, output, logsumexp, 0.1)
     assert library.segattn_cpu_take_packed() == key_times * m * (2 * e + c) + query_times * n * (2 * e + 2 * c)
@@ -207,7 +210,7 @@ def forward_backward(size):
     with open("/proc/self/clear_refs", "w") as clear:
         clear.write("5")  # the peak so far (of making the inputs) is forgotten
     before = memory("VmRSS")
-    output, logsumexp = operators.position_attention(query, key, value, 0.1)
+    output, logsumexp, _ = operators.position_attention(query, key, value, 0.1)
     gradients = operators.position_attention_backward(grad_output, query, key, value, output, logsumexp, 0.1)
     return memory("VmHWM") - before - sum(t.nbytes for t in (output, logsumexp, *gradients))
 

@@ -12,8 +12,10 @@ import torch
 from segattn_ops import reference
 
 from .emulated import assert_same_bits, conflicts, global_bytes, run_in
+from .tolerance import assert_as_exact_as_eager
 
 OPERATORS = torch.ops.segattn_emulated
+RESULTS = ("output", "logsumexp", "grad_query", "grad_key", "grad_value")
 SIDE = 97
 PAIRS = SIDE * SIDE * (2 * SIDE - 1)  # of a query and a position it sees, at 97 x 97
 
@@ -35,11 +37,15 @@ def run(query, key, value, grad_output, scale=0.5):
     )
 
 
-def exact(query, key, value, grad_output, scale=0.5):
-    leaves = [t.double().requires_grad_() for t in (query, key, value)]
+def eager(query, key, value, grad_output, scale=0.5):
+    leaves = [t.detach().requires_grad_() for t in (query, key, value)]
     output, logsumexp = reference.criss_cross_attention(*leaves, scale)
-    gradients = torch.autograd.grad(output, leaves, grad_output.double())
+    gradients = torch.autograd.grad(output, leaves, grad_output)
     return output.detach(), logsumexp.detach(), *gradients
+
+
+def exact(query, key, value, grad_output, scale=0.5):
+    return eager(*(t.double() for t in (query, key, value, grad_output)), scale)
 
 
 def worst_error(tensors):
@@ -262,6 +268,19 @@ def test_any_layout(emulator, dtype, shape):
     for layout in (transposed, channels_last, cut):
         for got, want in zip(run(*layout), expected, strict=True):
             assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize(("channels", "height", "width"), [(512, 2, 97), (16, 1, 600)])
+def test_float32_sums(emulator, architecture, channels, height, width):
+    """Sums over DANet's channels, and over a line so long that tensor cores, which cut their sums off, lose too much of
+    it in one accumulator. Values are features after a ReLU."""
+    emulator.set_device(architecture)
+    query, key, value, grad_output = inputs(8, channels, height, width, torch.float32)
+    tensors = (query, key, value.relu(), grad_output)
+    results = zip(run(*tensors), eager(*tensors), exact(*tensors), strict=True)
+    for name, (got, by_eager, in_float64) in zip(RESULTS, results, strict=True):
+        assert_as_exact_as_eager(name, got, by_eager, in_float64)
 
 
 def test_tf32_only_on_permission(emulator):

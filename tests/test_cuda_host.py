@@ -156,8 +156,8 @@ def test_nothing_waits_for_the_device(emulator, operator, products, architecture
 @OPERATOR
 @pytest.mark.parametrize("architecture", [75, 90])
 def test_launches_go_to_the_current_stream(emulator, operator, products, architecture):
-    """Every launch is on the stream that is PyTorch's current one at that time, in the forward and in the backward. None
-    is on the default stream, number 0."""
+    """Every launch is on the stream that is PyTorch's current one at that time, in the forward and in the backward, and
+    none is on the default stream, number 0."""
     emulator.set_device(architecture)
     case = SMALL[operator]
     leaves = [t.requires_grad_() for t in BY_OPERATOR[operator].make(case, products)]

@@ -4,6 +4,7 @@ PTX ISA says, launches fail where a GPU's would, counters count what was worked 
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .emulator import asan, build
+from .emulator.tensor_core_model import GENERATIONS, to_nearest, truncated
 
 NAN = float("nan")
 WRONG = "wrong numbers"  # not an error: the output differs from the right one
@@ -21,10 +23,13 @@ HERE = ["asan"] if IN_ASAN else ["plain", "race"]
 
 
 @pytest.fixture(params=HERE)
-def variant(request) -> str:
-    build.runtime(request.param).set_device(90)
-    build.runtime(request.param).set_seed(0)
-    return request.param
+def variant(request) -> Iterator[str]:
+    control = build.runtime(request.param)
+    control.set_device(90)
+    control.set_seed(0)
+    control.set_mma_rounding("truncate")
+    yield request.param
+    control.set_mma_rounding("truncate")
 
 
 @pytest.fixture
@@ -247,16 +252,16 @@ def test_fragment_tables_hold_every_element_once(title):
     assert sorted(cells) == [(lane, i) for lane in range(32) for i in range(len(cells) // 32)]
 
 
-@pytest.mark.parametrize(
+MMA = pytest.mark.parametrize(
     ("name", "dtype", "depth"),
     [("mma_float16", torch.float16, 16), ("mma_bfloat16", torch.bfloat16, 16), ("mma_tf32", torch.float32, 8)],
 )
-def test_mma_by_the_table(variant, name, dtype, depth):
-    tables = fragments()
+
+
+def run_mma(variant: str, name: str, dtype: torch.dtype, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """c + a b by one mma"""
+    tables, depth = fragments(), a.shape[1]
     shape = "mma.m16n8k16" if depth == 16 else "mma.m16n8k8.tf32"
-    generator = torch.Generator().manual_seed(0)
-    # Integers: every product and sum is exact in every dtype, so the comparison is too.
-    a, b, c = (torch.randint(-8, 9, s, generator=generator).float() for s in ((16, depth), (depth, 8), (16, 8)))
     registers = [
         to_lanes(a.to(dtype), tables[f"{shape} a 16x{depth}"]),
         to_lanes(b.to(dtype), tables[f"{shape} b {depth}x8"]),
@@ -264,7 +269,120 @@ def test_mma_by_the_table(variant, name, dtype, depth):
     ]
     packed = torch.cat([r.contiguous().view(torch.float32).flatten() for r in registers])
     got = run_instruction(variant, name, packed, 0, 128).view(32, 4)
-    assert torch.equal(to_matrix(got, tables["mma c 16x8"]), a @ b + c)
+    return to_matrix(got, tables["mma c 16x8"])
+
+
+@MMA
+def test_mma_by_the_table(variant, name, dtype, depth):
+    generator = torch.Generator().manual_seed(0)
+    # Integers: every product and sum is exact in every dtype, so the comparison is too.
+    a, b, c = (torch.randint(-8, 9, s, generator=generator).float() for s in ((16, depth), (depth, 8), (16, 8)))
+    assert torch.equal(run_mma(variant, name, dtype, a, b, c), a @ b + c)
+
+
+def to_operand(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounded to the format of mma's factors, as float32."""
+    if dtype == torch.float32:
+        return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
+    return x.to(dtype).float()
+
+
+def sums_to_round(dtype: torch.dtype, depth: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """a, b, c: terms of about one size; of many; of the format's smallest numbers and float32's largest; those of the
+    products' sum that cancels; zeros."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    def power(size: int, *shape: int) -> Tensor:
+        return torch.randint(-size, size + 1, shape, generator=generator).float().exp2()
+
+    wide = 10 if dtype == torch.float16 else 45
+    a, b, c = normal(16, depth), normal(depth, 8), normal(16, 8)
+    yield a, b, c
+    yield a.abs(), b.abs(), 1000 * c.abs()
+    yield a * power(wide, 16, depth), b * power(wide, depth, 8), c * power(wide, 16, 8)
+    small = 2.0**-20 if dtype == torch.float16 else 2.0**-70
+    yield a * small, b * small, c * small**2
+    if dtype != torch.float16:
+        yield a * 2.0**60, b * 2.0**60, c * 2.0**120
+    yield a, b, -(to_operand(a, dtype).double() @ to_operand(b, dtype).double()).float()
+    yield a * (normal(16, depth) > 0), b * (normal(depth, 8) > 0), torch.zeros(16, 8)
+
+
+@MMA
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_mma_truncates_as_hardware_does(variant, name, dtype, depth, architecture):
+    build.runtime(variant).set_device(architecture)
+    lowest = -14 if dtype == torch.float16 else -126
+    for a, b, c in sums_to_round(dtype, depth):
+        a, b = to_operand(a, dtype), to_operand(b, dtype)
+        rows, columns = a.tolist(), b.T.tolist()
+        expected = [
+            [
+                truncated(x, y, z, GENERATIONS[architecture], dtype.itemsize, lowest)
+                for y, z in zip(columns, cs, strict=True)
+            ]
+            for x, cs in zip(rows, c.tolist(), strict=True)
+        ]
+        assert torch.equal(run_mma(variant, name, dtype, a, b, c), torch.tensor(expected))
+
+
+@MMA
+def test_mma_to_nearest(variant, name, dtype, depth):
+    build.runtime(variant).set_mma_rounding("nearest")
+    for a, b, c in sums_to_round(dtype, depth):
+        a, b = to_operand(a, dtype), to_operand(b, dtype)
+        rows, columns = a.tolist(), b.T.tolist()
+        expected = [
+            [to_nearest(x, y, z) for y, z in zip(columns, cs, strict=True)]
+            for x, cs in zip(rows, c.tolist(), strict=True)
+        ]
+        assert torch.equal(run_mma(variant, name, dtype, a, b, c), torch.tensor(expected))
+
+
+def test_mma_keeps_one_bit_more_from_hopper_on(variant):
+    """1 and eight products of 2^-25, a quarter of its unit in the last place, are 1 + 2^-22 on an H100 and 1 on an
+    A100; minus them, 1 - 2^-22 and 1."""
+    a, b, c = torch.full((16, 8), 2.0**-12), torch.full((8, 8), 2.0**-13), torch.ones(16, 8)
+    for sign in (1, -1):
+        for architecture, kept in ((80, 0), (90, 2.0**-22)):
+            build.runtime(variant).set_device(architecture)
+            assert (run_mma(variant, "mma_tf32", torch.float32, a, sign * b, c) == 1 + sign * kept).all()
+
+
+@MMA
+def test_mma_of_infinities_and_nan(variant, name, dtype, depth):
+    """Only the rows and columns that hold one notice; the others are truncated as ever."""
+    generator = torch.Generator().manual_seed(0)
+    a, b, c = (torch.randn(s, generator=generator) for s in ((16, depth), (depth, 8), (16, 8)))
+    a, b = to_operand(a, dtype), to_operand(b, dtype)
+    expected = run_mma(variant, name, dtype, a, b, c)
+    a[3, 1], a[5, 2], b[4, 6], c[9, 2] = float("nan"), float("inf"), float("-inf"), float("nan")
+    got = run_mma(variant, name, dtype, a, b, c)
+    assert got[3].isnan().all() and got[9, 2].isnan()
+    finite = torch.ones(16, 8, dtype=torch.bool)
+    finite[3], finite[5], finite[:, 6], finite[9, 2] = False, False, False, False
+    assert torch.equal(got[5, :6], (b[2, :6] * float("inf")))
+    others = [m for m in range(16) if m not in (3, 5)]
+    assert torch.equal(got[others, 6], a[others, 4] * float("-inf"))
+    assert torch.equal(got[finite], expected[finite])
+
+
+def test_mma_rounding_is_truncate_or_nearest(variant):
+    with pytest.raises(ValueError, match="must be truncate or nearest .got up"):
+        build.runtime(variant).set_mma_rounding("up")
+    assert build.runtime(variant).mma_rounding() == "truncate"
+
+
+@pytest.mark.skipif(IN_ASAN, reason="reads the environment as the other builds do")
+@pytest.mark.parametrize("rounding", ["truncate", "nearest"])
+def test_mma_rounding_by_environment(rounding):
+    code = "from tests.emulator import build; print(build.runtime('plain').mma_rounding())"
+    environment = os.environ | {"SEGATTN_EMULATED_MMA_ROUNDING": rounding}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=build.ROOT, capture_output=True, text=True)
+    assert done.stdout.split()[-1] == rounding, done.stderr
 
 
 def test_mma_tf32_ignores_the_low_bits(variant):

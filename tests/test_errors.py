@@ -161,13 +161,15 @@ def test_mixed_devices(backend):
 
 BACKWARD = {
     "position_attention_backward": (
-        [t(2, 6, 5, 7), t(2, 8, 5, 7), t(2, 8, 3), t(2, 6, 3), t(2, 6, 5, 7), t(2, 5, 7), 1.0],
+        [t(2, 6, 5, 7), t(2, 8, 5, 7), t(2, 8, 3), t(2, 6, 3), t(2, 6, 5, 7), t(2, 5, 7), 1.0, t(2, 6, 5, 7)],
         [
             (0, t(2, 6, 5, 8), "grad_output must have shape [2, 6, 5, 7] like output (got [2, 6, 5, 8])"),
             (0, t(2, 6, 5, 7).double(), "grad_output must be float32 like query (got float64)"),
             (4, t(2, 7, 5, 7), "output must have 6 channels like value (got 7)"),
             (5, t(2, 5, 6), "logsumexp must have shape [2, 5, 7] (got [2, 5, 6])"),
             (5, t(2, 5, 7).half(), "logsumexp must be float32 for these inputs (got float16)"),
+            (7, t(2, 6, 5, 8), "output_low must have shape [2, 6, 5, 7] like output (got [2, 6, 5, 8])"),
+            (7, t(2, 6, 5, 7).half(), "output_low must be float32 like query (got float16)"),
         ],
     ),
     "channel_attention_backward": (

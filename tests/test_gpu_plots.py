@@ -104,6 +104,8 @@ class TestFigures:
         skipped = run.record(workload, "compile", "skipped", "why")
         assert gpu_plots.current_cells(content([old, new, skipped])) == [new]
         assert gpu_plots.current_cells(content([skipped])) == []
+        other_device = entry(workload, "eager", 1.0, 1.0, device="another", date="2026-01-01T00:00:00+00:00")
+        assert gpu_plots.current_cells(content([other_device, new])) == [new]
 
 
 @pytest.fixture
@@ -145,6 +147,16 @@ class TestPictures:
         assert points(forward) == {"bound by FLOP": [(pytest.approx(2), 0), (pytest.approx(2), 1)]}
         assert points(backward) == {"bound by FLOP": [(pytest.approx(3), 0), (pytest.approx(3), 1)]}
 
+    def test_times_with_the_hosts_are_hollow(self, drawn, tmp_path):
+        cells = cells_of(Workload("channel", 97, 97, "bfloat16"), ("fused", "eager"))
+        cells[1]["host_exposed"] = ["forward"]
+        gpu_plots.draw(content(cells), tmp_path)
+        forward, backward, _ = drawn["channel-rivals.png"]
+        assert set(points(forward)) == {gpu_plots.HOLLOW}
+        assert {"eager", gpu_plots.HOLLOW} <= set(forward.get_legend_handles_labels()[1])
+        assert set(points(backward)) == {"eager"}
+        assert set(points(drawn["channel-bound.png"][0])) == {"bound by FLOP"}
+
     def test_what_is_missing_is_not_drawn(self, drawn, tmp_path):
         workload = Workload("criss_cross", 97, 97, "float64")
         alone = content([entry(workload, "fused", 1e-3, 2e-3)])
@@ -159,6 +171,22 @@ class TestPictures:
         assert {picture.name for picture in tmp_path.glob("*.png")} == names
         assert all((tmp_path / name).stat().st_size > 20_000 for name in names)
         assert len(capsys.readouterr().out.splitlines()) == len(names)
+
+    def test_the_legend_of_all_rivals_fits(self, tmp_path, monkeypatch):
+        from matplotlib import pyplot
+
+        figures = []
+        monkeypatch.setattr(pyplot, "close", figures.append)
+        workload = Workload("position", 97, 97, "bfloat16", 8)
+        cells = [entry(workload, name, 1e-3, 2e-3, host_exposed=["forward"]) for name in rivals.RIVALS]
+        gpu_plots.draw(content(cells), tmp_path)
+        monkeypatch.undo()
+        assert len(figures) == 3
+        for figure in figures:
+            (legend,) = figure.legends
+            box = legend.get_window_extent()
+            assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+            pyplot.close(figure)
 
     def test_nothing_to_draw(self, tmp_path, capsys):
         path = tmp_path / "gpu.json"

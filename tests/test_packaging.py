@@ -64,3 +64,10 @@ def test_wheel(wheel, tmp_path):
         check=True,
     )
     assert result.stdout.split() == [str(tmp_path / "segattn_ops" / "__init__.py"), "baseline"]
+
+
+def test_an_old_setuptools_is_named():
+    code = "import runpy, setuptools; setuptools.__version__ = '65.5.0'; runpy.run_path('setup.py')"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "setuptools >= 77 (got 65.5.0)" in result.stderr

@@ -17,7 +17,9 @@ def backward_arguments(kernels, family, case, inputs):
     result = getattr(kernels.operators, family.operator)(*inputs, *case.scalars)
     if not isinstance(result, tuple):
         return (grad_output, *inputs)
-    saved = () if family.operator.startswith("channel") else result  # which makes its weights from the energies alone
+    saved = (
+        () if family.operator.startswith("channel") else result[:2]
+    )  # which makes its weights from the energies alone
     return (grad_output, *inputs, *saved, *case.scalars)
 
 
@@ -36,6 +38,43 @@ def test_opcheck_backward(kernels, operator):
     inputs = family.make(case, torch.float32, kernels.device)
     arguments = backward_arguments(kernels, family, case, inputs)
     torch.library.opcheck(getattr(kernels.operators, f"{operator}_backward").default, arguments)
+
+
+def test_opcheck_with_low(kernels):
+    """The optional third result of position_attention, and the argument of its gradient."""
+    family = BY_OPERATOR["position_attention"]
+    inputs = family.make(family.cases[0], torch.bfloat16, kernels.device)
+    arguments = [t.requires_grad_() for t in inputs]
+    torch.library.opcheck(kernels.operators.position_attention.default, (*arguments, 1.0, True))
+    inputs = [t.detach() for t in inputs]
+    output, logsumexp, low = kernels.operators.position_attention(*inputs, 1.0, True)
+    assert low.shape == output.shape
+    assert torch.equal((output.double() + low.double()).bfloat16(), output)  # less than half a unit in the last place
+    assert low.norm() > 2**-11 * output.norm()
+    backward = kernels.operators.position_attention_backward.default
+    torch.library.opcheck(backward, (torch.randn_like(output), *inputs, output, logsumexp, 1.0, low))
+
+
+def test_low_is_made_for_the_backward_pass_alone(kernels):
+    """It costs a write of the output's size, which inference does not pay."""
+    family = BY_OPERATOR["position_attention"]
+    inputs = family.make(family.cases[0], torch.bfloat16, kernels.device)
+    calls = []
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            result = function(*arguments, **(keywords or {}))
+            if function is kernels.operators.position_attention.default:
+                calls.append(result[2].shape[1])
+            return result
+
+    channels = inputs[2].shape[1]
+    with Record():
+        family.function(*inputs, 1.0)
+        with torch.no_grad():
+            family.function(inputs[0].requires_grad_(), *inputs[1:], 1.0)
+        family.function(*inputs, 1.0)
+    assert calls == [0, 0, channels]
 
 
 def test_opcheck_with_gamma(kernels):
@@ -66,6 +105,27 @@ def test_compile_with_dynamic_shapes(backend, operator):
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b)
     assert counter.frame_count >= 1
+
+
+@pytest.mark.parametrize("operator", [*OPERATORS, "residual_channel_attention"])
+def test_availability_of_autocast_is_not_traced(backend, operator, monkeypatch):
+    """Dynamo of PyTorch 2.10 and 2.11 cannot trace the question; here no Dynamo can, and a call works as ever."""
+    ask = torch._C._is_autocast_available
+
+    def untraceable(device_type: str) -> bool:
+        torch._dynamo.graph_break()
+        return ask(device_type)
+
+    monkeypatch.setattr(torch._C, "_is_autocast_available", untraceable)
+    monkeypatch.setattr(torch.amp, "is_autocast_available", untraceable)
+    family = BY_OPERATOR[operator]
+    case = family.cases[0]
+    inputs = family.make(case, torch.float32, backend.device)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *a: family.function(*a, *case.scalars), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*inputs), family.function(*inputs, *case.scalars))
+    with torch.autocast(backend.device, dtype=torch.bfloat16):
+        torch.testing.assert_close(compiled(*inputs), family.function(*inputs, *case.scalars))
 
 
 def test_compile_with_inductor():
@@ -201,8 +261,8 @@ def test_the_reference_has_second_derivatives(operator):
         torch.autograd.gradgradcheck(lambda *a: family.function(*a, *case.scalars), inputs)
 
 
-def test_logsumexp_is_not_differentiable(kernels):
+def test_only_the_output_is_differentiable(kernels):
     q = torch.randn(1, 4, 6, device=kernels.device, requires_grad=True)
-    output, logsumexp = kernels.operators.position_attention(q, q, q, 1.0)
+    output, *others = kernels.operators.position_attention(q, q, q, 1.0, True)
     assert output.requires_grad
-    assert not logsumexp.requires_grad
+    assert not any(other.requires_grad for other in others)

@@ -51,6 +51,8 @@ inline bool is_supported(ScalarType dtype) {
       dtype == ScalarType::Double;
 }
 
+inline bool is_16_bit(ScalarType dtype) { return dtype == ScalarType::Half || dtype == ScalarType::BFloat16; }
+
 // Float64 for float64 inputs, float32 for all others: the dtype of accumulation and of logsumexp.
 inline ScalarType accumulation_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;

@@ -1,6 +1,8 @@
 // What position attention accepts; called first by the CPU and the CUDA host code.
 #pragma once
 
+#include <optional>
+
 #include "check.h"
 
 namespace segattn {
@@ -35,10 +37,16 @@ inline PositionSizes check_position_attention(
   return {query.size(0), query.size(1), value.size(1), positions_of(query), positions_of(key)};
 }
 
-// grad_output (B, C, *S), query (B, E, *S), key (B, E, *T), value (B, C, *T), output (B, C, *S), logsumexp (B, *S)
+// Channels of output_low: what position_attention returns besides output where the backward pass will want it.
+inline int64_t low_channels(const Tensor& value, bool with_low) {
+  return with_low && is_16_bit(value.scalar_type()) ? value.size(1) : 0;
+}
+
+// grad_output (B, C, *S), query (B, E, *S), key (B, E, *T), value (B, C, *T), output (B, C, *S), logsumexp (B, *S),
+// output_low (B, C, *S)
 inline PositionSizes check_position_attention_backward(
     const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output,
-    const Tensor& logsumexp, double scale) {
+    const Tensor& logsumexp, double scale, const std::optional<Tensor>& output_low) {
   constexpr std::string_view op = "position_attention_backward";
   const PositionSizes sizes = check_position_attention(query, key, value, scale, op);
   const Argument q{"query", query}, o{"output", output}, g{"grad_output", grad_output}, l{"logsumexp", logsumexp};
@@ -52,6 +60,11 @@ inline PositionSizes check_position_attention_backward(
   check_dtype_is(op, l, accumulation_dtype(query.scalar_type()), "for these inputs");
   const std::string spatial = shape_of(query, 2);
   check_shape_is(op, l, "[" + std::to_string(sizes.batch) + ", " + spatial.substr(1));
+  if (output_low.has_value()) {
+    const Argument low{"output_low", *output_low};
+    check_like(op, low, q);
+    check_shape(op, low, o);
+  }
   return sizes;
 }
 

@@ -7,6 +7,14 @@
 // A unit packs what it needs. Small maps (kSharedLimit) are packed once for all units instead: their units are so small
 // that packing for each was an eighth of the time (1024 positions, bfloat16).
 //
+// grad_query takes differences: dS sums to 0 over the keys, and what is common to all keys cancels in key dS^T. An error
+// of D does not, it is the same for all keys of a query and grows with their number. So D is made of
+//   16-bit types: the output with what rounding took from it;
+//   all keys in one tile: the tile's own P and dP, of which it is the sum;
+//   float32: the output, whose own rounding is of the size of the rounding of dP. Here the sum of dS over the keys, 0
+//   but for such errors, is taken off with the query's mean key, sum_j P_ij key_j (docs/decisions.md).
+// float64 is left alone: nothing it serves (gradcheck) sees the difference.
+//
 // The logsumexp is stored rounded: where it is large, exp(score - logsumexp) would be off by eps * logsumexp / 2, which
 // a nearly one-hot softmax shows (eager divides by the sum, so its error cancels). There the sum of the weights is
 // computed once more and its logarithm, a number near 0, is taken off too.
@@ -32,6 +40,7 @@ struct PositionBackwardArguments {
   const T* key;                        // (B, E, M)
   const T* value;                      // (B, C, M)
   const T* output;                     // (B, C, N)
+  const T* output_low;                 // (B, C, N), what rounding took from the output; null: unknown
   const AccumulatorOf<T>* logsumexp;   // (B, N)
   T* grad_query;                       // (B, E, N)
   T* grad_key;                         // (B, E, M)
@@ -56,6 +65,8 @@ class PositionBackward {
   static constexpr std::int64_t kSharedLimit = std::int64_t{1} << 21;
   // Largest logsumexp whose rounding is left alone: 16 eps of the accumulator. The rounding of weights to 16 bits is
   // coarser than any.
+  // Whether grad_query is rid of what is common to all keys.
+  static constexpr bool kCentres = std::is_same_v<T, float>;
   static constexpr A kLargeLogsumexp = sizeof(T) == 2 ? std::numeric_limits<A>::infinity() : A(32);
 
  public:
@@ -77,7 +88,7 @@ class PositionBackward {
       return;
     }
     const PositionSchedule one(1, n_, m_, shares_operands());
-    const std::int64_t sample_size = (keeps_query_sums(one) ? query_sums_size() : 0) + one.replicas * key_sums_size() +
+    const std::int64_t sample_size = (keeps_query_sums(one) ? kQuerySums * query_sums_size() : 0) + one.replicas * key_sums_size() +
                                      (shares_operands() ? operands_size() : 0);
     const std::int64_t together = std::clamp<std::int64_t>(kSumsLimit / sample_size, 1, batch);
     for (std::int64_t first = 0; first < batch; first += together) {
@@ -92,7 +103,9 @@ class PositionBackward {
   struct Shared {
     std::int64_t first_sample;
     A *delta, *correction;   // (samples, N), from a query group's first unit on
-    A* query_sums;           // null where a query group has one unit
+    A* query_sums;           // null where a query group has one unit, like the next
+    A* mean_keys;            // sum_j P_ij key_j, laid out like query_sums
+    A* surplus;              // (samples, N), sum_j dS_ij
     A *key_sums, *value_sums;
     P* operands;             // null where every unit packs its own
   };
@@ -105,11 +118,14 @@ class PositionBackward {
     P *weights_rows, *score_grads_rows;      // tile, row-major: strided A
     P* score_grads;                          // tile in panels: B
     A *logsumexp, *correction, *delta;       // of one tile of queries
-    A* query_sums;                           // of one tile, where they are not shared
+    A *query_sums, *mean_keys;               // of one tile, where they are not shared
+    A* surplus;                              // of one tile of queries
     P* correction_keys;                      // a tile of keys
     A* correction_scores;                    // tile, row-major
   };
 
+  // grad_query and, to centre it, the mean keys.
+  static constexpr std::int64_t kQuerySums = kCentres ? 2 : 1;
   std::int64_t query_sums_size() const { return panels_size<P>(e_, n_); }
   std::int64_t key_sums_size() const { return m_ * (padded_columns<P>(e_) + padded_columns<P>(c_)); }
   std::int64_t operands_size() const {
@@ -117,8 +133,9 @@ class PositionBackward {
   }
   bool shares_operands() const { return operands_size() <= kSharedLimit; }
   // All keys are in every tile, which then has what D is the sum of: D_i = sum_j P_ij (value^T grad_output)_ji.
-  bool has_one_key_tile(const PositionSchedule& schedule) const {
-    return schedule.key_groups == 1 && m_ <= kKeyTile;
+  bool has_one_key_tile() const {
+    static_assert(PositionSchedule::kOneGroup <= kKeyTile);
+    return m_ <= PositionSchedule::kOneGroup;
   }
   // A query group that meets one key group has its gradient finished, and stored, by one unit.
   static bool keeps_query_sums(const PositionSchedule& schedule) { return schedule.key_groups > 1; }
@@ -127,13 +144,16 @@ class PositionBackward {
     const PositionSchedule schedule(samples, n_, m_, shares_operands());
     const std::int64_t copies = samples * schedule.replicas;
     const std::int64_t query_sums = keeps_query_sums(schedule) ? samples * query_sums_size() : 0;
-    const Buffer<A> memory(2 * samples * n_ + query_sums + copies * key_sums_size());
-    A* const key_sums = memory.data() + 2 * samples * n_ + query_sums;
+    const Buffer<A> memory(3 * samples * n_ + kQuerySums * query_sums + copies * key_sums_size());
+    A* const shared_query_sums = memory.data() + 3 * samples * n_;
+    A* const key_sums = shared_query_sums + kQuerySums * query_sums;
     const Buffer<P> operands(shares_operands() ? samples * operands_size() : 0);
     const Shared shared{first_sample,
                         memory.data(),
                         memory.data() + samples * n_,
-                        keeps_query_sums(schedule) ? memory.data() + 2 * samples * n_ : nullptr,
+                        keeps_query_sums(schedule) ? shared_query_sums : nullptr,
+                        shared_query_sums + (kQuerySums - 1) * query_sums,
+                        memory.data() + 2 * samples * n_,
                         key_sums,
                         key_sums + copies * m_ * padded_columns<P>(e_),
                         shares_operands() ? operands.data() : nullptr};
@@ -193,6 +213,12 @@ class PositionBackward {
                 count, e_, c_);
   }
 
+  // The output as it was before rounding, as far as that is known.
+  V output_at(std::int64_t offset, std::int64_t count) const {
+    const V output = read_vector(arguments_.output + offset, count);
+    return arguments_.output_low == nullptr ? output : output + read_vector(arguments_.output_low + offset, count);
+  }
+
   // delta = scale * sum over channels of grad_output * output, (N) from query `first` on
   void compute_delta(std::int64_t sample, std::int64_t first, std::int64_t count, A* delta) const {
     const V scale = broadcast<V>(arguments_.scale);
@@ -202,13 +228,12 @@ class PositionBackward {
       V sum{};
       if (present == kLane) {
         for (std::int64_t c = 0; c < c_; ++c, offset += n_) {
-          sum = fma(widen<kLane>(arguments_.grad_output + offset), widen<kLane>(arguments_.output + offset), sum);
+          sum = fma(widen<kLane>(arguments_.grad_output + offset), output_at(offset, kLane), sum);
         }
         store(delta + i, sum * scale);
       } else {
         for (std::int64_t c = 0; c < c_; ++c, offset += n_) {
-          sum = fma(widen_partial<kLane>(arguments_.grad_output + offset, present),
-                    widen_partial<kLane>(arguments_.output + offset, present), sum);
+          sum = fma(widen_partial<kLane>(arguments_.grad_output + offset, present), output_at(offset, present), sum);
         }
         store_partial(delta + i, sum * scale, present);
       }
@@ -253,8 +278,8 @@ class PositionBackward {
                                               : scratch_bytes<P>(KeyOperands<T>::size(keys, e_, c_)) +
                                                     scratch_bytes<P>(QueryOperands<T>::size(queries, e_, c_));
     return own + 2 * scratch_bytes<A>(key_tile * panel_columns<P>) +
-           3 * scratch_bytes<P>(k_steps<P>(key_tile * queries)) + 3 * scratch_bytes<A>(queries) +
-           scratch_bytes<A>(e_ * queries) + scratch_bytes<P>(packed_a_size<P>(kKeyTile, e_)) +
+           3 * scratch_bytes<P>(k_steps<P>(key_tile * queries)) + 4 * scratch_bytes<A>(queries) +
+           kQuerySums * scratch_bytes<A>(e_ * queries) + scratch_bytes<P>(packed_a_size<P>(kKeyTile, e_)) +
            scratch_bytes<A>(kKeyTile * queries);
   }
 
@@ -275,7 +300,11 @@ class PositionBackward {
     w.logsumexp = scratch.take<A>(queries);
     w.correction = scratch.take<A>(queries);
     w.delta = scratch.take<A>(queries);
+    w.surplus = scratch.take<A>(queries);
     w.query_sums = scratch.take<A>(e_ * queries);
+    if constexpr (kCentres) {
+      w.mean_keys = scratch.take<A>(e_ * queries);
+    }
     w.correction_keys = scratch.take<P>(packed_a_size<P>(kKeyTile, e_));
     w.correction_scores = scratch.take<A>(kKeyTile * queries);
     return w;
@@ -324,15 +353,21 @@ class PositionBackward {
         w.queries = own_queries;
         pack_queries(sample, first_query, query_count, w.queries);
       }
-      const bool delta_from_tile = has_one_key_tile(schedule);
+      const bool delta_from_tile = has_one_key_tile();
       take_statistics(shared, unit.sample, first_query, query_count, place.first_of_queries, !delta_from_tile, w);
-      A* const query_sums = shared.query_sums == nullptr
-                                ? w.query_sums
-                                : shared.query_sums + unit.sample * query_sums_size() + first_query * e_;
+      // One tile's own D leaves nothing common to its keys.
+      const bool centres = kCentres && !delta_from_tile;
+      A *query_sums = w.query_sums, *mean_keys = w.mean_keys;
+      if (shared.query_sums != nullptr) {
+        const std::int64_t first_sum = unit.sample * query_sums_size() + first_query * e_;
+        query_sums = shared.query_sums + first_sum;
+        mean_keys = shared.mean_keys + first_sum;
+      }
       bool query_started = !place.first_of_queries;
       for_each_tile(keys, kKeyUnit, kKeyTile, [&](std::int64_t first_key, std::int64_t key_count) {
         const KeyOperands<T> tile_keys = w.keys.from(first_key - keys.begin, e_, c_);
-        compute_tile(w, tile_keys, key_count, query_count, delta_from_tile);
+        const auto query_mode = query_started ? GemmMode::add : GemmMode::store;
+        compute_tile(w, tile_keys, key_count, query_count, delta_from_tile, centres ? mean_keys : nullptr, query_mode);
         const auto key_mode = keys_started ? GemmMode::add : GemmMode::store;
         const std::int64_t row_stride = k_steps<P>(padded_columns<P>(query_count));
         tile_gemm<P>(AOperand<P>::strided(w.weights_rows, 1, row_stride), w.queries.grad_transposed,
@@ -342,11 +377,15 @@ class PositionBackward {
                      COperand<A>::panels(key_sums + first_key * padded_columns<P>(e_)), key_count, e_,
                      k_steps<P>(query_count), key_mode);
         tile_gemm<P>(AOperand<P>::packed(tile_keys.key_transposed), w.score_grads, COperand<A>::panels(query_sums), e_,
-                     query_count, k_steps<P>(key_count), query_started ? GemmMode::add : GemmMode::store);
+                     query_count, k_steps<P>(key_count), query_mode);
         query_started = true;
       });
+      std::copy_n(w.surplus, query_count, shared.surplus + unit.sample * n_ + first_query);
       keys_started = true;
       if (place.last_of_queries) {
+        if (centres) {
+          centre(query_sums, mean_keys, w.surplus, query_count);
+        }
         store_panels(arguments_.grad_query + sample * e_ * n_ + first_query, n_, query_sums, e_, query_count);
       }
     });
@@ -355,7 +394,8 @@ class PositionBackward {
     }
   }
 
-  // Logsumexp, delta and correction of a tile of queries, padded; the query group's first unit computes the last two.
+  // Logsumexp, delta, correction and surplus of a tile of queries, padded; the query group's first unit computes delta
+  // and correction.
   void take_statistics(const Shared& shared, std::int64_t sample, std::int64_t first, std::int64_t count,
                        bool first_unit, bool with_delta, const Workspace& w) const {
     A* const delta = shared.delta + sample * n_ + first;
@@ -378,11 +418,16 @@ class PositionBackward {
       std::fill_n(w.delta, columns, A(0));
       std::copy_n(delta, count, w.delta);
     }
+    std::fill_n(w.surplus, columns, A(0));
+    if (!first_unit) {
+      std::copy_n(shared.surplus + sample * n_ + first, count, w.surplus);
+    }
   }
 
-  // Weights and score gradients of a tile, in the layouts the products need; delta_from_tile: w.delta as well.
+  // Weights and score gradients of a tile, in the layouts the products need; delta_from_tile: w.delta as well. With
+  // mean_keys (panels of E x queries) the tile's part of it, and w.surplus.
   void compute_tile(const Workspace& w, const KeyOperands<T>& operands, std::int64_t keys,
-                    std::int64_t queries, bool delta_from_tile) const {
+                    std::int64_t queries, bool delta_from_tile, A* mean_keys, GemmMode mean_mode) const {
     const std::int64_t columns = padded_columns<P>(queries);
     for (std::int64_t column = 0; column < queries; column += panel_columns<P>) {
       const std::int64_t width = panel_width<P>(queries, column);
@@ -401,6 +446,12 @@ class PositionBackward {
       }
       if (delta_from_tile) {
         sum_delta(w.scores, w.weight_grads, keys, width, w.delta + column);
+      }
+      if constexpr (kCentres) {
+        if (mean_keys != nullptr) {
+          tile_gemm<P>(AOperand<P>::packed(operands.key_transposed), w.scores,
+                       COperand<A>::panels(mean_keys + column * e_), e_, width, k_steps<P>(keys), mean_mode);
+        }
       }
       for (std::int64_t row = 0; row < keys; ++row) {
         for (std::int64_t i = 0; i < width; i += kLane) {
@@ -422,17 +473,63 @@ class PositionBackward {
       if constexpr (kIsPair<P>) {
         pack_b_from_panels<P>(score_grads, w.weight_grads, keys, width);
       }
+      if constexpr (kCentres) {
+        if (mean_keys != nullptr) {
+          add_rows(score_grads, keys, width, w.surplus + column);
+        }
+      }
     }
   }
 
-  // delta = scale * sum over rows of weights * weight_grads, one column panel of `width`
-  void sum_delta(const A* weights, const A* weight_grads, std::int64_t rows, std::int64_t width, A* delta) const {
+  // delta = scale * mean of weight_grads by weights, over the rows of one column panel of `width`. The weights' sum is 1
+  // but for the rounding of the logsumexp, which would leave a sum of score gradients. float32 takes the mean off
+  // weight_grads, and delta is of what is left: rounding the whole mean would leave as much.
+  void sum_delta(const A* weights, A* weight_grads, std::int64_t rows, std::int64_t width, A* delta) const {
     for (std::int64_t i = 0; i < width; i += kLane) {
-      V sum{};
+      V sum{}, total{};
       for (std::int64_t row = 0; row < rows; ++row) {
-        sum = fma(load<V>(weights + row * width + i), load<V>(weight_grads + row * width + i), sum);
+        const V weight = load<V>(weights + row * width + i);
+        sum = fma(weight, load<V>(weight_grads + row * width + i), sum);
+        total += weight;
       }
-      store(delta + i, sum * broadcast<V>(arguments_.scale));
+      const auto mean_of = [&](V weighted) { return select(total > V{}, weighted / total, V{}); };
+      V mean = mean_of(sum);
+      if constexpr (kCentres) {
+        V rest{};
+        for (std::int64_t row = 0; row < rows; ++row) {
+          A* const grad = weight_grads + row * width + i;
+          const V centred = load<V>(grad) - mean;
+          store(grad, centred);
+          rest = fma(load<V>(weights + row * width + i), centred, rest);
+        }
+        mean = mean_of(rest);
+      }
+      store(delta + i, mean * broadcast<V>(arguments_.scale));
+    }
+  }
+
+  // sums += the rows of one column panel of `width`
+  static void add_rows(const A* panel, std::int64_t rows, std::int64_t width, A* sums) {
+    for (std::int64_t i = 0; i < width; i += kLane) {
+      V sum = load<V>(sums + i);
+      for (std::int64_t row = 0; row < rows; ++row) {
+        sum += load<V>(panel + row * width + i);
+      }
+      store(sums + i, sum);
+    }
+  }
+
+  // query_sums -= mean_keys * surplus, panels of E x queries
+  void centre(A* query_sums, const A* mean_keys, const A* surplus, std::int64_t queries) const {
+    for (std::int64_t first = 0; first < queries; first += panel_columns<P>) {
+      const std::int64_t width = panel_width<P>(queries, first);
+      for (std::int64_t row = 0; row < e_; ++row) {
+        for (std::int64_t i = 0; i < width; i += kLane) {
+          const std::int64_t at = first * e_ + row * width + i;
+          store(query_sums + at,
+                load<V>(query_sums + at) - load<V>(mean_keys + at) * load<V>(surplus + first + i));
+        }
+      }
     }
   }
 

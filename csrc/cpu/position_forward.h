@@ -23,6 +23,7 @@ struct PositionForwardArguments {
   const T* key;                   // (B, E, M)
   const T* value;                 // (B, C, M)
   T* output;                      // (B, C, N)
+  T* output_low;                  // (B, C, N), what rounding took from the output; null: not wanted
   AccumulatorOf<T>* logsumexp;    // (B, N)
   PositionSizes sizes;
   AccumulatorOf<T> scale;
@@ -196,14 +197,22 @@ class PositionForward {
       logsumexp[i] = maximum[i] + std::log(total[i]);
       total[i] = A(1) / total[i];
     }
-    T* const output = arguments_.output + sample * c_ * n_ + first_query;
+    const std::int64_t first = sample * c_ * n_ + first_query;
+    const auto write = [](T* target, V vector, std::int64_t count) {
+      if (count == kLane) {
+        narrow<kLane>(target, vector);
+      } else {
+        narrow_partial<kLane>(target, vector, count);
+      }
+    };
     detail::for_each_panel_vector(sums, c_, queries,
                                   [&](std::int64_t row, std::int64_t column, V vector, std::int64_t count) {
+                                    const std::int64_t at = first + row * n_ + column;
                                     vector *= load<V>(total + column);
-                                    if (count == kLane) {
-                                      narrow<kLane>(output + row * n_ + column, vector);
-                                    } else {
-                                      narrow_partial<kLane>(output + row * n_ + column, vector, count);
+                                    write(arguments_.output + at, vector, count);
+                                    if (arguments_.output_low != nullptr) {
+                                      vector -= read_vector(arguments_.output + at, count);
+                                      write(arguments_.output_low + at, vector, count);
                                     }
                                   });
   }

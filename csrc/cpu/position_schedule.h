@@ -45,7 +45,7 @@ class PositionSchedule {
   // shared_operands: nothing is packed for a unit by itself, so that key groups may be small.
   PositionSchedule(std::int64_t samples, std::int64_t n, std::int64_t m, bool shared_operands)
       : samples(samples),
-        key_groups(groups_for(m, shared_operands ? kSmallestGroup : kSmallestKeyGroup)),
+        key_groups(m <= kOneGroup ? 1 : groups_for(m, shared_operands ? kSmallestGroup : kSmallestKeyGroup)),
         query_groups(groups_for(n, kSmallestGroup)),
         replicas(shared_operands && key_groups * samples >= kEnoughGroups
                      ? 1
@@ -103,6 +103,8 @@ class PositionSchedule {
   // one thread: 16.3 ms with key groups of 128, 14.4 ms with 256).
   static constexpr std::int64_t kSmallestKeyGroup = 256;
   static constexpr std::int64_t kSmallestGroup = 64;
+  // So few keys stay together: a tile that has them all has the sums over keys as well.
+  static constexpr std::int64_t kOneGroup = 128;
   static constexpr std::int64_t kParallelGroups = 8;
   // Small maps rather keep fewer threads busy than sum replicas.
   static constexpr std::int64_t kEnoughGroups = 4;

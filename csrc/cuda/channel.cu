@@ -24,7 +24,7 @@ using Triple = std::tuple<Tensor, Tensor, Tensor>;
 void bmm(const Tensor& left, const Tensor& right, const Tensor& out) {
   std::array<StableIValue, 3> stack{
       torch::stable::detail::from(left), torch::stable::detail::from(right), torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::bmm", "out", stack.data(), TORCH_ABI_VERSION));
+  SEGATTN_CHECK_TORCH(torch_call_dispatcher("aten::bmm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);
 }
 

@@ -240,7 +240,7 @@ Tensor delta_of(const Tensor& grad_output, const Tensor& output, const CrissCros
   const FeatureMap grad = feature_map(grad_output), out = feature_map(output);
   const Tensor delta =
       allocate(output, {sizes.batch, sizes.height, sizes.width}, accumulation_dtype(output.scalar_type()));
-  DeltaParams params;
+  DeltaParams params{};
   params.grad_output = grad.operand;
   params.output = out.operand;
   params.delta = delta.mutable_data_ptr();

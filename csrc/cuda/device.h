@@ -14,6 +14,14 @@
 #include "device_limits.h"
 #include "launch.cuh"
 
+// Throws std::runtime_error that names the call, a function of torch's C interface, where it fails. The headers of torch
+// 2.10 and 2.11 lack the macro that adds torch's own message, such as that of a failed allocation.
+#ifdef STABLE_TORCH_ERROR_CODE_CHECK
+#define SEGATTN_CHECK_TORCH(call) STABLE_TORCH_ERROR_CODE_CHECK(call)
+#else
+#define SEGATTN_CHECK_TORCH(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace segattn {
 
 using torch::headeronly::ScalarType;
@@ -38,7 +46,7 @@ struct DeviceGuard {
 };
 inline cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  SEGATTN_CHECK_TORCH(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 #endif

@@ -1,6 +1,7 @@
 // Position attention on CUDA, host side: checks, allocates, launches.
 #include <torch/csrc/stable/library.h>
 
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -12,7 +13,7 @@
 namespace segattn {
 namespace {
 
-using Forward = std::tuple<Tensor, Tensor>;
+using Forward = std::tuple<Tensor, Tensor, Tensor>;
 using Backward = std::tuple<Tensor, Tensor, Tensor>;
 
 std::vector<int64_t> logsumexp_sizes(const Tensor& query) {
@@ -23,10 +24,15 @@ std::vector<int64_t> logsumexp_sizes(const Tensor& query) {
   return sizes;
 }
 
-std::vector<int64_t> output_sizes(const Tensor& query, const Tensor& value) {
+std::vector<int64_t> output_sizes(const Tensor& query, int64_t channels) {
   std::vector<int64_t> sizes = logsumexp_sizes(query);
-  sizes.insert(sizes.begin() + 1, value.size(1));
+  sizes.insert(sizes.begin() + 1, channels);
   return sizes;
+}
+
+// The memory of output_low, null where it is not wanted.
+void* low_data(const Tensor& output_low) {
+  return output_low.size(1) > 0 ? output_low.mutable_data_ptr() : nullptr;
 }
 
 SimtParams simt_params(const PositionSizes& sizes, double scale, bool owns_queries) {
@@ -42,24 +48,27 @@ SimtParams simt_params(const PositionSizes& sizes, double scale, bool owns_queri
 
 void forward_simt(
     const PositionSizes& sizes, const Tensor& query, const Tensor& key, const Tensor& value, double scale,
-    const Tensor& output, const Tensor& logsumexp, cudaStream_t stream) {
+    const Tensor& output, void* output_low, const Tensor& logsumexp, cudaStream_t stream) {
   const FeatureMap q = feature_map(query), k = feature_map(key), v = feature_map(value);
   SimtParams params = simt_params(sizes, scale, true);
   params.owned = q.operand;
   params.streamed = k.operand;
   params.values = v.operand;
   params.output = output.mutable_data_ptr();
+  params.output_low = output_low;
   params.logsumexp = logsumexp.mutable_data_ptr();
-  params.out_channels = params.channels;
+  params.channels = params.out_channels = static_cast<int>(value.size(1));
   with_element(query.scalar_type(), [&]<class T>() { launch_simt_sum<T, PositionSum::kForward>(params, stream); });
 }
 
 void merge_splits(
-    const WeightedSumParams& split, const Tensor& output, const Tensor& logsumexp, cudaStream_t stream) {
+    const WeightedSumParams& split, const Tensor& output, void* output_low, const Tensor& logsumexp,
+    cudaStream_t stream) {
   MergeSplitsParams params;
   params.partials = static_cast<const float*>(split.output);
   params.partial_logsumexp = split.logsumexp;
   params.output = output.mutable_data_ptr();
+  params.output_low = output_low;
   params.logsumexp = static_cast<float*>(logsumexp.mutable_data_ptr());
   params.batch = split.batch;
   params.splits = split.splits;
@@ -75,12 +84,24 @@ void merge_splits(
   });
 }
 
-// factor * the sum of `parts` partial results (parts, B, rows, padded)
+// What grad_query is centred with.
+struct Centre {
+  Tensor mean_key; // (parts, B, E, padded)
+  Tensor surplus;  // (parts, B, padded)
+};
+
+// factor * the sum of `parts` partial results (parts, B, rows, padded), centred where there is something to do it with
 void sum_partials(
-    const Tensor& partials, int parts, int padded, float factor, const Tensor& output, cudaStream_t stream) {
-  SumPartialsParams params;
+    const Tensor& partials, int parts, int padded, float factor, const Tensor& output, cudaStream_t stream,
+    const std::optional<Centre>& centre = std::nullopt) {
+  SumPartialsParams params{};
   params.partials = static_cast<const float*>(partials.const_data_ptr());
+  if (centre.has_value()) {
+    params.mean_key = static_cast<const float*>(centre->mean_key.const_data_ptr());
+    params.surplus = static_cast<const float*>(centre->surplus.const_data_ptr());
+  }
   params.output = output.mutable_data_ptr();
+  params.rows = static_cast<int>(output.size(1));
   params.rows_total = output.size(0) * output.size(1);
   params.part_stride = params.rows_total * padded;
   params.parts = parts;
@@ -117,7 +138,7 @@ WeightedSumParams weighted_sum_params(
 template <class Mma>
 bool forward_mma(
     const PositionSizes& sizes, const Tensor& query, const Tensor& key, const Tensor& value, double scale,
-    const Tensor& output, const Tensor& logsumexp, const DeviceLimits& limits, cudaStream_t stream) {
+    const Tensor& output, void* output_low, const Tensor& logsumexp, const DeviceLimits& limits, cudaStream_t stream) {
   const WeightedSumPlan plan = plan_weighted_sum<Mma>(
       sizes.batch, static_cast<int>(sizes.queries), static_cast<int>(sizes.keys), static_cast<int>(sizes.key_channels),
       static_cast<int>(sizes.value_channels), limits);
@@ -132,6 +153,7 @@ bool forward_mma(
   params.values = v.operand;
   if (plan.splits == 1) {
     params.output = output.mutable_data_ptr();
+    params.output_low = output_low;
     params.logsumexp = static_cast<float*>(logsumexp.mutable_data_ptr());
     launch_weighted_sum<Mma, true>(params, limits, stream);
     return true;
@@ -142,40 +164,46 @@ bool forward_mma(
   params.output = partials.mutable_data_ptr();
   params.logsumexp = static_cast<float*>(partial_logsumexp.mutable_data_ptr());
   launch_weighted_sum<Mma, true>(params, limits, stream);
-  merge_splits(params, output, logsumexp, stream);
+  merge_splits(params, output, output_low, logsumexp, stream);
   return true;
 }
 
-Forward position_attention(const Tensor& query, const Tensor& key, const Tensor& value, double scale) {
+Forward position_attention(
+    const Tensor& query, const Tensor& key, const Tensor& value, double scale, bool with_low) {
   const PositionSizes sizes = check_position_attention(query, key, value, scale);
   position_count("position_attention", "query", sizes.queries);
   position_count("position_attention", "key", sizes.keys);
   const DeviceGuard guard(query);
   const ScalarType dtype = query.scalar_type();
-  const Tensor output = allocate(query, output_sizes(query, value), dtype);
+  const Tensor output = allocate(query, output_sizes(query, value.size(1)), dtype);
+  const Tensor output_low = allocate(query, output_sizes(query, low_channels(value, with_low)), dtype);
   const Tensor logsumexp = allocate(query, logsumexp_sizes(query), accumulation_dtype(dtype));
   if (sizes.batch == 0 || sizes.queries == 0) {
-    return {output, logsumexp};
+    return {output, logsumexp, output_low};
   }
   const DeviceLimits limits = device_limits();
   const cudaStream_t stream = current_stream(query);
   bool done = false;
   with_mma(choose_arithmetic(dtype, limits), [&]<class Mma>() {
-    done = forward_mma<Mma>(sizes, query, key, value, scale, output, logsumexp, limits, stream);
+    done = forward_mma<Mma>(sizes, query, key, value, scale, output, low_data(output_low), logsumexp, limits, stream);
   });
   if (!done) {
-    forward_simt(sizes, query, key, value, scale, output, logsumexp, stream);
+    forward_simt(sizes, query, key, value, scale, output, low_data(output_low), logsumexp, stream);
   }
-  return {output, logsumexp};
+  return {output, logsumexp, output_low};
 }
 
 Tensor make_delta(
-    const PositionSizes& sizes, const FeatureMap& grad_output, const FeatureMap& output, cudaStream_t stream) {
+    const PositionSizes& sizes, const FeatureMap& grad_output, const FeatureMap& output,
+    const std::optional<FeatureMap>& output_low, cudaStream_t stream) {
   const ScalarType dtype = output.tensor.scalar_type();
   const Tensor delta = allocate(output.tensor, {sizes.batch, sizes.queries}, accumulation_dtype(dtype));
-  DeltaParams params;
+  DeltaParams params{};
   params.grad_output = grad_output.operand;
   params.output = output.operand;
+  if (output_low.has_value()) {
+    params.output_low = output_low->operand;
+  }
   params.delta = delta.mutable_data_ptr();
   params.channels = static_cast<int>(sizes.value_channels);
   params.positions = static_cast<int>(sizes.queries);
@@ -202,6 +230,11 @@ void backward_simt(
     return;
   }
   const FeatureMap q = feature_map(query), k = feature_map(key), v = feature_map(value), g = feature_map(grad_output);
+  const bool centres = gradients.query != nullptr && query.scalar_type() == ScalarType::Float;
+  const Tensor mean_key = allocate(query, {sizes.batch, centres ? sizes.key_channels : 0, sizes.queries}, ScalarType::Float);
+  if (centres) { // attention with the keys as values; its logsumexp is known
+    forward_simt(sizes, query, key, key, scale, mean_key, nullptr, allocate_like(logsumexp), stream);
+  }
   const auto run = [&]<PositionSum kSum>(
                        const FeatureMap& owned, const FeatureMap& streamed, const FeatureMap& values,
                        const FeatureMap& left, const FeatureMap& right, const Tensor* result) {
@@ -215,6 +248,7 @@ void backward_simt(
     params.left = left.operand;
     params.right = right.operand;
     params.output = result->mutable_data_ptr();
+    params.mean_key = mean_key.const_data_ptr();
     params.out_channels = static_cast<int>(result->size(1));
     params.logsumexp = const_cast<void*>(logsumexp.const_data_ptr());
     params.delta = delta.const_data_ptr();
@@ -292,17 +326,25 @@ bool query_key_gradient_mma(
   params.key_blocks = plan.key_blocks;
   params.groups = plan.groups;
   params.blocks_per_group = plan.blocks_per_group;
+  std::optional<Centre> centre;
+  if (sizeof(typename Mma::Element) == 4) {
+    centre = Centre{
+        allocate(grad_query, {plan.groups, sizes.batch, sizes.key_channels, plan.padded_queries}, ScalarType::Float),
+        allocate(grad_query, {plan.groups, sizes.batch, plan.padded_queries}, ScalarType::Float)};
+    params.mean_key = static_cast<float*>(centre->mean_key.mutable_data_ptr());
+    params.surplus = static_cast<float*>(centre->surplus.mutable_data_ptr());
+  }
   launch_query_key_gradient<Mma>(params, limits, stream);
-  sum_partials(query_shares, plan.groups, plan.padded_queries, params.scale, grad_query, stream);
+  sum_partials(query_shares, plan.groups, plan.padded_queries, params.scale, grad_query, stream, centre);
   sum_partials(key_shares, plan.ranges, plan.padded_keys, params.scale, grad_key, stream);
   return true;
 }
 
 Backward position_attention_backward(
     const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output,
-    const Tensor& logsumexp, double scale) {
+    const Tensor& logsumexp, double scale, const std::optional<Tensor>& output_low) {
   const PositionSizes sizes =
-      check_position_attention_backward(grad_output, query, key, value, output, logsumexp, scale);
+      check_position_attention_backward(grad_output, query, key, value, output, logsumexp, scale, output_low);
   position_count("position_attention_backward", "query", sizes.queries);
   position_count("position_attention_backward", "key", sizes.keys);
   const DeviceGuard guard(query);
@@ -315,7 +357,9 @@ Backward position_attention_backward(
   const DeviceLimits limits = device_limits();
   const cudaStream_t stream = current_stream(query);
   const Tensor statistics = torch::stable::contiguous(logsumexp);
-  const Tensor delta = make_delta(sizes, feature_map(grad_output), feature_map(output), stream);
+  const std::optional<FeatureMap> low =
+      output_low.has_value() ? std::optional(feature_map(*output_low)) : std::nullopt;
+  const Tensor delta = make_delta(sizes, feature_map(grad_output), feature_map(output), low, stream);
   bool value_done = false, query_key_done = false;
   with_mma(choose_arithmetic(query.scalar_type(), limits), [&]<class Mma>() {
     const FeatureMap q = aligned_feature_map(query, stream), k = aligned_feature_map(key, stream),

@@ -10,6 +10,11 @@
 // larger E) is added to a float32 partial result in global memory that only this block touches: no atomics, and the
 // same sum in every run. The value gradient is a weighted sum of its own (position_forward.cuh): kept here, its C x keys
 // accumulators would leave no registers, and making the scores twice costs E of 3 E + 2 C.
+//
+// The sum of dS over a query's keys is 0, and what is common to all keys cancels in grad_query. An error of delta is
+// common to all keys and does not cancel. 16-bit types get a delta from the output before it was rounded. float32 has no
+// such output: delta's error is that of float32 (TF32) products. There the block also sums mean_key = P key^T and the
+// surplus, sum_j dS_ij, which is 0 but for errors; sum_partials_kernel takes surplus * mean_key off.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -41,6 +46,7 @@ struct QueryKeyGradientTraits {
   static constexpr int kWarpKeys = kKeys / kKeyWarps;
   static constexpr int kChunk = 32;         // value channels a stage
   static constexpr int kGradientRows = 64;  // embedding channels of the gradients made at a time
+  static constexpr bool kCentres = sizeof(Element) == 4;
   static constexpr int kRowWarps = 2;       // warps over those, the others over positions
   static constexpr int kColumnWarps = kWarps / kRowWarps;
 
@@ -58,9 +64,11 @@ struct QueryKeyGradientTraits {
   }
   static constexpr int kStageBytes = QueryTile::bytes(kChunk) + KeyTile::bytes(kChunk);
   static constexpr int kGradientBytes = KeyTile::bytes(kQueries); // dS, [query][key]
+  // kCentres: P, like dS, and each key warp's share of the surplus
+  static constexpr int kCentreBytes = kCentres ? kGradientBytes + 4 * kKeyWarps * kQueries : 0;
   static constexpr __host__ __device__ int shared_bytes(int embedding) {
     return QueryTile::bytes(embedding_rows(embedding)) + KeyTile::bytes(embedding_rows(embedding)) +
-        kStages * kStageBytes + kGradientBytes + 2 * kQueries * 4;
+        kStages * kStageBytes + kGradientBytes + kCentreBytes + 2 * kQueries * 4;
   }
 };
 
@@ -82,6 +90,8 @@ struct QueryKeyGradient {
   unsigned char* key_shared;
   unsigned char* ring_shared;
   unsigned char* gradient_shared;
+  unsigned char* weight_shared; // kCentres
+  float* surplus_shared;        // kCentres: [kKeyWarps][kQueries]
   float* logsumexp_shared; // [kQueries]
   float* delta_shared;     // [kQueries]
   int64_t sample;
@@ -95,6 +105,9 @@ struct QueryKeyGradient {
   }
   __device__ __forceinline__ float* grad_query() const {
     return p.grad_query + (group * p.batch + sample) * p.embedding * p.padded_queries;
+  }
+  __device__ __forceinline__ float* mean_key() const {
+    return p.mean_key + (group * p.batch + sample) * p.embedding * p.padded_queries;
   }
   __device__ __forceinline__ float* grad_key() const {
     return p.grad_key + (range * p.batch + sample) * p.embedding * p.padded_keys;
@@ -186,6 +199,11 @@ struct QueryKeyGradient {
       logsumexp_shared[i] = inside ? p.logsumexp[sample * p.queries + position] : 0.0f;
       delta_shared[i] = inside ? p.delta[sample * p.queries + position] : 0.0f;
     }
+    if constexpr (Traits::kCentres) {
+      for (int i = static_cast<int>(threadIdx.x); i < Traits::kKeyWarps * Traits::kQueries; i += Traits::kThreads) {
+        surplus_shared[i] = 0.0f;
+      }
+    }
   }
 
   // dP becomes dS, in registers, then in shared memory. Queries past the end have grad_output and delta 0, hence dS 0;
@@ -193,7 +211,7 @@ struct QueryKeyGradient {
   __device__ __forceinline__ void store_score_gradient(
       const float (&scores)[kM][kN][4], const float (&products)[kM][kN][4], int key_block) {
     const int lane = lane_index();
-    const KeyTile tile(gradient_shared);
+    const KeyTile tile(gradient_shared), weight_tile(weight_shared);
     const int keys_left = p.keys - key_block * Traits::kKeys;
 #pragma unroll
     for (int i = 0; i < kM; ++i) {
@@ -201,16 +219,30 @@ struct QueryKeyGradient {
       for (int h = 0; h < 2; ++h) {
         const int row = warp_query() + 16 * i + lane / 4 + 8 * h;
         const float row_logsumexp = logsumexp_shared[row], row_delta = delta_shared[row];
+        float row_surplus = 0.0f;
 #pragma unroll
         for (int j = 0; j < kN; ++j) {
           const int column = warp_key() + 8 * j + lane % 4 * 2;
-          float gradient[2];
+          float weight[2], gradient[2];
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
-            const float weight = ptx::exp2_approx((scores[i][j][2 * h + c] * p.scale - row_logsumexp) * kLog2E);
-            gradient[c] = column + c < keys_left ? weight * (products[i][j][2 * h + c] - row_delta) : 0.0f;
+            weight[c] = ptx::exp2_approx((scores[i][j][2 * h + c] * p.scale - row_logsumexp) * kLog2E);
+            gradient[c] = column + c < keys_left ? weight[c] * (products[i][j][2 * h + c] - row_delta) : 0.0f;
           }
           store_pair(tile.at(row, column), gradient[0], gradient[1]);
+          if constexpr (Traits::kCentres) { // past the end the weight may be infinite, and the key is 0
+            store_pair(
+                weight_tile.at(row, column), column < keys_left ? weight[0] : 0.0f,
+                column + 1 < keys_left ? weight[1] : 0.0f);
+            row_surplus += gradient[0] + gradient[1];
+          }
+        }
+        if constexpr (Traits::kCentres) {
+          row_surplus += __shfl_xor_sync(0xffffffffu, row_surplus, 1);
+          row_surplus += __shfl_xor_sync(0xffffffffu, row_surplus, 2);
+          if (lane % 4 == 0) {
+            surplus_shared[warp_index() % Traits::kKeyWarps * Traits::kQueries + row] += row_surplus;
+          }
         }
       }
     }
@@ -242,6 +274,30 @@ struct QueryKeyGradient {
         move_partial<true>(
             grad_query_sums, grad_query(), p.padded_queries, row, query_block * Traits::kQueries + query_column);
       }
+      if constexpr (Traits::kCentres) {
+        const int mean_column = query_block * Traits::kQueries + query_column;
+        float means[kRowTiles][kQueryTiles][4];
+        clear(means);
+        if (key_block > first_key_block) {
+          move_partial<false>(means, mean_key(), p.padded_queries, row, mean_column);
+        }
+        multiply_tiles<Mma, true, false, 1>(
+            means, key_tile, row, KeyTile(weight_shared), query_column, 0, Traits::kKeys);
+        move_partial<true>(means, mean_key(), p.padded_queries, row, mean_column);
+      }
+    }
+  }
+
+  // The group's share of a query block's surplus; the key warps' shares in their order.
+  __device__ __forceinline__ void store_surplus(int query_block) const {
+    float* target = p.surplus + (group * p.batch + sample) * p.padded_queries + query_block * Traits::kQueries;
+    for (int i = static_cast<int>(threadIdx.x); i < Traits::kQueries; i += Traits::kThreads) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int warp = 0; warp < Traits::kKeyWarps; ++warp) {
+        sum += surplus_shared[warp * Traits::kQueries + i];
+      }
+      target[i] = sum;
     }
   }
 
@@ -251,7 +307,9 @@ struct QueryKeyGradient {
     key_shared = query_shared + QueryTile::bytes(embedding_rows);
     ring_shared = key_shared + KeyTile::bytes(embedding_rows);
     gradient_shared = ring_shared + Traits::kStages * Traits::kStageBytes;
-    logsumexp_shared = reinterpret_cast<float*>(gradient_shared + Traits::kGradientBytes);
+    weight_shared = gradient_shared + Traits::kGradientBytes;
+    surplus_shared = reinterpret_cast<float*>(weight_shared + (Traits::kCentres ? Traits::kGradientBytes : 0));
+    logsumexp_shared = reinterpret_cast<float*>(gradient_shared + Traits::kGradientBytes + Traits::kCentreBytes);
     delta_shared = logsumexp_shared + Traits::kQueries;
   }
 
@@ -323,6 +381,9 @@ struct QueryKeyGradient {
         move_partial<true>(
             grad_query_sums, grad_query(), p.padded_queries, warp_row(),
             query_block * Traits::kQueries + warp_column(Traits::kQueries));
+      }
+      if constexpr (Traits::kCentres) {
+        store_surplus(query_block);
       }
     }
   }

@@ -234,7 +234,13 @@ struct WeightedSum : WeightedSumWeights<Traits_, kForward> {
     if (p.splits > 1) {
       store_sums<Traits>(static_cast<float*>(p.output) + (at.split * p.batch + at.sample) * map, sums, p, at);
     } else if constexpr (sizeof(Element) == 2) {
-      store_sums_by_rows<Traits>(static_cast<Element*>(p.output) + at.sample * map, owned_shared, sums, p, at);
+      store_sums_by_rows<Traits, false>(static_cast<Element*>(p.output) + at.sample * map, owned_shared, sums, p, at);
+      if constexpr (kForward) {
+        if (p.output_low != nullptr) {
+          store_sums_by_rows<Traits, true>(
+              static_cast<Element*>(p.output_low) + at.sample * map, owned_shared, sums, p, at);
+        }
+      }
     } else {
       store_sums<Traits>(static_cast<Element*>(p.output) + at.sample * map, sums, p, at);
     }

@@ -28,6 +28,7 @@ struct WeightedSumParams {
   Operand values;   // (B, C, streamed_positions)
   void* output;     // (B, C, owned_positions), contiguous, of the operands' type; with splits > 1 float32
                     // (splits, B, C, owned_positions): each split's own result
+  void* output_low; // forward of 16-bit types, one split: what rounding took from the output, like it; null: not wanted
   float* logsumexp; // forward: written, (B, owned_positions), with splits (splits, B, owned_positions);
                     // value gradient: read, (B, streamed_positions)
   int64_t batch;
@@ -43,7 +44,8 @@ struct WeightedSumParams {
 };
 
 // Partial gradients of query and key. A block takes one group of key blocks and one range of query blocks; the key
-// groups' shares of grad_query and the query ranges' shares of grad_key are summed afterwards, in a fixed order.
+// groups' shares of grad_query and the query ranges' shares of grad_key are summed afterwards, in a fixed order. For
+// float32, so are the shares of what grad_query is centred with (position_backward.cuh).
 struct QueryKeyGradientParams {
   Operand query;       // (B, E, N)
   Operand key;         // (B, E, M)
@@ -53,6 +55,8 @@ struct QueryKeyGradientParams {
   const float* delta;     // (B, N): sum_c grad_output output
   float* grad_query;      // (groups, B, E, padded_queries), without scale
   float* grad_key;        // (ranges, B, E, padded_keys), without scale
+  float* mean_key;        // float32: (groups, B, E, padded_queries), sum_j P_ij key_j
+  float* surplus;         // float32: (groups, B, padded_queries), sum_j dS_ij, without scale
   int64_t batch;
   int queries;
   int keys;
@@ -80,6 +84,8 @@ struct SimtParams {
   Operand left;     // (B, C, owned_positions)
   Operand right;    // (B, C, streamed_positions)
   void* output;     // (B, out_channels, owned_positions), contiguous
+  void* output_low; // forward of 16-bit types: what rounding took from the output, like it; null: not wanted
+  const void* mean_key; // query gradient of float32: (B, E, owned_positions), sum_j p_ij key_j
   void* logsumexp;  // accumulator type; written by forward, else read: of the queries
   const void* delta; // accumulator type, of the queries
   int64_t batch;

@@ -45,10 +45,11 @@ __global__ void __launch_bounds__(kRowThreads) pack_rows_kernel(const PackParams
   *reinterpret_cast<uint4*>(static_cast<T*>(p.target) + row * p.padded + first) = *reinterpret_cast<const uint4*>(piece);
 }
 
-// delta[b, i] = sum_c grad_output[b, c, i] output[b, c, i]
+// delta[b, i] = sum_c grad_output[b, c, i] output[b, c, i], of the output before it was rounded where that is known
 struct DeltaParams {
   Operand grad_output; // (B, C, N)
   Operand output;      // (B, C, N)
+  Operand output_low;  // (B, C, N), what rounding took from the output; data null: unknown
   void* delta;         // (B, N), accumulator type
   int channels;
   int positions;
@@ -72,6 +73,13 @@ __global__ void __launch_bounds__(kRowThreads) delta_kernel(const DeltaParams p)
     for (int c = warp; c < p.channels; c += kWarps) {
       sum += to_accumulator(grad[c * p.grad_output.row_stride]) * to_accumulator(out[c * p.output.row_stride]);
     }
+    if (p.output_low.data != nullptr) {
+      const T* low = static_cast<const T*>(p.output_low.data) + sample * p.output_low.batch_stride + position;
+#pragma unroll 4
+      for (int c = warp; c < p.channels; c += kWarps) {
+        sum += to_accumulator(grad[c * p.grad_output.row_stride]) * to_accumulator(low[c * p.output_low.row_stride]);
+      }
+    }
   }
   shares[warp][lane] = sum;
   __syncthreads();
@@ -85,12 +93,16 @@ __global__ void __launch_bounds__(kRowThreads) delta_kernel(const DeltaParams p)
   }
 }
 
-// out[b, r, n] = factor * sum_s partial[s, b, r, n], s ascending
+// out[b, r, n] = factor * sum_s partial[s, b, r, n], s ascending; with mean_key
+//   out[b, r, n] = factor * (sum_s partial[s, b, r, n] - sum_s mean_key[s, b, r, n] * sum_s surplus[s, b, n])
 struct SumPartialsParams {
   const float* partials; // (parts, batch * rows, padded)
+  const float* mean_key; // like partials, or null
+  const float* surplus;  // (parts, batch, padded)
   void* output;          // (batch * rows, columns), contiguous
   int64_t part_stride;
-  int64_t rows_total;
+  int64_t rows_total; // batch * rows
+  int rows;
   int parts;
   int columns;
   int padded;
@@ -103,10 +115,18 @@ __global__ void __launch_bounds__(kRowThreads) sum_partials_kernel(const SumPart
   const int64_t row = blockIdx.x / p.row_blocks;
   const int column = static_cast<int>(blockIdx.x % p.row_blocks) * kRowThreads + static_cast<int>(threadIdx.x);
   if (column < p.columns) {
-    const float* from = p.partials + row * p.padded + column;
-    float sum = 0.0f;
-    for (int s = 0; s < p.parts; ++s) {
-      sum += from[s * p.part_stride];
+    const auto sum_over_parts = [&](const float* from, int64_t part_stride) {
+      float sum = 0.0f;
+      for (int s = 0; s < p.parts; ++s) {
+        sum += from[s * part_stride];
+      }
+      return sum;
+    };
+    float sum = sum_over_parts(p.partials + row * p.padded + column, p.part_stride);
+    if (p.mean_key != nullptr) {
+      const int64_t sample = row / p.rows, samples = p.rows_total / p.rows;
+      sum -= sum_over_parts(p.mean_key + row * p.padded + column, p.part_stride) *
+          sum_over_parts(p.surplus + sample * p.padded + column, samples * p.padded);
     }
     static_cast<T*>(p.output)[row * p.columns + column] = from_accumulator<T>(sum * p.factor);
   }
@@ -117,6 +137,7 @@ struct MergeSplitsParams {
   const float* partials;          // (splits, B, C, N)
   const float* partial_logsumexp; // (splits, B, N)
   void* output;                   // (B, C, N)
+  void* output_low;               // (B, C, N), 16-bit types: what rounding took from the output; null: not wanted
   float* logsumexp;               // (B, N)
   int64_t batch;
   int splits;
@@ -170,7 +191,11 @@ __global__ void __launch_bounds__(kRowThreads) merge_splits_kernel(const MergeSp
         value += weights[s] * p.partials[(s * p.batch + sample) * map + at];
       }
     }
-    static_cast<T*>(p.output)[sample * map + at] = from_accumulator<T>(value / sum);
+    const T result = from_accumulator<T>(value / sum);
+    static_cast<T*>(p.output)[sample * map + at] = result;
+    if (p.output_low != nullptr) {
+      static_cast<T*>(p.output_low)[sample * map + at] = from_accumulator<T>(value / sum - to_accumulator(result));
+    }
   }
 }
 

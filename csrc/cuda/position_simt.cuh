@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "element.cuh"
 #include "launch.cuh"
@@ -29,6 +30,7 @@ struct SimtTraits {
   static constexpr bool kForward = kSum == PositionSum::kForward;
   static constexpr bool kNeedsProduct = kSum == PositionSum::kQueryGradient || kSum == PositionSum::kKeyGradient;
   static constexpr bool kOwnsQueries = kForward || kSum == PositionSum::kQueryGradient;
+  static constexpr bool kCentres = kSum == PositionSum::kQueryGradient && std::is_same_v<T, float>;
   static_assert(kChannels >= 2 * kTile, "the two contraction tiles lie where the values come later");
   static constexpr size_t kSharedBytes =
       sizeof(Real) * (kChannels * kPitch + kTile * kPitch + 8 * kTile + 8 * kTile);
@@ -124,6 +126,7 @@ struct SimtSum {
 
     Real sums[Traits::kRows][4] = {};
     Real highest = -INFINITY, weight_sum = 0; // of owned position `lane`, the same in every warp
+    Real surplus = 0;                         // kCentres: of owned position `lane`, the warp's share of the weights' sum
     for (int streamed = 0; streamed < p.streamed_positions; streamed += kTile) {
       Real weights[4], gradients[4];
       contract(weights, p.owned, p.streamed, p.embedding, streamed);
@@ -172,6 +175,9 @@ struct SimtSum {
 #pragma unroll
       for (int jj = 0; jj < 4; ++jj) {
         weights_shared[(4 * warp + jj) * kPitch + lane] = weights[jj];
+        if constexpr (Traits::kCentres) {
+          surplus += weights[jj];
+        }
       }
       __syncthreads(); // weights and sums are there; the contraction tiles are no longer read
       if constexpr (Traits::kForward) {
@@ -209,6 +215,15 @@ struct SimtSum {
       }
     }
 
+    if constexpr (Traits::kCentres) {
+      partial_sums[warp * kTile + lane] = surplus;
+      __syncthreads();
+      surplus = 0;
+#pragma unroll
+      for (int w = 0; w < 8; ++w) {
+        surplus += partial_sums[w * kTile + lane];
+      }
+    }
     Real factor = static_cast<Real>(p.scale); // of the query and key gradients
     if constexpr (Traits::kForward) {
       factor = Real(1) / weight_sum;
@@ -222,13 +237,24 @@ struct SimtSum {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const Real f = __shfl_sync(0xffffffffu, factor, column_group + i);
+      const Real column_surplus = Traits::kCentres ? __shfl_sync(0xffffffffu, surplus, column_group + i) : Real(0);
       const int position = first_owned + column_group + i;
 #pragma unroll
       for (int r = 0; r < Traits::kRows; ++r) {
         const int channel = first_channel + row_group + r * Traits::kRowGroups;
         if (channel < p.out_channels && position < p.owned_positions) {
-          static_cast<Element*>(p.output)[(sample * p.out_channels + channel) * p.owned_positions + position] =
-              from_accumulator<Element>(sums[r][i] * f);
+          const int64_t at = (sample * p.out_channels + channel) * p.owned_positions + position;
+          if constexpr (Traits::kCentres) {
+            sums[r][i] -= column_surplus * static_cast<const Real*>(p.mean_key)[at];
+          }
+          const Element result = from_accumulator<Element>(sums[r][i] * f);
+          static_cast<Element*>(p.output)[at] = result;
+          if constexpr (Traits::kForward && sizeof(Element) == 2) {
+            if (p.output_low != nullptr) {
+              static_cast<Element*>(p.output_low)[at] =
+                  from_accumulator<Element>(sums[r][i] * f - to_accumulator(result));
+            }
+          }
         }
       }
     }

@@ -46,9 +46,16 @@ __device__ __forceinline__ void store_sums(
   }
 }
 
+// x as an Element, or (kLow) what that rounding takes from it.
+template <class Element, bool kLow>
+__device__ __forceinline__ float part_of_sum(float x) {
+  return kLow ? x - to_accumulator(from_accumulator<Element>(x)) : x;
+}
+
 // The same for 16 bits, by way of shared memory: 8 positions are but half a sector there, and unaligned rows would take
-// 2-byte stores. A warp writes whole rows in 4-byte stores, from their first 4-byte boundary on.
-template <class Traits>
+// 2-byte stores. A warp writes whole rows in 4-byte stores, from their first 4-byte boundary on. kLow: what rounding takes
+// from the sums, in their place.
+template <class Traits, bool kLow>
 __device__ __forceinline__ void store_sums_by_rows(
     typename Traits::Element* map, unsigned char* shared, const WeightedSumAccumulators<Traits>& sums,
     const WeightedSumParams& p, const WeightedSumPlace& at) {
@@ -63,8 +70,9 @@ __device__ __forceinline__ void store_sums_by_rows(
     for (int j = 0; j < Traits::kOwnedTiles; ++j) {
       Element* corner = tile + (Traits::warp_first_channel() + 16 * i + lane / 4) * kPitch +
           Traits::warp_first_owned() + 8 * j + lane % 4 * 2;
-      store_pair(corner, sums[i][j][0], sums[i][j][1]);
-      store_pair(corner + 8 * kPitch, sums[i][j][2], sums[i][j][3]);
+      const auto part = part_of_sum<Element, kLow>;
+      store_pair(corner, part(sums[i][j][0]), part(sums[i][j][1]));
+      store_pair(corner + 8 * kPitch, part(sums[i][j][2]), part(sums[i][j][3]));
     }
   }
   __syncthreads();

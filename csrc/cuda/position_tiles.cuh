@@ -6,8 +6,8 @@
 //             Narrow     128 positions x 128 channels, E <= 64   70,720, three stages
 //             WideAny    128 positions x 256 channels, any E     384 E + 50,240: E <= 128 at 99 KB
 //             NarrowAny   64 positions x 128 channels, any E     256 E + 25,120: E <= 288 at 99 KB, 800 on sm_90
-//   TF32      WideAny    128 positions x 256 channels, any E     640 E + 50,240: E <= 72 at 99 KB; 3xTF32 has but 192
-//                        channels: beside 128 accumulators its double fragments would spill
+//   TF32      WideAny    128 positions x 256 channels, any E     640 E + 50,240: E <= 72 at 99 KB; 3xTF32 has but 128
+//                        channels: beside 96 accumulators its fragments and the sums of a step would spill
 //             NarrowAny   64 positions x 128 channels, any E     384 E + 25,120: E <= 192 at 99 KB, 536 on sm_90
 // and of the query and key gradient, E rounded up to 64:
 //   16 bits   Deep       128 queries x 128 keys, E <= 64         132,096, four stages
@@ -35,7 +35,7 @@ struct WeightedSumTiles {
   static constexpr int kResident = 64 / Mma::kStep; // mma steps of the embeddings that stay in registers
   using Wide = WeightedSumTraits<Mma, 128, 256, 4, 3, kResident, 1>;
   using Narrow = WeightedSumTraits<Mma, 128, 128, 4, 3, kResident, 1>;
-  using WideAny = WeightedSumTraits<Mma, 128, Mma::kProducts == 3 ? 192 : 256, 4, 2, 0, 1>;
+  using WideAny = WeightedSumTraits<Mma, 128, Mma::kProducts == 3 ? 128 : 256, 4, 2, 0, 1>;
   using NarrowAny = WeightedSumTraits<Mma, 64, 128, 4, 2, 0, 2>;
   // A TF32 fragment takes twice the registers and 3xTF32 as much again: no room for resident embeddings.
   static constexpr bool kHasResident = sizeof(typename Mma::Element) == 2;

@@ -38,7 +38,8 @@ def position_attention(query: Tensor, key: Tensor, value: Tensor, scale: float =
     if operators is None:
         _check(query, key, value, scale)
         return _backend.call_reference(reference.position_attention, query, key, value, scale)[0]
-    return operators.position_attention(query, key, value, scale)[0]
+    with_low = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    return operators.position_attention(query, key, value, scale, with_low)[0]
 
 
 def position_attention_map(query: Tensor, key: Tensor, positions: Tensor, scale: float = 1.0) -> Tensor:
@@ -103,14 +104,16 @@ def _check(query: Tensor, key: Tensor, value: Tensor, scale: float, op: str = "p
     arguments.scale(scale)
 
 
-def _fake(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _fake(query, key, value, scale, with_low=False) -> tuple[Tensor, Tensor, Tensor]:
     _check(query, key, value, scale)
-    spatial = query.shape[2:]
-    output = query.new_empty((query.shape[0], value.shape[1], *spatial))
-    return output, query.new_empty((query.shape[0], *spatial), dtype=accumulation_dtype(query.dtype))
+    batch, spatial = query.shape[0], query.shape[2:]
+    output = query.new_empty((batch, value.shape[1], *spatial))
+    logsumexp = query.new_empty((batch, *spatial), dtype=accumulation_dtype(query.dtype))
+    low_channels = value.shape[1] if with_low and query.dtype.itemsize == 2 else 0
+    return output, logsumexp, query.new_empty((batch, low_channels, *spatial))
 
 
-def _fake_backward(grad_output, query, key, value, output, logsumexp, scale):
+def _fake_backward(grad_output, query, key, value, output, logsumexp, scale, output_low=None):
     op = "position_attention_backward"
     _check(query, key, value, scale, op)
     if grad_output.shape != output.shape:
@@ -119,16 +122,17 @@ def _fake_backward(grad_output, query, key, value, output, logsumexp, scale):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    query, key, value, ctx.scale = inputs
-    ctx.save_for_backward(query, key, value, *output)
-    ctx.mark_non_differentiable(output[1])
+    query, key, value, ctx.scale, _ = inputs
+    output, logsumexp, output_low = output
+    ctx.save_for_backward(query, key, value, output, logsumexp, output_low if output_low.shape[1] > 0 else None)
+    ctx.mark_non_differentiable(logsumexp, output_low)
 
 
 def _flops(query, key, value) -> int:
     return 2 * query[0] * math.prod(query[2:]) * math.prod(key[2:]) * (query[1] + value[1])
 
 
-def _flops_backward(grad_output, query, key, value, output, logsumexp) -> int:
+def _flops_backward(grad_output, query, key, value, output, logsumexp, output_low=None) -> int:
     """With the energies computed again: three products over E, two over C."""
     return 2 * query[0] * math.prod(query[2:]) * math.prod(key[2:]) * (3 * query[1] + 2 * value[1])
 
@@ -137,9 +141,9 @@ def register(namespace: str) -> None:
     """Registers the Python side of the family's operators in `namespace`."""
     operators = getattr(torch.ops, namespace)
 
-    def backward(ctx, grad_output, grad_logsumexp):
-        saved = ctx.saved_tensors
-        return *operators.position_attention_backward(grad_output, *saved, ctx.scale), None
+    def backward(ctx, grad_output, grad_logsumexp, grad_output_low):
+        *saved, output_low = ctx.saved_tensors
+        return *operators.position_attention_backward(grad_output, *saved, ctx.scale, output_low), None, None
 
     name = f"{namespace}::position_attention"
     torch.library.register_fake(name, _fake)

@@ -66,6 +66,18 @@ uint64_t& chosen_seed() {
   return chosen;
 }
 
+MmaRounding find_mma_rounding(const std::string& name) {
+  if (name == "truncate") return MmaRounding::kTruncate;
+  if (name == "nearest") return MmaRounding::kNearest;
+  throw std::invalid_argument("emulator: the rounding of mma must be truncate or nearest (got " + name + ")");
+}
+
+MmaRounding& chosen_mma_rounding() {
+  const char* name = std::getenv("SEGATTN_EMULATED_MMA_ROUNDING");
+  static MmaRounding chosen = find_mma_rounding(name != nullptr && *name != 0 ? name : "truncate");
+  return chosen;
+}
+
 std::mutex launch_mutex;  // one launch at a time, whatever host threads there are
 std::map<const void*, size_t> dynamic_shared_limits;
 cudaError_t last_error = cudaSuccess;
@@ -132,6 +144,12 @@ const Device& device() { return chosen_device(); }
 void set_device(int architecture, int multiprocessors) { chosen_device() = find_device(architecture, multiprocessors); }
 uint64_t seed() { return chosen_seed(); }
 void set_seed(uint64_t seed) { chosen_seed() = seed; }
+MmaRounding mma_rounding() { return chosen_mma_rounding(); }
+void set_mma_rounding(const std::string& name) { chosen_mma_rounding() = find_mma_rounding(name); }
+MmaBlocks mma_blocks(int mma_depth) {
+  // From Hopper on an mma's 32 bytes are added at once, before it 16.
+  return device().architecture >= 90 ? MmaBlocks{mma_depth, 25} : MmaBlocks{mma_depth / 2, 24};
+}
 void reset_function_attributes() {
   dynamic_shared_limits.clear();
   last_error = cudaSuccess;

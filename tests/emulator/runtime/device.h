@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 namespace segattn::emulator {
 
@@ -24,6 +25,21 @@ void set_device(int architecture, int multiprocessors = 0);
 
 uint64_t seed();
 void set_seed(uint64_t seed);
+
+// How mma rounds its float32 sums: as tensor cores do (runtime/mma_sum.h), or each addition to nearest.
+enum class MmaRounding { kTruncate, kNearest };
+MmaRounding mma_rounding();
+// "truncate" or "nearest"; throws std::invalid_argument for anything else.
+void set_mma_rounding(const std::string& name);
+
+// How the device's tensor cores cut up a contraction: `depth` elements of an mma are added at once, aligned to
+// `fraction_bits` binary places of the largest exponent.
+struct MmaBlocks {
+  int depth;
+  int fraction_bits;
+};
+// mma_depth: of the instruction, 16 for 16-bit elements, 8 for TF32
+MmaBlocks mma_blocks(int mma_depth);
 
 // Forgets what cudaFuncSetAttribute was asked for, so that a test starts as a fresh process does.
 void reset_function_attributes();

@@ -12,6 +12,7 @@
 #include "counters.h"
 #include "device.h"
 #include "execution.h"
+#include "mma_sum.h"
 #include "trace.h"
 
 namespace segattn::emulator {
@@ -36,22 +37,6 @@ float from_bfloat16(uint16_t bits) { return std::bit_cast<float>(uint32_t(bits) 
 // Tensor cores ignore the low 13 bits of a tf32 operand.
 float from_tf32(uint32_t bits) { return std::bit_cast<float>(bits & ~0x1fffu); }
 
-// d[16][8] += a[16][depth] * b[depth][8], rows of 8 floats: one vector register each.
-template <int kDepth>
-void multiply(float (&d)[16][8], const float (&a)[16][kDepth], const float (&b)[kDepth][8]) {
-  typedef float Row __attribute__((vector_size(32), aligned(4)));
-  for (int m = 0; m < 16; ++m) {
-    Row sum;
-    std::memcpy(&sum, d[m], sizeof sum);
-    for (int k = 0; k < kDepth; ++k) {
-      Row row;
-      std::memcpy(&row, b[k], sizeof row);
-      sum += a[m][k] * row;
-    }
-    std::memcpy(d[m], &sum, sizeof sum);
-  }
-}
-
 template <class F>
 void for_accumulators(void* const* operands, F&& body) {
   for (int lane = 0; lane < kWarpSize; ++lane) {
@@ -65,17 +50,22 @@ void for_accumulators(void* const* operands, F&& body) {
 }
 
 template <int kDepth>
-void accumulate(void* const* operands, const float (&a)[16][kDepth], const float (&b)[kDepth][8]) {
+void accumulate(void* const* operands, MmaOperands<kDepth>& factors, int lowest_exponent) {
   float d[16][8];
   for_accumulators(operands, [&](float& element, int row, int column) { d[row][column] = element; });
-  multiply(d, a, b);
+  if (mma_rounding() == MmaRounding::kTruncate) {
+    add_products_truncated(d, factors, lowest_exponent, mma_blocks(kDepth));
+  } else {
+    add_products_to_nearest(d, factors);
+  }
   for_accumulators(operands, [&](float& element, int row, int column) { element = d[row][column]; });
 }
 
 template <MmaType kType>
 void run_mma_16bit(void* const* operands, unsigned lanes) {
   constexpr auto convert = kType == MmaType::kFloat16 ? from_float16 : from_bfloat16;
-  float a[16][16], b[16][8];
+  MmaOperands<16> factors;
+  auto& [a, b] = factors;
   for (int lane = 0; lane < kWarpSize; ++lane) {
     const auto& mma = *static_cast<const Mma*>(operands[lane]);
     const int group = lane / 4, pair = lane % 4 * 2;
@@ -90,20 +80,21 @@ void run_mma_16bit(void* const* operands, unsigned lanes) {
       b[row + 1][group] = convert(uint16_t(mma.b[i] >> 16));
     }
   }
-  accumulate(operands, a, b);
+  accumulate(operands, factors, kType == MmaType::kFloat16 ? kLowestExponentFloat16 : kLowestExponent);
   ++counters.mma_instructions[int(kType)];
   if constexpr (kTrace) trace::warp_converged(self().warp, lanes);
 }
 
 void run_mma_tf32(void* const* operands, unsigned lanes) {
-  float a[16][8], b[8][8];
+  MmaOperands<8> factors;
+  auto& [a, b] = factors;
   for (int lane = 0; lane < kWarpSize; ++lane) {
     const auto& mma = *static_cast<const Mma*>(operands[lane]);
     const int group = lane / 4, in_group = lane % 4;
     for (int i = 0; i < 4; ++i) a[group + (i & 1) * 8][in_group + (i >> 1) * 4] = from_tf32(mma.a[i]);
     for (int i = 0; i < 2; ++i) b[in_group + i * 4][group] = from_tf32(mma.b[i]);
   }
-  accumulate(operands, a, b);
+  accumulate(operands, factors, kLowestExponent);
   ++counters.mma_instructions[int(MmaType::kTf32)];
   if constexpr (kTrace) trace::warp_converged(self().warp, lanes);
 }

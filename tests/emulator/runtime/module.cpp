@@ -104,6 +104,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "What the library is taken to be built for, 80 for sm_80; none: what the emulated device is.");
   m.def("set_seed", &set_seed, py::arg("seed"), "Chooses the schedule of threads and blocks.");
   m.def("seed", &seed);
+  m.def("set_mma_rounding", &set_mma_rounding, py::arg("rounding"),
+        "How mma adds: 'truncate', as tensor cores do, or 'nearest'. ValueError for anything else.");
+  m.def("mma_rounding", [] { return mma_rounding() == MmaRounding::kTruncate ? "truncate" : "nearest"; });
   m.def(
       "set_device",
       [](int architecture, int multiprocessors) {
