@@ -4,6 +4,11 @@
 //   grad_value = grad_output P^T, grad_query = key dS, grad_key = query dS^T
 //
 // along rows, which write the gradients, then along columns, which add to them.
+//
+// D comes from an output that is rounded to its dtype. An error of D is common to all keys of a query: it leaves in
+// grad_query a multiple of the query's mean key, M = key P, that does not average out. In exact arithmetic the sum S of a
+// query's dS over its row and column is zero, so grad_query - S M is the same gradient, and in it that error cancels.
+// The row pass keeps its part of S and M, the column pass corrects with both parts.
 #pragma once
 
 #include "criss_cross_column_backward.h"
@@ -23,11 +28,13 @@ class CrissCrossBackward {
   explicit CrissCrossBackward(const CrissCrossBackwardArguments<T>& arguments)
       : arguments_(arguments),
         map_{arguments.sizes.height, arguments.sizes.width},
-        delta_(arguments.sizes.batch * map_.positions()) {}
+        delta_(arguments.sizes.batch * map_.positions()),
+        grad_sum_(arguments.sizes.batch * map_.positions()),
+        mean_key_(arguments.sizes.batch * arguments.sizes.key_channels * map_.positions()) {}
 
   void run() const {
     run_rows();
-    ColumnBackward<T>(arguments_, delta_.data()).run();
+    ColumnBackward<T>(arguments_, {delta_.data(), grad_sum_.data(), mean_key_.data()}).run();
   }
 
  private:
@@ -35,9 +42,10 @@ class CrissCrossBackward {
   struct Workspace {
     std::int64_t slot, columns;
     std::int64_t key_sums_size, value_sums_size;
-    A* weights = nullptr;  // P, then P^T
-    A* grads = nullptr;    // dP, dS, dS^T
-    A* delta = nullptr;    // of the row
+    A* weights = nullptr;   // P, then P^T
+    A* grads = nullptr;     // dP, dS, dS^T
+    A* delta = nullptr;     // of the row
+    A* grad_sum = nullptr;  // of a block of queries
     A* key_sums = nullptr;
     A* value_sums = nullptr;
 
@@ -51,7 +59,7 @@ class CrissCrossBackward {
     }
 
     std::size_t scratch() const {
-      return 2 * scratch_bytes<A>(2 * slot) + scratch_bytes<A>(columns) + scratch_bytes<A>(key_sums_size) +
+      return 2 * scratch_bytes<A>(2 * slot) + 2 * scratch_bytes<A>(columns) + scratch_bytes<A>(key_sums_size) +
              scratch_bytes<A>(value_sums_size);
     }
 
@@ -59,6 +67,7 @@ class CrissCrossBackward {
       weights = from.take<A>(2 * slot);
       grads = from.take<A>(2 * slot);
       delta = from.take<A>(columns);
+      grad_sum = from.take<A>(columns);
       key_sums = from.take<A>(key_sums_size);
       value_sums = from.take<A>(value_sums_size);
     }
@@ -114,31 +123,36 @@ class CrissCrossBackward {
       const std::int64_t queries = std::min(row.block(), width - first);
       row.score(arguments_.key + key_offset, arguments_.query + key_offset, sizes.key_channels, first, queries, weights);
       row.score(arguments_.value + value_offset, grad_output, sizes.value_channels, first, queries, grads);
-      differentiate_softmax(weights, grads, width, queries, logsumexp + first, workspace.delta + first);
+      differentiate_softmax(weights, grads, width, queries, logsumexp + first, workspace.delta + first,
+                            workspace.grad_sum);
+      std::copy_n(workspace.grad_sum, queries, grad_sum_.data() + sample * map_.positions() + row.offset() + first);
+
+      const auto sum_keys = [&](const A* panels, P* packed, T* target) {
+        const P* operand;
+        if constexpr (kIsPair<P>) {
+          pack_b_from_panels<P>(packed, panels, width, queries);
+          operand = packed;
+        } else {
+          operand = panels;
+        }
+        row.apply(arguments_.key + key_offset, sizes.key_channels, 0, width, operand, first, queries,
+                  target + key_offset);
+      };
+      sum_keys(weights, transposed_weights, mean_key_.data());
       pack_b_from_transposed_panels<P>(transposed_weights, weights, width, queries);
       row.accumulate(grad_output, sizes.value_channels, first, queries, transposed_weights, workspace.value_sums,
                      arguments_.grad_value + value_offset);
-
-      const auto find_grad_query = [&](const P* operand) {
-        row.apply(arguments_.key + key_offset, sizes.key_channels, 0, width, operand, first, queries,
-                  arguments_.grad_query + key_offset);
-      };
+      sum_keys(grads, packed_grads, arguments_.grad_query);
       const std::int64_t transposed = kIsPair<P> ? packed_b_size<P>(queries, width) : 0;
-      if constexpr (kIsPair<P>) {
-        pack_b_from_panels<P>(packed_grads, grads, width, queries);
-        find_grad_query(packed_grads);
-      } else {
-        find_grad_query(grads);
-      }
       pack_b_from_transposed_panels<P>(packed_grads + transposed, grads, width, queries);
       row.accumulate(arguments_.query + key_offset, sizes.key_channels, first, queries, packed_grads + transposed,
                      workspace.key_sums, arguments_.grad_key + key_offset);
     }
   }
 
-  // weights (keys x queries): energies to P; grads: dP to dS.
+  // weights (keys x queries): energies to P; grads: dP to dS; grad_sum [queries]: sums of dS as the products take it.
   void differentiate_softmax(A* weights, A* grads, std::int64_t keys, std::int64_t queries, const A* logsumexp,
-                             const A* delta) const {
+                             const A* delta, A* grad_sum) const {
     const V scale = broadcast<V>(arguments_.scale);
     for (std::int64_t first = 0; first < queries; first += panel_columns<A>) {
       const std::int64_t width = panel_width<A>(queries, first);
@@ -146,19 +160,33 @@ class CrissCrossBackward {
         const std::int64_t n = std::min(kLane, queries - first - i);
         const V query_logsumexp = read_vector(logsumexp + first + i, n);
         const V query_delta = read_vector(delta + first + i, n);
+        V sum{};
         for (std::int64_t j = 0; j < keys; ++j) {
           const std::int64_t offset = first * keys + j * width + i;
           const V weight = exp(fma(load<V>(weights + offset), scale, -query_logsumexp));
           store(weights + offset, weight);
-          store(grads + offset, weight * (load<V>(grads + offset) - query_delta) * scale);
+          const V grad = weight * (load<V>(grads + offset) - query_delta) * scale;
+          store(grads + offset, grad);
+          sum += round_as_packed(grad);
         }
+        store(grad_sum + first + i, sum);
       }
+    }
+  }
+
+  static V round_as_packed(V vector) {
+    if constexpr (kIsPair<P>) {
+      return bit_cast_vector<V>(bfloat16_bits<kLane>(vector) << 16);
+    } else {
+      return vector;
     }
   }
 
   CrissCrossBackwardArguments<T> arguments_;
   MapSizes map_;
-  Buffer<A> delta_;  // (B, H, W)
+  Buffer<A> delta_;     // (B, H, W)
+  Buffer<A> grad_sum_;  // (B, H, W): S of the rows
+  Buffer<T> mean_key_;  // (B, E, H, W): M of the rows; a rounding of it only scales the correction
 };
 
 }  // namespace segattn::cpu

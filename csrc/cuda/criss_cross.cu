@@ -6,6 +6,7 @@
 #include "../checks/criss_cross.h"
 #include "../registration.h"
 #include "criss_cross_arithmetic.cuh"
+#include "criss_cross_correction.cuh"
 #include "criss_cross_launch.h"
 #include "operands.h"
 #include "position_rows.cuh"
@@ -254,6 +255,25 @@ Tensor delta_of(const Tensor& grad_output, const Tensor& output, const CrissCros
   return delta;
 }
 
+// grad_query -= grad_sum mean_key
+void correct_query_gradient(
+    const Tensor& grad_query, const Tensor& mean_key, const Tensor& grad_sum, const CrissCrossSizes& sizes,
+    cudaStream_t stream) {
+  QueryCorrectionParams params;
+  params.grad_query = grad_query.mutable_data_ptr();
+  params.mean_key = mean_key.const_data_ptr();
+  params.grad_sum = grad_sum.const_data_ptr();
+  params.positions = sizes.height * sizes.width;
+  params.channels = static_cast<int>(sizes.key_channels);
+  params.position_blocks = static_cast<int>((params.positions + kCorrectionThreads - 1) / kCorrectionThreads);
+  params.channel_blocks = (params.channels + kCorrectionChannels - 1) / kCorrectionChannels;
+  const int64_t blocks = sizes.batch * params.position_blocks * params.channel_blocks;
+  with_element(grad_query.scalar_type(), [&]<class T>() {
+    SEGATTN_LAUNCH(
+        (correct_query_gradient_kernel<T>), dim3(grid_blocks(blocks)), dim3(kCorrectionThreads), 0, stream, params);
+  });
+}
+
 Triple criss_cross_attention_backward(
     const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output,
     const Tensor& logsumexp, double scale) {
@@ -265,6 +285,7 @@ Triple criss_cross_attention_backward(
     return {grad_query, grad_key, grad_value};
   }
   const Tensor delta = delta_of(grad_output, output, sizes, call.stream);
+  const Tensor grad_sum = allocate_like(delta), mean_key = allocate_like(key);
   call.columns_then_rows([&](bool columns) {
     LineBackwardParams params{};
     params.lines = lines_of(sizes, columns);
@@ -274,8 +295,10 @@ Triple criss_cross_attention_backward(
     params.value = features(value, columns);
     params.logsumexp = scalars(logsumexp, columns);
     params.delta = scalars(delta, columns);
+    params.grad_sum = scalars(grad_sum, columns);
     params.scale = scale;
     params.accumulate = call.is_second(columns);
+    params.mean_key = features(mean_key, columns);
     params.grad_query = features(grad_query, columns);
     params.grad_key = features(grad_key, columns);
     params.grad_value = features(grad_value, columns);
@@ -287,9 +310,11 @@ Triple criss_cross_attention_backward(
       return;
     }
     call.sum<LineWeight::kSoftmax, true>(params, grad_output, grad_value, columns);
+    call.sum<LineWeight::kSoftmax, false>(params, key, mean_key, columns);
     call.sum<LineWeight::kGradient, false>(params, key, grad_query, columns);
     call.sum<LineWeight::kGradient, true>(params, query, grad_key, columns);
   });
+  correct_query_gradient(grad_query, mean_key, grad_sum, sizes, call.stream);
   return {grad_query, grad_key, grad_value};
 }
 

@@ -31,7 +31,7 @@ struct LineMap {
   int first; // 0 for rows, W for columns
 };
 
-// A number for each query: logsumexp, delta. (B, lines, positions), accumulator type.
+// A number for each query: logsumexp, delta, grad_sum. (B, lines, positions), accumulator type.
 struct LineScalars {
   void* data;
   int64_t batch_stride;
@@ -87,6 +87,7 @@ enum class LineWeight {
 //   its value gradient       key     kSoftmax            grad_output
 //   its query gradient       query   kGradient           key
 //   its key gradient         key     kGradient           query
+//   mean_key                 query   kSoftmax            key
 struct LineSumParams {
   Lines lines;
   LineMap map;              // kGiven
@@ -96,6 +97,7 @@ struct LineSumParams {
   LineFeatures value;
   LineScalars logsumexp;    // kSoftmax, kGradient
   LineScalars delta;        // kGradient: sum_c grad_output output
+  LineScalars grad_sum;     // kGradient, owner query: (+)= sum_j weight(i, j)
   LineFeatures values;      // what is summed
   LineFeatures output;
   double scale;
@@ -116,7 +118,8 @@ struct LineAttentionParams : LineSumParams {
 // All three gradients of criss-cross attention at once, for lines whose map fits shared memory; `values` and `output` are
 // not used.
 struct LineBackwardParams : LineSumParams {
-  LineFeatures grad_query;
+  LineFeatures mean_key;   // (+)= sum_j p_ij key_j, for the correction of grad_query
+  LineFeatures grad_query; // before the correction
   LineFeatures grad_key;
   LineFeatures grad_value;
 };

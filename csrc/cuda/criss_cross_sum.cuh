@@ -19,7 +19,7 @@ __device__ __forceinline__ void line_sum(const LineSumParams& p, LineWord<typena
       weights.for_pieces([&](int query, int key) {
         weights.make_softmax(query, key);
         if constexpr (kWeight == LineWeight::kGradient) {
-          weights.make_gradient(query, key);
+          weights.template make_gradient<!kOwnsKeys>(query, key);
         }
       });
     }

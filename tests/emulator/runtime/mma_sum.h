@@ -14,17 +14,18 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "device.h"
 
 namespace segattn::emulator {
 
-template <class Element, int kColumns = 8>
-struct VectorOf {
-  typedef Element type __attribute__((vector_size(kColumns * sizeof(Element))));
+template <class Element>
+struct RowOf {
+  typedef Element type __attribute__((vector_size(8 * sizeof(Element))));
 };
 template <class Element>
-using Row = typename VectorOf<Element>::type;  // the 8 columns of a row of the accumulators
+using Row = typename RowOf<Element>::type;  // the 8 columns of a row of the accumulators
 
 template <class Element>
 Row<Element> load_row(const Element (&from)[8]) {
@@ -37,14 +38,15 @@ constexpr int kLowestExponent = -126;  // float32's, bfloat16's and TF32's
 constexpr int kLowestExponentFloat16 = -14;
 constexpr int kNoExponent = -1000;  // of a zero: never the largest
 
-// The range of the exponents of what is neither zero nor infinite nor NaN.
+// Over all values but zeros.
 struct ExponentRange {
-  int lowest = 1000, highest = -1000;
-  bool finite = true;  // all were
+  int lowest = 1000, highest = kNoExponent;
+  bool finite = true;  // no infinity and no NaN
 };
 
+// lowest: of the values' format
 template <int kSize>
-ExponentRange find_exponents(int32_t* exponents, float* values, int lowest) {
+ExponentRange find_exponents(int32_t* exponents, const float* values, int lowest) {
   ExponentRange range;
   int infinite = 0;
   for (int i = 0; i < kSize; ++i) {
@@ -94,7 +96,8 @@ inline Row<float> truncate(Row<double> exact) {
   return std::bit_cast<Row<float>>(std::bit_cast<Row<int32_t>>(nearest) + step);
 }
 
-// The mma of one row; Real holds products and their aligned values: double any, float those of kModerate.
+// One row of an mma, kBlock of the contraction at a time. Real holds the products and their multiples by powers of two:
+// double does always, float where exponents are moderate. lowest: of the exponents that values are aligned to.
 template <class Real, int kBlock, int kDepth>
 Row<float> add_row(Row<float> sum, const float (&a)[kDepth], const int32_t (&a_exponents)[kDepth],
                    const float (&b)[kDepth][8], const int32_t (&b_exponents)[kDepth][8], int fraction_bits,
@@ -147,20 +150,17 @@ void add_rows(float (&d)[16][8], const MmaOperands<kDepth>& factors, const MmaEx
 template <int kDepth>
 void add_products_truncated(float (&d)[16][8], MmaOperands<kDepth>& factors, int lowest_exponent, MmaBlocks blocks) {
   MmaExponents<kDepth> exponents;
-  int32_t unused[16][8];
-  const auto find = [&] {
-    const ExponentRange a = find_exponents<16 * kDepth>(exponents.a[0], factors.a[0], lowest_exponent);
-    const ExponentRange b = find_exponents<8 * kDepth>(exponents.b[0], factors.b[0], lowest_exponent);
-    const ExponentRange c = find_exponents<16 * 8>(unused[0], d[0], kLowestExponent);
-    // float holds the products and their multiples by a power of two where no exponent comes near its limits
-    constexpr int kModerate = 90;
-    const bool moderate = a.highest + b.highest < kModerate && c.highest < kModerate &&
-        a.lowest + b.lowest > -kModerate && c.lowest > -kModerate;
-    return std::pair(a.finite && b.finite && c.finite, moderate);
-  };
-  auto [finite, moderate] = find();
-  if (finite && moderate) return add_rows<float>(d, factors, exponents, blocks, -90);
-  if (finite) return add_rows<double>(d, factors, exponents, blocks, kLowestExponent);
+  int32_t sum_exponents[16 * 8];
+  const ExponentRange a = find_exponents<16 * kDepth>(exponents.a[0], factors.a[0], lowest_exponent);
+  const ExponentRange b = find_exponents<8 * kDepth>(exponents.b[0], factors.b[0], lowest_exponent);
+  const ExponentRange sums = find_exponents<16 * 8>(sum_exponents, d[0], kLowestExponent);
+  if (a.finite && b.finite && sums.finite) {
+    constexpr int kModerate = 90;  // float's own limits are 126, and 25 places below the largest are looked at
+    const bool moderate = std::max(a.highest + b.highest, sums.highest) < kModerate &&
+        std::min(a.lowest + b.lowest, sums.lowest) > -kModerate;
+    return moderate ? add_rows<float>(d, factors, exponents, blocks, -kModerate)
+                    : add_rows<double>(d, factors, exponents, blocks, kLowestExponent);
+  }
 
   // Infinities and NaN make what IEEE 754 says; the other sums do not see them.
   double ieee[16][8];
@@ -176,8 +176,7 @@ void add_products_truncated(float (&d)[16][8], MmaOperands<kDepth>& factors, int
   clear(factors.a[0], 16 * kDepth);
   clear(factors.b[0], 8 * kDepth);
   clear(d[0], 16 * 8);
-  find();
-  add_rows<double>(d, factors, exponents, blocks, kLowestExponent);
+  add_products_truncated(d, factors, lowest_exponent, blocks);
   for (int m = 0; m < 16; ++m) {
     for (int n = 0; n < 8; ++n) d[m][n] = std::isfinite(ieee[m][n]) ? d[m][n] : float(ieee[m][n]);
   }
