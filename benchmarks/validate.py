@@ -3,7 +3,7 @@
 Channel and criss-cross attention are computed whole in float64. Position attention at N positions would cost more than
 what is measured, so a sample is computed: the output and the query gradient at 64 positions (each depends on its own
 row of the map only), and the key and value gradients at 64 positions, which need their column of the map and for
-that every row's log-sum-exp. Every output and every gradient element of the sample is an exact float64 computation.
+that every row's log-sum-exp and sum of attention * grad_attention.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from . import rivals
 from .workloads import PAIRWISE, Workload
 
 SAMPLES = 64
-SMALL_MAP = 2**20  # up to this many weights, the sums over whole rows are computed in float64 too
+# Up to this many weights, what is needed of all rows is computed in float64, beyond it in float32.
+FLOAT64_WEIGHTS = 2**26
 # Added to twice eager's error: the relative L2 error that the dtype's own rounding explains at any size, measured
 # against float64 of the same, already rounded, inputs.
 FLOOR = {"float64": 1e-12, "float32": 2e-6, "bfloat16": 4e-3, "float16": 5e-4}
@@ -109,22 +110,30 @@ def _expected_position(query: Tensor, key: Tensor, value: Tensor, grad_output: T
         "output": v @ attention.transpose(1, 2),
         "query": grad_query,
         "scales": {"grad_query": _scale_of_zero(grad_query, k @ (attention * grad_attention).transpose(1, 2))},
-        "logsumexp": _logsumexp(
-            query, key, torch.float32 if n > 8192 and query.dtype != torch.float64 else torch.float64
-        ),
     }
-    if n * m <= SMALL_MAP:
-        whole = torch.softmax(_flat64(query).transpose(1, 2) @ k, dim=-1)
-        reference["row_sums"] = (whole * (_flat64(grad_output).transpose(1, 2) @ v)).sum(-1)
+    dtype = torch.float32 if n * m > FLOAT64_WEIGHTS and query.dtype != torch.float64 else torch.float64
+    reference["logsumexp"], reference["row_sums"] = _row_statistics(query, key, value, grad_output, dtype)
     return reference
 
 
-def _logsumexp(query: Tensor, key: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, N), a block of queries at a time so that no map is stored. In float32 its error, a few 1e-7, is far below
-    what is allowed to the weights made of it, and it takes half the time where N^2 exponentials take seconds."""
-    q, k = (operand.detach().flatten(2).to(dtype) for operand in (query, key))
+def _row_statistics(
+    query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(B, N) twice: the log-sum-exp of each row of energies, and the row sums of attention * grad_attention.
+
+    The row sums must not come from the output under test: rounded to 16 bits it hides what that rounding does to the
+    gradients. A block of queries at a time, so that no map is stored. In float32 the errors, a few 1e-7, are far below
+    what is allowed to what is made of them, and N^2 exponentials take half the time.
+    """
+    q, k, v, g = (operand.detach().flatten(2).to(dtype) for operand in (query, key, value, grad_output))
     block = max(1, 2**22 // k.shape[2])
-    return torch.cat([(rows.transpose(1, 2) @ k).logsumexp(-1) for rows in q.split(block, dim=2)], dim=1).double()
+    logsumexp, row_sums = [], []
+    for rows, grads in zip(q.split(block, dim=2), g.split(block, dim=2), strict=True):
+        energy = rows.transpose(1, 2) @ k
+        logsumexp.append(energy.logsumexp(-1))
+        attention = energy.sub_(logsumexp[-1].unsqueeze(-1)).exp_()
+        row_sums.append((grads * (v @ attention.transpose(1, 2))).sum(1))
+    return torch.cat(logsumexp, dim=1).double(), torch.cat(row_sums, dim=1).double()
 
 
 def errors(
@@ -160,12 +169,8 @@ def _position_pairs(
     q, g = _flat64(leaves["query"]), _flat64(grad_output)
     k, v = (_flat64(leaves[name]).index_select(2, reference["key_index"]) for name in ("key", "value"))
     attention = torch.exp(q.transpose(1, 2) @ k - reference["logsumexp"].unsqueeze(-1))  # (B, N, samples)
-    # The row sums of attention * grad_attention equal grad_output . output, which would need the whole map otherwise;
-    # the output's own sample was compared above. Rounded to 16 bits it hides a gradient that cancels to nothing.
-    row_sums = reference["row_sums"] if "row_sums" in reference else (g * _flat64(output)).sum(1)
-    row_sums = row_sums.unsqueeze(-1)
     grad_attention = g.transpose(1, 2) @ v
-    grad_key = q @ (attention * (grad_attention - row_sums))
+    grad_key = q @ (attention * (grad_attention - reference["row_sums"].unsqueeze(-1)))
     scales = reference["scales"] | {"grad_key": _scale_of_zero(grad_key, q @ (attention * grad_attention))}
 
     def sample(tensor: Tensor, index: str) -> Tensor:
