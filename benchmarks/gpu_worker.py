@@ -32,14 +32,17 @@ class Server:
 
     def identify(self) -> dict:
         """The machine, the device's capability, what was built, and why the libraries do not serve, if so."""
-        import segattn_ops
+        try:
+            import segattn_ops
 
-        capability = torch.cuda.get_device_capability(self.device) if self.device.type == "cuda" else None
+            build, fault = segattn_ops.build_config(), native.fault(self.device)
+        except Exception as error:  # operators with another tree's schemas, say
+            build, fault = None, f"the libraries here do not serve: {_reason(error)}"
         return {
             "machine": report.machine(str(self.device), torch.get_num_threads()),
-            "capability": capability,
-            "build": segattn_ops.build_config(),
-            "fault": native.fault(self.device),
+            "capability": torch.cuda.get_device_capability(self.device) if self.device.type == "cuda" else None,
+            "build": build,
+            "fault": fault,
         }
 
     def require_native(self) -> None:

@@ -184,6 +184,13 @@ class TestServer:
         monkeypatch.setattr(server, "ceilings", lambda: 1 / 0)
         assert server.answer("ceilings", {}) == {"error": "ZeroDivisionError: division by zero"}
 
+    def test_libraries_that_raise_are_a_fault_of_theirs(self, monkeypatch):
+        """The build must still learn what device it is for."""
+        monkeypatch.setattr(native, "fault", lambda device: 1 / 0)
+        facts = gpu_worker.Server(CPU).answer("identify", {})["result"]
+        assert facts["fault"] == "the libraries here do not serve: ZeroDivisionError: division by zero"
+        assert facts["machine"]["device"] == "cpu"
+
     def test_the_ceilings_can_be_rehearsed(self):
         found = gpu_worker.Server(CPU).answer("ceilings", {})["result"]
         assert all(value > 0 for value in found.values())

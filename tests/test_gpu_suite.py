@@ -494,6 +494,10 @@ class TestTable:
         assert rows[1][11] == "2.00"
         assert rows[0][12:] == ["3.0", "2e-03"]
 
+    def test_times_with_the_hosts_in_them_are_marked(self):
+        (row,) = gpu_table.table([self.entry("fused", 0.002, 0.004, host_exposed=["backward"])])
+        assert (row[5], row[9]) == ("2.000", "4.000*")
+
     def test_what_did_not_run_says_why(self):
         entry = run.record(Workload("position", 128, 256), "eager", "skipped", "would not fit: needs 17 GiB")
         (row,) = gpu_table.table([entry])
