@@ -105,7 +105,7 @@ class PositionBackward {
     A *delta, *correction;   // (samples, N), from a query group's first unit on
     A* query_sums;           // null where a query group has one unit, like the next
     A* mean_keys;            // sum_j P_ij key_j, laid out like query_sums
-    A* surplus;              // (samples, N), sum_j dS_ij
+    A* grad_sum;              // (samples, N), sum_j dS_ij
     A *key_sums, *value_sums;
     P* operands;             // null where every unit packs its own
   };
@@ -119,7 +119,7 @@ class PositionBackward {
     P* score_grads;                          // tile in panels: B
     A *logsumexp, *correction, *delta;       // of one tile of queries
     A *query_sums, *mean_keys;               // of one tile, where they are not shared
-    A* surplus;                              // of one tile of queries
+    A* grad_sum;                             // of one tile of queries
     P* correction_keys;                      // a tile of keys
     A* correction_scores;                    // tile, row-major
   };
@@ -300,7 +300,7 @@ class PositionBackward {
     w.logsumexp = scratch.take<A>(queries);
     w.correction = scratch.take<A>(queries);
     w.delta = scratch.take<A>(queries);
-    w.surplus = scratch.take<A>(queries);
+    w.grad_sum = scratch.take<A>(queries);
     w.query_sums = scratch.take<A>(e_ * queries);
     if constexpr (kCentres) {
       w.mean_keys = scratch.take<A>(e_ * queries);
@@ -380,11 +380,11 @@ class PositionBackward {
                      query_count, k_steps<P>(key_count), query_mode);
         query_started = true;
       });
-      std::copy_n(w.surplus, query_count, shared.surplus + unit.sample * n_ + first_query);
+      std::copy_n(w.grad_sum, query_count, shared.grad_sum + unit.sample * n_ + first_query);
       keys_started = true;
       if (place.last_of_queries) {
         if (centres) {
-          centre(query_sums, mean_keys, w.surplus, query_count);
+          centre(query_sums, mean_keys, w.grad_sum, query_count);
         }
         store_panels(arguments_.grad_query + sample * e_ * n_ + first_query, n_, query_sums, e_, query_count);
       }
@@ -394,7 +394,7 @@ class PositionBackward {
     }
   }
 
-  // Logsumexp, delta, correction and surplus of a tile of queries, padded; the query group's first unit computes delta
+  // Logsumexp, delta, correction and grad_sum of a tile of queries, padded; the query group's first unit computes delta
   // and correction.
   void take_statistics(const Shared& shared, std::int64_t sample, std::int64_t first, std::int64_t count,
                        bool first_unit, bool with_delta, const Workspace& w) const {
@@ -418,14 +418,14 @@ class PositionBackward {
       std::fill_n(w.delta, columns, A(0));
       std::copy_n(delta, count, w.delta);
     }
-    std::fill_n(w.surplus, columns, A(0));
+    std::fill_n(w.grad_sum, columns, A(0));
     if (!first_unit) {
-      std::copy_n(shared.surplus + sample * n_ + first, count, w.surplus);
+      std::copy_n(shared.grad_sum + sample * n_ + first, count, w.grad_sum);
     }
   }
 
   // Weights and score gradients of a tile, in the layouts the products need; delta_from_tile: w.delta as well. With
-  // mean_keys (panels of E x queries) the tile's part of it, and w.surplus.
+  // mean_keys (panels of E x queries) the tile's part of it, and w.grad_sum.
   void compute_tile(const Workspace& w, const KeyOperands<T>& operands, std::int64_t keys,
                     std::int64_t queries, bool delta_from_tile, A* mean_keys, GemmMode mean_mode) const {
     const std::int64_t columns = padded_columns<P>(queries);
@@ -475,7 +475,7 @@ class PositionBackward {
       }
       if constexpr (kCentres) {
         if (mean_keys != nullptr) {
-          add_rows(score_grads, keys, width, w.surplus + column);
+          add_rows(score_grads, keys, width, w.grad_sum + column);
         }
       }
     }
@@ -519,15 +519,15 @@ class PositionBackward {
     }
   }
 
-  // query_sums -= mean_keys * surplus, panels of E x queries
-  void centre(A* query_sums, const A* mean_keys, const A* surplus, std::int64_t queries) const {
+  // query_sums -= mean_keys * grad_sum, panels of E x queries
+  void centre(A* query_sums, const A* mean_keys, const A* grad_sum, std::int64_t queries) const {
     for (std::int64_t first = 0; first < queries; first += panel_columns<P>) {
       const std::int64_t width = panel_width<P>(queries, first);
       for (std::int64_t row = 0; row < e_; ++row) {
         for (std::int64_t i = 0; i < width; i += kLane) {
           const std::int64_t at = first * e_ + row * width + i;
           store(query_sums + at,
-                load<V>(query_sums + at) - load<V>(mean_keys + at) * load<V>(surplus + first + i));
+                load<V>(query_sums + at) - load<V>(mean_keys + at) * load<V>(grad_sum + first + i));
         }
       }
     }

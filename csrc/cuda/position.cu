@@ -87,7 +87,7 @@ void merge_splits(
 // What grad_query is centred with.
 struct Centre {
   Tensor mean_key; // (parts, B, E, padded)
-  Tensor surplus;  // (parts, B, padded)
+  Tensor grad_sum;  // (parts, B, padded)
 };
 
 // factor * the sum of `parts` partial results (parts, B, rows, padded), centred where there is something to do it with
@@ -98,7 +98,7 @@ void sum_partials(
   params.partials = static_cast<const float*>(partials.const_data_ptr());
   if (centre.has_value()) {
     params.mean_key = static_cast<const float*>(centre->mean_key.const_data_ptr());
-    params.surplus = static_cast<const float*>(centre->surplus.const_data_ptr());
+    params.grad_sum = static_cast<const float*>(centre->grad_sum.const_data_ptr());
   }
   params.output = output.mutable_data_ptr();
   params.rows = static_cast<int>(output.size(1));
@@ -332,7 +332,7 @@ bool query_key_gradient_mma(
         allocate(grad_query, {plan.groups, sizes.batch, sizes.key_channels, plan.padded_queries}, ScalarType::Float),
         allocate(grad_query, {plan.groups, sizes.batch, plan.padded_queries}, ScalarType::Float)};
     params.mean_key = static_cast<float*>(centre->mean_key.mutable_data_ptr());
-    params.surplus = static_cast<float*>(centre->surplus.mutable_data_ptr());
+    params.grad_sum = static_cast<float*>(centre->grad_sum.mutable_data_ptr());
   }
   launch_query_key_gradient<Mma>(params, limits, stream);
   sum_partials(query_shares, plan.groups, plan.padded_queries, params.scale, grad_query, stream, centre);

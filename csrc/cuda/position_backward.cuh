@@ -14,7 +14,7 @@
 // The sum of dS over a query's keys is 0, and what is common to all keys cancels in grad_query. An error of delta is
 // common to all keys and does not cancel. 16-bit types get a delta from the output before it was rounded. float32 has no
 // such output: delta's error is that of float32 (TF32) products. There the block also sums mean_key = P key^T and the
-// surplus, sum_j dS_ij, which is 0 but for errors; sum_partials_kernel takes surplus * mean_key off.
+// grad_sum, sum_j dS_ij, which is 0 but for errors; sum_partials_kernel takes grad_sum * mean_key off.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -64,7 +64,7 @@ struct QueryKeyGradientTraits {
   }
   static constexpr int kStageBytes = QueryTile::bytes(kChunk) + KeyTile::bytes(kChunk);
   static constexpr int kGradientBytes = KeyTile::bytes(kQueries); // dS, [query][key]
-  // kCentres: P, like dS, and each key warp's share of the surplus
+  // kCentres: P, like dS, and each key warp's share of grad_sum
   static constexpr int kCentreBytes = kCentres ? kGradientBytes + 4 * kKeyWarps * kQueries : 0;
   static constexpr __host__ __device__ int shared_bytes(int embedding) {
     return QueryTile::bytes(embedding_rows(embedding)) + KeyTile::bytes(embedding_rows(embedding)) +
@@ -91,7 +91,7 @@ struct QueryKeyGradient {
   unsigned char* ring_shared;
   unsigned char* gradient_shared;
   unsigned char* weight_shared; // kCentres
-  float* surplus_shared;        // kCentres: [kKeyWarps][kQueries]
+  float* grad_sum_shared;       // kCentres: [kKeyWarps][kQueries]
   float* logsumexp_shared; // [kQueries]
   float* delta_shared;     // [kQueries]
   int64_t sample;
@@ -201,7 +201,7 @@ struct QueryKeyGradient {
     }
     if constexpr (Traits::kCentres) {
       for (int i = static_cast<int>(threadIdx.x); i < Traits::kKeyWarps * Traits::kQueries; i += Traits::kThreads) {
-        surplus_shared[i] = 0.0f;
+        grad_sum_shared[i] = 0.0f;
       }
     }
   }
@@ -219,7 +219,7 @@ struct QueryKeyGradient {
       for (int h = 0; h < 2; ++h) {
         const int row = warp_query() + 16 * i + lane / 4 + 8 * h;
         const float row_logsumexp = logsumexp_shared[row], row_delta = delta_shared[row];
-        float row_surplus = 0.0f;
+        float row_sum = 0.0f;
 #pragma unroll
         for (int j = 0; j < kN; ++j) {
           const int column = warp_key() + 8 * j + lane % 4 * 2;
@@ -234,14 +234,14 @@ struct QueryKeyGradient {
             store_pair(
                 weight_tile.at(row, column), column < keys_left ? weight[0] : 0.0f,
                 column + 1 < keys_left ? weight[1] : 0.0f);
-            row_surplus += gradient[0] + gradient[1];
+            row_sum += gradient[0] + gradient[1];
           }
         }
         if constexpr (Traits::kCentres) {
-          row_surplus += __shfl_xor_sync(0xffffffffu, row_surplus, 1);
-          row_surplus += __shfl_xor_sync(0xffffffffu, row_surplus, 2);
+          row_sum += __shfl_xor_sync(0xffffffffu, row_sum, 1);
+          row_sum += __shfl_xor_sync(0xffffffffu, row_sum, 2);
           if (lane % 4 == 0) {
-            surplus_shared[warp_index() % Traits::kKeyWarps * Traits::kQueries + row] += row_surplus;
+            grad_sum_shared[warp_index() % Traits::kKeyWarps * Traits::kQueries + row] += row_sum;
           }
         }
       }
@@ -288,14 +288,14 @@ struct QueryKeyGradient {
     }
   }
 
-  // The group's share of a query block's surplus; the key warps' shares in their order.
-  __device__ __forceinline__ void store_surplus(int query_block) const {
-    float* target = p.surplus + (group * p.batch + sample) * p.padded_queries + query_block * Traits::kQueries;
+  // The group's share of a query block's grad_sum; the key warps' shares in their order.
+  __device__ __forceinline__ void store_grad_sum(int query_block) const {
+    float* target = p.grad_sum + (group * p.batch + sample) * p.padded_queries + query_block * Traits::kQueries;
     for (int i = static_cast<int>(threadIdx.x); i < Traits::kQueries; i += Traits::kThreads) {
       float sum = 0.0f;
 #pragma unroll
       for (int warp = 0; warp < Traits::kKeyWarps; ++warp) {
-        sum += surplus_shared[warp * Traits::kQueries + i];
+        sum += grad_sum_shared[warp * Traits::kQueries + i];
       }
       target[i] = sum;
     }
@@ -308,7 +308,7 @@ struct QueryKeyGradient {
     ring_shared = key_shared + KeyTile::bytes(embedding_rows);
     gradient_shared = ring_shared + Traits::kStages * Traits::kStageBytes;
     weight_shared = gradient_shared + Traits::kGradientBytes;
-    surplus_shared = reinterpret_cast<float*>(weight_shared + (Traits::kCentres ? Traits::kGradientBytes : 0));
+    grad_sum_shared = reinterpret_cast<float*>(weight_shared + (Traits::kCentres ? Traits::kGradientBytes : 0));
     logsumexp_shared = reinterpret_cast<float*>(gradient_shared + Traits::kGradientBytes + Traits::kCentreBytes);
     delta_shared = logsumexp_shared + Traits::kQueries;
   }
@@ -383,7 +383,7 @@ struct QueryKeyGradient {
             query_block * Traits::kQueries + warp_column(Traits::kQueries));
       }
       if constexpr (Traits::kCentres) {
-        store_surplus(query_block);
+        store_grad_sum(query_block);
       }
     }
   }

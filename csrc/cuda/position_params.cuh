@@ -56,7 +56,7 @@ struct QueryKeyGradientParams {
   float* grad_query;      // (groups, B, E, padded_queries), without scale
   float* grad_key;        // (ranges, B, E, padded_keys), without scale
   float* mean_key;        // float32: (groups, B, E, padded_queries), sum_j P_ij key_j
-  float* surplus;         // float32: (groups, B, padded_queries), sum_j dS_ij, without scale
+  float* grad_sum;        // float32: (groups, B, padded_queries), sum_j dS_ij, without scale
   int64_t batch;
   int queries;
   int keys;

@@ -94,11 +94,11 @@ __global__ void __launch_bounds__(kRowThreads) delta_kernel(const DeltaParams p)
 }
 
 // out[b, r, n] = factor * sum_s partial[s, b, r, n], s ascending; with mean_key
-//   out[b, r, n] = factor * (sum_s partial[s, b, r, n] - sum_s mean_key[s, b, r, n] * sum_s surplus[s, b, n])
+//   out[b, r, n] = factor * (sum_s partial[s, b, r, n] - sum_s mean_key[s, b, r, n] * sum_s grad_sum[s, b, n])
 struct SumPartialsParams {
   const float* partials; // (parts, batch * rows, padded)
   const float* mean_key; // like partials, or null
-  const float* surplus;  // (parts, batch, padded)
+  const float* grad_sum;  // (parts, batch, padded)
   void* output;          // (batch * rows, columns), contiguous
   int64_t part_stride;
   int64_t rows_total; // batch * rows
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kRowThreads) sum_partials_kernel(const SumPart
     if (p.mean_key != nullptr) {
       const int64_t sample = row / p.rows, samples = p.rows_total / p.rows;
       sum -= sum_over_parts(p.mean_key + row * p.padded + column, p.part_stride) *
-          sum_over_parts(p.surplus + sample * p.padded + column, samples * p.padded);
+          sum_over_parts(p.grad_sum + sample * p.padded + column, samples * p.padded);
     }
     static_cast<T*>(p.output)[row * p.columns + column] = from_accumulator<T>(sum * p.factor);
   }

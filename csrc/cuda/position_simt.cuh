@@ -126,7 +126,7 @@ struct SimtSum {
 
     Real sums[Traits::kRows][4] = {};
     Real highest = -INFINITY, weight_sum = 0; // of owned position `lane`, the same in every warp
-    Real surplus = 0;                         // kCentres: of owned position `lane`, the warp's share of the weights' sum
+    Real grad_sum = 0;                        // kCentres: of owned position `lane`, the warp's share of the sum of dS
     for (int streamed = 0; streamed < p.streamed_positions; streamed += kTile) {
       Real weights[4], gradients[4];
       contract(weights, p.owned, p.streamed, p.embedding, streamed);
@@ -176,7 +176,7 @@ struct SimtSum {
       for (int jj = 0; jj < 4; ++jj) {
         weights_shared[(4 * warp + jj) * kPitch + lane] = weights[jj];
         if constexpr (Traits::kCentres) {
-          surplus += weights[jj];
+          grad_sum += weights[jj];
         }
       }
       __syncthreads(); // weights and sums are there; the contraction tiles are no longer read
@@ -216,12 +216,12 @@ struct SimtSum {
     }
 
     if constexpr (Traits::kCentres) {
-      partial_sums[warp * kTile + lane] = surplus;
+      partial_sums[warp * kTile + lane] = grad_sum;
       __syncthreads();
-      surplus = 0;
+      grad_sum = 0;
 #pragma unroll
       for (int w = 0; w < 8; ++w) {
-        surplus += partial_sums[w * kTile + lane];
+        grad_sum += partial_sums[w * kTile + lane];
       }
     }
     Real factor = static_cast<Real>(p.scale); // of the query and key gradients
@@ -237,7 +237,7 @@ struct SimtSum {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const Real f = __shfl_sync(0xffffffffu, factor, column_group + i);
-      const Real column_surplus = Traits::kCentres ? __shfl_sync(0xffffffffu, surplus, column_group + i) : Real(0);
+      const Real column_grad_sum = Traits::kCentres ? __shfl_sync(0xffffffffu, grad_sum, column_group + i) : Real(0);
       const int position = first_owned + column_group + i;
 #pragma unroll
       for (int r = 0; r < Traits::kRows; ++r) {
@@ -245,7 +245,7 @@ struct SimtSum {
         if (channel < p.out_channels && position < p.owned_positions) {
           const int64_t at = (sample * p.out_channels + channel) * p.owned_positions + position;
           if constexpr (Traits::kCentres) {
-            sums[r][i] -= column_surplus * static_cast<const Real*>(p.mean_key)[at];
+            sums[r][i] -= column_grad_sum * static_cast<const Real*>(p.mean_key)[at];
           }
           const Element result = from_accumulator<Element>(sums[r][i] * f);
           static_cast<Element*>(p.output)[at] = result;
