@@ -7,13 +7,13 @@
 // A unit packs what it needs. Small maps (kSharedLimit) are packed once for all units instead: their units are so small
 // that packing for each was an eighth of the time (1024 positions, bfloat16).
 //
-// grad_query takes differences: dS sums to 0 over the keys, and what is common to all keys cancels in key dS^T. An error
-// of D does not, it is the same for all keys of a query and grows with their number. So D is made of
-//   16-bit types: the output with what rounding took from it;
-//   all keys in one tile: the tile's own P and dP, of which it is the sum;
-//   float32: the output, whose own rounding is of the size of the rounding of dP. Here the sum of dS over the keys, 0
-//   but for such errors, is taken off with the query's mean key, sum_j P_ij key_j (docs/decisions.md).
-// float64 is left alone: nothing it serves (gradcheck) sees the difference.
+// An error of D is the same for all keys of a query, so it does not average out in grad_query (docs/decisions.md).
+// Therefore D comes
+//   where one tile has all keys: from the tile's own P and dP;
+//   else, for 16-bit types: from the output and output_low, what rounding took from it;
+//   else, for float32: from the output. The sum of dS over the keys, 0 but for errors of D, is taken off afterwards
+//   with the query's mean key, sum_j P_ij key_j.
+// float64, whose errors are 1e-16, takes D from the output alone.
 //
 // The logsumexp is stored rounded: where it is large, exp(score - logsumexp) would be off by eps * logsumexp / 2, which
 // a nearly one-hot softmax shows (eager divides by the sum, so its error cancels). There the sum of the weights is
@@ -88,8 +88,8 @@ class PositionBackward {
       return;
     }
     const PositionSchedule one(1, n_, m_, shares_operands());
-    const std::int64_t sample_size = (keeps_query_sums(one) ? kQuerySums * query_sums_size() : 0) + one.replicas * key_sums_size() +
-                                     (shares_operands() ? operands_size() : 0);
+    const std::int64_t sample_size = (keeps_query_sums(one) ? kQuerySums * query_sums_size() : 0) +
+                                     one.replicas * key_sums_size() + (shares_operands() ? operands_size() : 0);
     const std::int64_t together = std::clamp<std::int64_t>(kSumsLimit / sample_size, 1, batch);
     for (std::int64_t first = 0; first < batch; first += together) {
       run_samples(first, std::min(together, batch - first));

@@ -231,7 +231,8 @@ void backward_simt(
   }
   const FeatureMap q = feature_map(query), k = feature_map(key), v = feature_map(value), g = feature_map(grad_output);
   const bool centres = gradients.query != nullptr && query.scalar_type() == ScalarType::Float;
-  const Tensor mean_key = allocate(query, {sizes.batch, centres ? sizes.key_channels : 0, sizes.queries}, ScalarType::Float);
+  const Tensor mean_key =
+      allocate(query, {sizes.batch, centres ? sizes.key_channels : 0, sizes.queries}, ScalarType::Float);
   if (centres) { // attention with the keys as values; its logsumexp is known
     forward_simt(sizes, query, key, key, scale, mean_key, nullptr, allocate_like(logsumexp), stream);
   }

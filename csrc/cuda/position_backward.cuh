@@ -11,10 +11,9 @@
 // same sum in every run. The value gradient is a weighted sum of its own (position_forward.cuh): kept here, its C x keys
 // accumulators would leave no registers, and making the scores twice costs E of 3 E + 2 C.
 //
-// The sum of dS over a query's keys is 0, and what is common to all keys cancels in grad_query. An error of delta is
-// common to all keys and does not cancel. 16-bit types get a delta from the output before it was rounded. float32 has no
-// such output: delta's error is that of float32 (TF32) products. There the block also sums mean_key = P key^T and the
-// grad_sum, sum_j dS_ij, which is 0 but for errors; sum_partials_kernel takes grad_sum * mean_key off.
+// An error of delta is the same for all keys of a query, so it does not average out in grad_query (docs/decisions.md).
+// 16-bit types get a delta from the output before it was rounded. For float32 the block also sums mean_key, sum_j P_ij
+// key_j, and grad_sum, sum_j dS_ij, which is 0 but for errors of delta; sum_partials_kernel takes their product off.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -53,8 +53,8 @@ __device__ __forceinline__ float part_of_sum(float x) {
 }
 
 // The same for 16 bits, by way of shared memory: 8 positions are but half a sector there, and unaligned rows would take
-// 2-byte stores. A warp writes whole rows in 4-byte stores, from their first 4-byte boundary on. kLow: what rounding takes
-// from the sums, in their place.
+// 2-byte stores. A warp writes whole rows in 4-byte stores, from their first 4-byte boundary on. kLow: writes what
+// rounding takes from the sums.
 template <class Traits, bool kLow>
 __device__ __forceinline__ void store_sums_by_rows(
     typename Traits::Element* map, unsigned char* shared, const WeightedSumAccumulators<Traits>& sums,
