@@ -45,7 +45,8 @@ def assert_within_twice_eager(leaves: list[Tensor], function=segattn_ops.criss_c
 @pytest.mark.parametrize("logit", [4.0, 8.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_regions(kernels, dtype, logit):
-    size, widths = ((33, 33), (64, 128)) if kernels.runs_large else ((20, 17), (16, 32))
+    channels = 512 if dtype == torch.float32 else 128  # eager takes seconds in 16 bits
+    size, widths = ((33, 33), (64, channels)) if kernels.runs_large else ((20, 17), (16, 32))
     leaves = region_features(*size, *widths, dtype, logit)
     assert_within_twice_eager([leaf.to(kernels.device) for leaf in leaves])
 
