@@ -81,7 +81,7 @@ def forward_work(embedding, channels):
 
 
 def backward_work(embedding, channels):
-    """Weights and the mean key. Weights again, their gradient, and three sums. Sums of E go over 32 channels at a time."""
+    """Weights and the mean key; weights again, their gradient, and three sums. Sums take 32 channels at a time."""
     return 2 * (98 + 104) * 112**2 * (2 * embedding + 3 * math.ceil(embedding / 32) * 32 + 2 * channels)
 
 
