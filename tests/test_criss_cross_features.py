@@ -1,5 +1,5 @@
-"""Criss-cross attention's gradients on features with regions, and on a photograph's: an error that is common to all keys
-of a query does not average out there, as it does in noise around zero."""
+"""Criss-cross attention's gradients on features with regions, and on a photograph's: an error that is common to all
+keys of a query does not average out there, as it does in noise around zero."""
 
 import functools
 
@@ -45,7 +45,8 @@ def assert_within_twice_eager(leaves: list[Tensor], function=segattn_ops.criss_c
 @pytest.mark.parametrize("logit", [4.0, 8.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_regions(kernels, dtype, logit):
-    size, widths = ((33, 33), (64, 128)) if kernels.runs_large else ((20, 17), (16, 32))
+    channels = 512 if dtype == torch.float32 else 128  # eager takes seconds in 16 bits
+    size, widths = ((33, 33), (64, channels)) if kernels.runs_large else ((20, 17), (16, 32))
     leaves = region_features(*size, *widths, dtype, logit)
     assert_within_twice_eager([leaf.to(kernels.device) for leaf in leaves])
 
@@ -79,7 +80,7 @@ def test_regions_on_every_path_of_cuda(emulator, architecture, dtype, shape):
 
 
 def test_regions_in_tf32(emulator):
-    """Operands of the products are rounded to 11 bits, delta's error beside that is float32's."""
+    """The products' operands are rounded to 11 bits; with delta's error left in, grad_query errs by 8e-3."""
     torch.ops.segattn_emulated._set_allow_tf32(True)
     errors = relative_errors(region_features(20, 17, 16, 32, torch.float32, 8.0), emulated_attention)
     assert max(errors.values()) < 2e-3

@@ -298,10 +298,11 @@ Triple criss_cross_attention_backward(
     params.grad_sum = scalars(grad_sum, columns);
     params.scale = scale;
     params.accumulate = call.is_second(columns);
-    params.mean_key = features(mean_key, columns);
     params.grad_query = features(grad_query, columns);
     params.grad_key = features(grad_key, columns);
     params.grad_value = features(grad_value, columns);
+    // in a launch of its own: another sum in line_backward_kernel spills registers
+    call.sum<LineWeight::kSoftmax, false>(params, key, mean_key, columns);
     bool launched = false;
     with_line_arithmetic(call.dtype, call.limits, [&]<class Arithmetic>() {
       launched = launch_line_backward<Arithmetic>(params, call.limits, call.stream);
@@ -310,7 +311,6 @@ Triple criss_cross_attention_backward(
       return;
     }
     call.sum<LineWeight::kSoftmax, true>(params, grad_output, grad_value, columns);
-    call.sum<LineWeight::kSoftmax, false>(params, key, mean_key, columns);
     call.sum<LineWeight::kGradient, false>(params, key, grad_query, columns);
     call.sum<LineWeight::kGradient, true>(params, query, grad_key, columns);
   });

@@ -35,23 +35,23 @@ struct LineGradients {
           sums, p.grad_value, channel, p.value.channels, p.accumulate);
     }
     __syncthreads(); // all have taken the weights that their gradients replace
-    weights.template weigh_gradient<true>(d, 0, 0);
+    weights.weigh_gradient(d, 0, 0);
   }
 
   // Longer lines: grad_output and value are read again for each pair of tiles.
   __device__ __forceinline__ void value_and_energy_gradients_by_tiles() {
     sum<true>(p.grad_output, p.grad_value);
-    weights.for_pieces([&](int query, int key) { weights.template make_gradient<true>(query, key); });
+    weights.for_pieces([&](int query, int key) { weights.make_gradient(query, key); });
   }
 
   __device__ __forceinline__ void run() {
     weights.for_pieces([&](int query, int key) { weights.make_softmax(query, key); });
-    sum<false>(p.key, p.mean_key);
     if constexpr (Shape::kTile == kMaxOwned) {
       value_and_energy_gradients();
     } else { // strips have no registers to do both at once
       value_and_energy_gradients_by_tiles();
     }
+    weights.sum_gradients(p.grad_sum, p.accumulate);
     sum<false>(p.key, p.grad_query);
     sum<true>(p.query, p.grad_key);
   }

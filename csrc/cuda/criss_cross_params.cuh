@@ -118,8 +118,7 @@ struct LineAttentionParams : LineSumParams {
 // All three gradients of criss-cross attention at once, for lines whose map fits shared memory; `values` and `output` are
 // not used.
 struct LineBackwardParams : LineSumParams {
-  LineFeatures mean_key;   // (+)= sum_j p_ij key_j, for the correction of grad_query
-  LineFeatures grad_query; // before the correction
+  LineFeatures grad_query; // before its correction
   LineFeatures grad_key;
   LineFeatures grad_value;
 };

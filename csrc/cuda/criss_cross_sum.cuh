@@ -19,9 +19,12 @@ __device__ __forceinline__ void line_sum(const LineSumParams& p, LineWord<typena
       weights.for_pieces([&](int query, int key) {
         weights.make_softmax(query, key);
         if constexpr (kWeight == LineWeight::kGradient) {
-          weights.template make_gradient<!kOwnsKeys>(query, key);
+          weights.make_gradient(query, key);
         }
       });
+    }
+    if constexpr (kWeight == LineWeight::kGradient && !kOwnsKeys) {
+      weights.sum_gradients(p.grad_sum, p.accumulate || first > 0);
     }
     weights.template apply<kOwnsKeys>(
         p.values, p.output, first, min(first + p.part, p.lines.length), p.accumulate || first > 0);

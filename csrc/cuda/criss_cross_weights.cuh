@@ -111,13 +111,10 @@ struct LineWeights {
   }
 
   // The weights are in the map tile, put there by this thread; the gradient of the energy takes their place.
-  // d = grad_output(:, q) . value(:, k). With kSums, the gradients' sums over the line's keys go to p.grad_sum, as the
-  // products take them: the block has all keys of its queries, and takes them in order.
-  template <bool kSums>
+  // d = grad_output(:, q) . value(:, k)
   __device__ __forceinline__ void weigh_gradient(const Scores& d, int query0, int key0) {
     for_queries(query0, [&](int line, int q, int half) {
       const Real delta = inside(line, q) ? *block.scalar(p.delta, line, q) : Real(0);
-      Real sum = 0;
       for_keys(line, q, key0, [&](T* element, int j, int) {
         Real gradients[2];
 #pragma unroll
@@ -126,31 +123,37 @@ struct LineWeights {
           gradients[e] = static_cast<Real>(p.scale) * to_accumulator(element[e]) * (d[line][j][2 * half + e] - delta);
         }
         store_pair(element, gradients[0], gradients[1]);
-        if constexpr (kSums) {
-          sum += to_accumulator(from_accumulator<T>(gradients[0])) + to_accumulator(from_accumulator<T>(gradients[1]));
-        }
       });
-      if constexpr (kSums) {
-        add_gradient_sum(sum, line, q, key0);
-      }
     });
   }
 
-  // `sum` of the lane's keys of a tile from key0: the first of the four lanes of a query adds up theirs.
-  __device__ __forceinline__ void add_gradient_sum(Real sum, int line, int q, int key0) {
-    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    if (opaque(lane_index()) % 4 == 0 && inside(line, q) && q - first_query < p.map_rows) {
-      Real* total = block.scalar(p.grad_sum, line, q);
-      *total = p.accumulate || key0 > 0 ? *total + sum : sum;
-    }
-  }
-
-  template <bool kSums>
   __device__ __forceinline__ void make_gradient(int query0, int key0) {
     Scores d;
     block.multiply_features(d, p.grad_output, p.value, query0, key0);
-    weigh_gradient<kSums>(d, query0, key0);
+    weigh_gradient(d, query0, key0);
+  }
+
+  // grad_sum (+)= the sum over the map tile's keys of the energies' gradients, which this warp has put there: as the
+  // products take them. A pass of its own, since there are no registers for sums where the gradients are made. The first
+  // of the four lanes of a query adds up theirs.
+  __device__ __forceinline__ void sum_gradients(const LineScalars& grad_sum, bool accumulate) const {
+    const int t = opaque(lane_index()) % 4;
+    for (int row = 0; row < p.map_rows; row += kTile) {
+      for_queries(first_query + row, [&](int line, int q, int) {
+        Real sum = 0;
+        for (int k = first_key + 2 * t; k < first_key + p.map_columns; k += 8) {
+          if (const T* element = map_element(line, q, k)) {
+            sum += to_accumulator(element[0]) + to_accumulator(element[1]);
+          }
+        }
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        if (t == 0 && inside(line, q) && q < block.owned_end()) {
+          Real* total = block.scalar(grad_sum, line, q);
+          *total = accumulate ? *total + sum : sum;
+        }
+      });
+    }
   }
 
   // Copies the given map's part, threads along what is next to each other in memory.
