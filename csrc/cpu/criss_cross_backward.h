@@ -6,8 +6,8 @@
 // along rows, which write the gradients, then along columns, which add to them.
 //
 // D comes from an output that is rounded to its dtype. An error of D is common to all keys of a query: it leaves in
-// grad_query a multiple of the query's mean key, M = key P, that does not average out. In exact arithmetic the sum S of a
-// query's dS over its row and column is zero, so grad_query - S M is the same gradient, and in it that error cancels.
+// grad_query a multiple of the query's mean key, M = key P, that does not average out. In exact arithmetic the sum S of
+// a query's dS over its row and column is zero, so grad_query - S M is the same gradient, and in it that error cancels.
 // The row pass keeps its part of S and M, the column pass corrects with both parts.
 #pragma once
 

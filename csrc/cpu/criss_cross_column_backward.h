@@ -78,8 +78,8 @@ class ColumnBackward {
   }
 
  private:
-  // Of one query: energies become P, the gradients dP become dS - S P, with S = sum over row and column of dS. Times the
-  // keys that is the column's part of grad_query - S M. Returns S.
+  // Of one query: energies become P, the gradients dP become dS - S P, with S = sum over row and column of dS. Times
+  // the keys that is the column's part of grad_query - S M. Returns S.
   template <class Strip>
   Strip::V differentiate(const Strip& strip, std::int64_t sample, std::int64_t query, A* weights, A* grads) const {
     using V = Strip::V;
