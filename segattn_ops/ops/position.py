@@ -126,6 +126,7 @@ def _setup_context(ctx, inputs, output) -> None:
     output, logsumexp, output_low = output
     ctx.save_for_backward(query, key, value, output, logsumexp, output_low if output_low.shape[1] > 0 else None)
     ctx.mark_non_differentiable(logsumexp, output_low)
+    ctx.set_materialize_grads(False)  # else the backward gets a map of zeros for output_low
 
 
 def _flops(query, key, value) -> int:
