@@ -14,7 +14,8 @@ def position_attention(query: Tensor, key: Tensor, value: Tensor, scale: float =
     r"""Attention over all positions: ``out_i = sum_j softmax_j(scale * q_i . k_j) v_j``, the attention of a Non-local
     block, of DANet's position attention module and, with pooled keys and values, of ANN and DRANet.
 
-    The map of N x M weights is never stored: memory beyond the result is O(N + M), forward and backward.
+    The map of N x M weights is never stored: memory beyond the result is O(N + M), forward and backward. For 16-bit
+    inputs that want a gradient, what rounding takes from the result is kept for the backward pass, in a map like it.
 
     Args:
         query: (B, E, *S), float16, bfloat16, float32 or float64. Any strides; contiguous is fastest.
