@@ -128,13 +128,7 @@ class CrissCrossBackward {
       std::copy_n(workspace.grad_sum, queries, grad_sum_.data() + sample * map_.positions() + row.offset() + first);
 
       const auto sum_keys = [&](const A* panels, P* packed, T* target) {
-        const P* operand;
-        if constexpr (kIsPair<P>) {
-          pack_b_from_panels<P>(packed, panels, width, queries);
-          operand = packed;
-        } else {
-          operand = panels;
-        }
+        const P* const operand = b_operand_of_panels<P>(packed, panels, width, queries);
         row.apply(arguments_.key + key_offset, sizes.key_channels, 0, width, operand, first, queries,
                   target + key_offset);
       };

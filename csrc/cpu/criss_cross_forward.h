@@ -58,13 +58,7 @@ class CrissCrossForward {
       exponentials(panels, width, queries, maximum, total);
       keep_row(sample * positions + row.offset() + first, queries, maximum, total, factor);
       scale_columns(panels, width, queries, factor);
-      const P* weights;
-      if constexpr (kIsPair<P>) {
-        pack_b_from_panels<P>(packed, panels, width, queries);
-        weights = packed;
-      } else {
-        weights = panels;
-      }
+      const P* const weights = b_operand_of_panels<P>(packed, panels, width, queries);
       row.apply(arguments_.value + value_offset, sizes.value_channels, 0, width, weights, first, queries,
                 arguments_.output + value_offset);
     }

@@ -12,6 +12,7 @@
 // C panels (accumulator type, as tile_gemm writes them):
 //   pack_b_from_panels<P>(dst, panels, m, n)        C as the B operand of a product over its m rows (float, double: it
 //                                                    is one already, only BFloat16Pair needs this)
+//   b_operand_of_panels<P>(dst, panels, m, n)       that operand: dst, packed, or for float and double the panels
 //   pack_strided_a_from_panels(dst, panel, count)    `count` (even) consecutive accumulators to count / 2 pairs along a
 //                                                    row: with AOperand::strided a product over C's columns
 //   store_panels(dst, ld, panels, m, n)             dst[row * ld + column] = C(row, column) in dst's dtype; with a sixth
@@ -265,6 +266,16 @@ void pack_b_from_panels(P* target, const float* panels, std::int64_t m, std::int
         store(out + i, bits);
       }
     }
+  }
+}
+
+template <class P>
+const P* b_operand_of_panels(P* target, const AccumulatorOf<P>* panels, std::int64_t m, std::int64_t n) {
+  if constexpr (kIsPair<P>) {
+    pack_b_from_panels<P>(target, panels, m, n);
+    return target;
+  } else {
+    return panels;
   }
 }
 

@@ -150,13 +150,7 @@ class PositionForward {
         tile_gemm<P>(key_tile, packed_query + column * k_steps<P>(e_), COperand<A>::panels(scores), keys, width,
                      k_steps<P>(e_), GemmMode::store);
         softmax_columns(scores, keys, width, maximum + column, total + column, rescale + column);
-        const P* panel;
-        if constexpr (kIsPair<P>) {
-          pack_b_from_panels<P>(weights, scores, keys, width);
-          panel = weights;
-        } else {
-          panel = scores;
-        }
+        const P* const panel = b_operand_of_panels<P>(weights, scores, keys, width);
         tile_gemm<P>(value_tile, panel, COperand<A>::panels(sums + column * c_), c_, width, k_steps<P>(keys),
                      first_key == 0 ? GemmMode::store : GemmMode::scale_add, rescale + column);
       }

@@ -13,8 +13,8 @@
 //   16 bits   Deep       128 queries x 128 keys, E <= 64         132,096, four stages
 //             Flat       128 queries x 128 keys, E <= 64          99,328, two stages
 //             Any         64 queries x  64 keys, any E            256 E + 25,088: E <= 256 at 99 KB, 768 on sm_90
-//   TF32      Kept        64 queries x  64 keys, E <= 64          82,432
-//             Any         64 queries x  64 keys, any E            512 E + 49,664: E <= 64 at 99 KB, 320 on sm_90
+//   TF32      Kept        64 queries x  64 keys, E <= 64          99,328, of them P and the sums of dS 16,896
+//             Any         64 queries x  64 keys, any E            512 E + 66,560: E <= 64 at 99 KB, 320 on sm_90
 // A chunk of Deep and Flat takes 256 mma, about 410 cycles on an H200 and 1,024 on an sm_86: less than a read from L2
 // takes on the former, more on the latter, so that the processors whose shared memory allows two stages need no more.
 // What fits none goes to the SIMT kernel.
