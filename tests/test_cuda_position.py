@@ -251,6 +251,8 @@ def test_embeddings_up_to_here_take_tensor_cores(emulator, dtype, architecture, 
         run(*tensors)
         scalar = {int(part) for k in kernels(emulator) for part in re.findall(r"\(segattn::PositionSum\)(\d)", k)}
         expected = ({0, 1} if embedding > forward else set()) | ({2, 3} if embedding > backward else set())
+        if dtype == torch.float32 and embedding > backward:
+            expected.add(0)  # makes the mean key
         assert scalar == expected, embedding
 
 
@@ -268,12 +270,15 @@ def test_float32_precision(emulator, channels, embedding):
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("positive", [False, True])
 @pytest.mark.parametrize(("queries", "keys"), [(64, N97), (N97, 64)])
-def test_float32_sums_over_all_positions(emulator, architecture, queries, keys):
+def test_float32_sums_over_all_positions(emulator, architecture, positive, queries, keys):
     """Output and query gradient of 97 x 97 keys, value and key gradient of as many queries: sums of 9,409 products in
     one block, of which tensor cores cut off 1e-4 in one accumulator."""
     emulator.set_device(architecture, 1)
     tensors = inputs(1, 16, 16, queries, keys, torch.float32)
+    if positive:
+        tensors = [t.relu() for t in tensors]
     results = zip(run(*tensors, 0.25), eager(*tensors, 0.25), exact(*tensors, 0.25), strict=True)
     for name, (got, by_eager, in_float64) in zip(RESULTS, results, strict=True):
         assert_as_exact_as_eager(name, got, by_eager, in_float64)

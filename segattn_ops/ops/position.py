@@ -144,6 +144,8 @@ def register(namespace: str) -> None:
     operators = getattr(torch.ops, namespace)
 
     def backward(ctx, grad_output, grad_logsumexp, grad_output_low):
+        if grad_output is None:  # gradients that are not materialised may be missing
+            return (None,) * 5
         *saved, output_low = ctx.saved_tensors
         return *operators.position_attention_backward(grad_output, *saved, ctx.scale, output_low), None, None
 
