@@ -148,6 +148,19 @@ def test_scores_of_minus_infinity(threads):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("queries", [20, 21])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_keys_of_minus_infinity_have_no_gradient(threads, dtype, queries):
+    """They weigh nothing. The padding of an odd number of queries, 0, times -inf is NaN, which reaches no gradient."""
+    query, key, value, grad_output = position_inputs((1, 4, 8, queries, 150), dtype)
+    query = query.abs()
+    key[:, :, 100:] = -float("inf")
+    *_, _, _, grad_value = position_forward_backward(query, key, value, grad_output, 1.0)
+    kept = position_forward_backward(query, key[:, :, :100], value[:, :, :100], grad_output, 1.0)[-1]
+    torch.testing.assert_close(grad_value[:, :, :100], kept)
+    assert not grad_value[:, :, 100:].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("shape", "overhead"),

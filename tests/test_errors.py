@@ -213,3 +213,12 @@ def test_bad_backward_input(kernels, op, good, index, bad, message):
     with pytest.raises(RuntimeError) as raised:
         getattr(kernels.operators, op)(*arguments)
     assert f"{op}: {message}" in str(raised.value)
+
+
+@pytest.mark.parametrize(("index", "bad", "message"), BACKWARD["position_attention_backward"][1][-2:])
+def test_bad_fake_output_low(index, bad, message):
+    arguments = [bad if i == index else v for i, v in enumerate(BACKWARD["position_attention_backward"][0])]
+    with FakeTensorMode() as mode, pytest.raises(RuntimeError) as raised:
+        arguments = [mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in arguments]
+        torch.ops.segattn.position_attention_backward(*arguments)
+    assert f"position_attention_backward: {message}" in str(raised.value)

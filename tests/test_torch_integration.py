@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import segattn_ops
 
 from .families import BY_OPERATOR, OPERATORS
+from .region_features import region_features
 from .test_ops import MEDIUM_CASES, grad_output_of, results
 
 
@@ -170,6 +171,23 @@ def test_vmap(kernels, family, case):
     expected = torch.stack([family.function(b, *shared, *case.scalars) for b in batches[0]])
     mapped = torch.vmap(call, in_dims=(0, *[None] * len(shared)))(batches[0], *shared)
     torch.testing.assert_close(mapped, expected)
+
+
+def test_gradients_under_vmap(kernels):
+    """Those of the folded batch to the bit: the operator keeps what it keeps for them, although no tensor inside vmap
+    says that it wants a gradient. Regions show it, and more keys than a tile has."""
+    q, k, v = region_features(9, 16, 8, 16, torch.bfloat16, 4.0)
+    inputs = [torch.cat([t, t.flip(-1), t.roll(5, 1)]).to(kernels.device) for t in (q, k, v)]
+    grad_output = torch.randn(3, 16, 9, 16, generator=torch.Generator().manual_seed(0)).to(inputs[0])
+    function = BY_OPERATOR["position_attention"].function
+
+    def gradients(call):
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        return torch.autograd.grad(call(*leaves), leaves, grad_output)
+
+    mapped = torch.vmap(lambda *each: function(*(t[None] for t in each), 1.0)[0])
+    for got, expected in zip(gradients(mapped), gradients(lambda *t: function(*t, 1.0)), strict=True):
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

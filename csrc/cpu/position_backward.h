@@ -13,7 +13,7 @@
 //   else, for 16-bit types: from the output and output_low, what rounding took from it;
 //   else, for float32: from the output. The sum of dS over the keys, 0 but for errors of D, is taken off afterwards
 //   with the query's mean key, sum_j P_ij key_j.
-// float64, whose errors are 1e-16, takes D from the output alone.
+// float64 takes D from the output alone: its errors are far below what any use of it resolves.
 //
 // The logsumexp is stored rounded: where it is large, exp(score - logsumexp) would be off by eps * logsumexp / 2, which
 // a nearly one-hot softmax shows (eager divides by the sum, so its error cancels). There the sum of the weights is
@@ -63,10 +63,10 @@ class PositionBackward {
   // A sample whose packed operands are this many elements at most (8 MB of float; C = 512, E = 64: 1170 positions) is
   // packed once.
   static constexpr std::int64_t kSharedLimit = std::int64_t{1} << 21;
+  // Whether the sum of dS is taken off grad_query with the mean keys.
+  static constexpr bool kCentres = std::is_same_v<T, float>;
   // Largest logsumexp whose rounding is left alone: 16 eps of the accumulator. The rounding of weights to 16 bits is
   // coarser than any.
-  // Whether grad_query is rid of what is common to all keys.
-  static constexpr bool kCentres = std::is_same_v<T, float>;
   static constexpr A kLargeLogsumexp = sizeof(T) == 2 ? std::numeric_limits<A>::infinity() : A(32);
 
  public:
@@ -472,12 +472,23 @@ class PositionBackward {
       }
       if constexpr (kIsPair<P>) {
         pack_b_from_panels<P>(score_grads, w.weight_grads, keys, width);
+        if (queries % 2 != 0 && column + width > queries) {
+          clear_padding_query(w, keys, queries, columns);
+        }
       }
       if constexpr (kCentres) {
         if (mean_keys != nullptr) {
           add_rows(score_grads, keys, width, w.grad_sum + column);
         }
       }
+    }
+  }
+
+  // The second query of an odd last pair, over which the products sum: its weights are 0, but NaN for a key of -inf.
+  static void clear_padding_query(const Workspace& w, std::int64_t keys, std::int64_t queries, std::int64_t columns) {
+    for (std::int64_t row = 0; row < keys; ++row) {
+      reinterpret_cast<T*>(w.weights_rows)[row * columns + queries] = T{};
+      reinterpret_cast<T*>(w.score_grads_rows)[row * columns + queries] = T{};
     }
   }
 

@@ -1,5 +1,7 @@
 """What the op families share when they register their Python side for an operator namespace."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -26,8 +28,9 @@ def register_flops(op, formula) -> None:
     register_flop_formula(op)(of_shapes)
 
 
-def register_vmap(qualified_name: str) -> None:
-    """Samples are independent in every op, so a mapped dimension becomes a part of the batch."""
+def register_vmap(qualified_name: str, adjust: Callable[..., tuple] | None = None) -> None:
+    """Samples are independent in every op, so a mapped dimension becomes a part of the batch. ``adjust`` takes the op's
+    arguments with the batches folded, and returns those it is called with."""
     op = getattr(torch.ops, qualified_name.split("::")[0])
     op = getattr(op, qualified_name.split("::")[1])
 
@@ -38,7 +41,8 @@ def register_vmap(qualified_name: str) -> None:
             mapped = argument.movedim(dim, 0) if dim is not None else argument.expand(info.batch_size, *argument.shape)
             return mapped.flatten(0, 1)
 
-        result = op(*(fold(argument, dim) for argument, dim in zip(args, in_dims, strict=True)))
+        folded = [fold(argument, dim) for argument, dim in zip(args, in_dims, strict=True)]
+        result = op(*(folded if adjust is None else adjust(*folded)))
         if isinstance(result, Tensor):
             return result.unflatten(0, (info.batch_size, -1)), 0
         return tuple(r.unflatten(0, (info.batch_size, -1)) for r in result), (0,) * len(result)

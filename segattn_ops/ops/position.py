@@ -14,8 +14,8 @@ def position_attention(query: Tensor, key: Tensor, value: Tensor, scale: float =
     r"""Attention over all positions: ``out_i = sum_j softmax_j(scale * q_i . k_j) v_j``, the attention of a Non-local
     block, of DANet's position attention module and, with pooled keys and values, of ANN and DRANet.
 
-    The map of N x M weights is never stored: memory beyond the result is O(N + M), forward and backward. For 16-bit
-    inputs that want a gradient, what rounding takes from the result is kept for the backward pass, in a map like it.
+    The map of N x M weights is never stored: memory beyond the result is O(N + M), forward and backward. Only 16-bit
+    inputs that want a gradient keep a second map like the result, what rounding takes from it, for the backward pass.
 
     Args:
         query: (B, E, *S), float16, bfloat16, float32 or float64. Any strides; contiguous is fastest.
@@ -39,8 +39,11 @@ def position_attention(query: Tensor, key: Tensor, value: Tensor, scale: float =
     if operators is None:
         _check(query, key, value, scale)
         return _backend.call_reference(reference.position_attention, query, key, value, scale)[0]
-    with_low = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    return operators.position_attention(query, key, value, scale, with_low)[0]
+    return operators.position_attention(query, key, value, scale, _wants_gradient(query, key, value))[0]
+
+
+def _wants_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def position_attention_map(query: Tensor, key: Tensor, positions: Tensor, scale: float = 1.0) -> Tensor:
@@ -119,6 +122,10 @@ def _fake_backward(grad_output, query, key, value, output, logsumexp, scale, out
     _check(query, key, value, scale, op)
     if grad_output.shape != output.shape:
         fail(op, f"grad_output must have shape {list(output.shape)} like output (got {list(grad_output.shape)})")
+    if output_low is not None:
+        Arguments(op, output_low=output_low, query=query).like("output_low", "query")
+        if output_low.shape != output.shape:
+            fail(op, f"output_low must have shape {list(output.shape)} like output (got {list(output_low.shape)})")
     return tuple(t.new_empty(t.shape) for t in (query, key, value))
 
 
@@ -154,7 +161,8 @@ def register(namespace: str) -> None:
     torch.library.register_autograd(name, backward, setup_context=_setup_context)
     torch.library.register_fake(f"{name}_backward", _fake_backward)
     register_once_differentiable(f"{name}_backward")
-    for suffix in ("", "_backward"):
-        register_vmap(name + suffix)
+    # Under vmap no tensor says that it wants a gradient; those that the rule unwraps do.
+    register_vmap(name, lambda q, k, v, scale, with_low=False: (q, k, v, scale, with_low or _wants_gradient(q, k, v)))
+    register_vmap(f"{name}_backward")
     register_flops(operators.position_attention, _flops)
     register_flops(operators.position_attention_backward, _flops_backward)
