@@ -32,6 +32,7 @@ PIECES = {
     "profile": gpu_pieces.profile,
     "sanitize": gpu_pieces.sanitize,
 }
+REHEARSED = ("build", "smoke", "ceilings", "bench")  # what runs on the host as well
 MORE_TO_DO = 3
 
 
@@ -110,7 +111,7 @@ def parser() -> argparse.ArgumentParser:
         "--resume", type=Path, help="a JSON of an earlier run to go on from, where --output is not there yet"
     )
     p.add_argument("--limit", type=float, default=460.0, help="seconds of this invocation; the next one goes on (460)")
-    p.add_argument("--device", default="cuda", help="cuda or cuda:N; cpu rehearses bench on the host")
+    p.add_argument("--device", default="cuda", help=f"cuda or cuda:N; cpu rehearses {_text(REHEARSED)}")
     p.add_argument("--again", action="store_true", help="forget what is done")
     p.add_argument("--dry-run", action="store_true", help="list the work and what of it is done; needs no GPU")
     p.add_argument("--plan", action="store_true", help="print the calls that fill half an hour on a lent machine")
@@ -119,11 +120,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    arguments = parser().parse_args(argv)
+    options = parser()
+    arguments = options.parse_args(argv)
     if arguments.plan:
         print("\n".join(gpu_plan.describe()))
         return 0
-    asked = arguments.piece or ["build", *PIECES]
+    possible = ["build", *PIECES] if torch.device(arguments.device).type == "cuda" else list(REHEARSED)
+    asked = arguments.piece or possible
+    if impossible := [piece for piece in asked if piece not in possible]:
+        options.error(f"--device {arguments.device} rehearses {', '.join(REHEARSED)} (got --piece {impossible[0]})")
     selection = Selection(arguments.families, arguments.sizes, arguments.dtypes, arguments.batches, arguments.rivals)
     output = arguments.output or default_output()
     if arguments.dry_run:

@@ -68,6 +68,17 @@ def test_what_comes_before_the_build_loads_no_library(tmp_path):
         assert expected in done.stdout
 
 
+def test_the_host_rehearses_what_it_can(capsys, tmp_path):
+    output = ["--output", str(tmp_path / "gpu.json")]
+    assert gpu_suite.main(["--device", "cpu", "--dry-run", *output]) == 0
+    printed = capsys.readouterr().out
+    assert "bench:" in printed
+    assert "sanitize:" not in printed
+    with pytest.raises(SystemExit):
+        gpu_suite.main(["--device", "cpu", "--piece", "tests", *output])
+    assert "--device cpu rehearses build, smoke, ceilings, bench (got --piece tests)" in capsys.readouterr().err
+
+
 class TestSelection:
     def test_every_op_belongs_to_one_family(self):
         assert sorted(op for ops in FAMILIES.values() for op in ops) == sorted(OPS)
