@@ -118,7 +118,7 @@ class PositionBackward {
     P *weights_rows, *score_grads_rows;      // tile, row-major: strided A
     P* score_grads;                          // tile in panels: B
     A *logsumexp, *correction, *delta;       // of one tile of queries
-    A *query_sums, *mean_keys;               // of one tile, where they are not shared
+    A *query_sums, *mean_keys;               // of one tile, over the unit's keys
     A* grad_sum;                             // of one tile of queries
     P* correction_keys;                      // a tile of keys
     A* correction_scores;                    // tile, row-major
@@ -357,17 +357,11 @@ class PositionBackward {
       take_statistics(shared, unit.sample, first_query, query_count, place.first_of_queries, !delta_from_tile, w);
       // One tile's own D leaves nothing common to its keys.
       const bool centres = kCentres && !delta_from_tile;
-      A *query_sums = w.query_sums, *mean_keys = w.mean_keys;
-      if (shared.query_sums != nullptr) {
-        const std::int64_t first_sum = unit.sample * query_sums_size() + first_query * e_;
-        query_sums = shared.query_sums + first_sum;
-        mean_keys = shared.mean_keys + first_sum;
-      }
-      bool query_started = !place.first_of_queries;
+      bool query_started = false;
       for_each_tile(keys, kKeyUnit, kKeyTile, [&](std::int64_t first_key, std::int64_t key_count) {
         const KeyOperands<T> tile_keys = w.keys.from(first_key - keys.begin, e_, c_);
         const auto query_mode = query_started ? GemmMode::add : GemmMode::store;
-        compute_tile(w, tile_keys, key_count, query_count, delta_from_tile, centres ? mean_keys : nullptr, query_mode);
+        compute_tile(w, tile_keys, key_count, query_count, delta_from_tile, centres ? w.mean_keys : nullptr, query_mode);
         const auto key_mode = keys_started ? GemmMode::add : GemmMode::store;
         const std::int64_t row_stride = k_steps<P>(padded_columns<P>(query_count));
         tile_gemm<P>(AOperand<P>::strided(w.weights_rows, 1, row_stride), w.queries.grad_transposed,
@@ -376,17 +370,27 @@ class PositionBackward {
         tile_gemm<P>(AOperand<P>::strided(w.score_grads_rows, 1, row_stride), w.queries.query_transposed,
                      COperand<A>::panels(key_sums + first_key * padded_columns<P>(e_)), key_count, e_,
                      k_steps<P>(query_count), key_mode);
-        tile_gemm<P>(AOperand<P>::packed(tile_keys.key_transposed), w.score_grads, COperand<A>::panels(query_sums), e_,
-                     query_count, k_steps<P>(key_count), query_mode);
+        tile_gemm<P>(AOperand<P>::packed(tile_keys.key_transposed), w.score_grads, COperand<A>::panels(w.query_sums),
+                     e_, query_count, k_steps<P>(key_count), query_mode);
         query_started = true;
       });
-      std::copy_n(w.grad_sum, query_count, shared.grad_sum + unit.sample * n_ + first_query);
+      // A group's sums first, then the groups': the rounding of large partial sums, in which dS is of either sign, is
+      // that of the number of additions.
+      if (shared.query_sums != nullptr) {
+        const std::int64_t first_sum = unit.sample * query_sums_size() + first_query * e_;
+        const std::int64_t size = e_ * padded_columns<P>(query_count);
+        join(w.query_sums, shared.query_sums + first_sum, size, place.first_of_queries);
+        if (centres) {
+          join(w.mean_keys, shared.mean_keys + first_sum, size, place.first_of_queries);
+          join(w.grad_sum, shared.grad_sum + unit.sample * n_ + first_query, query_count, place.first_of_queries);
+        }
+      }
       keys_started = true;
       if (place.last_of_queries) {
         if (centres) {
-          centre(query_sums, mean_keys, w.grad_sum, query_count);
+          centre(w.query_sums, w.mean_keys, w.grad_sum, query_count);
         }
-        store_panels(arguments_.grad_query + sample * e_ * n_ + first_query, n_, query_sums, e_, query_count);
+        store_panels(arguments_.grad_query + sample * e_ * n_ + first_query, n_, w.query_sums, e_, query_count);
       }
     });
     if (place.last_of_keys && schedule.replicas == 1) {
@@ -394,8 +398,8 @@ class PositionBackward {
     }
   }
 
-  // Logsumexp, delta, correction and grad_sum of a tile of queries, padded; the query group's first unit computes delta
-  // and correction.
+  // Logsumexp, delta and correction of a tile of queries, padded; the query group's first unit computes the last two.
+  // grad_sum is zero.
   void take_statistics(const Shared& shared, std::int64_t sample, std::int64_t first, std::int64_t count,
                        bool first_unit, bool with_delta, const Workspace& w) const {
     A* const delta = shared.delta + sample * n_ + first;
@@ -419,9 +423,6 @@ class PositionBackward {
       std::copy_n(delta, count, w.delta);
     }
     std::fill_n(w.grad_sum, columns, A(0));
-    if (!first_unit) {
-      std::copy_n(shared.grad_sum + sample * n_ + first, count, w.grad_sum);
-    }
   }
 
   // Weights and score gradients of a tile, in the layouts the products need; delta_from_tile: w.delta as well. With
@@ -527,6 +528,13 @@ class PositionBackward {
         sum += load<V>(panel + row * width + i);
       }
       store(sums + i, sum);
+    }
+  }
+
+  // own (+)= shared, unless it is the first share; shared = own
+  static void join(A* own, A* shared, std::int64_t size, bool first) {
+    for (std::int64_t i = 0; i < size; ++i) {
+      own[i] = shared[i] = first ? own[i] : own[i] + shared[i];
     }
   }
 
