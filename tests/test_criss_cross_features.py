@@ -20,7 +20,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 def relative_errors(leaves: list[Tensor], function) -> dict[str, float]:
     """Relative L2 error of each gradient, of a random gradient of the output, against float64."""
-    grad_output = torch.randn(leaves[2].shape, generator=torch.Generator().manual_seed(1)).to(leaves[0].dtype)
+    grad_output = torch.randn(leaves[2].shape, generator=torch.Generator().manual_seed(1)).to(leaves[0])
 
     def gradients(function, dtype):
         inputs = [leaf.detach().to(dtype).requires_grad_() for leaf in leaves]

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from benchmarks import validate
 from segattn_ops.ops._check import accumulation_dtype
 
 FLOOR = 4  # units in the last place of the largest exact value
@@ -35,14 +36,10 @@ def assert_as_exact_as_eager(name: str, got: Tensor, eager: Tensor, exact: Tenso
     )
 
 
-# Relative L2 errors that rounding inputs and results to the dtype explains by itself (benchmarks/validate.py has the
-# same), added to twice eager's.
-NORM_FLOOR = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
-
-
 def assert_norm_as_exact_as_eager(name: str, got: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """As above for the relative L2 error: of all elements together, where single ones are too few to average."""
+    """As above for the relative L2 error, with the floor of the benchmark's validation: of all elements together, where
+    single ones are too few to average."""
     exact = exact.double()
     error, eager_error = (((t.double() - exact).norm() / exact.norm()).item() for t in (got, eager))
-    allowed = 2 * eager_error + NORM_FLOOR[got.dtype]
+    allowed = 2 * eager_error + validate.FLOOR[str(got.dtype).removeprefix("torch.")]
     assert error <= allowed, f"{name} ({got.dtype}): relative error {error:.3e}, eager's {eager_error:.3e}"

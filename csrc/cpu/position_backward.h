@@ -105,7 +105,7 @@ class PositionBackward {
     A *delta, *correction;   // (samples, N), from a query group's first unit on
     A* query_sums;           // null where a query group has one unit, like the next
     A* mean_keys;            // sum_j P_ij key_j, laid out like query_sums
-    A* grad_sum;              // (samples, N), sum_j dS_ij
+    A* grad_sum;             // (samples, N), sum_j dS_ij
     A *key_sums, *value_sums;
     P* operands;             // null where every unit packs its own
   };
