@@ -26,8 +26,8 @@ $(VENV)/.interop: requirements/interop.txt | $(VENV)/.environment
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements/interop.txt
 	touch $@
 
-build/torch_headers/.complete: requirements/headers.txt tests/torch_headers.py | $(VENV)/.environment
-	$(BIN)/python -m tests.torch_headers
+build/torch_headers/.complete: requirements/headers.txt tests/tools/torch_headers.py | $(VENV)/.environment
+	$(BIN)/python -m tests.tools.torch_headers
 	touch $@
 
 environment: $(VENV)/.environment

@@ -31,6 +31,7 @@ if int(setuptools.__version__.split(".")[0]) < 77:
     )
 
 ROOT = Path(__file__).parent.resolve()
+INCLUDE = str(ROOT / "csrc")  # sources include each other by their path below csrc
 
 
 # By path: importing the package would import torch, and load the libraries that are about to be replaced.
@@ -81,7 +82,8 @@ def decide_cuda() -> tuple[bool, str]:
 
 
 def sources(folder: str, *suffixes: str) -> list[str]:
-    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / folder).iterdir() if path.suffix in suffixes)
+    files = (ROOT / "csrc" / folder).rglob("*")
+    return sorted(str(path.relative_to(ROOT)) for path in files if path.suffix in suffixes)
 
 
 def headers() -> list[str]:
@@ -102,6 +104,7 @@ def cpu_extensions(sets: dict[str, list[str]]) -> list:
     schemas = CppExtension(
         "segattn_ops._C",
         ["csrc/ops.cpp", "csrc/cpu_capability.cpp"],
+        include_dirs=[INCLUDE],
         extra_compile_args={"cxx": CXX_FLAGS},
         depends=headers(),
         py_limited_api=True,
@@ -110,6 +113,7 @@ def cpu_extensions(sets: dict[str, list[str]]) -> list:
         CppExtension(
             f"segattn_ops._cpu_{name}",
             sources("cpu", ".cpp"),
+            include_dirs=[INCLUDE],
             extra_compile_args={"cxx": [*CXX_FLAGS, *flags, *CPU_WARNINGS, f'-DSEGATTN_CPU_CAPABILITY_NAME="{name}"']},
             depends=headers(),
             py_limited_api=True,
@@ -125,7 +129,8 @@ def cuda_extension():
     architectures = ",".join(sorted(set(re.findall(r"compute_(\d+a?)", " ".join(_get_cuda_arch_flags())))))
     return CUDAExtension(
         "segattn_ops._C_cuda",
-        sources("cuda", ".cu", ".cpp"),
+        sources("cuda", ".cu"),
+        include_dirs=[INCLUDE],
         extra_compile_args={
             "cxx": [*CXX_FLAGS, "-DUSE_CUDA"],
             "nvcc": [

@@ -4,8 +4,8 @@ tensor-core instructions.
     python -m benchmarks.cuda_resources      # writes docs/cuda_resources.md
 
 Needs no GPU, but nvcc, cuobjdump (the toolkit's or triton's) and the emulator (tests/emulator), whose dry runs say what
-each kernel is launched with: the same host code, nothing run. tests/test_cuda_static.py holds the built library against
-the table.
+each kernel is launched with: the same host code, nothing run. tests/cuda/test_resources.py holds the built library
+against the table.
 """
 
 import os
@@ -142,7 +142,7 @@ def library() -> Path | None:
 
 
 def sources() -> list[Path]:
-    return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    return sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
 
 
 def compiled(files: list[Path], architectures: tuple[int, ...] = ARCHITECTURES) -> list[Kernel]:
@@ -155,7 +155,7 @@ def compiled(files: list[Path], architectures: tuple[int, ...] = ARCHITECTURES) 
     folder = ROOT / "build" / "cuda_resources" / "_".join(map(str, architectures))
     flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA", "-DPy_LIMITED_API=0x030A0000"]
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
-    flags += [f"-I{path}" for path in (*cpp_extension.include_paths(), sysconfig.get_paths()["include"])]
+    flags += [f"-I{path}" for path in (ROOT / "csrc", *cpp_extension.include_paths(), sysconfig.get_paths()["include"])]
     flags += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
     lines = ["rule compile", f"  command = {nvcc()} {' '.join(flags)} -MD -MF $out.d -fatbin $in -o $out"]
     lines += ["  depfile = $out.d", "  deps = gcc"]
@@ -271,8 +271,8 @@ def table(kernels: list[Kernel], found: dict[tuple[str, int], Launch]) -> str:
     lines = [
         "# Resources of the CUDA kernels",
         "",
-        f"Made by `python -m benchmarks.cuda_resources` with nvcc {nvcc_release()}; `tests/test_cuda_static.py` holds",
-        "the built library against it. For each architecture: registers a thread / threads a block / dynamic shared",
+        f"Made by `python -m benchmarks.cuda_resources` with nvcc {nvcc_release()}; `tests/cuda/test_resources.py`",
+        "holds the built library against it. For each architecture: registers a thread / threads a block / dynamic shared",
         "memory in KB / blocks a multiprocessor / tensor-core instructions in the SASS. The launches are those of the",
         "first problem that needs the kernel there, the largest blocks of several, and a dash means that none does;",
         f"the problems are, as (E, C, height and width), {problems}.",

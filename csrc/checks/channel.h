@@ -1,7 +1,7 @@
 // What channel attention accepts; called first by the CPU and the CUDA host code.
 #pragma once
 
-#include "check.h"
+#include "checks/check.h"
 
 #include <optional>
 

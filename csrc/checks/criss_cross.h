@@ -1,7 +1,7 @@
 // What the criss-cross ops accept; called first by the CPU and the CUDA host code.
 #pragma once
 
-#include "check.h"
+#include "checks/check.h"
 
 namespace segattn {
 

@@ -3,7 +3,7 @@
 
 #include <optional>
 
-#include "check.h"
+#include "checks/check.h"
 
 namespace segattn {
 

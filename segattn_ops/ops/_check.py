@@ -1,5 +1,5 @@
 """The rules every op checks its arguments by, in Python: for the reference, and for fake tensors, which never reach
-the C++ checks. csrc/checks/ says the same in the same words; tests/test_errors.py holds the two together."""
+the C++ checks. csrc/checks/ says the same in the same words; tests/ops/test_errors.py holds the two together."""
 
 import math
 

@@ -159,7 +159,7 @@ def _libraries(variant_name: str) -> list[Library]:
     )
     kernels = Library(
         f"segattn_emulated_{variant_name}",
-        (ROOT / "csrc" / "ops.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))),
+        (ROOT / "csrc" / "ops.cpp", *sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))),
         (
             *variant.kernels,
             "-DSEGATTN_NAMESPACE=segattn_emulated",
@@ -179,7 +179,7 @@ def _ninja_path(path: object) -> str:
 
 
 def _ninja_file(variant_name: str, folder: Path) -> str:
-    ours = [HERE / "include", ROOT / "csrc", ROOT / "csrc" / "cuda"]
+    ours = [HERE / "include", ROOT / "csrc"]
     others = [_cuda_headers(folder), *cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
     system = [f"-I{path}" for path in ours] + [f"-isystem {path}" for path in others]
     # nvcc, too, lets a kernel look at memory through pointers of different types.
@@ -266,7 +266,7 @@ def runtime(variant_name: str) -> ModuleType:
 
 
 def selftest(variant_name: str) -> ModuleType:
-    """The kernels of tests/test_emulator.py."""
+    """The kernels of tests/tools/test_emulator.py."""
     runtime(variant_name)
     return _module(variant_name, "selftest")
 

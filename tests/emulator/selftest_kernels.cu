@@ -1,10 +1,10 @@
-// Kernels with one fault each, and their corrected twins (tests/test_emulator.py): a checker that finds nothing is worth
+// Kernels with one fault each, and their corrected twins (tests/tools/test_emulator.py): a checker that finds nothing is worth
 // something only if it is known to find what is there. kBroken chooses the twin. Valid CUDA, like the real kernels.
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include "launch.cuh"
-#include "ptx.cuh"
+#include "cuda/common/launch.cuh"
+#include "cuda/common/ptx.cuh"
 #include "selftest.h"
 
 namespace segattn::selftest {

@@ -1,4 +1,4 @@
-// The emulated twin of csrc/cuda/ptx.cuh: the same functions, by PTX's documented lane layouts (runtime/mma.cpp).
+// The emulated twin of csrc/cuda/common/ptx.cuh: the same functions, by PTX's documented lane layouts (runtime/mma.cpp).
 // The trailing Site parameter is filled in by the compiler with the call's place in the kernel.
 #pragma once
 

@@ -1,4 +1,4 @@
-// Launching a kernel in the emulator: what csrc/cuda/launch.cuh forwards to when SEGATTN_EMULATED is defined.
+// Launching a kernel in the emulator: what csrc/cuda/common/launch.cuh forwards to when SEGATTN_EMULATED is defined.
 #pragma once
 
 #include <cstddef>

@@ -1,0 +1,245 @@
+// Channel attention, backward. With P the attention, dA = dO value^T and dE = scale * P (dA - rowsum(P dA)):
+//
+//   three inputs   grad_query = dE key, grad_key = dE^T query, grad_value = P^T dO
+//   one input      grad_input = P^T dO + (dE + dE^T) input, in one pass over positions
+//   with gamma     the same with gamma P for P and gamma dA for dA, and dO added; grad_gamma = rowsum(P dA)
+//
+// The attention is computed again from the energies, whole rows of which are at hand: with their own maximum, as in
+// the forward pass, and not from its log-sum-exp: exp(energy - logsumexp) would lose digits: CAM's energies are in the thousands, so that the
+// rounding of logsumexp alone is worth 2.4e-4 of every weight in float32.
+#pragma once
+
+#include "cpu/channel/forward.h"
+
+#include <array>
+
+namespace segattn::cpu {
+
+template <class T>
+struct ChannelBackwardArguments {
+  const T* grad_output;  // (B, C, T)
+  const T* query;        // (B, C, S); null: one input, which is key and value; T = S
+  const T* key;          // (B, K, S)
+  const T* value;        // (B, K, T)
+  T* grad_query;         // (B, C, S); null for one input
+  T* grad_key;           // (B, K, S), of the input where it is one
+  T* grad_value;         // (B, K, T); null for one input
+  const AccumulatorOf<T>* gamma;  // (B, C); null without
+  AccumulatorOf<T>* grad_gamma;   // (B, C), one input; null for three
+  ChannelSizes sizes;
+  AccumulatorOf<T> scale;
+};
+
+template <class T>
+class ChannelBackward {
+  using P = PackedOf<T>;
+  using A = AccumulatorOf<T>;
+  using Stored = StoredOf<P>;
+  using Contraction = ChannelContraction<T>;
+  static constexpr std::int64_t kPanel = panel_columns<P>;
+
+ public:
+  explicit ChannelBackward(const ChannelBackwardArguments<T>& arguments)
+      : arguments_(arguments),
+        sizes_(arguments.sizes),
+        one_input_(arguments.query == nullptr),
+        energy_plan_(sizes_.query_channels, sizes_.key_channels, sizes_.query_positions),
+        grad_plan_(sizes_.query_channels, sizes_.key_channels, sizes_.value_positions),
+        ld_(energy_plan_.leading_dimension()) {}
+
+  void run() const {
+    const std::int64_t matrix = sizes_.query_channels * ld_;
+    const std::int64_t sample_size = energy_plan_.size() + grad_plan_.size() + matrix;
+    if (sizes_.batch == 0) {
+      return;
+    }
+    const std::int64_t samples = samples_at_once(sizes_.batch, sample_size);
+    const Buffer<A> energy(samples * energy_plan_.size());
+    const Buffer<A> grad(samples * grad_plan_.size());
+    const Buffer<Stored> weights(samples * matrix);
+    const Buffer<P> packed(samples * 3 * packed_size());
+    for (std::int64_t first = 0; first < sizes_.batch; first += samples) {
+      const std::int64_t count = std::min(samples, sizes_.batch - first);
+      contract(first, count, energy.data(), grad.data());
+      differentiate(first, count, energy.data(), grad.data(), weights.data());
+      pack_matrices(count, grad.data(), weights.data(), packed.data());
+      apply(first, count, packed.data());
+    }
+  }
+
+ private:
+  std::int64_t packed_size() const {
+    return std::max(packed_a_size<P>(sizes_.query_channels, sizes_.key_channels),
+                    packed_a_size<P>(sizes_.key_channels, sizes_.query_channels));
+  }
+  std::int64_t query_size() const { return sizes_.query_channels * sizes_.query_positions; }
+  std::int64_t key_size() const { return sizes_.key_channels * sizes_.query_positions; }
+  std::int64_t value_size() const { return sizes_.key_channels * sizes_.value_positions; }
+  std::int64_t output_size() const { return sizes_.query_channels * sizes_.value_positions; }
+
+  // energy, grad: [samples][splits][C][ld]
+  void contract(std::int64_t first, std::int64_t samples, A* energy, A* grad) const {
+    const std::size_t scratch_size = std::max(Contraction::scratch(energy_plan_), Contraction::scratch(grad_plan_));
+    const std::int64_t energy_units = energy_plan_.units();
+    const std::int64_t units = one_input_ ? energy_units : energy_units + grad_plan_.units();
+    parallel_units(samples * units, scratch_size, [&](std::int64_t unit, Scratch& scratch) {
+      const std::int64_t sample = unit % samples;
+      const T* const key = arguments_.key + (first + sample) * key_size();
+      const T* const grad_output = arguments_.grad_output + (first + sample) * output_size();
+      A* const sample_energy = energy + sample * energy_plan_.size();
+      A* const sample_grad = grad + sample * grad_plan_.size();
+      using Left = typename Contraction::Left;
+      unit /= samples;
+      if (one_input_) {
+        const Left left[] = {{nullptr, sample_energy}, {grad_output, sample_grad}};
+        Contraction(energy_plan_, key, left).run_unit(unit, scratch);
+      } else if (unit < energy_units) {
+        const Left left[] = {{arguments_.query + (first + sample) * query_size(), sample_energy}};
+        Contraction(energy_plan_, key, left).run_unit(unit, scratch);
+      } else {
+        const Left left[] = {{grad_output, sample_grad}};
+        Contraction(grad_plan_, arguments_.value + (first + sample) * value_size(), left)
+            .run_unit(unit - energy_units, scratch);
+      }
+    });
+  }
+
+  // weights: [samples][C][ld] gets P, or gamma P; the first split of grad becomes dE.
+  void differentiate(std::int64_t first, std::int64_t samples, const A* energy, A* grad, Stored* weights) const {
+    const std::int64_t row_blocks = (sizes_.query_channels + kPanel - 1) / kPanel;
+    parallel_units(samples * row_blocks, 2 * scratch_bytes<A>(kPanel * ld_), [&](std::int64_t unit, Scratch& scratch) {
+      const std::int64_t sample = unit / row_blocks;
+      const std::int64_t row = unit % row_blocks * kPanel;
+      const std::int64_t rows = std::min(kPanel, sizes_.query_channels - row);
+      A* const row_weights = scratch.take<A>(kPanel * ld_);
+      A* const row_grad = scratch.take<A>(kPanel * ld_);
+      A* const grad_result = grad + sample * grad_plan_.size();
+      load_rows(energy_plan_, energy + sample * energy_plan_.size(), one_input_, row, rows, row_weights);
+      load_rows(grad_plan_, grad_result, false, row, rows, row_grad);
+      for (std::int64_t r = 0; r < rows; ++r) {
+        const std::int64_t at = (first + sample) * sizes_.query_channels + row + r;
+        const A gamma = arguments_.gamma == nullptr ? A(1) : arguments_.gamma[at];
+        softmax_row(row_weights + r * ld_, sizes_.key_channels, arguments_.scale);
+        const A dot = softmax_row_backward(row_weights + r * ld_, row_grad + r * ld_, sizes_.key_channels,
+                                           arguments_.scale * gamma);
+        if (arguments_.grad_gamma != nullptr) {
+          arguments_.grad_gamma[at] = dot;
+        }
+        if (arguments_.gamma != nullptr) {
+          multiply_row(row_weights + r * ld_, sizes_.key_channels, gamma);
+        }
+      }
+      store_row(weights + (sample * sizes_.query_channels + row) * ld_, row_weights, rows * ld_);
+      std::copy_n(row_grad, rows * ld_, grad_result + row * ld_);
+    });
+  }
+
+  // packed: [samples][3]: P^T, then dE + dE^T (one input) or dE^T and dE.
+  void pack_matrices(std::int64_t samples, const A* grad, const Stored* weights, P* packed) const {
+    const std::int64_t rows_most = std::max(sizes_.query_channels, sizes_.key_channels);
+    const std::int64_t blocks = (rows_most + kPanel - 1) / kPanel;
+    const std::int64_t widest = round_up(rows_most, kPanel);
+    parallel_units(samples * blocks, scratch_bytes<A>(kPanel * widest) + scratch_bytes<Stored>(kPanel * widest),
+                   [&](std::int64_t unit, Scratch& scratch) {
+                     const std::int64_t sample = unit / blocks;
+                     const std::int64_t row = unit % blocks * kPanel;
+                     pack_blocks(row, grad + sample * grad_plan_.size(), weights + sample * sizes_.query_channels * ld_,
+                                 packed + sample * 3 * packed_size(), scratch);
+                   });
+  }
+
+  // The rows [row, row + kPanel) of each packed matrix, as far as it has them.
+  void pack_blocks(std::int64_t row, const A* grad, const Stored* weights, P* packed, Scratch& scratch) const {
+    const std::int64_t channels = sizes_.query_channels;
+    const std::int64_t keys = sizes_.key_channels;
+    const std::int64_t query_rows = std::min(kPanel, channels - row);
+    const std::int64_t key_rows = std::min(kPanel, keys - row);
+    A* const block = scratch.take<A>(kPanel * round_up(std::max(channels, keys), kPanel));
+    auto* const stored = scratch.take<Stored>(kPanel * round_up(std::max(channels, keys), kPanel));
+    if (key_rows > 0) {
+      pack_a_from_steps<P>(packed + row * k_steps<P>(channels), weights + row, ld_, key_rows, channels);
+      P* const target = packed + packed_size() + row * k_steps<P>(channels);
+      if (one_input_) {
+        transpose_2d(block, ld_, grad + row, ld_, channels, key_rows);
+        for (std::int64_t r = 0; r < key_rows; ++r) {
+          for (std::int64_t column = 0; column < channels; ++column) {
+            block[r * ld_ + column] += grad[(row + r) * ld_ + column];
+          }
+        }
+        pack_rows(target, block, stored, key_rows, channels);
+      } else if constexpr (kIsPair<P>) {
+        transpose_2d(block, padded_columns<P>(channels), grad + row, ld_, channels, key_rows);
+        store_row(stored, block, key_rows * padded_columns<P>(channels));
+        pack_a_from_rows<P>(target, stored, padded_columns<P>(channels), key_rows, channels);
+      } else {
+        pack_a_from_steps<P>(target, grad + row, ld_, key_rows, channels);
+      }
+    }
+    if (!one_input_ && query_rows > 0) {
+      pack_rows(packed + 2 * packed_size() + row * k_steps<P>(keys), grad + row * ld_, stored, query_rows, keys);
+    }
+  }
+
+  // source: [rows][ld]
+  void pack_rows(P* target, const A* source, Stored* stored, std::int64_t rows, std::int64_t columns) const {
+    if constexpr (kIsPair<P>) {
+      store_row(stored, source, rows * ld_);
+      pack_a_from_rows<P>(target, stored, ld_, rows, columns);
+    } else {
+      pack_a_from_rows<P>(target, source, ld_, rows, columns);
+    }
+  }
+
+  void apply(std::int64_t first, std::int64_t samples, const P* packed) const {
+    const std::int64_t channels = sizes_.query_channels;
+    const std::int64_t keys = sizes_.key_channels;
+    const auto sample_packed = [&](std::int64_t sample) { return packed + sample * 3 * packed_size(); };
+    if (one_input_) {
+      run_application<2>(samples, keys, sizes_.query_positions, [&](std::int64_t sample) {
+        const P* const matrices = sample_packed(sample);
+        return std::pair{std::array<ApplyTerm<T>, 2>{
+                             {{matrices, arguments_.grad_output + (first + sample) * output_size(), channels},
+                              {matrices + packed_size(), arguments_.key + (first + sample) * key_size(), channels}}},
+                         arguments_.grad_key + (first + sample) * key_size()};
+      }, arguments_.gamma != nullptr);
+      return;
+    }
+    run_application<1>(samples, keys, sizes_.value_positions, [&](std::int64_t sample) {
+      const T* const source = arguments_.grad_output + (first + sample) * output_size();
+      return std::pair{std::array<ApplyTerm<T>, 1>{{{sample_packed(sample), source, channels}}},
+                       arguments_.grad_value + (first + sample) * value_size()};
+    });
+    run_application<1>(samples, keys, sizes_.query_positions, [&](std::int64_t sample) {
+      const T* const source = arguments_.query + (first + sample) * query_size();
+      return std::pair{std::array<ApplyTerm<T>, 1>{{{sample_packed(sample) + packed_size(), source, channels}}},
+                       arguments_.grad_key + (first + sample) * key_size()};
+    });
+    run_application<1>(samples, channels, sizes_.query_positions, [&](std::int64_t sample) {
+      const T* const source = arguments_.key + (first + sample) * key_size();
+      return std::pair{std::array<ApplyTerm<T>, 1>{{{sample_packed(sample) + 2 * packed_size(), source, keys}}},
+                       arguments_.grad_query + (first + sample) * query_size()};
+    });
+  }
+
+  // job(sample) is the terms of a sample and its output; with `residual` the first term's source is added.
+  template <std::size_t terms, class Job>
+  void run_application(std::int64_t samples, std::int64_t rows, std::int64_t positions, const Job& job,
+                       bool residual = false) const {
+    const ChannelApplication<T> application(rows, positions, samples);
+    const std::int64_t most = std::max(sizes_.query_channels, sizes_.key_channels);
+    parallel_units(samples * application.units(), application.scratch(std::array{most}),
+                   [&](std::int64_t unit, Scratch& scratch) {
+                     const auto [sample_terms, output] = job(unit / application.units());
+                     application.run_unit(unit % application.units(), sample_terms,
+                                          residual ? sample_terms[0].source : nullptr, output, scratch);
+                   });
+  }
+
+  ChannelBackwardArguments<T> arguments_;
+  ChannelSizes sizes_;
+  bool one_input_;
+  ContractionPlan<P> energy_plan_, grad_plan_;
+  std::int64_t ld_;
+};
+
+}  // namespace segattn::cpu

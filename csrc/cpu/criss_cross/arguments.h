@@ -1,0 +1,35 @@
+// What the passes of criss-cross attention read and write.
+#pragma once
+
+#include "cpu/common/simd.h"
+#include "checks/criss_cross.h"
+
+namespace segattn::cpu {
+
+template <class T>
+struct CrissCrossForwardArguments {
+  const T* query;               // (B, E, H, W)
+  const T* key;                 // (B, E, H, W)
+  const T* value;               // (B, C, H, W)
+  T* output;                    // (B, C, H, W)
+  AccumulatorOf<T>* logsumexp;  // (B, H, W)
+  CrissCrossSizes sizes;
+  AccumulatorOf<T> scale;
+};
+
+template <class T>
+struct CrissCrossBackwardArguments {
+  const T* grad_output;               // (B, C, H, W)
+  const T* query;                     // (B, E, H, W)
+  const T* key;                       // (B, E, H, W)
+  const T* value;                     // (B, C, H, W)
+  const T* output;                    // (B, C, H, W)
+  const AccumulatorOf<T>* logsumexp;  // (B, H, W)
+  T* grad_query;                      // (B, E, H, W)
+  T* grad_key;                        // (B, E, H, W)
+  T* grad_value;                      // (B, C, H, W)
+  CrissCrossSizes sizes;
+  AccumulatorOf<T> scale;
+};
+
+}  // namespace segattn::cpu

@@ -1,0 +1,112 @@
+// Criss-cross attention, backward, the column pass: adds the columns' part to the gradients that the row pass has written.
+#pragma once
+
+#include "cpu/criss_cross/arguments.h"
+#include "cpu/criss_cross/column_strip.h"
+#include "cpu/common/exp.h"
+#include "cpu/common/parallel.h"
+
+namespace segattn::cpu {
+
+// What the row pass leaves to the column pass.
+template <class T>
+struct RowBackwardResults {
+  const AccumulatorOf<T>* delta;     // (B, H, W): D
+  const AccumulatorOf<T>* grad_sum;  // (B, H, W): sums of dS over rows
+  const T* mean_key;                 // (B, E, H, W): key P over rows
+};
+
+template <class T>
+class ColumnBackward {
+  using A = AccumulatorOf<T>;
+
+ public:
+  // The gradients hold those of the rows alone.
+  ColumnBackward(const CrissCrossBackwardArguments<T>& arguments, const RowBackwardResults<T>& rows)
+      : arguments_(arguments), map_{arguments.sizes.height, arguments.sizes.width}, rows_(rows) {}
+
+  void run() const { for_each_strip<A>(map_, arguments_.sizes.batch, *this); }
+
+  template <int lanes>
+  std::size_t scratch() const {
+    using Strip = ColumnStrip<T, lanes>;
+    const std::int64_t queries = QueryBlocks<A>(map_.height).most_queries();
+    return scratch_bytes<A>(Strip::memory_size(map_.height, queries)) +
+           2 * scratch_bytes<A>(queries * Strip::stride(map_.height)) + scratch_bytes<A>(queries * lanes) +
+           scratch_bytes<A>(Strip::sums_size(map_.height, arguments_.sizes.key_channels)) +
+           scratch_bytes<A>(Strip::sums_size(map_.height, arguments_.sizes.value_channels));
+  }
+
+  template <int lanes>
+  void work(std::int64_t sample, std::int64_t column, Scratch& scratch) const {
+    using Strip = ColumnStrip<T, lanes>;
+    const std::int64_t key_channels = arguments_.sizes.key_channels;
+    const std::int64_t value_channels = arguments_.sizes.value_channels;
+    const std::int64_t key_offset = sample * key_channels * map_.positions();
+    const std::int64_t value_offset = sample * value_channels * map_.positions();
+    const T* const query = arguments_.query + key_offset;
+    const T* const key = arguments_.key + key_offset;
+    const T* const grad_output = arguments_.grad_output + value_offset;
+    const QueryBlocks<A> blocks(map_.height);
+    const std::int64_t queries = blocks.most_queries();
+    const Strip strip(map_, column, scratch.take<A>(Strip::memory_size(map_.height, queries)));
+    A* const weights = scratch.take<A>(queries * Strip::stride(map_.height));  // P, [queries][keys]
+    A* const grads = scratch.take<A>(queries * Strip::stride(map_.height));    // dP, then dS
+    A* const grad_sums = scratch.take<A>(queries * lanes);                     // of dS over row and column
+    A* const key_sums = scratch.take<A>(Strip::sums_size(map_.height, key_channels));
+    A* const value_sums = scratch.take<A>(Strip::sums_size(map_.height, value_channels));
+    const auto add = strip.adder();
+    for (std::int64_t index = 0; index < blocks.count(); ++index) {
+      const Stretch block = blocks[index];
+      strip.score(arguments_.value + value_offset, grad_output, value_channels, block, grads);
+      strip.score(key, query, key_channels, block, weights);
+      for (std::int64_t i = 0; i < block.count; ++i) {
+        const auto sum =
+            differentiate(strip, sample, block.first + i, strip.element(weights, i, 0), strip.element(grads, i, 0));
+        store(grad_sums + i * lanes, sum);
+      }
+      strip.sum_over_queries(grad_output, value_channels, weights, block, arguments_.grad_value + value_offset,
+                             value_sums, add);
+      strip.sum_over_keys(key, key_channels, grads, block, arguments_.grad_query + key_offset,
+                          [&](T* grad_query, std::int64_t position, typename Strip::V sum) {
+                            const auto mean_key = strip.read(rows_.mean_key + (grad_query - arguments_.grad_query));
+                            const auto grad_sum = load<typename Strip::V>(grad_sums + (position - block.first) * lanes);
+                            strip.write(grad_query, fma(-grad_sum, mean_key, strip.read(grad_query) + sum));
+                          });
+      strip.sum_over_queries(query, key_channels, grads, block, arguments_.grad_key + key_offset, key_sums, add);
+    }
+  }
+
+ private:
+  // Of one query: energies become P, the gradients dP become dS - S P, with S = sum over row and column of dS. Times
+  // the keys that is the column's part of grad_query - S M. Returns S.
+  template <class Strip>
+  Strip::V differentiate(const Strip& strip, std::int64_t sample, std::int64_t query, A* weights, A* grads) const {
+    using V = Strip::V;
+    const std::int64_t at = sample * map_.positions() + strip.offset(query);
+    const V scale = broadcast<V>(arguments_.scale);
+    const V logsumexp = strip.read(arguments_.logsumexp + at);
+    const V delta = strip.read(rows_.delta + at);
+    V sum = strip.read(rows_.grad_sum + at);
+    for (std::int64_t j = 0; j < map_.height; ++j) {
+      A* const weight_at = weights + j * kWidthOf<V>;
+      A* const grad_at = grads + j * kWidthOf<V>;
+      const V weight = j == query ? V{} : exp(fma(load<V>(weight_at), scale, -logsumexp));
+      const V grad = j == query ? V{} : weight * (load<V>(grad_at) - delta) * scale;
+      store(weight_at, weight);
+      store(grad_at, grad);
+      sum += grad;
+    }
+    for (std::int64_t j = 0; j < map_.height; ++j) {
+      A* const grad_at = grads + j * kWidthOf<V>;
+      store(grad_at, fma(-sum, load<V>(weights + j * kWidthOf<V>), load<V>(grad_at)));
+    }
+    return sum;
+  }
+
+  CrissCrossBackwardArguments<T> arguments_;
+  MapSizes map_;
+  RowBackwardResults<T> rows_;
+};
+
+}  // namespace segattn::cpu

@@ -1,0 +1,132 @@
+// Criss-cross attention on the CPU: checks, outputs, dtype dispatch, registration.
+#include "registration.h"
+#include "cpu/criss_cross/backward.h"
+#include "cpu/criss_cross/forward.h"
+#include "cpu/criss_cross/affinity_aggregation.h"
+#include "cpu/common/dispatch.h"
+
+#include <array>
+#include <tuple>
+
+namespace segattn::cpu {
+
+namespace {
+
+template <class T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <class T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+template <class... Tensors>
+void make_contiguous(Tensors&... tensors) {
+  ((tensors = torch::stable::contiguous(tensors)), ...);
+}
+
+Tensor new_like(const Tensor& tensor) { return torch::stable::new_empty(tensor, tensor.sizes()); }
+
+// query (B, E, H, W), key (B, E, H, W) -> affinity (B, H + W - 1, H, W)
+Tensor criss_cross_affinity(Tensor query, Tensor key) {
+  const CrissCrossSizes sizes = check_criss_cross_affinity(query, key);
+  make_contiguous(query, key);
+  Tensor affinity =
+      torch::stable::new_empty(query, std::array{sizes.batch, sizes.reach(), sizes.height, sizes.width});
+  dispatch_dtype(query.scalar_type(), [&]<class T>() {
+    CrissCrossMaps<T>(sizes, sizes.key_channels).score(data<T>(key), data<T>(query), mutable_data<T>(affinity));
+  });
+  return affinity;
+}
+
+// grad_affinity (B, H + W - 1, H, W), query (B, E, H, W), key (B, E, H, W) -> grad_query, grad_key
+std::tuple<Tensor, Tensor> criss_cross_affinity_backward(Tensor grad_affinity, Tensor query, Tensor key) {
+  const CrissCrossSizes sizes = check_criss_cross_affinity_backward(grad_affinity, query, key);
+  make_contiguous(grad_affinity, query, key);
+  Tensor grad_query = new_like(query);
+  Tensor grad_key = new_like(key);
+  dispatch_dtype(query.scalar_type(), [&]<class T>() {
+    const CrissCrossMaps<T> maps(sizes, sizes.key_channels);
+    maps.apply(data<T>(key), data<T>(grad_affinity), mutable_data<T>(grad_query));
+    maps.apply_transposed(data<T>(query), data<T>(grad_affinity), mutable_data<T>(grad_key));
+  });
+  return {grad_query, grad_key};
+}
+
+// attention (B, H + W - 1, H, W), value (B, C, H, W) -> output (B, C, H, W)
+Tensor criss_cross_aggregation(Tensor attention, Tensor value) {
+  const CrissCrossSizes sizes = check_criss_cross_aggregation(attention, value);
+  make_contiguous(attention, value);
+  Tensor output = new_like(value);
+  dispatch_dtype(value.scalar_type(), [&]<class T>() {
+    CrissCrossMaps<T>(sizes, sizes.value_channels)
+        .apply(data<T>(value), data<T>(attention), mutable_data<T>(output));
+  });
+  return output;
+}
+
+// grad_output (B, C, H, W), attention (B, H + W - 1, H, W), value (B, C, H, W) -> grad_attention, grad_value
+std::tuple<Tensor, Tensor> criss_cross_aggregation_backward(Tensor grad_output, Tensor attention, Tensor value) {
+  const CrissCrossSizes sizes = check_criss_cross_aggregation_backward(grad_output, attention, value);
+  make_contiguous(grad_output, attention, value);
+  Tensor grad_attention = new_like(attention);
+  Tensor grad_value = new_like(value);
+  dispatch_dtype(value.scalar_type(), [&]<class T>() {
+    const CrissCrossMaps<T> maps(sizes, sizes.value_channels);
+    maps.score(data<T>(value), data<T>(grad_output), mutable_data<T>(grad_attention));
+    maps.apply_transposed(data<T>(grad_output), data<T>(attention), mutable_data<T>(grad_value));
+  });
+  return {grad_attention, grad_value};
+}
+
+// query (B, E, H, W), key (B, E, H, W), value (B, C, H, W) -> output (B, C, H, W), logsumexp (B, H, W)
+std::tuple<Tensor, Tensor> criss_cross_attention(Tensor query, Tensor key, Tensor value, double scale) {
+  const CrissCrossSizes sizes = check_criss_cross_attention(query, key, value, scale);
+  make_contiguous(query, key, value);
+  Tensor output = new_like(value);
+  Tensor logsumexp = torch::stable::new_empty(query, std::array{sizes.batch, sizes.height, sizes.width},
+                                              accumulation_dtype(query.scalar_type()));
+  dispatch_dtype(query.scalar_type(), [&]<class T>() {
+    using A = AccumulatorOf<T>;
+    CrissCrossForward<T>({data<T>(query), data<T>(key), data<T>(value), mutable_data<T>(output),
+                          mutable_data<A>(logsumexp), sizes, static_cast<A>(scale)})
+        .run();
+  });
+  return {output, logsumexp};
+}
+
+// grad_output (B, C, H, W), query (B, E, H, W), key (B, E, H, W), value (B, C, H, W), output (B, C, H, W),
+// logsumexp (B, H, W) -> grad_query, grad_key, grad_value
+std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(Tensor grad_output, Tensor query, Tensor key,
+                                                                  Tensor value, Tensor output, Tensor logsumexp,
+                                                                  double scale) {
+  const CrissCrossSizes sizes =
+      check_criss_cross_attention_backward(grad_output, query, key, value, output, logsumexp, scale);
+  make_contiguous(grad_output, query, key, value, output, logsumexp);
+  Tensor grad_query = new_like(query);
+  Tensor grad_key = new_like(key);
+  Tensor grad_value = new_like(value);
+  dispatch_dtype(query.scalar_type(), [&]<class T>() {
+    using A = AccumulatorOf<T>;
+    CrissCrossBackward<T>({data<T>(grad_output), data<T>(query), data<T>(key), data<T>(value), data<T>(output),
+                           data<A>(logsumexp), mutable_data<T>(grad_query), mutable_data<T>(grad_key),
+                           mutable_data<T>(grad_value), sizes, static_cast<A>(scale)})
+        .run();
+  });
+  return {grad_query, grad_key, grad_value};
+}
+
+}  // namespace
+
+SEGATTN_REGISTER_CPU(m) {
+  m.impl("criss_cross_affinity", TORCH_BOX(&criss_cross_affinity));
+  m.impl("criss_cross_affinity_backward", TORCH_BOX(&criss_cross_affinity_backward));
+  m.impl("criss_cross_aggregation", TORCH_BOX(&criss_cross_aggregation));
+  m.impl("criss_cross_aggregation_backward", TORCH_BOX(&criss_cross_aggregation_backward));
+  m.impl("criss_cross_attention", TORCH_BOX(&criss_cross_attention));
+  m.impl("criss_cross_attention_backward", TORCH_BOX(&criss_cross_attention_backward));
+}
+
+}  // namespace segattn::cpu

@@ -1,0 +1,122 @@
+// Criss-cross attention, forward. The row pass, here, writes each position's attention over its row alone, with the
+// maximum and total of its exponentials; the column pass (column_forward.h) scales that and adds its own part,
+// the position itself left out, by the total of both.
+#pragma once
+
+#include "cpu/criss_cross/column_forward.h"
+#include "cpu/criss_cross/row_products.h"
+#include "cpu/common/exp.h"
+
+#include <limits>
+
+namespace segattn::cpu {
+
+template <class T>
+class CrissCrossForward {
+  using P = PackedOf<T>;
+  using A = AccumulatorOf<T>;
+  using V = Vec<A>;
+  static constexpr std::int64_t kLane = kLanes<A>;
+
+ public:
+  explicit CrissCrossForward(const CrissCrossForwardArguments<T>& arguments)
+      : arguments_(arguments),
+        map_{arguments.sizes.height, arguments.sizes.width},
+        row_total_(arguments.sizes.batch * map_.positions()) {}
+
+  void run() const {
+    run_rows();
+    ColumnForward<T>(arguments_, row_total_.data()).run();
+  }
+
+ private:
+  void run_rows() const {
+    const CrissCrossSizes& sizes = arguments_.sizes;
+    const RowProducts<T> products(map_, std::max(sizes.key_channels, sizes.value_channels));
+    const std::int64_t block = products.block();
+    const std::size_t scratch_size = scratch_bytes<A>(panels_size<P>(map_.width, block)) +
+                                     (kIsPair<P> ? scratch_bytes<P>(packed_b_size<P>(block, map_.width)) : 0) +
+                                     3 * scratch_bytes<A>(padded_columns<P>(block));
+    for_each_row(map_, sizes.batch, products, scratch_size,
+                 [&](std::int64_t sample, const RowProducts<T>& row, Scratch& scratch) { attend(sample, row, scratch); });
+  }
+
+  void attend(std::int64_t sample, const RowProducts<T>& row, Scratch& scratch) const {
+    const CrissCrossSizes& sizes = arguments_.sizes;
+    const std::int64_t positions = map_.positions();
+    const std::int64_t width = map_.width;
+    const std::int64_t key_offset = sample * sizes.key_channels * positions;
+    const std::int64_t value_offset = sample * sizes.value_channels * positions;
+    A* const panels = scratch.take<A>(panels_size<P>(width, row.block()));
+    P* const packed = kIsPair<P> ? scratch.take<P>(packed_b_size<P>(row.block(), width)) : nullptr;
+    A* const maximum = scratch.take<A>(padded_columns<P>(row.block()));
+    A* const total = scratch.take<A>(padded_columns<P>(row.block()));
+    A* const factor = scratch.take<A>(padded_columns<P>(row.block()));
+    for (std::int64_t first = 0; first < width; first += row.block()) {
+      const std::int64_t queries = std::min(row.block(), width - first);
+      row.score(arguments_.key + key_offset, arguments_.query + key_offset, sizes.key_channels, first, queries, panels);
+      exponentials(panels, width, queries, maximum, total);
+      keep_row(sample * positions + row.offset() + first, queries, maximum, total, factor);
+      scale_columns(panels, width, queries, factor);
+      const P* const weights = b_operand_of_panels<P>(packed, panels, width, queries);
+      row.apply(arguments_.value + value_offset, sizes.value_channels, 0, width, weights, first, queries,
+                arguments_.output + value_offset);
+    }
+  }
+
+  // panels (keys x queries) become exp(scale * score - maximum), with the maximum and the total of every column.
+  void exponentials(A* panels, std::int64_t keys, std::int64_t queries, A* maximum, A* total) const {
+    const V scale = broadcast<V>(arguments_.scale);
+    for_each_column_vector(panels, keys, queries, [&](std::int64_t column, A* scores, std::int64_t width) {
+      V most = broadcast<V>(-std::numeric_limits<A>::infinity());
+      for (std::int64_t j = 0; j < keys; ++j) {
+        const V score = load<V>(scores + j * width) * scale;
+        store(scores + j * width, score);
+        most = max(most, score);
+      }
+      V sum{};
+      for (std::int64_t j = 0; j < keys; ++j) {
+        const V weight = exp(load<V>(scores + j * width) - most);
+        store(scores + j * width, weight);
+        sum += weight;
+      }
+      store(maximum + column, most);
+      store(total + column, sum);
+    });
+  }
+
+  static void scale_columns(A* panels, std::int64_t keys, std::int64_t queries, const A* factor) {
+    for_each_column_vector(panels, keys, queries, [&](std::int64_t column, A* weights, std::int64_t width) {
+      const V column_factor = load<V>(factor + column);
+      for (std::int64_t j = 0; j < keys; ++j) {
+        store(weights + j * width, load<V>(weights + j * width) * column_factor);
+      }
+    });
+  }
+
+  // work(column, first element of the vector of columns, distance to the next row)
+  template <class Work>
+  static void for_each_column_vector(A* panels, std::int64_t rows, std::int64_t columns, const Work& work) {
+    for (std::int64_t first = 0; first < columns; first += panel_columns<A>) {
+      const std::int64_t width = panel_width<A>(columns, first);
+      for (std::int64_t i = 0; i < width; i += kLane) {
+        work(first + i, panels + first * rows + i, width);
+      }
+    }
+  }
+
+  // The row's weights alone sum to 1; its maximum waits in logsumexp for the column pass.
+  void keep_row(std::int64_t offset, std::int64_t queries, const A* maximum, const A* total, A* factor) const {
+    for (std::int64_t i = 0; i < queries; ++i) {
+      arguments_.logsumexp[offset + i] = maximum[i];
+      row_total_.data()[offset + i] = total[i];
+      factor[i] = A(1) / total[i];
+    }
+  }
+
+  CrissCrossForwardArguments<T> arguments_;
+  MapSizes map_;
+  Buffer<A> row_total_;  // (B, H, W)
+};
+
+}  // namespace segattn::cpu

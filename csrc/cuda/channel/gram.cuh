@@ -1,0 +1,138 @@
+// The Gram matrix of channel attention for 16-bit operands, in float32: cuBLAS's product of 16-bit matrices, as PyTorch
+// offers it, rounds to 16 bits, where DANet's energies (about 5,100 at 512 x 97 x 97) overflow or lose the softmax.
+//
+// Both operands are [channel][position] with the contraction along the rows, so that tiles need no transposing. Blocks
+// share the positions out (splits) and write their own partial matrices, which the softmax adds up in order. Where left
+// is right one triangle of tiles is computed, and a tile off the diagonal is written a second time, transposed.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cuda/channel/params.h"
+#include "cuda/common/launch.cuh"
+#include "cuda/common/mma.cuh"
+#include "cuda/common/tile.cuh"
+
+namespace segattn {
+
+template <class Mma_>
+struct GramTraits {
+  using Mma = Mma_;
+  using T = typename Mma::Element;
+  static constexpr int kTile = 128;  // channels of either operand
+  static constexpr int kDepth = 64;  // positions of a step: rows of 128 bytes
+  static constexpr int kStages = 3;
+  static constexpr int kThreads = 256;
+  static constexpr int kWarpRows = 32, kWarpColumns = 64; // 4 x 2 warps
+  static constexpr int kTileBytes = SharedTile<T, kDepth>::bytes(kTile);
+  static constexpr size_t kSharedBytes = static_cast<size_t>(kStages) * 2 * kTileBytes;
+  static_assert(kSharedBytes <= 99 * 1024, "one block fits the smallest shared memory with tensor cores for these types");
+};
+
+// Tile row and column of the pair'th tile on or below the diagonal, row after row.
+__device__ __forceinline__ void triangle_tile(int pair, int& row, int& column) {
+  row = static_cast<int>((sqrtf(8.0f * static_cast<float>(pair) + 1.0f) - 1.0f) * 0.5f);
+  row -= row * (row + 1) / 2 > pair;
+  row += (row + 1) * (row + 2) / 2 <= pair;
+  column = pair - row * (row + 1) / 2;
+}
+
+// target[0] = first and target[1] = second, of which `left` are inside; in one store, a whole sector for four lanes, where
+// it is aligned.
+__device__ __forceinline__ void store_neighbours(float* target, float first, float second, int64_t left) {
+  if (left > 1 && reinterpret_cast<uintptr_t>(target) % 8 == 0) {
+    *reinterpret_cast<float2*>(target) = make_float2(first, second);
+  } else {
+    if (left > 0) {
+      target[0] = first;
+    }
+    if (left > 1) {
+      target[1] = second;
+    }
+  }
+}
+
+template <class Traits>
+__device__ __forceinline__ void gram(const GramParams& p, unsigned char* shared) {
+  using Mma = typename Traits::Mma;
+  using T = typename Traits::T;
+  using Tile = SharedTile<T, Traits::kDepth>;
+  int64_t block = blockIdx.x;
+  const int split = static_cast<int>(block % p.splits);
+  block /= p.splits;
+  const int pair = static_cast<int>(block % p.tile_pairs);
+  const int64_t sample = block / p.tile_pairs;
+  int row_tile = pair / p.right_tiles, column_tile = pair % p.right_tiles;
+  if (p.symmetric) {
+    triangle_tile(pair, row_tile, column_tile);
+  }
+  const int first_row = row_tile * Traits::kTile, first_column = column_tile * Traits::kTile;
+  const int begin = split * p.positions_per_split, end = min(begin + p.positions_per_split, p.positions);
+  const GlobalMatrix<T> left{
+      static_cast<const T*>(p.left.data) + sample * p.left.batch_stride, p.left.row_stride, p.left_channels, end};
+  const GlobalMatrix<T> right{
+      static_cast<const T*>(p.right.data) + sample * p.right.batch_stride, p.right.row_stride, p.right_channels, end};
+  const bool on_diagonal = p.symmetric && row_tile == column_tile;
+
+  const auto tile = [&](int stage, int side) { return Tile(shared + (2 * stage + side) * Traits::kTileBytes); };
+  const auto start = [&](int step) {
+    const int position = begin + step * Traits::kDepth;
+    if (position < end) {
+      copy_tile_async<Traits::kThreads>(tile(step % Traits::kStages, 0), left, first_row, Traits::kTile, position);
+      if (!on_diagonal) {
+        copy_tile_async<Traits::kThreads>(
+            tile(step % Traits::kStages, 1), right, first_column, Traits::kTile, position);
+      }
+    }
+    ptx::cp_async_commit();
+  };
+
+  constexpr int kM = Traits::kWarpRows / 16, kN = Traits::kWarpColumns / 8;
+  float sums[kM][kN][4] = {};
+  const int row = warp_index() % 4 * Traits::kWarpRows, column = warp_index() / 4 * Traits::kWarpColumns;
+#pragma unroll
+  for (int step = 0; step < Traits::kStages - 1; ++step) {
+    start(step);
+  }
+  const int steps = (end - begin + Traits::kDepth - 1) / Traits::kDepth;
+  for (int step = 0; step < steps; ++step) {
+    ptx::cp_async_wait<Traits::kStages - 2>();
+    __syncthreads(); // this step's tiles are there, and everybody is done with those of the last step
+    start(step + Traits::kStages - 1);
+    const int stage = step % Traits::kStages;
+    multiply_tiles<Mma, true, false, 2>(
+        sums, tile(stage, 0), row, tile(stage, on_diagonal ? 0 : 1), column, 0, Traits::kDepth);
+  }
+
+  const int g = lane_index() / 4, t = lane_index() % 4;
+  const int64_t rows = p.left_channels, columns = p.right_channels;
+  float* energies = p.energies + (split * p.batch + sample) * rows * columns;
+#pragma unroll
+  for (int i = 0; i < kM; ++i) {
+#pragma unroll
+    for (int j = 0; j < kN; ++j) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int c = first_row + row + 16 * i + g + 8 * half, k = first_column + column + 8 * j + 2 * t;
+        if (c < rows) {
+          store_neighbours(energies + c * columns + k, sums[i][j][2 * half], sums[i][j][2 * half + 1], columns - k);
+          if (p.symmetric && !on_diagonal) {
+            for (int e = 0; e < 2 && k + e < columns; ++e) {
+              energies[(k + e) * columns + c] = sums[i][j][2 * half + e];
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads) gram_kernel(const GramParams p) {
+  SEGATTN_DYNAMIC_SHARED(unsigned char, shared);
+  gram<Traits>(p, shared);
+}
+
+} // namespace segattn

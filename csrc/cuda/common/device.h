@@ -1,0 +1,74 @@
+// What host code asks of the device: its limits, the stream, memory. Torch only by its stable ABI.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "cuda/common/device_limits.h"
+#include "cuda/common/launch.cuh"
+
+// Throws std::runtime_error that names the call, a function of torch's C interface, where it fails. The headers of torch
+// 2.10 and 2.11 lack the macro that adds torch's own message, such as that of a failed allocation.
+#ifdef STABLE_TORCH_ERROR_CODE_CHECK
+#define SEGATTN_CHECK_TORCH(call) STABLE_TORCH_ERROR_CODE_CHECK(call)
+#else
+#define SEGATTN_CHECK_TORCH(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
+namespace segattn {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Limits of the current device. Throws where the library holds no code for it.
+DeviceLimits device_limits();
+
+// Whether float32 products may be rounded to TF32, as torch.backends.cuda.matmul says; false until told otherwise.
+bool allow_tf32();
+
+// The current device while it lives, and PyTorch's current stream there.
+#ifdef SEGATTN_EMULATED
+struct DeviceGuard {
+  explicit DeviceGuard(const Tensor&) {}
+};
+inline cudaStream_t current_stream(const Tensor&) { return emulator::current_stream(); }
+#else
+struct DeviceGuard {
+  explicit DeviceGuard(const Tensor& tensor) : guard(tensor.get_device_index()) {}
+  torch::stable::accelerator::DeviceGuard guard;
+};
+inline cudaStream_t current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  SEGATTN_CHECK_TORCH(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+#endif
+
+inline int64_t element_bytes(ScalarType dtype) {
+  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float || dtype == ScalarType::Int ? 4 : 2;
+}
+
+// Every result and every scratch tensor of the CUDA kernels comes from here: contiguous, uninitialised, on like's device
+// and from torch's allocator. The emulator fills it with NaN, so that an element nobody wrote shows.
+inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  Tensor result = torch::stable::new_empty(like, sizes, dtype);
+#ifdef SEGATTN_EMULATED
+  emulator::poison(result.mutable_data_ptr(), static_cast<size_t>(result.numel() * element_bytes(dtype)));
+#endif
+  return result;
+}
+
+// like's shape, dtype and device
+inline Tensor allocate_like(const Tensor& like) {
+  const auto sizes = like.sizes();
+  return allocate(like, std::vector<int64_t>(sizes.begin(), sizes.end()), like.scalar_type());
+}
+
+} // namespace segattn

@@ -1,0 +1,199 @@
+// Tensor-core operands, one policy an arithmetic: fragments of A (16 x kStep) and B (kStep x 16, two mma's worth) taken
+// from shared tiles in either orientation, and the product. A kernel written on them serves 16-bit, TF32 and 3xTF32.
+//
+//   load_a_row(a, tile, m, k)      tile is [m][k]: rows are the product's rows
+//   load_a_column(a, tile, m, k)   tile is [k][m]: rows are the contraction (channels-first queries, keys)
+//   load_b_column(b, tile, k, n)   tile is [n][k]
+//   load_b_row(b, tile, k, n)      tile is [k][n]
+//   multiply(d, a, b, half)        d (16 x 8) += a * columns [8 half, 8 half + 8) of b
+//
+// Accumulators are mma's: g = lane / 4, t = lane % 4; d[0], d[1] = (g, 2t), (g, 2t+1); d[2], d[3] = (g+8, 2t), (g+8, 2t+1).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cuda/common/ptx.cuh"
+#include "cuda/common/tile.cuh"
+
+namespace segattn {
+
+__device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) % 32; }
+__device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x) / 32; }
+
+// T = __half or __nv_bfloat16, float32 accumulators
+template <class T>
+struct Mma16 {
+  using Element = T;
+  static constexpr int kStep = 16;   // contraction of one mma
+  static constexpr int kProducts = 1; // mma instructions for one product
+  struct A {
+    uint32_t r[4];
+  };
+  struct B {
+    uint32_t r[4];
+  };
+
+  template <int kColumns>
+  static __device__ __forceinline__ void load_a_row(A& a, const SharedTile<T, kColumns>& tile, int m, int k) {
+    const int lane = lane_index();
+    ptx::ldmatrix_x4(a.r, tile.chunk(m + lane % 16, k + lane / 16 * 8));
+  }
+
+  template <int kColumns>
+  static __device__ __forceinline__ void load_a_column(A& a, const SharedTile<T, kColumns>& tile, int m, int k) {
+    const int lane = lane_index();
+    ptx::ldmatrix_x4_trans(a.r, tile.chunk(k + lane % 8 + lane / 16 * 8, m + lane / 8 % 2 * 8));
+  }
+
+  template <int kColumns>
+  static __device__ __forceinline__ void load_b_column(B& b, const SharedTile<T, kColumns>& tile, int k, int n) {
+    const int lane = lane_index();
+    ptx::ldmatrix_x4(b.r, tile.chunk(n + lane % 8 + lane / 16 * 8, k + lane / 8 % 2 * 8));
+  }
+
+  template <int kColumns>
+  static __device__ __forceinline__ void load_b_row(B& b, const SharedTile<T, kColumns>& tile, int k, int n) {
+    const int lane = lane_index();
+    ptx::ldmatrix_x4_trans(b.r, tile.chunk(k + lane % 16, n + lane / 16 * 8));
+  }
+
+  static __device__ __forceinline__ void multiply(float (&d)[4], const A& a, const B& b, int half) {
+    const uint32_t column[2] = {b.r[2 * half], b.r[2 * half + 1]};
+    ptx::mma_m16n8k16<T>(d, a.r, column);
+  }
+};
+
+// float32 elements. kProducts = 1: operands rounded to TF32 (10 mantissa bits). kProducts = 3: each operand is the sum
+// of two TF32 numbers and the three largest of the four products are added, smallest first: 21 bits.
+//
+// Tensor cores round every sum towards zero, so that in one accumulator the errors of a long contraction add up: 1e-4 of
+// the result after 9,409 products, a quarter of TF32's own rounding but 50 times what float32 may lose. Three products
+// therefore start from zero at every step and join the sum in float32 by additions that round to nearest.
+template <int kProducts_>
+struct MmaTf32 {
+  static_assert(kProducts_ == 1 || kProducts_ == 3, "one product rounds to TF32, three keep float32's accuracy");
+  using Element = float;
+  static constexpr int kStep = 8;
+  static constexpr int kProducts = kProducts_;
+  static constexpr int kParts = kProducts == 3 ? 2 : 1;
+  struct A {
+    uint32_t r[kParts][4];
+  };
+  struct B {
+    uint32_t r[kParts][4];
+  };
+
+  static __device__ __forceinline__ void split(uint32_t (&parts)[kParts][4], const uint32_t (&words)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float x = __uint_as_float(words[i]);
+      parts[0][i] = ptx::to_tf32(x);
+      if constexpr (kParts == 2) {
+        parts[1][i] = ptx::to_tf32(x - __uint_as_float(parts[0][i]));
+      }
+    }
+  }
+
+  template <int kColumns>
+  static __device__ __forceinline__ void load_a_row(A& a, const SharedTile<float, kColumns>& tile, int m, int k) {
+    const int lane = lane_index();
+    uint32_t words[4];
+    ptx::ldmatrix_x4(words, tile.chunk(m + lane % 16, k + lane / 16 * 4));
+    split(a.r, words);
+  }
+
+  template <int kColumns>
+  static __device__ __forceinline__ void load_a_column(A& a, const SharedTile<float, kColumns>& tile, int m, int k) {
+    const int g = lane_index() / 4, t = lane_index() % 4;
+    const uint32_t words[4] = {
+        __float_as_uint(*tile.at(k + t, m + g)), __float_as_uint(*tile.at(k + t, m + g + 8)),
+        __float_as_uint(*tile.at(k + t + 4, m + g)), __float_as_uint(*tile.at(k + t + 4, m + g + 8))};
+    split(a.r, words);
+  }
+
+  template <int kColumns>
+  static __device__ __forceinline__ void load_b_column(B& b, const SharedTile<float, kColumns>& tile, int k, int n) {
+    const int lane = lane_index();
+    uint32_t words[4];
+    ptx::ldmatrix_x4(words, tile.chunk(n + lane % 8 + lane / 16 * 8, k + lane / 8 % 2 * 4));
+    split(b.r, words);
+  }
+
+  template <int kColumns>
+  static __device__ __forceinline__ void load_b_row(B& b, const SharedTile<float, kColumns>& tile, int k, int n) {
+    const int g = lane_index() / 4, t = lane_index() % 4;
+    const uint32_t words[4] = {
+        __float_as_uint(*tile.at(k + t, n + g)), __float_as_uint(*tile.at(k + t + 4, n + g)),
+        __float_as_uint(*tile.at(k + t, n + g + 8)), __float_as_uint(*tile.at(k + t + 4, n + g + 8))};
+    split(b.r, words);
+  }
+
+  static __device__ __forceinline__ void multiply(float (&d)[4], const A& a, const B& b, int half) {
+    const uint32_t high[2] = {b.r[0][2 * half], b.r[0][2 * half + 1]};
+    if constexpr (kProducts == 3) {
+      const uint32_t low[2] = {b.r[1][2 * half], b.r[1][2 * half + 1]};
+      float sum[4] = {};
+      ptx::mma_m16n8k8_tf32(sum, a.r[1], high);
+      ptx::mma_m16n8k8_tf32(sum, a.r[0], low);
+      ptx::mma_m16n8k8_tf32(sum, a.r[0], high);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        d[i] += sum[i];
+      }
+    } else {
+      ptx::mma_m16n8k8_tf32(d, a.r[0], high);
+    }
+  }
+};
+
+// d[kM][kN] (16 kM x 8 kN, one warp) += A B over contraction [k, k_end), both operands from tiles; kN is even.
+// kARows: A's tile is [m][k], otherwise [k][m]; kBRows: B's tile is [k][n], otherwise [n][k]. kUnroll: mma steps whose
+// fragments may be loaded ahead of each other, as far as there are registers.
+template <class Mma, bool kARows, bool kBRows, int kUnroll, int kM, int kN, class TileA, class TileB>
+__device__ __forceinline__ void multiply_tiles(
+    float (&d)[kM][kN][4], const TileA& a_tile, int m, const TileB& b_tile, int n, int k, int k_end) {
+  static_assert(kN % 2 == 0, "B fragments come two mma wide");
+  // 3xTF32 has twice the registers a fragment, and sums of its own for every product under way. It holds one fragment of
+  // either operand and reads B again for every 16 rows, which its three mma a product leave the time for.
+  constexpr bool kSingle = Mma::kProducts == 3 && kN > 2;
+  constexpr int kFragments = kSingle ? 1 : kN / 2;
+  const auto load_b = [&](typename Mma::B& b, int j) {
+    if constexpr (kBRows) {
+      Mma::load_b_row(b, b_tile, k, n + 16 * j);
+    } else {
+      Mma::load_b_column(b, b_tile, k, n + 16 * j);
+    }
+  };
+#pragma unroll kUnroll
+  for (; k < k_end; k += Mma::kStep) {
+    typename Mma::B b[kFragments];
+    if constexpr (!kSingle) {
+#pragma unroll
+      for (int j = 0; j < kFragments; ++j) {
+        load_b(b[j], j);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kM; ++i) {
+      typename Mma::A a;
+      if constexpr (kARows) {
+        Mma::load_a_row(a, a_tile, m + 16 * i, k);
+      } else {
+        Mma::load_a_column(a, a_tile, m + 16 * i, k);
+      }
+#pragma unroll
+      for (int j = 0; j < kN / 2; ++j) {
+        if constexpr (kSingle) {
+          load_b(b[0], j);
+        }
+        const auto& columns = b[kSingle ? 0 : j];
+        Mma::multiply(d[i][2 * j], a, columns, 0);
+        Mma::multiply(d[i][2 * j + 1], a, columns, 1);
+      }
+    }
+  }
+}
+
+} // namespace segattn

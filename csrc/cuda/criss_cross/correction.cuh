@@ -1,0 +1,52 @@
+// The query gradient's last step. delta comes from an output that is rounded to its dtype; its error is common to all keys
+// of a query and leaves in grad_query a multiple of the query's mean key, which does not average out. In exact arithmetic
+// the sum of a query's energy gradients is zero, so that grad_query - sum * mean key is the same gradient, and in it that
+// error cancels.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cuda/common/element.cuh"
+
+namespace segattn {
+
+constexpr int kCorrectionThreads = 256;
+constexpr int kCorrectionChannels = 16; // of a thread, which reads its query's sum once
+
+// grad_query[b, e, i] -= grad_sum[b, i] * mean_key[b, e, i]; all contiguous
+struct QueryCorrectionParams {
+  void* grad_query;     // (B, E, N)
+  const void* mean_key; // (B, E, N), sum_j p_ij key_j over row and column; its rounding only scales the correction
+  const void* grad_sum; // (B, N), accumulator type: of the energies' gradients over row and column
+  int64_t positions;    // N
+  int channels;         // E
+  int position_blocks;  // of kCorrectionThreads
+  int channel_blocks;   // of kCorrectionChannels
+};
+
+template <class T>
+__global__ void __launch_bounds__(kCorrectionThreads) correct_query_gradient_kernel(const QueryCorrectionParams p) {
+  using Real = Accumulator<T>;
+  int64_t block = blockIdx.x;
+  const int64_t position = block % p.position_blocks * kCorrectionThreads + threadIdx.x;
+  block /= p.position_blocks;
+  const int first = static_cast<int>(block % p.channel_blocks) * kCorrectionChannels;
+  const int64_t sample = block / p.channel_blocks;
+  if (position >= p.positions) {
+    return;
+  }
+  const Real sum = static_cast<const Real*>(p.grad_sum)[sample * p.positions + position];
+  const int64_t offset = (sample * p.channels + first) * p.positions + position;
+  const T* mean_key = static_cast<const T*>(p.mean_key) + offset;
+  T* grad_query = static_cast<T*>(p.grad_query) + offset;
+  const int channels = min(p.channels - first, kCorrectionChannels);
+#pragma unroll 4
+  for (int c = 0; c < channels; ++c) {
+    const Real before = to_accumulator(grad_query[c * p.positions]);
+    grad_query[c * p.positions] = from_accumulator<T>(before - sum * to_accumulator(mean_key[c * p.positions]));
+  }
+}
+
+} // namespace segattn

@@ -1,0 +1,7 @@
+#include "cuda/criss_cross/launch.cuh"
+
+namespace segattn {
+
+SEGATTN_INSTANTIATE_LINES(LineMma16<__nv_bfloat16>)
+
+} // namespace segattn

@@ -1,0 +1,136 @@
+// Criss-cross attention: what all kernels share. A block takes up to four pairs of neighbouring lines (rows, or columns).
+// An image's lines are independent but for the log-sum-exp that rows and columns share.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cuda/criss_cross/line_tiles.cuh"
+#include "cuda/common/launch.cuh"
+
+namespace segattn {
+
+__device__ __forceinline__ float line_exp(float x) { return ptx::exp2_approx(x * 1.4426950408889634f); }
+__device__ __forceinline__ double line_exp(double x) { return exp(x); }
+
+// Keeps the compiler from working on several of float64's long exponentials at once, for which there are no registers.
+__device__ __forceinline__ void one_by_one(float&) {}
+__device__ __forceinline__ void one_by_one(double& sum) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+d"(sum));
+#else
+  static_cast<void>(sum);
+#endif
+}
+
+__host__ __device__ constexpr int round_up_16(int x) { return (x + 15) / 16 * 16; }
+
+// What every kernel of the family shares: who this thread is, where its block is, the staging memory.
+template <class Arithmetic, class Shape_>
+struct LineBlock {
+  using Shape = Shape_;
+  using T = typename Arithmetic::Element;
+  using Word = LineWord<T>;
+  using Real = typename Arithmetic::Real;
+  using Tile = PairTile<T, Shape::kPitch>;
+  static constexpr int kTile = Shape::kTile;
+  using Scores = Real[2][kTile / 8][4]; // of a warp's 16 queries and a tile of keys: [line][8 keys][element]
+
+  const Lines& lines;
+  Word* stage; // 2^plane_bits planes of kLineChannels, or two tiles of kProductChannels
+  LineWindow window;
+  int owned_begin;
+
+  __device__ __forceinline__ LineBlock(const Lines& lines_, Word* stage_, int channel_groups)
+      : lines(lines_), stage(stage_) {
+    int block = static_cast<int>(blockIdx.x) / channel_groups;
+    owned_begin = block % lines.owned_blocks * lines.owned;
+    block /= lines.owned_blocks;
+    window.first_line = block % lines.line_blocks * 2 * lines.pairs;
+    window.line_end = lines.count;
+    window.plane_bits = __ffs(lines.pairs) - (kLinesPerPlane<T> == 2);
+    window.sample = block / lines.line_blocks;
+  }
+
+  // this warp's pair of lines, and its number among the pair's warps
+  static __device__ __forceinline__ int pair() { return opaque(warp_index()) / Shape::kWarps; }
+  static __device__ __forceinline__ int rank() { return opaque(warp_index()) % Shape::kWarps; }
+  __device__ __forceinline__ int owned_end() const { return min(opaque(owned_begin) + lines.owned, lines.length); }
+  __device__ __forceinline__ int plane() const { return pair() * 2 / kLinesPerPlane<T>; }
+  __device__ __forceinline__ int first_line() const { return window.first_line + 2 * pair(); }
+  __device__ __forceinline__ Tile tile(const Word* words, int channels) const {
+    const int words_per_plane = plane_words<Shape>(window.plane_bits, channels);
+    return {words + plane() * words_per_plane, words_per_plane};
+  }
+
+  // where the second of two tiles of kProductChannels is staged
+  __device__ __forceinline__ Word* right_stage() const {
+    return stage + (plane_words<Shape>(window.plane_bits, kProductChannels) << window.plane_bits);
+  }
+
+  // d += left . right for the warp's queries and a tile of keys, over the kProductChannels channels staged
+  __device__ __forceinline__ void multiply_staged(Scores& d, int queries, int keys) const {
+    const Tile left = tile(stage, kProductChannels);
+    const Tile right = tile(right_stage(), kProductChannels);
+    if (16 * rank() >= queries) {
+      return;
+    }
+#pragma unroll
+    for (int c = 0; c < kProductChannels; c += Arithmetic::kStep) {
+      typename Arithmetic::A a[2];
+      Arithmetic::load_a_positions(a, left, 16 * rank(), c);
+#pragma unroll
+      for (int j = 0; j < kTile / 16; ++j) {
+        if (16 * j < keys) {
+          typename Arithmetic::B b[2];
+          Arithmetic::load_b_positions(b, right, c, 16 * j);
+#pragma unroll
+          for (int line = 0; line < 2; ++line) {
+            Arithmetic::multiply(d[line][2 * j], a[line], b[line], 0);
+            Arithmetic::multiply(d[line][2 * j + 1], a[line], b[line], 1);
+          }
+        }
+      }
+    }
+  }
+
+  // Stages left's queries from first_query and right's keys from first_key, of kProductChannels channels.
+  __device__ __forceinline__ void load_product(
+      const LineFeatures& left, const LineFeatures& right, int channel, int first_query, int first_key) const {
+    __syncthreads();
+    load_line_tile<T, Shape, kProductChannels>(stage, left, window, channel, first_query, lines.length);
+    load_line_tile<T, Shape, kProductChannels>(right_stage(), right, window, channel, first_key, lines.length);
+    __syncthreads();
+  }
+
+  static __device__ __forceinline__ void clear(Scores& d) {
+#pragma unroll
+    for (int i = 0; i < 2 * (kTile / 8) * 4; ++i) {
+      d[i / (kTile / 2)][i / 4 % (kTile / 8)][i % 4] = 0;
+    }
+  }
+
+  // d = left(:, q) . right(:, k) for the warp's 16 queries from first_query + 16 rank and a tile of keys from first_key
+  __device__ __forceinline__ void multiply_features(
+      Scores& d, const LineFeatures& left, const LineFeatures& right, int first_query, int first_key) const {
+    clear(d);
+    for (int channel = 0; channel < left.channels; channel += kProductChannels) {
+      load_product(left, right, channel, first_query, first_key);
+      multiply_staged(d, lines.length - first_query, lines.length - first_key);
+    }
+  }
+
+  __device__ __forceinline__ Real* scalar(const LineScalars& s, int line, int position) const {
+    return static_cast<Real*>(s.data) + window.sample * s.batch_stride + (first_line() + line) * s.line_stride +
+        position * s.position_stride;
+  }
+
+  // whether query q of the pair's line sees key k in this line
+  __device__ __forceinline__ bool sees(int line, int q, int k) const {
+    return q < lines.length && k < lines.length && first_line() + line < window.line_end &&
+        !(lines.skips_self && q == k);
+  }
+};
+
+} // namespace segattn

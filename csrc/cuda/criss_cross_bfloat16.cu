@@ -1,7 +1,0 @@
-#include "criss_cross_launch.cuh"
-
-namespace segattn {
-
-SEGATTN_INSTANTIATE_LINES(LineMma16<__nv_bfloat16>)
-
-} // namespace segattn

@@ -1,7 +1,0 @@
-#include "criss_cross_launch.cuh"
-
-namespace segattn {
-
-SEGATTN_INSTANTIATE_LINES(LineTf32<1>)
-
-} // namespace segattn

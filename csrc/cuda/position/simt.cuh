@@ -1,0 +1,270 @@
+// Position attention without tensor cores: float64 everywhere, every type on processors before sm_80, and channel
+// counts the tensor-core kernels have no room for. One kernel, four sums of the same form (SimtParams): the block owns 32
+// positions, goes over all streamed positions 32 at a time, makes their 32 x 32 weights and adds values times weights.
+// query and key gradient each recompute the weights: 1.6 times the backward's least work, and no partial results.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cuda/common/element.cuh"
+#include "cuda/common/launch.cuh"
+#include "cuda/position/params.h"
+
+namespace segattn {
+
+// Compute time is bound by shared memory and FMAs; the tiles are the largest whose shared memory is under 48 KB.
+template <class T, PositionSum kSum_>
+struct SimtTraits {
+  using Element = T;
+  using Real = Accumulator<T>;
+  static constexpr PositionSum kSum = kSum_;
+  static constexpr int kThreads = 256;
+  static constexpr int kTile = 32; // owned positions, streamed positions and contraction of one step
+  static constexpr int kPitch = kTile + 1; // no bank is met twice down a column
+  static constexpr int kChannels = sizeof(Real) == 8 ? 128 : 256;
+  static constexpr int kRowGroups = kThreads / 8;           // a thread has 4 positions of every 32nd channel
+  static constexpr int kRows = kChannels / kRowGroups;
+  static constexpr bool kForward = kSum == PositionSum::kForward;
+  static constexpr bool kNeedsProduct = kSum == PositionSum::kQueryGradient || kSum == PositionSum::kKeyGradient;
+  static constexpr bool kOwnsQueries = kForward || kSum == PositionSum::kQueryGradient;
+  static constexpr bool kCentres = kSum == PositionSum::kQueryGradient && std::is_same_v<T, float>;
+  static_assert(kChannels >= 2 * kTile, "the two contraction tiles lie where the values come later");
+  static constexpr size_t kSharedBytes =
+      sizeof(Real) * (kChannels * kPitch + kTile * kPitch + 8 * kTile + 8 * kTile);
+  static_assert(kSharedBytes <= 48 * 1024, "fits every processor without an opt-in");
+};
+
+template <class Traits>
+struct SimtSum {
+  using Element = typename Traits::Element;
+  using Real = typename Traits::Real;
+  static constexpr int kTile = Traits::kTile;
+  static constexpr int kPitch = Traits::kPitch;
+
+  const SimtParams& p;
+  Real* values_shared;  // [kChannels][kPitch]; before that the two contraction tiles [kTile][kPitch]
+  Real* weights_shared; // [kTile streamed][kPitch]: weight of owned position i at [j][i]
+  Real* maxima;         // [8][kTile]
+  Real* partial_sums;   // [8][kTile]
+  int64_t sample;
+  int first_owned, first_channel;
+
+  // Base e, not 2: the change of base would cost float64 a rounding of every score.
+  __device__ __forceinline__ static Real exponential(Real x) {
+    if constexpr (sizeof(Real) == 8) {
+      return exp(x);
+    } else {
+      return expf(x);
+    }
+  }
+
+  __device__ __forceinline__ const Element* base(const Operand& operand) const {
+    return static_cast<const Element*>(operand.data) + sample * operand.batch_stride;
+  }
+
+  // tile[row][column] = operand(first_row + row, first_column + column), zeros beyond its edges
+  __device__ __forceinline__ void load(
+      Real* tile, int tile_rows, const Operand& operand, int first_row, int rows, int first_column, int columns) {
+    const int column = static_cast<int>(threadIdx.x) % kTile;
+    for (int row = static_cast<int>(threadIdx.x) / kTile; row < tile_rows; row += Traits::kThreads / kTile) {
+      const bool inside = first_row + row < rows && first_column + column < columns;
+      tile[row * kPitch + column] = inside
+          ? to_accumulator(base(operand)[(first_row + row) * operand.row_stride + first_column + column])
+          : Real(0);
+    }
+  }
+
+  // products[jj] = sum over `channels` of left(c, owned i) right(c, streamed j), i = this lane, j = 4 warp + jj
+  __device__ __forceinline__ void contract(
+      Real (&products)[4], const Operand& left, const Operand& right, int channels, int first_streamed) {
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    Real* left_tile = values_shared;
+    Real* right_tile = values_shared + kTile * kPitch;
+#pragma unroll
+    for (int jj = 0; jj < 4; ++jj) {
+      products[jj] = 0;
+    }
+    for (int channel = 0; channel < channels; channel += kTile) {
+      __syncthreads();
+      load(left_tile, kTile, left, channel, channels, first_owned, p.owned_positions);
+      load(right_tile, kTile, right, channel, channels, first_streamed, p.streamed_positions);
+      __syncthreads();
+#pragma unroll 8
+      for (int c = 0; c < kTile; ++c) {
+        const Real x = left_tile[c * kPitch + lane];
+#pragma unroll
+        for (int jj = 0; jj < 4; ++jj) {
+          products[jj] += x * right_tile[c * kPitch + 4 * warp + jj];
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ SimtSum(const SimtParams& params, Real* shared) : p(params) {
+    values_shared = shared;
+    weights_shared = values_shared + Traits::kChannels * kPitch;
+    maxima = weights_shared + kTile * kPitch;
+    partial_sums = maxima + 8 * kTile;
+  }
+
+  __device__ __forceinline__ void run() {
+    int64_t block = blockIdx.x;
+    const int channel_block = static_cast<int>(block % p.channel_blocks);
+    block /= p.channel_blocks;
+    first_owned = static_cast<int>(block % p.owned_blocks) * kTile;
+    sample = block / p.owned_blocks;
+    first_channel = channel_block * Traits::kChannels;
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int column_group = static_cast<int>(threadIdx.x) % 8 * 4, row_group = static_cast<int>(threadIdx.x) / 8;
+    const Real scale = static_cast<Real>(p.scale);
+    const int64_t queries = Traits::kOwnsQueries ? p.owned_positions : p.streamed_positions;
+    const Real* logsumexp = static_cast<const Real*>(p.logsumexp) + sample * queries;
+    const Real* delta = static_cast<const Real*>(p.delta) + sample * queries;
+
+    Real sums[Traits::kRows][4] = {};
+    Real highest = -INFINITY, weight_sum = 0; // of owned position `lane`, the same in every warp
+    Real grad_sum = 0;                        // kCentres: of owned position `lane`, the warp's share of the sum of dS
+    for (int streamed = 0; streamed < p.streamed_positions; streamed += kTile) {
+      Real weights[4], gradients[4];
+      contract(weights, p.owned, p.streamed, p.embedding, streamed);
+      if constexpr (Traits::kNeedsProduct) {
+        contract(gradients, p.left, p.right, p.channels, streamed);
+      }
+      Real factor = 1;
+      if constexpr (Traits::kForward) {
+        Real own = -INFINITY;
+#pragma unroll
+        for (int jj = 0; jj < 4; ++jj) {
+          weights[jj] = streamed + 4 * warp + jj < p.streamed_positions ? weights[jj] * scale : -INFINITY;
+          own = fmax(own, weights[jj]);
+        }
+        maxima[warp * kTile + lane] = own;
+        __syncthreads();
+        const Real before = highest;
+#pragma unroll
+        for (int w = 0; w < 8; ++w) {
+          highest = fmax(highest, maxima[w * kTile + lane]);
+        }
+        const Real shift = highest == -INFINITY ? Real(0) : highest;
+        factor = exponential(before - shift);
+        Real sum = 0;
+#pragma unroll
+        for (int jj = 0; jj < 4; ++jj) {
+          weights[jj] = exponential(weights[jj] - shift);
+          sum += weights[jj];
+        }
+        partial_sums[warp * kTile + lane] = sum;
+      } else {
+#pragma unroll
+        for (int jj = 0; jj < 4; ++jj) {
+          const int j = streamed + 4 * warp + jj;
+          const int query = Traits::kOwnsQueries ? first_owned + lane : j;
+          if (j < p.streamed_positions && query < queries) {
+            weights[jj] = exponential(weights[jj] * scale - logsumexp[query]);
+            if constexpr (Traits::kNeedsProduct) {
+              weights[jj] *= gradients[jj] - delta[query];
+            }
+          } else {
+            weights[jj] = 0;
+          }
+        }
+      }
+#pragma unroll
+      for (int jj = 0; jj < 4; ++jj) {
+        weights_shared[(4 * warp + jj) * kPitch + lane] = weights[jj];
+        if constexpr (Traits::kCentres) {
+          grad_sum += weights[jj];
+        }
+      }
+      __syncthreads(); // weights and sums are there; the contraction tiles are no longer read
+      if constexpr (Traits::kForward) {
+        weight_sum *= factor;
+#pragma unroll
+        for (int w = 0; w < 8; ++w) {
+          weight_sum += partial_sums[w * kTile + lane];
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const Real f = __shfl_sync(0xffffffffu, factor, column_group + i);
+#pragma unroll
+          for (int r = 0; r < Traits::kRows; ++r) {
+            sums[r][i] *= f;
+          }
+        }
+      }
+      load(values_shared, Traits::kChannels, p.values, first_channel, p.out_channels, streamed, p.streamed_positions);
+      __syncthreads();
+#pragma unroll 4
+      for (int j = 0; j < kTile; ++j) {
+        Real weight[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          weight[i] = weights_shared[j * kPitch + column_group + i];
+        }
+#pragma unroll
+        for (int r = 0; r < Traits::kRows; ++r) {
+          const Real value = values_shared[(row_group + r * Traits::kRowGroups) * kPitch + j];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            sums[r][i] += value * weight[i];
+          }
+        }
+      }
+    }
+
+    if constexpr (Traits::kCentres) {
+      partial_sums[warp * kTile + lane] = grad_sum;
+      __syncthreads();
+      grad_sum = 0;
+#pragma unroll
+      for (int w = 0; w < 8; ++w) {
+        grad_sum += partial_sums[w * kTile + lane];
+      }
+    }
+    Real factor = static_cast<Real>(p.scale); // of the query and key gradients
+    if constexpr (Traits::kForward) {
+      factor = Real(1) / weight_sum;
+      if (channel_block == 0 && warp == 0 && first_owned + lane < p.owned_positions) {
+        static_cast<Real*>(p.logsumexp)[sample * queries + first_owned + lane] =
+            highest + (sizeof(Real) == 8 ? log(weight_sum) : logf(weight_sum));
+      }
+    } else if constexpr (Traits::kSum == PositionSum::kValueGradient) {
+      factor = 1;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const Real f = __shfl_sync(0xffffffffu, factor, column_group + i);
+      const Real column_grad_sum = Traits::kCentres ? __shfl_sync(0xffffffffu, grad_sum, column_group + i) : Real(0);
+      const int position = first_owned + column_group + i;
+#pragma unroll
+      for (int r = 0; r < Traits::kRows; ++r) {
+        const int channel = first_channel + row_group + r * Traits::kRowGroups;
+        if (channel < p.out_channels && position < p.owned_positions) {
+          const int64_t at = (sample * p.out_channels + channel) * p.owned_positions + position;
+          if constexpr (Traits::kCentres) {
+            sums[r][i] -= column_grad_sum * static_cast<const Real*>(p.mean_key)[at];
+          }
+          const Element result = from_accumulator<Element>(sums[r][i] * f);
+          static_cast<Element*>(p.output)[at] = result;
+          if constexpr (Traits::kForward && sizeof(Element) == 2) {
+            if (p.output_low != nullptr) {
+              static_cast<Element*>(p.output_low)[at] =
+                  from_accumulator<Element>(sums[r][i] * f - to_accumulator(result));
+            }
+          }
+        }
+      }
+    }
+  }
+};
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 2) simt_sum_kernel(const SimtParams params) {
+  SEGATTN_DYNAMIC_SHARED(typename Traits::Real, shared);
+  SimtSum<Traits>(params, shared).run();
+}
+
+} // namespace segattn

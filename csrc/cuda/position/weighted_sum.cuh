@@ -1,0 +1,259 @@
+// Position attention on tensor cores: a weighted sum over all positions, with the weights made on the way.
+//
+// A block owns kOwned positions and kChannels value channels and streams the other side past them, 64 bytes of
+// positions a step. Per step every warp
+//   1. multiplies scores of the *next* step for its own 16 positions (S = owned^T streamed, contraction over E),
+//   2. adds values * weights^T of this step to its 64 positions x 32..64 channels of the output,
+//   3. turns the scores into weights (online softmax) and puts them into shared memory for the next step,
+// so that the exponentials of a step run beside its matrix products and a step has one barrier. The output is computed
+// as O^T = V P^T: channels-first operands and results need no transposition anywhere.
+// A warp tile of 64 x 64 reads 128 bytes of shared memory for each mma; a warp that kept P in registers would own 16
+// positions x all channels and read 256, which is more than an SM delivers while the tensor cores run at full rate.
+//
+// weighted_sum_traits.cuh has the shape of a block, weighted_sum_softmax.cuh steps 1 and 3, weighted_sum_epilogue.cuh the
+// way from the accumulators to the result; here is the pipeline that joins them.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cuda/common/launch.cuh"
+#include "cuda/common/mma.cuh"
+#include "cuda/position/params.h"
+#include "cuda/position/weighted_sum_epilogue.cuh"
+#include "cuda/position/weighted_sum_traits.cuh"
+#include "cuda/position/weighted_sum_softmax.cuh"
+#include "cuda/common/tile.cuh"
+
+namespace segattn {
+
+template <class Traits_, bool kForward>
+struct WeightedSum : WeightedSumWeights<Traits_, kForward> {
+  using Weights = WeightedSumWeights<Traits_, kForward>;
+  using Traits = Traits_;
+  using Mma = typename Traits::Mma;
+  using Element = typename Traits::Element;
+  using StreamedTile = typename Traits::StreamedTile;
+  using Weights::changed, Weights::embedding_rows, Weights::end_step, Weights::factors, Weights::first_step;
+  using Weights::load_owned_fragments, Weights::make_weights, Weights::multiply_scores, Weights::owned_shared;
+  using Weights::p, Weights::row_max, Weights::row_sum, Weights::store_weights, Weights::streamed_logsumexp;
+  using Weights::streamed_shared, Weights::weight_shared;
+
+  unsigned char* value_shared;
+  WeightedSumPlace* place;
+  // This thread's share of the next streamed tile and the next values to copy: both walk along the positions.
+  const Element* next_streamed;
+  const Element* next_values;
+  WeightedSumAccumulators<Traits> sums;
+
+  __device__ __forceinline__ void copy_streamed(int step) {
+    if (step < end_step) {
+      const int slot = (step - first_step) % Traits::kStages;
+      copy_share_async<Traits::kThreads>(
+          StreamedTile(streamed_shared + slot * StreamedTile::bytes(embedding_rows)), next_streamed,
+          p.streamed.row_stride, embedding_rows, p.embedding, p.streamed_positions - step * Traits::kStreamed);
+      next_streamed += Traits::kStreamed;
+    }
+  }
+
+  __device__ __forceinline__ void copy_values(int step) {
+    if (step < end_step) {
+      const int slot = (step - first_step) % Traits::kStages;
+      copy_share_async<Traits::kThreads>(
+          StreamedTile(value_shared + slot * Traits::kValueBytes), next_values, p.values.row_stride, Traits::kChannels,
+          p.channels - place->first_channel, p.streamed_positions - step * Traits::kStreamed);
+      next_values += Traits::kStreamed;
+    }
+  }
+
+  // Brings what was summed so far to the maximum that `step`'s weights are relative to.
+  __device__ __forceinline__ void rescale_sums(int step) {
+    bool any_changed = false;
+#pragma unroll
+    for (int i = 0; i < Traits::kWarpOwned / 16; ++i) {
+      any_changed |= changed[step % 2 * Traits::kWarps + Traits::warp_first_owned() / 16 + i] != 0;
+    }
+    if (any_changed) {
+      multiply_sums(factors + step % 2 * Traits::kOwned);
+    }
+  }
+
+  // per_owned: [kOwned]
+  __device__ __forceinline__ void multiply_sums(const float* per_owned) {
+#pragma unroll
+    for (int j = 0; j < Traits::kOwnedTiles; ++j) {
+      const float2 factor =
+          *reinterpret_cast<const float2*>(per_owned + Traits::warp_first_owned() + 8 * j + lane_index() % 4 * 2);
+#pragma unroll
+      for (int i = 0; i < Traits::kChannelTiles; ++i) {
+        sums[i][j][0] *= factor.x;
+        sums[i][j][1] *= factor.y;
+        sums[i][j][2] *= factor.x;
+        sums[i][j][3] *= factor.y;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void multiply_values(int step, int k, int k_end) {
+    if (place->first_channel + Traits::warp_first_channel() >= p.channels) {
+      return; // the last channel block may have nothing for some warps
+    }
+    const StreamedTile value_tile(value_shared + (step - first_step) % Traits::kStages * Traits::kValueBytes);
+    const StreamedTile weight_tile(weight_shared + step % 2 * Traits::kWeightBytes);
+    multiply_tiles<Mma, true, false, 2>(
+        sums, value_tile, Traits::warp_first_channel(), weight_tile, Traits::warp_first_owned(), k, k_end);
+  }
+
+  // kForward: divides by the sums of weights and leaves the log-sum-exp.
+  __device__ __forceinline__ void normalize() {
+    const int lane = lane_index(), first_owned = place->first_owned;
+    float* logsumexp = p.logsumexp + (place->split * p.batch + place->sample) * p.owned_positions;
+    __syncthreads(); // every warp has read the factors of the last step
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float sum = row_sum[h];
+      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      const int row = 16 * warp_index() + lane / 4 + 8 * h;
+      if (lane % 4 == 0) {
+        factors[row] = 1.0f / sum;
+        if (place->channel_block == 0 && first_owned + row < p.owned_positions) {
+          logsumexp[first_owned + row] = row_max[h] + logf(sum);
+        }
+      }
+    }
+    __syncthreads();
+    multiply_sums(factors);
+  }
+
+  __device__ __forceinline__ WeightedSum(const WeightedSumParams& params, unsigned char* shared) : Weights(params) {
+    embedding_rows = Traits::embedding_rows(p.embedding);
+    owned_shared = shared;
+    streamed_shared = owned_shared + Traits::owned_bytes(p.embedding);
+    value_shared = streamed_shared + Traits::kStages * Traits::streamed_bytes(p.embedding);
+    weight_shared = value_shared + Traits::kStages * Traits::kValueBytes;
+    factors = reinterpret_cast<float*>(weight_shared + 2 * Traits::kWeightBytes);
+    changed = reinterpret_cast<int*>(factors + 2 * Traits::kOwned);
+    place = reinterpret_cast<WeightedSumPlace*>(changed + 2 * Traits::kWarps);
+  }
+
+  __device__ __forceinline__ void run() {
+    // Blocks that run together read the same streamed positions: channel blocks first, then owned blocks.
+    int64_t block = blockIdx.x;
+    const int channel_block = static_cast<int>(block % p.channel_blocks);
+    block /= p.channel_blocks;
+    const int owned_block = static_cast<int>(block % p.owned_blocks);
+    block /= p.owned_blocks;
+    const int split = static_cast<int>(block % p.splits);
+    const int64_t sample = block / p.splits;
+
+    const int first_owned = owned_block * Traits::kOwned, first_channel = channel_block * Traits::kChannels;
+    if (threadIdx.x == 0) {
+      *place = {sample, split, channel_block, first_owned, first_channel};
+    }
+    __syncthreads();
+    streamed_logsumexp = p.logsumexp + sample * p.streamed_positions;
+    first_step = split * p.steps_per_split;
+    const auto first = [&](const Operand& operand) {
+      return static_cast<const Element*>(operand.data) + sample * operand.batch_stride;
+    };
+    using Share = CopyShare<Traits::kThreads, Element, Traits::kStreamed>;
+    const int first_column = first_step * Traits::kStreamed + Share::column();
+    next_streamed = first(p.streamed) + Share::row() * p.streamed.row_stride + first_column;
+    next_values = first(p.values) + (first_channel + Share::row()) * p.values.row_stride + first_column;
+    const GlobalMatrix<Element> owned{first(p.owned), p.owned.row_stride, p.embedding, p.owned_positions};
+    const int steps = (p.streamed_positions + Traits::kStreamed - 1) / Traits::kStreamed;
+    end_step = min(first_step + p.steps_per_split, steps);
+#pragma unroll
+    for (int i = 0; i < Traits::kChannelTiles; ++i) {
+#pragma unroll
+      for (int j = 0; j < Traits::kOwnedTiles; ++j) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          sums[i][j][c] = 0.0f;
+        }
+      }
+    }
+
+    // Copy group n brings the streamed tile of step n and the values of step n - 1: what the loop below takes at once.
+    copy_tile_async<Traits::kThreads>(
+        typename Traits::OwnedTile(owned_shared), owned, 0, embedding_rows, first_owned);
+    copy_streamed(first_step);
+    ptx::cp_async_commit();
+#pragma unroll
+    for (int n = 1; n < Traits::kStages; ++n) {
+      copy_streamed(first_step + n);
+      copy_values(first_step + n - 1);
+      ptx::cp_async_commit();
+    }
+    ptx::cp_async_wait<Traits::kStages - 1>();
+    __syncthreads();
+    load_owned_fragments();
+    multiply_scores(first_step);
+    make_weights(first_step);
+    store_weights(first_step);
+
+    for (int step = first_step; step < end_step; ++step) {
+      ptx::cp_async_wait<Traits::kStages - 2>();
+      __syncthreads(); // this step's tiles and weights are there, the previous step's are no longer read
+      copy_streamed(step + Traits::kStages);
+      copy_values(step + Traits::kStages - 1);
+      ptx::cp_async_commit();
+      const bool more = step + 1 < end_step;
+      if (more) {
+        multiply_scores(step + 1);
+      }
+      if constexpr (kForward) {
+        rescale_sums(step);
+      }
+      multiply_values(step, 0, Traits::kStreamed / 2);
+      if (more) {
+        make_weights(step + 1);
+        store_weights(step + 1);
+      }
+      multiply_values(step, Traits::kStreamed / 2, Traits::kStreamed);
+    }
+
+    if constexpr (kForward) {
+      normalize();
+    } else {
+#pragma unroll
+      for (int i = 0; i < Traits::kChannelTiles; ++i) {
+#pragma unroll
+        for (int j = 0; j < Traits::kOwnedTiles; ++j) {
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+            sums[i][j][c] *= 1.0f / 1024.0f; // 2^-kWeightExponent
+          }
+        }
+      }
+    }
+    const WeightedSumPlace at = *place;
+    const int64_t map = static_cast<int64_t>(p.channels) * p.owned_positions;
+    if (p.splits > 1) {
+      store_sums<Traits>(static_cast<float*>(p.output) + (at.split * p.batch + at.sample) * map, sums, p, at);
+    } else if constexpr (sizeof(Element) == 2) {
+      store_sums_by_rows<Traits, false>(static_cast<Element*>(p.output) + at.sample * map, owned_shared, sums, p, at);
+      if constexpr (kForward) {
+        if (p.output_low != nullptr) {
+          store_sums_by_rows<Traits, true>(
+              static_cast<Element*>(p.output_low) + at.sample * map, owned_shared, sums, p, at);
+        }
+      }
+    } else {
+      store_sums<Traits>(static_cast<Element*>(p.output) + at.sample * map, sums, p, at);
+    }
+  }
+};
+
+template <class Traits, bool kForward>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
+    weighted_sum_kernel(const WeightedSumParams params) {
+#if defined(SEGATTN_EMULATED) || __CUDA_ARCH__ >= 800
+  SEGATTN_DYNAMIC_SHARED(unsigned char, shared);
+  WeightedSum<Traits, kForward>(params, shared).run();
+#endif
+}
+
+} // namespace segattn

@@ -1,0 +1,184 @@
+"""The CPU kernels of criss-cross and channel attention from within: threads, work done, memory, long lines."""
+
+import ctypes
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import segattn_ops
+from segattn_ops import _library, reference
+
+from ..families import eager_criss_cross
+from ..tolerance import assert_as_exact_as_eager
+
+CONFIG = segattn_ops.build_config()["cpu"]
+pytestmark = pytest.mark.skipif(not CONFIG["native"], reason=f"no native CPU kernels: {CONFIG['why_not']}")
+ROOT = Path(__file__).parents[2]
+OPERATORS = torch.ops.segattn
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def multiply_adds():
+    """The multiply-adds that the micro-kernels did for a call, padding included."""
+    library = ctypes.CDLL(str(_library._path(f"_cpu_{CONFIG['instruction_set']}")))
+    take = library.segattn_cpu_take_multiply_adds
+    take.restype = ctypes.c_int64
+
+    def of(function, *args) -> int:
+        take()
+        function(*args)
+        return take()
+
+    return of
+
+
+def maps(*channels: int, height: int, width: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    return [torch.randn(1, c, height, width).to(dtype) for c in channels]
+
+
+def run_criss_cross(height: int, width: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    q, k, v, grad = maps(12, 12, 37, 37, height=height, width=width, dtype=dtype)
+    output, logsumexp = OPERATORS.criss_cross_attention(q, k, v, 0.5)
+    grads = OPERATORS.criss_cross_attention_backward(grad, q, k, v, output, logsumexp, 0.5)
+    affinity = OPERATORS.criss_cross_affinity(q, k)
+    results = [output, logsumexp, *grads, affinity, OPERATORS.criss_cross_aggregation(affinity, v)]
+    results += OPERATORS.criss_cross_affinity_backward(affinity, q, k)
+    results += OPERATORS.criss_cross_aggregation_backward(grad, affinity, v)
+    return results
+
+
+def run_channel(height: int, width: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    q, k, v, grad = maps(90, 75, 75, 90, height=height, width=width, dtype=dtype)
+    output, logsumexp = OPERATORS.channel_attention(q, k, v, -0.1)
+    results = [output, logsumexp]
+    results += OPERATORS.channel_attention_backward(grad, q, k, v, -0.1)
+    gamma = logsumexp  # (B, C)
+    for optional in ((), (gamma,)):
+        results += OPERATORS.channel_self_attention(q, -0.1, *optional)
+        results += OPERATORS.channel_self_attention_backward(grad, q, -0.1, *optional)
+    return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "run, height, width",
+    [(run_criss_cross, 35, 150), (run_criss_cross, 20, 16), (run_criss_cross, 1, 16), (run_channel, 43, 51)],
+)
+def test_bitwise_equal_for_every_thread_count(threads, run, height, width, dtype):
+    """Work units must not depend on the threads wherever a sum runs across them, and no sum may start early."""
+    results = []
+    for count in (1, 2, 3, 2):
+        threads(count)
+        results.append(run(height, width, dtype))
+    for other in results[1:]:
+        for first, second in zip(results[0], other, strict=True):
+            assert torch.equal(first, second)
+
+
+def test_self_attention_computes_half_of_the_energy(multiply_adds):
+    """C = 240, N = 2000. One input: half the energy and the application; blocks on the diagonal, 48 wide, are whole."""
+    x = torch.randn(1, 240, 2000)
+    product = 240 * 240 * 2000
+    forward = multiply_adds(OPERATORS.channel_self_attention, x, -0.01)
+    backward = multiply_adds(OPERATORS.channel_self_attention_backward, x, x, -0.01)
+    assert 1.5 * product <= forward <= 1.65 * product
+    assert 3.5 * product <= backward <= 3.65 * product
+    rectangular = multiply_adds(OPERATORS.channel_attention, x, x, x, -0.01)
+    assert 2 * product <= rectangular <= 2.02 * product
+
+
+@pytest.mark.parametrize(
+    "dtype, size, padding",
+    [
+        (torch.float32, 96, 1.0),
+        (torch.bfloat16, 96, 1.0),
+        (torch.float32, 97, 1.02),
+        (torch.bfloat16, 97, 1.08),
+    ],
+)
+def test_criss_cross_work_is_the_arithmetic(multiply_adds, dtype, size, padding):
+    """N (H + W) positions by E + C forward, by 3 E + 2 C backward, and N W by E for the rows' mean key. The 97th column
+    takes 4 lanes, not 16, and the 97th position of a row is not padded to a vector (but, of rounded results, it is)."""
+    q, k, v, grad = maps(32, 32, 64, 64, height=size, width=size, dtype=dtype)
+    output, logsumexp = OPERATORS.criss_cross_attention(q, k, v, 1.0)
+    pairs = 2 * size**3
+    forward = multiply_adds(OPERATORS.criss_cross_attention, q, k, v, 1.0)
+    assert pairs * 96 <= forward <= pairs * 96 * padding
+    arguments = (grad, q, k, v, output, logsumexp, 1.0)
+    backward = multiply_adds(OPERATORS.criss_cross_attention_backward, *arguments)
+    products = pairs * (3 * 32 + 2 * 64) + size**3 * 32
+    assert products <= backward <= products * padding
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 5, 300, 6), (1, 3, 5, 7, 600), (1, 2, 3, 1, 257), (1, 2, 3, 129, 1)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_long_lines_go_in_blocks_of_queries(shape, dtype):
+    """Beyond 105 rows or 256 columns the weights of a line are made block by block and gradients summed over blocks."""
+    batch, e, c, height, width = shape
+    inputs = [torch.randn(batch, n, height, width).to(dtype) for n in (e, e, c)]
+    grad = torch.randn(batch, c, height, width).to(dtype)
+
+    def run(function, dtype):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in inputs]
+        output = function(*leaves, 0.7)
+        return output, *torch.autograd.grad(output, leaves, grad.to(dtype))
+
+    got = run(segattn_ops.criss_cross_attention, dtype)
+    eager = run(eager_criss_cross, dtype)
+    exact = run(lambda *a: reference.criss_cross_attention(*a)[0], torch.float64)
+    for name, *tensors in zip(("output", "grad_query", "grad_key", "grad_value"), got, eager, exact, strict=True):
+        assert_as_exact_as_eager(name, *tensors)
+
+
+PEAK = """
+import resource, sys, torch, segattn_ops
+op, channels, height, width = sys.argv[1], *map(int, sys.argv[2:])
+torch.set_num_threads(2)
+x = torch.ones(1, channels, height, width)
+q = torch.ones(1, 8, height, width)
+operators = torch.ops.segattn
+
+def run(x, q):
+    if op == "criss_cross":
+        output, logsumexp = operators.criss_cross_attention(q, q, x, 1.0)
+        return output, operators.criss_cross_attention_backward(x, q, q, x, output, logsumexp, 1.0)
+    output, logsumexp = operators.channel_self_attention(x, -1.0)
+    return output, operators.channel_self_attention_backward(x, x, -1.0)
+
+run(x[:, :, :4, :4], q[:, :, :4, :4])  # code and threads are there
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+result = run(x, q)
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+kept = [result[0], *result[1]]
+print((after - before) * 1024 - sum(t.nbytes for t in kept))
+"""
+
+
+@pytest.mark.parametrize(
+    "op, channels, height, width, limit",
+    [
+        # The map of H + W - 1 channels would take 170 MB here, the gradients and the output take 42.
+        ("criss_cross", 64, 192, 384, 40),
+        ("criss_cross", 64, 97, 97, 12),
+        # N is 512 times C: a temporary of the size of the input would take 32 MB.
+        ("channel_self", 128, 256, 256, 8),
+    ],
+)
+def test_extra_memory_is_bounded(op, channels, height, width, limit):
+    """MiB beyond inputs, output and gradients, over forward and backward on two threads."""
+    command = [sys.executable, "-c", PEAK, op, str(channels), str(height), str(width)]
+    extra = int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    assert extra <= limit * 2**20

@@ -1,0 +1,171 @@
+"""Host code of the CUDA kernels, all families, emulated: batches beyond a grid's second dimension, devices the library
+was not built for, launches that fail, and that nothing waits for the device, so that calls can be captured in a graph.
+"""
+
+import pytest
+import torch
+
+import segattn_ops
+
+from ..emulated import register_backend
+from ..families import BY_OPERATOR, FAMILIES, Case
+
+# A few positions, odd ones, that take every family's kernels forward and backward.
+SMALL = {family.operator: family.cases[0] for family in FAMILIES}
+ONE_POSITION = {
+    "position_attention": Case(((1, 2, 1), (1, 2, 1), (1, 3, 1)), 1.0),
+    "channel_attention": Case(((1, 2, 1), (1, 2, 1), (1, 2, 1)), 1.0),
+    "channel_self_attention": Case(((1, 2, 1),), -1.0),
+    "residual_channel_attention": Case(((1, 2, 1), (1, 2)), -1.0),
+    "criss_cross_affinity": Case(((1, 2, 1, 2), (1, 2, 1, 2))),
+    "criss_cross_aggregation": Case(((1, 2, 1, 2), (1, 2, 1, 2))),
+    "criss_cross_attention": Case(((1, 2, 1, 2), (1, 2, 1, 2), (1, 3, 1, 2)), 1.0),
+}
+DTYPES = [torch.bfloat16, torch.float32, torch.float64]
+OPERATOR = pytest.mark.parametrize("operator", SMALL)
+DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+@pytest.fixture(autouse=True)
+def emulated_backend(emulator):
+    register_backend()
+    with segattn_ops.use_backend("emulated"):
+        yield
+
+
+def forward_and_backward(operator, inputs, scalars):
+    """The output and the gradients."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    output = BY_OPERATOR[operator].function(*leaves, *scalars)
+    return [output.detach(), *torch.autograd.grad(output, leaves, torch.ones_like(output))]
+
+
+def small_call(operator, dtype):
+    case = SMALL[operator]
+    inputs = BY_OPERATOR[operator].make(case, dtype)
+    return lambda: forward_and_backward(operator, inputs, case.scalars)
+
+
+@pytest.fixture(params=["bfloat16", "float16", "3xtf32", "tf32", "float64"])
+def products(request, emulator):
+    """The dtype of a call's tensors, and its float32 products as named: every set of kernels there is."""
+    torch.ops.segattn_emulated._set_allow_tf32(request.param == "tf32")
+    return torch.float32 if request.param.endswith("tf32") else getattr(torch, request.param)
+
+
+@OPERATOR
+def test_batches_beyond_65535(emulator, operator):
+    """More samples than the y and z dimensions of a grid can count: the first and the last ones are right. (Nothing
+    else runs: 65,538 samples of position attention, forward and backward, took 161 s.)"""
+    case = ONE_POSITION[operator]
+    three = [torch.cat([t, 2 * t, 3 * t]) for t in BY_OPERATOR[operator].make(case, torch.float32)]
+    expected = forward_and_backward(operator, three, case.scalars)
+    many = [t.repeat(21846, *[1] * (t.dim() - 1)) for t in three]
+    assert many[0].shape[0] == 65538
+    emulator.set_blocks_at_ends(256)
+    emulator.reset()
+    got = forward_and_backward(operator, many, case.scalars)
+    for result, want in zip(got, expected, strict=True):
+        assert torch.equal(result[:3], want)
+        assert torch.equal(result[-3:], want)
+    assert max(launch["grid"][0] for launch in emulator.report()) > 65535
+
+
+@pytest.mark.parametrize("name", ["query", "key"])
+def test_more_positions_than_kernels_count(name):
+    """Kernels count positions in int: 2^31 of them are refused before anything is allocated."""
+    one = torch.zeros(1, 1, 1)
+    many = one.expand(1, 1, 2**31)
+    arguments = (many, one, one) if name == "query" else (one, many, many)
+    message = rf"position_attention: {name} must have fewer than 2\^31 positions \(got 2147483648\)"
+    with pytest.raises(RuntimeError, match=message):
+        segattn_ops.position_attention(*arguments)
+
+
+@OPERATOR
+def test_a_device_the_library_was_not_built_for(emulator, operator):
+    emulator.set_device(120)
+    emulator.set_built_architectures([80, 90])
+    message = (
+        r"built for sm_80, sm_90, this device is sm_120; build for it with TORCH_CUDA_ARCH_LIST=\"12\.0\" pip install"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        small_call(operator, torch.float32)()
+    assert emulator.report() == []
+
+
+def test_code_of_an_older_architecture_counts_not_the_device(emulator):
+    """Code for sm_75 runs on sm_75 and newer of its generation, code for sm_80 on sm_86; before sm_80 there are no
+    tensor-core kernels, whatever the device could do."""
+    for device, built, tensor_cores in ((86, [75, 80], True), (75, [70, 75], False), (90, [80, 90], True)):
+        emulator.set_device(device)
+        emulator.set_built_architectures(built)
+        emulator.reset()
+        small_call("position_attention", torch.float16)()
+        assert any("Mma16" in launch["kernel"] for launch in emulator.report()) == tensor_cores
+
+
+@OPERATOR
+@DTYPE
+def test_a_failed_launch_names_its_kernel(emulator, operator, dtype):
+    call = small_call(operator, dtype)
+    expected = call()
+    names = [launch["kernel"].split("<")[0].removeprefix("segattn::") for launch in emulator.report()]
+    assert names
+    for number, name in enumerate(names):
+        emulator.set_failing_launch(number)
+        with pytest.raises(RuntimeError, match=rf"{name}.* failed: too many resources requested for launch"):
+            call()
+    for a, b in zip(call(), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+# What may be called while a stream is captured, and does not wait.
+HARMLESS = {
+    "cudaGetDevice",
+    "cudaDeviceGetAttribute",
+    "cudaFuncGetAttributes",
+    "cudaFuncSetAttribute",
+    "cudaGetLastError",
+}
+# Operators of torch that the host code and autograd call: allocations, views, device work; none reads a number
+# back. (A copy between types and one to the host have the same name, aten::_to_copy.)
+HARMLESS_TORCH = {
+    "aten::new_empty", "aten::empty", "aten::empty_like", "aten::empty_strided", "aten::contiguous", "aten::clone",
+    "aten::copy_", "aten::to", "aten::_to_copy", "aten::view", "aten::transpose", "aten::as_strided", "aten::bmm",
+    "aten::zero_", "aten::fill_", "aten::detach", "aten::resolve_conj", "aten::expand",
+    "aten::ones_like", "aten::zeros", "aten::select",
+}  # fmt: skip
+
+
+@OPERATOR
+@pytest.mark.parametrize("architecture", [75, 90])
+def test_nothing_waits_for_the_device(emulator, operator, products, architecture):
+    """No synchronisation, no copy to the host, no memory but that of torch's allocator: calls can be captured in a CUDA
+    graph, and overlap with the host."""
+    emulator.set_device(architecture)
+    call = small_call(operator, products)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    assert emulator.report() and set(emulator.calls()) <= HARMLESS
+    called = {event.name for event in profile.events() if event.name.startswith("aten::")}
+    assert "aten::new_empty" in called
+    assert called <= HARMLESS_TORCH
+
+
+@OPERATOR
+@pytest.mark.parametrize("architecture", [75, 90])
+def test_launches_go_to_the_current_stream(emulator, operator, products, architecture):
+    """Every launch is on the stream that is PyTorch's current one at that time, in the forward and in the backward, and
+    none is on the default stream, number 0."""
+    emulator.set_device(architecture)
+    case = SMALL[operator]
+    leaves = [t.requires_grad_() for t in BY_OPERATOR[operator].make(case, products)]
+    emulator.set_current_stream(7)
+    output = BY_OPERATOR[operator].function(*leaves, *case.scalars)
+    forward = emulator.report()
+    emulator.set_current_stream(11)
+    torch.autograd.grad(output, leaves, torch.ones_like(output))
+    backward = emulator.report()[len(forward) :]
+    assert {launch["stream"] for launch in forward} == {7}
+    assert {launch["stream"] for launch in backward} == {11}
