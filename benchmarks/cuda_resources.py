@@ -106,7 +106,7 @@ def readable(names: list[str]) -> dict[str, str]:
 
 def short(name: str) -> str:
     """Without result, parameters and namespaces."""
-    name = re.sub(r"^void |segattn::|__nv_|\(anonymous namespace\)::", "", name)
+    name = re.sub(r"^void |segattn::cuda::|__nv_|\(anonymous namespace\)::", "", name)
     return re.sub(r" (?=>)", "", re.sub(r"\([^()]*\)$", "", name))
 
 
@@ -272,7 +272,7 @@ def table(kernels: list[Kernel], found: dict[tuple[str, int], Launch]) -> str:
         "# Resources of the CUDA kernels",
         "",
         f"Made by `python -m benchmarks.cuda_resources` with nvcc {nvcc_release()}; `tests/cuda/test_resources.py`",
-        "holds the built library against it. For each architecture: registers a thread / threads a block / dynamic shared",
+        "holds the built library against it. For each architecture: registers a thread, threads a block, dynamic shared",
         "memory in KB / blocks a multiprocessor / tensor-core instructions in the SASS. The launches are those of the",
         "first problem that needs the kernel there, the largest blocks of several, and a dash means that none does;",
         f"the problems are, as (E, C, height and width), {problems}.",

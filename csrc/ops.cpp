@@ -23,8 +23,7 @@ SEGATTN_LIBRARY(SEGATTN_NAMESPACE, m) {
       " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
   // input (B, C, *S) as query, key and value at once -> output (B, C, *S), logsumexp (B, C): the energy is
   // symmetric, which halves the work. With gamma (B, C), in logsumexp's dtype: gamma * attention + input
-  m.def(
-      "channel_self_attention(Tensor input, float scale, Tensor? gamma=None) -> (Tensor output, Tensor logsumexp)");
+  m.def("channel_self_attention(Tensor input, float scale, Tensor? gamma=None) -> (Tensor output, Tensor logsumexp)");
   // grad_gamma (B, C), whether there is a gamma or not
   m.def(
       "channel_self_attention_backward(Tensor grad_output, Tensor input, float scale, Tensor? gamma=None)"

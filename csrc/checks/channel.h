@@ -1,18 +1,18 @@
 // What channel attention accepts; called first by the CPU and the CUDA host code.
 #pragma once
 
-#include "checks/check.h"
-
 #include <optional>
+
+#include "checks/check.h"
 
 namespace segattn {
 
 struct ChannelSizes {
-  int64_t batch;           // B
-  int64_t query_channels;  // C, rows of the attention
-  int64_t key_channels;    // K, columns of the attention
-  int64_t query_positions; // S, contracted in the energy
-  int64_t value_positions; // T, positions of value and output
+  int64_t batch;            // B
+  int64_t query_channels;   // C, rows of the attention
+  int64_t key_channels;     // K, columns of the attention
+  int64_t query_positions;  // S, contracted in the energy
+  int64_t value_positions;  // T, positions of value and output
 };
 
 // query (B, C, *S), key (B, K, *S), value (B, K, *T)
@@ -82,4 +82,4 @@ inline ChannelSizes check_channel_self_attention_backward(
   return sizes;
 }
 
-} // namespace segattn
+}  // namespace segattn

@@ -2,15 +2,15 @@
 // that names op, argument, rule and the value got. segattn_ops/ops/_check.py says the same in the same words.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <cmath>
 #include <cstdint>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 
 namespace segattn {
 
@@ -51,7 +51,9 @@ inline bool is_supported(ScalarType dtype) {
       dtype == ScalarType::Double;
 }
 
-inline bool is_16_bit(ScalarType dtype) { return dtype == ScalarType::Half || dtype == ScalarType::BFloat16; }
+inline bool is_16_bit(ScalarType dtype) {
+  return dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+}
 
 // Float64 for float64 inputs, float32 for all others: the dtype of accumulation and of logsumexp.
 inline ScalarType accumulation_dtype(ScalarType dtype) {
@@ -83,51 +85,57 @@ inline int64_t positions_of(const Tensor& tensor, int64_t first = 2) {
 
 inline void check_dtype(std::string_view op, const Argument& argument) {
   if (!is_supported(argument.tensor.scalar_type())) {
-    fail(op, argument.name, " must be float16, bfloat16, float32 or float64 (got ",
-         name_of(argument.tensor.scalar_type()), ")");
+    fail(
+        op, argument.name, " must be float16, bfloat16, float32 or float64 (got ",
+        name_of(argument.tensor.scalar_type()), ")");
   }
 }
 
 inline void check_same_device(std::string_view op, const Argument& argument, const Argument& like) {
   if (argument.tensor.device() != like.tensor.device()) {
-    fail(op, argument.name, " must be on device ", name_of(like.tensor.device()), " like ", like.name, " (got ",
-         name_of(argument.tensor.device()), ")");
+    fail(
+        op, argument.name, " must be on device ", name_of(like.tensor.device()), " like ", like.name, " (got ",
+        name_of(argument.tensor.device()), ")");
   }
 }
 
 inline void check_dtype_is(
     std::string_view op, const Argument& argument, ScalarType expected, std::string_view reason) {
   if (argument.tensor.scalar_type() != expected) {
-    fail(op, argument.name, " must be ", name_of(expected), " ", reason, " (got ",
-         name_of(argument.tensor.scalar_type()), ")");
+    fail(
+        op, argument.name, " must be ", name_of(expected), " ", reason, " (got ",
+        name_of(argument.tensor.scalar_type()), ")");
   }
 }
 
 inline void check_like(std::string_view op, const Argument& argument, const Argument& like) {
   check_same_device(op, argument, like);
   if (argument.tensor.scalar_type() != like.tensor.scalar_type()) {
-    fail(op, argument.name, " must be ", name_of(like.tensor.scalar_type()), " like ", like.name, " (got ",
-         name_of(argument.tensor.scalar_type()), ")");
+    fail(
+        op, argument.name, " must be ", name_of(like.tensor.scalar_type()), " like ", like.name, " (got ",
+        name_of(argument.tensor.scalar_type()), ")");
   }
 }
 
 // (batch, channels, *spatial) with at least one spatial dimension
 inline void check_feature_map(std::string_view op, const Argument& argument) {
   if (argument.tensor.dim() < 3) {
-    fail(op, argument.name, " must have at least 3 dimensions, (batch, channels, *spatial) (got shape ",
-         shape_of(argument.tensor), ")");
+    fail(
+        op, argument.name, " must have at least 3 dimensions, (batch, channels, *spatial) (got shape ",
+        shape_of(argument.tensor), ")");
   }
 }
 
 // (batch, channels, height, width), neither height nor width zero
 inline void check_image(std::string_view op, const Argument& argument) {
   if (argument.tensor.dim() != 4) {
-    fail(op, argument.name, " must have 4 dimensions, (batch, channels, height, width) (got shape ",
-         shape_of(argument.tensor), ")");
+    fail(
+        op, argument.name, " must have 4 dimensions, (batch, channels, height, width) (got shape ",
+        shape_of(argument.tensor), ")");
   }
   if (argument.tensor.size(2) < 1 || argument.tensor.size(3) < 1) {
-    fail(op, argument.name, " must have a height and a width of at least 1 (got shape ", shape_of(argument.tensor),
-         ")");
+    fail(
+        op, argument.name, " must have a height and a width of at least 1 (got shape ", shape_of(argument.tensor), ")");
   }
 }
 
@@ -145,30 +153,34 @@ inline void check_has_positions(std::string_view op, const Argument& argument) {
 
 inline void check_batch(std::string_view op, const Argument& argument, const Argument& like) {
   if (argument.tensor.size(0) != like.tensor.size(0)) {
-    fail(op, argument.name, " must have batch size ", like.tensor.size(0), " like ", like.name, " (got ",
-         argument.tensor.size(0), ")");
+    fail(
+        op, argument.name, " must have batch size ", like.tensor.size(0), " like ", like.name, " (got ",
+        argument.tensor.size(0), ")");
   }
 }
 
 inline void check_channels(std::string_view op, const Argument& argument, const Argument& like) {
   if (argument.tensor.size(1) != like.tensor.size(1)) {
-    fail(op, argument.name, " must have ", like.tensor.size(1), " channels like ", like.name, " (got ",
-         argument.tensor.size(1), ")");
+    fail(
+        op, argument.name, " must have ", like.tensor.size(1), " channels like ", like.name, " (got ",
+        argument.tensor.size(1), ")");
   }
 }
 
 inline void check_spatial(std::string_view op, const Argument& argument, const Argument& like) {
   if (shape_of(argument.tensor, 2) != shape_of(like.tensor, 2)) {
-    fail(op, argument.name, " must have spatial size ", shape_of(like.tensor, 2), " like ", like.name, " (got ",
-         shape_of(argument.tensor, 2), ")");
+    fail(
+        op, argument.name, " must have spatial size ", shape_of(like.tensor, 2), " like ", like.name, " (got ",
+        shape_of(argument.tensor, 2), ")");
   }
 }
 
 // The shape must be that of `like`, in every dimension.
 inline void check_shape(std::string_view op, const Argument& argument, const Argument& like) {
   if (shape_of(argument.tensor) != shape_of(like.tensor)) {
-    fail(op, argument.name, " must have shape ", shape_of(like.tensor), " like ", like.name, " (got ",
-         shape_of(argument.tensor), ")");
+    fail(
+        op, argument.name, " must have shape ", shape_of(like.tensor), " like ", like.name, " (got ",
+        shape_of(argument.tensor), ")");
   }
 }
 
@@ -184,4 +196,4 @@ inline void check_scale(std::string_view op, double scale) {
   }
 }
 
-} // namespace segattn
+}  // namespace segattn

@@ -6,13 +6,13 @@
 namespace segattn {
 
 struct CrissCrossSizes {
-  int64_t batch;          // B
-  int64_t key_channels;   // E, of query and key; 0 where the op has none
-  int64_t value_channels; // C; 0 where the op has none
-  int64_t height;         // H
-  int64_t width;          // W
+  int64_t batch;           // B
+  int64_t key_channels;    // E, of query and key; 0 where the op has none
+  int64_t value_channels;  // C; 0 where the op has none
+  int64_t height;          // H
+  int64_t width;           // W
 
-  int64_t reach() const { return height + width - 1; } // positions a query sees: its row and its column
+  int64_t reach() const { return height + width - 1; }  // positions a query sees: its row and its column
 };
 
 // A map with one channel for every position of the row and the column: (B, H + W - 1, H, W)
@@ -108,9 +108,11 @@ inline CrissCrossSizes check_criss_cross_attention_backward(
   check_shape(op, g, v);
   check_same_device(op, l, v);
   check_dtype_is(op, l, accumulation_dtype(query.scalar_type()), "for these inputs");
-  check_shape_is(op, l, "[" + std::to_string(sizes.batch) + ", " + std::to_string(sizes.height) + ", " +
-                            std::to_string(sizes.width) + "]");
+  check_shape_is(
+      op, l,
+      "[" + std::to_string(sizes.batch) + ", " + std::to_string(sizes.height) + ", " + std::to_string(sizes.width) +
+          "]");
   return sizes;
 }
 
-} // namespace segattn
+}  // namespace segattn

@@ -8,11 +8,11 @@
 namespace segattn {
 
 struct PositionSizes {
-  int64_t batch;          // B
-  int64_t key_channels;   // E, of query and key
-  int64_t value_channels; // C
-  int64_t queries;        // N, the positions of query
-  int64_t keys;           // M, the positions of key and value
+  int64_t batch;           // B
+  int64_t key_channels;    // E, of query and key
+  int64_t value_channels;  // C
+  int64_t queries;         // N, the positions of query
+  int64_t keys;            // M, the positions of key and value
 };
 
 // query (B, E, *S), key (B, E, *T), value (B, C, *T)
@@ -68,4 +68,4 @@ inline PositionSizes check_position_attention_backward(
   return sizes;
 }
 
-} // namespace segattn
+}  // namespace segattn

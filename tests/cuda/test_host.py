@@ -110,7 +110,7 @@ def test_code_of_an_older_architecture_counts_not_the_device(emulator):
 def test_a_failed_launch_names_its_kernel(emulator, operator, dtype):
     call = small_call(operator, dtype)
     expected = call()
-    names = [launch["kernel"].split("<")[0].removeprefix("segattn::") for launch in emulator.report()]
+    names = [launch["kernel"].split("<")[0].removeprefix("segattn::cuda::") for launch in emulator.report()]
     assert names
     for number, name in enumerate(names):
         emulator.set_failing_launch(number)

@@ -250,7 +250,7 @@ def test_embeddings_up_to_here_take_tensor_cores(emulator, dtype, architecture, 
         tensors = inputs(1, embedding, 8, 70, 90, dtype)
         emulator.reset()
         run(*tensors)
-        scalar = {int(part) for k in kernels(emulator) for part in re.findall(r"\(segattn::PositionSum\)(\d)", k)}
+        scalar = {int(part) for k in kernels(emulator) for part in re.findall(r"\(segattn::cuda::PositionSum\)(\d)", k)}
         expected = ({0, 1} if embedding > forward else set()) | ({2, 3} if embedding > backward else set())
         if dtype == torch.float32 and embedding > backward:
             expected.add(0)  # makes the mean key

@@ -8,6 +8,9 @@
 #include "selftest.h"
 
 namespace segattn::selftest {
+
+namespace ptx = cuda::ptx;
+
 namespace {
 
 struct Fragments {
@@ -18,9 +21,12 @@ struct Fragments {
 
 __device__ Fragments load_fragments(const float* in, int lane) {
   Fragments f;
-  for (int i = 0; i < 4; ++i) f.a[i] = __float_as_uint(in[4 * lane + i]);
-  for (int i = 0; i < 2; ++i) f.b[i] = __float_as_uint(in[128 + 2 * lane + i]);
-  for (int i = 0; i < 4; ++i) f.d[i] = in[192 + 4 * lane + i];
+  for (int i = 0; i < 4; ++i)
+    f.a[i] = __float_as_uint(in[4 * lane + i]);
+  for (int i = 0; i < 2; ++i)
+    f.b[i] = __float_as_uint(in[128 + 2 * lane + i]);
+  for (int i = 0; i < 4; ++i)
+    f.d[i] = in[192 + 4 * lane + i];
   return f;
 }
 
@@ -30,14 +36,16 @@ __global__ void mma_16bit(const float* in, float* out, int) {
   const int lane = int(threadIdx.x);
   Fragments f = load_fragments(in, lane);
   ptx::mma_m16n8k16<T>(f.d, f.a, f.b);
-  for (int i = 0; i < 4; ++i) out[4 * lane + i] = f.d[i];
+  for (int i = 0; i < 4; ++i)
+    out[4 * lane + i] = f.d[i];
 }
 
 __global__ void mma_tf32(const float* in, float* out, int) {
   const int lane = int(threadIdx.x);
   Fragments f = load_fragments(in, lane);
   ptx::mma_m16n8k8_tf32(f.d, f.a, f.b);
-  for (int i = 0; i < 4; ++i) out[4 * lane + i] = f.d[i];
+  for (int i = 0; i < 4; ++i)
+    out[4 * lane + i] = f.d[i];
 }
 
 // in: 32 rows of 8 16-bit elements, four matrices; out: registers [32][kMatrices]
@@ -45,7 +53,8 @@ template <int kMatrices, bool kTransposed>
 __global__ void load_matrix(const float* in, float* out, int) {
   SEGATTN_DYNAMIC_SHARED(float, rows);
   const int lane = int(threadIdx.x);
-  for (int i = 0; i < 4; ++i) rows[4 * lane + i] = in[4 * lane + i];
+  for (int i = 0; i < 4; ++i)
+    rows[4 * lane + i] = in[4 * lane + i];
   __syncwarp();
   uint32_t r[kMatrices];
   if constexpr (kMatrices == 4) {
@@ -63,7 +72,8 @@ __global__ void load_matrix(const float* in, float* out, int) {
       ptx::ldmatrix_x2(r, row);
     }
   }
-  for (int i = 0; i < kMatrices; ++i) out[kMatrices * lane + i] = __uint_as_float(r[i]);
+  for (int i = 0; i < kMatrices; ++i)
+    out[kMatrices * lane + i] = __uint_as_float(r[i]);
 }
 
 // out: for each lane the results of 4 shuffles (index, up, down, xor) within segments of `size` lanes by 3, then ballot,
@@ -108,10 +118,14 @@ __global__ void coordinates(const float*, float* out, int) {
 }
 
 // One block of one warp: reads in[size * lane], writes out[lane]
-__global__ void global_stride(const float* in, float* out, int size) { out[threadIdx.x] = in[size * int(threadIdx.x)]; }
+__global__ void global_stride(const float* in, float* out, int size) {
+  out[threadIdx.x] = in[size * int(threadIdx.x)];
+}
 
 // Reads in[lane + size]
-__global__ void global_offset(const float* in, float* out, int size) { out[threadIdx.x] = in[int(threadIdx.x) + size]; }
+__global__ void global_offset(const float* in, float* out, int size) {
+  out[threadIdx.x] = in[int(threadIdx.x) + size];
+}
 
 __global__ void global_vector(const float* in, float* out, int) {
   reinterpret_cast<float4*>(out)[threadIdx.x] = reinterpret_cast<const float4*>(in)[threadIdx.x];
@@ -123,13 +137,15 @@ __global__ void global_half(const float* in, float* out, int) {
 
 // Only the first `size` lanes take part
 __global__ void global_partial(const float* in, float* out, int size) {
-  if (int(threadIdx.x) < size) out[threadIdx.x] = in[threadIdx.x];
+  if (int(threadIdx.x) < size)
+    out[threadIdx.x] = in[threadIdx.x];
 }
 
 // Each lane reads `size` elements a warp apart, one warp instruction after the other without synchronisation
 __global__ void global_loop(const float* in, float* out, int size) {
   float sum = 0;
-  for (int i = int(threadIdx.x); i < 32 * size; i += 32) sum += in[i];
+  for (int i = int(threadIdx.x); i < 32 * size; i += 32)
+    sum += in[i];
   out[threadIdx.x] = sum;
 }
 
@@ -172,7 +188,8 @@ __global__ void async_partial(const float* in, float* out, int size) {
   ptx::cp_async_16(tile + i, in + i, size);
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
-  for (int k = 0; k < 4; ++k) out[i + k] = tile[i + k];
+  for (int k = 0; k < 4; ++k)
+    out[i + k] = tile[i + k];
 }
 
 // Two warps: `size` of each operation, for the counters
@@ -202,9 +219,8 @@ __global__ void shared_limit(const float*, float* out, int size) {
 using Kernel = void (*)(const float*, float*, int);
 
 std::function<void(bool, const Buffers&)> on_one_warp(Kernel kernel, const char* name, size_t shared_bytes = 0) {
-  return [=](bool, const Buffers& b) {
-    launch_kernel(kernel, name, 1, 32, shared_bytes, nullptr, b.in, b.out, b.size);
-  };
+  return
+      [=](bool, const Buffers& b) { launch_kernel(kernel, name, 1, 32, shared_bytes, nullptr, b.in, b.out, b.size); };
 }
 
 }  // namespace
@@ -240,9 +256,7 @@ const std::vector<Case>& instructions() {
       {"matrix_stride", on_one_warp(matrix_stride, "matrix_stride", kTile)},
       {"async_partial", on_one_warp(async_partial, "async_partial", kRows)},
       {"operations",
-       [](bool, const Buffers& b) {
-         launch_kernel(operations, "operations", 1, 64, 0, nullptr, b.in, b.out, b.size);
-       }},
+       [](bool, const Buffers& b) { launch_kernel(operations, "operations", 1, 64, 0, nullptr, b.in, b.out, b.size); }},
       {"shared_limit",
        [](bool, const Buffers& b) {
          launch_kernel(shared_limit, "shared_limit", 1, 1, size_t(b.size), nullptr, b.in, b.out, b.size);

@@ -8,6 +8,9 @@
 #include "selftest.h"
 
 namespace segattn::selftest {
+
+namespace ptx = cuda::ptx;
+
 namespace {
 
 constexpr int kThreads = 128;
@@ -17,9 +20,12 @@ template <bool kBroken>
 __global__ void reverse(const float* in, float* out, int size) {
   SEGATTN_DYNAMIC_SHARED(float, tile);
   const int i = int(threadIdx.x);
-  if (i < size) tile[i] = in[i];
-  if constexpr (!kBroken) __syncthreads();
-  if (i < size) out[i] = tile[size - 1 - i];
+  if (i < size)
+    tile[i] = in[i];
+  if constexpr (!kBroken)
+    __syncthreads();
+  if (i < size)
+    out[i] = tile[size - 1 - i];
 }
 
 // The same through a static array, which every block must find spoiled anew.
@@ -28,7 +34,8 @@ __global__ void reverse_static(const float* in, float* out, int size) {
   __shared__ float tile[kThreads];
   const int i = int(threadIdx.x);
   const int block_start = int(blockIdx.x) * kThreads;
-  if (!kBroken || blockIdx.x == 0) tile[i] = in[block_start + i];
+  if (!kBroken || blockIdx.x == 0)
+    tile[i] = in[block_start + i];
   __syncthreads();
   out[block_start + i] = tile[kThreads - 1 - i];
 }
@@ -48,7 +55,8 @@ __global__ void shared_bounds(const float* in, float* out, int size) {
 template <bool kBroken>
 __global__ void global_bounds(const float* in, float* out, int size) {
   const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
-  if (i >= size) return;
+  if (i >= size)
+    return;
   const int right = kBroken ? i + 1 : (i + 1) % size;
   out[i] = in[i] + in[right];
 }
@@ -60,10 +68,12 @@ __global__ void async_copy(const float* in, float* out, int) {
   const int i = int(threadIdx.x);
   ptx::cp_async_16(tile + 4 * i, in + 4 * i, 16);
   ptx::cp_async_commit();
-  if constexpr (!kBroken) ptx::cp_async_wait<0>();
+  if constexpr (!kBroken)
+    ptx::cp_async_wait<0>();
   __syncthreads();
   const int other = int(blockDim.x) - 1 - i;
-  for (int k = 0; k < 4; ++k) out[4 * i + k] = tile[4 * other + k];
+  for (int k = 0; k < 4; ++k)
+    out[4 * i + k] = tile[4 * other + k];
 }
 
 // Two tiles in turn in one buffer. Broken: the second copy starts while others may still read the first tile.
@@ -76,8 +86,10 @@ __global__ void async_refill(const float* in, float* out, int) {
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
     __syncthreads();
-    for (int k = 0; k < 4; ++k) out[turn * size + 4 * i + k] = tile[4 * other + k];
-    if constexpr (!kBroken) __syncthreads();
+    for (int k = 0; k < 4; ++k)
+      out[turn * size + 4 * i + k] = tile[4 * other + k];
+    if constexpr (!kBroken)
+      __syncthreads();
   }
 }
 
@@ -91,9 +103,11 @@ __global__ void async_groups(const float* in, float* out, int) {
     ptx::cp_async_commit();
   }
   ptx::cp_async_wait<1>();
-  for (int k = 0; k < 4; ++k) out[4 * i + k] = tile[4 * i + k];
+  for (int k = 0; k < 4; ++k)
+    out[4 * i + k] = tile[4 * i + k];
   ptx::cp_async_wait<kBroken ? 1 : 0>();
-  for (int k = 0; k < 4; ++k) out[size + 4 * i + k] = tile[size + 4 * i + k];
+  for (int k = 0; k < 4; ++k)
+    out[size + 4 * i + k] = tile[size + 4 * i + k];
 }
 
 // Broken: half the block goes to a barrier of its own, which needs all threads.
@@ -126,7 +140,8 @@ template <bool kBroken>
 __global__ void partial_warp(const float* in, float* out, int) {
   const int i = int(threadIdx.x);
   out[i] = in[i];
-  if (kBroken && i % 32 >= 16) return;
+  if (kBroken && i % 32 >= 16)
+    return;
   float d[4] = {0, 0, 0, 0};
   const uint32_t a[4] = {0, 0, 0, 0}, b[2] = {0, 0};
   ptx::mma_m16n8k16<__half>(d, a, b);
@@ -161,7 +176,8 @@ __global__ void warp_exchange(const float* in, float* out, int) {
   SEGATTN_DYNAMIC_SHARED(float, tile);
   const int i = int(threadIdx.x);
   tile[i] = in[i];
-  if constexpr (!kBroken) __syncwarp();
+  if constexpr (!kBroken)
+    __syncwarp();
   out[i] = tile[i ^ 5];
 }
 
@@ -185,9 +201,11 @@ __global__ void producer_consumer(const float* in, float* out, int) {
   SEGATTN_DYNAMIC_SHARED(float, tile);
   const int i = int(threadIdx.x), lane = i % 32;
   if (i < 32) {
-    if constexpr (kBroken) ptx::barrier_arrive(1, 64);
+    if constexpr (kBroken)
+      ptx::barrier_arrive(1, 64);
     tile[lane] = in[lane];
-    if constexpr (!kBroken) ptx::barrier_arrive(1, 64);
+    if constexpr (!kBroken)
+      ptx::barrier_arrive(1, 64);
   } else {
     ptx::barrier_sync(1, 64);
     out[lane] = tile[31 - lane];
@@ -214,7 +232,8 @@ template <bool kBroken>
 __global__ void global_exchange(const float* in, float* out, int size) {
   const int i = int(threadIdx.x);
   out[i] = in[i];
-  if constexpr (!kBroken) __syncthreads();
+  if constexpr (!kBroken)
+    __syncthreads();
   out[size + i] = out[size - 1 - i];
 }
 
@@ -242,7 +261,8 @@ template <bool kBroken>
 __global__ void misaligned_matrix(const float* in, float* out, int) {
   SEGATTN_DYNAMIC_SHARED(float, tile);
   const int i = int(threadIdx.x);
-  for (int k = i; k < 16 * 32; k += 32) tile[k] = in[k];
+  for (int k = i; k < 16 * 32; k += 32)
+    tile[k] = in[k];
   __syncwarp();
   uint32_t r[4];
   ptx::ldmatrix_x4(r, tile + 4 * i + (kBroken ? 2 : 0));
@@ -273,7 +293,8 @@ __global__ void register_bounds(const float* in, float* out, int size) {
 template <bool kBroken>
 __global__ void incomplete_output(const float* in, float* out, int size) {
   const int i = int(threadIdx.x);
-  if (i < (kBroken ? size - 1 : size)) out[i] = in[i];
+  if (i < (kBroken ? size - 1 : size))
+    out[i] = in[i];
 }
 
 __device__ uint32_t pack(float low, float high) {
@@ -291,10 +312,12 @@ __global__ void lane_mapping(const float* in, float* out, int) {
     const int row = g + (kBroken ? i / 2 : i % 2) * 8, column = 2 * t + (kBroken ? i % 2 : i / 2) * 8;
     fa[i] = pack(a[row * 16 + column], a[row * 16 + column + 1]);
   }
-  for (int i = 0; i < 2; ++i) fb[i] = pack(b[(2 * t + 8 * i) * 8 + g], b[(2 * t + 8 * i + 1) * 8 + g]);
+  for (int i = 0; i < 2; ++i)
+    fb[i] = pack(b[(2 * t + 8 * i) * 8 + g], b[(2 * t + 8 * i + 1) * 8 + g]);
   float d[4] = {0, 0, 0, 0};
   ptx::mma_m16n8k16<__half>(d, fa, fb);
-  for (int i = 0; i < 4; ++i) out[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = d[i];
+  for (int i = 0; i < 4; ++i)
+    out[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = d[i];
 }
 
 template <class Kernel>
@@ -302,11 +325,11 @@ void launch(Kernel kernel, const char* name, dim3 grid, dim3 block, size_t share
   launch_kernel(kernel, name, grid, block, shared_bytes, nullptr, b.in, b.out, b.size);
 }
 
-#define SEGATTN_SELFTEST(kernel, grid, block, shared_floats)                                     \
-  Case {                                                                                         \
-#kernel, [](bool broken, const Buffers& b) {                                                     \
+#define SEGATTN_SELFTEST(kernel, grid, block, shared_floats)                                       \
+  Case {                                                                                           \
+    #kernel, [](bool broken, const Buffers& b) {                                                   \
       launch(broken ? kernel<true> : kernel<false>, #kernel, grid, block, 4 * (shared_floats), b); \
-    }                                                                                            \
+    }                                                                                              \
   }
 
 }  // namespace

@@ -1,8 +1,8 @@
 // The self-tests' kernels as a Python module; addresses are those of torch tensors (data_ptr()).
+#include <stdexcept>
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-
-#include <stdexcept>
 
 #include "selftest.h"
 
@@ -13,7 +13,8 @@ namespace {
 
 void run(const std::vector<Case>& all, const std::string& name, bool broken, const Buffers& buffers) {
   for (const Case& c : all) {
-    if (c.name == name) return c.run(broken, buffers);
+    if (c.name == name)
+      return c.run(broken, buffers);
   }
   throw std::invalid_argument("no self-test kernel is called " + name);
 }
@@ -27,7 +28,8 @@ Buffers buffers(uintptr_t in, uintptr_t out, int size) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cases", [] {
     std::vector<std::string> names;
-    for (const Case& c : cases()) names.push_back(c.name);
+    for (const Case& c : cases())
+      names.push_back(c.name);
     return names;
   });
   m.def(

@@ -2,10 +2,10 @@
 // output(m, p) = sum over the terms of sum_k matrix(m, k) source(k, p), and residual(m, p) where there is one.
 #pragma once
 
+#include <span>
+
 #include "cpu/common/pack.h"
 #include "cpu/common/parallel.h"
-
-#include <span>
 
 namespace segattn::cpu {
 
@@ -44,8 +44,8 @@ class ChannelApplication {
   }
 
   // residual: (rows, positions), added last, so that it rounds no partial sum; or null
-  void run_unit(std::int64_t unit, std::span<const ApplyTerm<T>> terms, const T* residual, T* output,
-                Scratch& scratch) const {
+  void run_unit(
+      std::int64_t unit, std::span<const ApplyTerm<T>> terms, const T* residual, T* output, Scratch& scratch) const {
     const std::int64_t first = unit * block_;
     const std::int64_t count = std::min(block_, positions_ - first);
     A* const sums = scratch.take<A>(panels_size<P>(rows_, block_));
@@ -57,8 +57,9 @@ class ChannelApplication {
     GemmMode mode = GemmMode::store;
     for (const ApplyTerm<T>& term : terms) {
       pack_b_from_steps<P>(packed, term.source + first, positions_, count, term.channels);
-      tile_gemm<P>(AOperand<P>::packed(term.matrix), packed, COperand<A>::panels(sums), rows_, count,
-                   k_steps<P>(term.channels), mode);
+      tile_gemm<P>(
+          AOperand<P>::packed(term.matrix), packed, COperand<A>::panels(sums), rows_, count, k_steps<P>(term.channels),
+          mode);
       mode = GemmMode::add;
     }
     store_panels(output + first, positions_, sums, rows_, count, residual == nullptr ? nullptr : residual + first);

@@ -9,21 +9,21 @@
 // rounding of logsumexp alone is worth 2.4e-4 of every weight in float32.
 #pragma once
 
-#include "cpu/channel/forward.h"
-
 #include <array>
+
+#include "cpu/channel/forward.h"
 
 namespace segattn::cpu {
 
 template <class T>
 struct ChannelBackwardArguments {
-  const T* grad_output;  // (B, C, T)
-  const T* query;        // (B, C, S); null: one input, which is key and value; T = S
-  const T* key;          // (B, K, S)
-  const T* value;        // (B, K, T)
-  T* grad_query;         // (B, C, S); null for one input
-  T* grad_key;           // (B, K, S), of the input where it is one
-  T* grad_value;         // (B, K, T); null for one input
+  const T* grad_output;           // (B, C, T)
+  const T* query;                 // (B, C, S); null: one input, which is key and value; T = S
+  const T* key;                   // (B, K, S)
+  const T* value;                 // (B, K, T)
+  T* grad_query;                  // (B, C, S); null for one input
+  T* grad_key;                    // (B, K, S), of the input where it is one
+  T* grad_value;                  // (B, K, T); null for one input
   const AccumulatorOf<T>* gamma;  // (B, C); null without
   AccumulatorOf<T>* grad_gamma;   // (B, C), one input; null for three
   ChannelSizes sizes;
@@ -69,8 +69,9 @@ class ChannelBackward {
 
  private:
   std::int64_t packed_size() const {
-    return std::max(packed_a_size<P>(sizes_.query_channels, sizes_.key_channels),
-                    packed_a_size<P>(sizes_.key_channels, sizes_.query_channels));
+    return std::max(
+        packed_a_size<P>(sizes_.query_channels, sizes_.key_channels),
+        packed_a_size<P>(sizes_.key_channels, sizes_.query_channels));
   }
   std::int64_t query_size() const { return sizes_.query_channels * sizes_.query_positions; }
   std::int64_t key_size() const { return sizes_.key_channels * sizes_.query_positions; }
@@ -120,8 +121,8 @@ class ChannelBackward {
         const std::int64_t at = (first + sample) * sizes_.query_channels + row + r;
         const A gamma = arguments_.gamma == nullptr ? A(1) : arguments_.gamma[at];
         softmax_row(row_weights + r * ld_, sizes_.key_channels, arguments_.scale);
-        const A dot = softmax_row_backward(row_weights + r * ld_, row_grad + r * ld_, sizes_.key_channels,
-                                           arguments_.scale * gamma);
+        const A dot = softmax_row_backward(
+            row_weights + r * ld_, row_grad + r * ld_, sizes_.key_channels, arguments_.scale * gamma);
         if (arguments_.grad_gamma != nullptr) {
           arguments_.grad_gamma[at] = dot;
         }
@@ -139,13 +140,15 @@ class ChannelBackward {
     const std::int64_t rows_most = std::max(sizes_.query_channels, sizes_.key_channels);
     const std::int64_t blocks = (rows_most + kPanel - 1) / kPanel;
     const std::int64_t widest = round_up(rows_most, kPanel);
-    parallel_units(samples * blocks, scratch_bytes<A>(kPanel * widest) + scratch_bytes<Stored>(kPanel * widest),
-                   [&](std::int64_t unit, Scratch& scratch) {
-                     const std::int64_t sample = unit / blocks;
-                     const std::int64_t row = unit % blocks * kPanel;
-                     pack_blocks(row, grad + sample * grad_plan_.size(), weights + sample * sizes_.query_channels * ld_,
-                                 packed + sample * 3 * packed_size(), scratch);
-                   });
+    parallel_units(
+        samples * blocks, scratch_bytes<A>(kPanel * widest) + scratch_bytes<Stored>(kPanel * widest),
+        [&](std::int64_t unit, Scratch& scratch) {
+          const std::int64_t sample = unit / blocks;
+          const std::int64_t row = unit % blocks * kPanel;
+          pack_blocks(
+              row, grad + sample * grad_plan_.size(), weights + sample * sizes_.query_channels * ld_,
+              packed + sample * 3 * packed_size(), scratch);
+        });
   }
 
   // The rows [row, row + kPanel) of each packed matrix, as far as it has them.
@@ -195,44 +198,51 @@ class ChannelBackward {
     const std::int64_t keys = sizes_.key_channels;
     const auto sample_packed = [&](std::int64_t sample) { return packed + sample * 3 * packed_size(); };
     if (one_input_) {
-      run_application<2>(samples, keys, sizes_.query_positions, [&](std::int64_t sample) {
-        const P* const matrices = sample_packed(sample);
-        return std::pair{std::array<ApplyTerm<T>, 2>{
-                             {{matrices, arguments_.grad_output + (first + sample) * output_size(), channels},
-                              {matrices + packed_size(), arguments_.key + (first + sample) * key_size(), channels}}},
-                         arguments_.grad_key + (first + sample) * key_size()};
-      }, arguments_.gamma != nullptr);
+      run_application<2>(
+          samples, keys, sizes_.query_positions,
+          [&](std::int64_t sample) {
+            const P* const matrices = sample_packed(sample);
+            return std::pair{
+                std::array<ApplyTerm<T>, 2>{
+                    {{matrices, arguments_.grad_output + (first + sample) * output_size(), channels},
+                     {matrices + packed_size(), arguments_.key + (first + sample) * key_size(), channels}}},
+                arguments_.grad_key + (first + sample) * key_size()};
+          },
+          arguments_.gamma != nullptr);
       return;
     }
     run_application<1>(samples, keys, sizes_.value_positions, [&](std::int64_t sample) {
       const T* const source = arguments_.grad_output + (first + sample) * output_size();
-      return std::pair{std::array<ApplyTerm<T>, 1>{{{sample_packed(sample), source, channels}}},
-                       arguments_.grad_value + (first + sample) * value_size()};
+      return std::pair{
+          std::array<ApplyTerm<T>, 1>{{{sample_packed(sample), source, channels}}},
+          arguments_.grad_value + (first + sample) * value_size()};
     });
     run_application<1>(samples, keys, sizes_.query_positions, [&](std::int64_t sample) {
       const T* const source = arguments_.query + (first + sample) * query_size();
-      return std::pair{std::array<ApplyTerm<T>, 1>{{{sample_packed(sample) + packed_size(), source, channels}}},
-                       arguments_.grad_key + (first + sample) * key_size()};
+      return std::pair{
+          std::array<ApplyTerm<T>, 1>{{{sample_packed(sample) + packed_size(), source, channels}}},
+          arguments_.grad_key + (first + sample) * key_size()};
     });
     run_application<1>(samples, channels, sizes_.query_positions, [&](std::int64_t sample) {
       const T* const source = arguments_.key + (first + sample) * key_size();
-      return std::pair{std::array<ApplyTerm<T>, 1>{{{sample_packed(sample) + 2 * packed_size(), source, keys}}},
-                       arguments_.grad_query + (first + sample) * query_size()};
+      return std::pair{
+          std::array<ApplyTerm<T>, 1>{{{sample_packed(sample) + 2 * packed_size(), source, keys}}},
+          arguments_.grad_query + (first + sample) * query_size()};
     });
   }
 
   // job(sample) is the terms of a sample and its output; with `residual` the first term's source is added.
   template <std::size_t terms, class Job>
-  void run_application(std::int64_t samples, std::int64_t rows, std::int64_t positions, const Job& job,
-                       bool residual = false) const {
+  void run_application(
+      std::int64_t samples, std::int64_t rows, std::int64_t positions, const Job& job, bool residual = false) const {
     const ChannelApplication<T> application(rows, positions, samples);
     const std::int64_t most = std::max(sizes_.query_channels, sizes_.key_channels);
-    parallel_units(samples * application.units(), application.scratch(std::array{most}),
-                   [&](std::int64_t unit, Scratch& scratch) {
-                     const auto [sample_terms, output] = job(unit / application.units());
-                     application.run_unit(unit % application.units(), sample_terms,
-                                          residual ? sample_terms[0].source : nullptr, output, scratch);
-                   });
+    parallel_units(
+        samples * application.units(), application.scratch(std::array{most}), [&](std::int64_t unit, Scratch& scratch) {
+          const auto [sample_terms, output] = job(unit / application.units());
+          application.run_unit(
+              unit % application.units(), sample_terms, residual ? sample_terms[0].source : nullptr, output, scratch);
+        });
   }
 
   ChannelBackwardArguments<T> arguments_;

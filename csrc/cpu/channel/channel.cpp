@@ -1,11 +1,11 @@
 // Channel attention on the CPU: checks, outputs, dtype dispatch, registration.
-#include "registration.h"
-#include "cpu/channel/backward.h"
-#include "cpu/common/dispatch.h"
-
 #include <optional>
 #include <tuple>
 #include <vector>
+
+#include "cpu/channel/backward.h"
+#include "cpu/common/dispatch.h"
+#include "registration.h"
 
 namespace segattn::cpu {
 
@@ -47,8 +47,8 @@ std::tuple<Tensor, Tensor> channel_attention(Tensor query, Tensor key, Tensor va
 
 // grad_output (B, C, *T), query (B, C, *S), key (B, K, *S), value (B, K, *T)
 // -> grad_query (B, C, *S), grad_key (B, K, *S), grad_value (B, K, *T)
-std::tuple<Tensor, Tensor, Tensor> channel_attention_backward(Tensor grad_output, Tensor query, Tensor key,
-                                                              Tensor value, double scale) {
+std::tuple<Tensor, Tensor, Tensor> channel_attention_backward(
+    Tensor grad_output, Tensor query, Tensor key, Tensor value, double scale) {
   const ChannelSizes sizes = check_channel_attention_backward(grad_output, query, key, value, scale);
   for (Tensor* tensor : {&grad_output, &query, &key, &value}) {
     *tensor = torch::stable::contiguous(*tensor);
@@ -57,9 +57,9 @@ std::tuple<Tensor, Tensor, Tensor> channel_attention_backward(Tensor grad_output
   Tensor grad_key = torch::stable::new_empty(key, key.sizes());
   Tensor grad_value = torch::stable::new_empty(value, value.sizes());
   dispatch_dtype(query.scalar_type(), [&]<class T>() {
-    ChannelBackward<T>({data<T>(grad_output), data<T>(query), data<T>(key), data<T>(value),
-                        mutable_data<T>(grad_query), mutable_data<T>(grad_key), mutable_data<T>(grad_value), nullptr,
-                        nullptr, sizes, static_cast<AccumulatorOf<T>>(scale)})
+    ChannelBackward<T>({data<T>(grad_output), data<T>(query), data<T>(key), data<T>(value), mutable_data<T>(grad_query),
+                        mutable_data<T>(grad_key), mutable_data<T>(grad_value), nullptr, nullptr, sizes,
+                        static_cast<AccumulatorOf<T>>(scale)})
         .run();
   });
   return {grad_query, grad_key, grad_value};
@@ -92,8 +92,8 @@ std::tuple<Tensor, Tensor> channel_self_attention(Tensor input, double scale, st
 }
 
 // grad_output (B, C, *S), input (B, C, *S), gamma (B, C) -> grad_input (B, C, *S), grad_gamma (B, C)
-std::tuple<Tensor, Tensor> channel_self_attention_backward(Tensor grad_output, Tensor input, double scale,
-                                                           std::optional<Tensor> gamma) {
+std::tuple<Tensor, Tensor> channel_self_attention_backward(
+    Tensor grad_output, Tensor input, double scale, std::optional<Tensor> gamma) {
   const ChannelSizes sizes = check_channel_self_attention_backward(grad_output, input, scale, gamma);
   grad_output = torch::stable::contiguous(grad_output);
   input = torch::stable::contiguous(input);

@@ -9,10 +9,10 @@
 // mirrors them.
 #pragma once
 
+#include <span>
+
 #include "cpu/common/pack.h"
 #include "cpu/common/parallel.h"
-
-#include <span>
 
 namespace segattn::cpu {
 
@@ -32,8 +32,8 @@ struct ContractionPlan {
     const std::int64_t panels = (columns + kPanel - 1) / kPanel;
     const std::int64_t widest = positions >= 2048 ? 528 : 144;
     column_blocks = std::clamp<std::int64_t>((columns + widest - 1) / widest, 1, panels);
-    splits = std::clamp<std::int64_t>((kUnits + column_blocks - 1) / column_blocks, 1,
-                                      std::max<std::int64_t>(1, positions / 1024));
+    splits = std::clamp<std::int64_t>(
+        (kUnits + column_blocks - 1) / column_blocks, 1, std::max<std::int64_t>(1, positions / 1024));
   }
 
   std::int64_t leading_dimension() const { return padded_columns<P>(columns); }
@@ -76,7 +76,7 @@ class ChannelContraction {
   static std::size_t scratch(const ContractionPlan<P>& plan) {
     const std::int64_t widest = std::max(plan.widest_block(), round_up(plan.columns, kPanel));
     return scratch_bytes<P>(packed_b_size<P>(widest, kPositionBlock)) +
-           scratch_bytes<P>(packed_a_size<P>(plan.rows, kPositionBlock));
+        scratch_bytes<P>(packed_a_size<P>(plan.rows, kPositionBlock));
   }
 
   void run_unit(std::int64_t unit, Scratch& scratch) const {
@@ -101,18 +101,19 @@ class ChannelContraction {
     for (std::int64_t position = plan_.first_position(split); position < end; position += kPositionBlock) {
       const std::int64_t count = std::min(kPositionBlock, end - position);
       const GemmMode mode = position == plan_.first_position(split) ? GemmMode::store : GemmMode::add;
-      pack_b_from_columns<P>(packed_right, right_ + packed_begin * plan_.positions + position, plan_.positions,
-                             end_column - packed_begin, count);
+      pack_b_from_columns<P>(
+          packed_right, right_ + packed_begin * plan_.positions + position, plan_.positions, end_column - packed_begin,
+          count);
       for (const Left& left : left_) {
         A* const result = left.result + split * plan_.split_size();
         if (left.data == nullptr) {
           multiply_symmetric(packed_right, first_column, end_column, k_steps<P>(count), mode, result);
         } else {
           pack_a_from_rows<P>(packed_left, left.data + position, plan_.positions, plan_.rows, count);
-          tile_gemm<P>(AOperand<P>::packed(packed_left),
-                       packed_right + (first_column - packed_begin) * k_steps<P>(count),
-                       COperand<A>::row_major(result + first_column, plan_.leading_dimension()), plan_.rows,
-                       end_column - first_column, k_steps<P>(count), mode);
+          tile_gemm<P>(
+              AOperand<P>::packed(packed_left), packed_right + (first_column - packed_begin) * k_steps<P>(count),
+              COperand<A>::row_major(result + first_column, plan_.leading_dimension()), plan_.rows,
+              end_column - first_column, k_steps<P>(count), mode);
         }
       }
     }
@@ -121,17 +122,18 @@ class ChannelContraction {
  private:
   // Blocks on and above the diagonal of columns [first_column, end_column); a panel of packed columns is, read
   // across, an A operand of as many rows.
-  void multiply_symmetric(const P* packed, std::int64_t first_column, std::int64_t end_column, std::int64_t steps,
-                          GemmMode mode, A* result) const {
+  void multiply_symmetric(
+      const P* packed, std::int64_t first_column, std::int64_t end_column, std::int64_t steps, GemmMode mode,
+      A* result) const {
     for (std::int64_t column = first_column; column < end_column; column += kPanel) {
       const std::int64_t columns = std::min(kPanel, end_column - column);
       for (std::int64_t row = 0; row <= column; row += kPanel) {
         const std::int64_t rows = std::min(kPanel, plan_.rows - row);
         const std::int64_t row_width = panel_width<P>(end_column, row);
-        tile_gemm<P>(AOperand<P>::strided(packed + row * steps, row_width, 1), packed + column * steps,
-                     COperand<A>::row_major(result + row * plan_.leading_dimension() + column,
-                                            plan_.leading_dimension()),
-                     rows, columns, steps, mode);
+        tile_gemm<P>(
+            AOperand<P>::strided(packed + row * steps, row_width, 1), packed + column * steps,
+            COperand<A>::row_major(result + row * plan_.leading_dimension() + column, plan_.leading_dimension()), rows,
+            columns, steps, mode);
       }
     }
   }
@@ -139,8 +141,9 @@ class ChannelContraction {
   void fill_zero(std::int64_t first_column, std::int64_t end_column) const {
     for (const Left& left : left_) {
       for (std::int64_t row = 0; row < plan_.rows; ++row) {
-        std::fill_n(left.result + row * plan_.leading_dimension() + first_column,
-                    padded_columns<P>(end_column - first_column), A(0));
+        std::fill_n(
+            left.result + row * plan_.leading_dimension() + first_column, padded_columns<P>(end_column - first_column),
+            A(0));
       }
     }
   }
@@ -153,8 +156,8 @@ class ChannelContraction {
 // Rows [row, row + rows) of the result, splits added in order: target [rows][leading dimension]. `row` starts a panel
 // and rows is at most a panel.
 template <class P, class A>
-void load_rows(const ContractionPlan<P>& plan, const A* result, bool symmetric, std::int64_t row, std::int64_t rows,
-               A* target) {
+void load_rows(
+    const ContractionPlan<P>& plan, const A* result, bool symmetric, std::int64_t row, std::int64_t rows, A* target) {
   constexpr std::int64_t lanes = kLanes<A>;
   constexpr std::int64_t panel = panel_columns<P>;
   using V = Vec<A>;

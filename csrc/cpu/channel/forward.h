@@ -3,20 +3,20 @@
 // Memory: the splits' energies and the packed attention, C x K each; nothing of the size of the feature maps.
 #pragma once
 
+#include "checks/channel.h"
 #include "cpu/channel/apply.h"
 #include "cpu/channel/contraction.h"
 #include "cpu/channel/softmax.h"
-#include "checks/channel.h"
 
 namespace segattn::cpu {
 
 template <class T>
 struct ChannelForwardArguments {
-  const T* query;               // (B, C, S); null: the same as key
-  const T* key;                 // (B, K, S)
-  const T* value;               // (B, K, T)
-  T* output;                    // (B, C, T)
-  AccumulatorOf<T>* logsumexp;  // (B, C)
+  const T* query;                 // (B, C, S); null: the same as key
+  const T* key;                   // (B, K, S)
+  const T* value;                 // (B, K, T)
+  T* output;                      // (B, C, T)
+  AccumulatorOf<T>* logsumexp;    // (B, C)
   const AccumulatorOf<T>* gamma;  // (B, C): output = gamma * attention + value, C = K; null: the attention alone
   ChannelSizes sizes;
   AccumulatorOf<T> scale;
@@ -59,41 +59,43 @@ class ChannelForward {
   void run_samples(std::int64_t first, std::int64_t samples, A* energy, P* attention) const {
     const std::int64_t key_size = sizes_.key_channels * sizes_.query_positions;
     const std::int64_t query_size = sizes_.query_channels * sizes_.query_positions;
-    parallel_units(samples * plan_.units(), ChannelContraction<T>::scratch(plan_),
-                   [&](std::int64_t unit, Scratch& scratch) {
-                     const std::int64_t sample = unit % samples;
-                     using Left = typename ChannelContraction<T>::Left;
-                     const T* const query =
-                         arguments_.query == nullptr ? nullptr : arguments_.query + (first + sample) * query_size;
-                     const Left left[] = {{query, energy + sample * plan_.size()}};
-                     ChannelContraction<T>(plan_, arguments_.key + (first + sample) * key_size, left)
-                         .run_unit(unit / samples, scratch);
-                   });
+    parallel_units(
+        samples * plan_.units(), ChannelContraction<T>::scratch(plan_), [&](std::int64_t unit, Scratch& scratch) {
+          const std::int64_t sample = unit % samples;
+          using Left = typename ChannelContraction<T>::Left;
+          const T* const query =
+              arguments_.query == nullptr ? nullptr : arguments_.query + (first + sample) * query_size;
+          const Left left[] = {{query, energy + sample * plan_.size()}};
+          ChannelContraction<T>(plan_, arguments_.key + (first + sample) * key_size, left)
+              .run_unit(unit / samples, scratch);
+        });
 
     const std::int64_t ld = plan_.leading_dimension();
     const std::int64_t row_blocks = (sizes_.query_channels + kPanel - 1) / kPanel;
-    parallel_units(samples * row_blocks,
-                   scratch_bytes<A>(kPanel * ld) + (kIsPair<P> ? scratch_bytes<StoredOf<P>>(kPanel * ld) : 0),
-                   [&](std::int64_t unit, Scratch& scratch) {
-                     const std::int64_t sample = unit / row_blocks;
-                     normalise(first + sample, unit % row_blocks * kPanel, energy + sample * plan_.size(),
-                               attention + sample * attention_size(), scratch);
-                   });
+    parallel_units(
+        samples * row_blocks,
+        scratch_bytes<A>(kPanel * ld) + (kIsPair<P> ? scratch_bytes<StoredOf<P>>(kPanel * ld) : 0),
+        [&](std::int64_t unit, Scratch& scratch) {
+          const std::int64_t sample = unit / row_blocks;
+          normalise(
+              first + sample, unit % row_blocks * kPanel, energy + sample * plan_.size(),
+              attention + sample * attention_size(), scratch);
+        });
 
     const ChannelApplication<T> application(sizes_.query_channels, sizes_.value_positions, samples);
     const std::int64_t channels[] = {sizes_.key_channels};
-    parallel_units(samples * application.units(), application.scratch(channels),
-                   [&](std::int64_t unit, Scratch& scratch) {
-                     const std::int64_t sample = unit / application.units();
-                     const std::int64_t value_size = sizes_.key_channels * sizes_.value_positions;
-                     const std::int64_t output_size = sizes_.query_channels * sizes_.value_positions;
-                     const ApplyTerm<T> terms[] = {{attention + sample * attention_size(),
-                                                    arguments_.value + (first + sample) * value_size,
-                                                    sizes_.key_channels}};
-                     application.run_unit(unit % application.units(), terms,
-                                          arguments_.gamma == nullptr ? nullptr : terms[0].source,
-                                          arguments_.output + (first + sample) * output_size, scratch);
-                   });
+    parallel_units(
+        samples * application.units(), application.scratch(channels), [&](std::int64_t unit, Scratch& scratch) {
+          const std::int64_t sample = unit / application.units();
+          const std::int64_t value_size = sizes_.key_channels * sizes_.value_positions;
+          const std::int64_t output_size = sizes_.query_channels * sizes_.value_positions;
+          const ApplyTerm<T> terms[] = {
+              {attention + sample * attention_size(), arguments_.value + (first + sample) * value_size,
+               sizes_.key_channels}};
+          application.run_unit(
+              unit % application.units(), terms, arguments_.gamma == nullptr ? nullptr : terms[0].source,
+              arguments_.output + (first + sample) * output_size, scratch);
+        });
   }
 
   // Rows [row, row + kPanel) of one sample's attention.

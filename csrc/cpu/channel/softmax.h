@@ -1,11 +1,11 @@
 // Channel attention: rows of the C x K matrices: softmax and its derivative.
 #pragma once
 
-#include "cpu/common/exp.h"
-#include "cpu/common/pack.h"
-
 #include <cmath>
 #include <limits>
+
+#include "cpu/common/exp.h"
+#include "cpu/common/pack.h"
 
 namespace segattn::cpu {
 

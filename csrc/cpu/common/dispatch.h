@@ -1,8 +1,8 @@
 // From a tensor's dtype to a template argument.
 #pragma once
 
-#include "cpu/common/simd.h"
 #include "checks/check.h"
+#include "cpu/common/simd.h"
 
 namespace segattn::cpu {
 

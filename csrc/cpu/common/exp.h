@@ -8,11 +8,11 @@
 // arguments whose exp overflows give inf, and NaN stays NaN.
 #pragma once
 
-#include "cpu/common/simd.h"
-
 #include <bit>
 #include <limits>
 #include <span>
+
+#include "cpu/common/simd.h"
 
 namespace segattn::cpu {
 
@@ -31,8 +31,9 @@ struct ExpConstants<float> {
   static constexpr float ln2_low = 0x1.7f7d1cp-20f;
   static constexpr float smallest = -0x1.5d589ep+6f;  // ln(2^-126), rounded up
   static constexpr float largest = 0x1.62e42ep+6f;    // the largest float whose exp is finite
-  static constexpr float polynomial[] = {0x1.6a2350582208bp-10f, 0x1.123a6b3911f70p-7f, 0x1.5558f4cf721afp-5f,
-                                         0x1.5554909fdcae9p-3f, 0x1.fffffb9443323p-2f};
+  static constexpr float polynomial[] = {
+      0x1.6a2350582208bp-10f, 0x1.123a6b3911f70p-7f, 0x1.5558f4cf721afp-5f, 0x1.5554909fdcae9p-3f,
+      0x1.fffffb9443323p-2f};
 };
 
 template <>
@@ -45,10 +46,9 @@ struct ExpConstants<double> {
   static constexpr double ln2_low = 0x1.ef35793c76730p-45;
   static constexpr double smallest = -0x1.6232bdd7abcd2p+9;  // ln(2^-1022)
   static constexpr double largest = 0x1.62e42fefa39efp+9;
-  static constexpr double polynomial[] = {0x1.a9a740039ecbep-26, 0x1.28a8640de83b3p-22, 0x1.71e197b665a07p-19,
-                                          0x1.a019a0589352ep-16, 0x1.a01a0010f8b1cp-13, 0x1.6c16c18155dfep-10,
-                                          0x1.111111115b60ep-7,  0x1.55555555519a4p-5,  0x1.5555555555431p-3,
-                                          0x1.0000000000005p-1};
+  static constexpr double polynomial[] = {
+      0x1.a9a740039ecbep-26, 0x1.28a8640de83b3p-22, 0x1.71e197b665a07p-19, 0x1.a019a0589352ep-16, 0x1.a01a0010f8b1cp-13,
+      0x1.6c16c18155dfep-10, 0x1.111111115b60ep-7,  0x1.55555555519a4p-5,  0x1.5555555555431p-3,  0x1.0000000000005p-1};
 };
 
 }  // namespace detail

@@ -3,14 +3,14 @@
 // vectors, so nothing is transposed, and no element is broadcast.
 #pragma once
 
-#include "cpu/common/prefetch.h"
-#include "cpu/common/simd.h"
-#include "cpu/common/work_counter.h"
-
 #include <algorithm>
 #include <array>
 #include <cstdint>
 #include <utility>
+
+#include "cpu/common/prefetch.h"
+#include "cpu/common/simd.h"
+#include "cpu/common/work_counter.h"
 
 namespace segattn::cpu {
 
@@ -97,8 +97,9 @@ inline constexpr auto kLaneKernels = make_lane_kernels<V>(std::make_integer_sequ
 // C (m x n) = or, with `add`, += A (m x steps) B^T (n x steps). The order of a sum depends on `steps` alone.
 // meanwhile(parts) is called before each of the product's parts, to fetch what is needed next.
 template <class V, class Meanwhile = DoNothing, class A = ElementOf<V>>
-void lane_product(const LaneOperand<A>& a, std::int64_t m, const LaneOperand<A>& b, std::int64_t n, std::int64_t steps,
-                  const LaneResult<A>& c, bool add, Meanwhile&& meanwhile = {}) {
+void lane_product(
+    const LaneOperand<A>& a, std::int64_t m, const LaneOperand<A>& b, std::int64_t n, std::int64_t steps,
+    const LaneResult<A>& c, bool add, Meanwhile&& meanwhile = {}) {
   count_multiply_adds(m * n * steps * kWidthOf<V>);
   const std::int64_t blocks = std::max<std::int64_t>(1, (steps + kLaneSteps / 2 - 1) / kLaneSteps);
   const std::int64_t parts = blocks * ((m + kLaneRows - 1) / kLaneRows) * ((n + kLaneColumns - 1) / kLaneColumns);

@@ -288,53 +288,58 @@ inline void pack_strided_a_from_panels(BFloat16Pair* target, const float* panel,
 }
 
 template <class T>
-void store_panels(T* target, std::int64_t ld, const AccumulatorOf<T>* panels, std::int64_t m, std::int64_t n,
-                  const T* residual = nullptr) {
+void store_panels(
+    T* target, std::int64_t ld, const AccumulatorOf<T>* panels, std::int64_t m, std::int64_t n,
+    const T* residual = nullptr) {
   constexpr int lanes = kLanes<AccumulatorOf<T>>;
-  detail::for_each_panel_vector(panels, m, n, [&](std::int64_t row, std::int64_t column, auto vector, std::int64_t count) {
-    if (residual != nullptr) {
-      const T* const at = residual + row * ld + column;
-      vector += read_vector(at, count);
-    }
-    if (count == lanes) {
-      narrow<lanes>(target + row * ld + column, vector);
-    } else {
-      narrow_partial<lanes>(target + row * ld + column, vector, count);
-    }
-  });
+  detail::for_each_panel_vector(
+      panels, m, n, [&](std::int64_t row, std::int64_t column, auto vector, std::int64_t count) {
+        if (residual != nullptr) {
+          const T* const at = residual + row * ld + column;
+          vector += read_vector(at, count);
+        }
+        if (count == lanes) {
+          narrow<lanes>(target + row * ld + column, vector);
+        } else {
+          narrow_partial<lanes>(target + row * ld + column, vector, count);
+        }
+      });
 }
 
 template <class T>
-void store_panels_transposed(T* target, std::int64_t ld, const AccumulatorOf<T>* panels, std::int64_t m,
-                             std::int64_t n) {
+void store_panels_transposed(
+    T* target, std::int64_t ld, const AccumulatorOf<T>* panels, std::int64_t m, std::int64_t n) {
   constexpr int lanes = kLanes<AccumulatorOf<T>>;
-  detail::for_each_panel_column(panels, m, n, [&](std::int64_t column, std::int64_t row, auto vector, std::int64_t count) {
-    if (count == lanes) {
-      narrow<lanes>(target + column * ld + row, vector);
-    } else {
-      narrow_partial<lanes>(target + column * ld + row, vector, count);
-    }
-  });
+  detail::for_each_panel_column(
+      panels, m, n, [&](std::int64_t column, std::int64_t row, auto vector, std::int64_t count) {
+        if (count == lanes) {
+          narrow<lanes>(target + column * ld + row, vector);
+        } else {
+          narrow_partial<lanes>(target + column * ld + row, vector, count);
+        }
+      });
 }
 
 template <class Accumulator>
-void add_panels_transposed(Accumulator* target, std::int64_t ld, const Accumulator* panels, std::int64_t m,
-                           std::int64_t n) {
+void add_panels_transposed(
+    Accumulator* target, std::int64_t ld, const Accumulator* panels, std::int64_t m, std::int64_t n) {
   constexpr int lanes = kLanes<Accumulator>;
   using V = Vec<Accumulator>;
-  detail::for_each_panel_column(panels, m, n, [&](std::int64_t column, std::int64_t row, auto vector, std::int64_t count) {
-    Accumulator* out = target + column * ld + row;
-    if (count == lanes) {
-      store(out, load<V>(out) + vector);
-    } else {
-      store_partial(out, load_partial<V>(out, count) + vector, count);
-    }
-  });
+  detail::for_each_panel_column(
+      panels, m, n, [&](std::int64_t column, std::int64_t row, auto vector, std::int64_t count) {
+        Accumulator* out = target + column * ld + row;
+        if (count == lanes) {
+          store(out, load<V>(out) + vector);
+        } else {
+          store_partial(out, load_partial<V>(out, count) + vector, count);
+        }
+      });
 }
 
 template <class T>
-void transpose_2d(T* target, std::int64_t target_ld, const T* source, std::int64_t source_ld, std::int64_t rows,
-                  std::int64_t columns) {
+void transpose_2d(
+    T* target, std::int64_t target_ld, const T* source, std::int64_t source_ld, std::int64_t rows,
+    std::int64_t columns) {
   using Lane = std::conditional_t<sizeof(T) == 2, std::uint16_t, std::conditional_t<sizeof(T) == 4, float, double>>;
   constexpr int n = kVectorBytes / 8 < 8 ? 4 : 8;
   using V = VecN<Lane, n>;

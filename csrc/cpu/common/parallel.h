@@ -15,10 +15,6 @@
 //       one aligned, uninitialised array shared by all threads of an op (packed operands, partial sums).
 #pragma once
 
-#include "cpu/common/work_counter.h"
-
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstddef>
@@ -26,6 +22,10 @@
 #include <memory>
 #include <new>
 #include <stdexcept>
+
+#include <torch/csrc/stable/ops.h>
+
+#include "cpu/common/work_counter.h"
 
 namespace segattn::cpu {
 

@@ -20,8 +20,9 @@ inline void prefetch_to_l2(T* address) {
 template <class T>
 class Prefetch {
  public:
-  Prefetch(T* first, std::int64_t outer, std::int64_t outer_stride, std::int64_t inner, std::int64_t inner_stride,
-           std::int64_t length)
+  Prefetch(
+      T* first, std::int64_t outer, std::int64_t outer_stride, std::int64_t inner, std::int64_t inner_stride,
+      std::int64_t length)
       : run_(first),
         left_(outer * inner),
         inner_(inner),

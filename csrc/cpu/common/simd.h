@@ -15,12 +15,12 @@
 // AVX2, AVX-512 and NEON; what the language cannot say (float16 conversion, bfloat16 rounding) is in this file.
 #pragma once
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
@@ -85,7 +85,9 @@ inline To bit_cast_vector(From value) {
 namespace detail {
 
 // A bit for each of `bytes` (0 .. 64) bytes.
-inline std::uint64_t byte_mask(std::int64_t bytes) { return bytes == 0 ? 0 : ~std::uint64_t{0} >> (64 - bytes); }
+inline std::uint64_t byte_mask(std::int64_t bytes) {
+  return bytes == 0 ? 0 : ~std::uint64_t{0} >> (64 - bytes);
+}
 
 }  // namespace detail
 #endif

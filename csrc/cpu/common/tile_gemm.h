@@ -27,14 +27,14 @@
 //   tile_gemm<P>(a, b, c, M, N, K_steps, mode, column_scale, meanwhile)
 #pragma once
 
-#include "cpu/common/prefetch.h"
-#include "cpu/common/simd.h"
-#include "cpu/common/work_counter.h"
-
 #include <algorithm>
 #include <array>
 #include <cstdint>
 #include <utility>
+
+#include "cpu/common/prefetch.h"
+#include "cpu/common/simd.h"
+#include "cpu/common/work_counter.h"
 
 namespace segattn::cpu {
 
@@ -81,7 +81,7 @@ inline constexpr int kColumnVectors = 2;
 inline constexpr std::int64_t kBlockSteps = 128;
 
 template <class P>
-inline constexpr std::int64_t panel_columns = kColumnVectors<P>* kLanes<AccumulatorOf<P>>;
+inline constexpr std::int64_t panel_columns = kColumnVectors<P> * kLanes<AccumulatorOf<P>>;
 
 // Channel attention packs A from blocks of as many rows as a panel has columns.
 static_assert(panel_columns<float> % kRows<float> == 0 && panel_columns<double> % kRows<double> == 0);
@@ -109,8 +109,8 @@ constexpr std::int64_t panel_width(std::int64_t columns, std::int64_t first_colu
 template <class P>
 struct AOperand {
   const P* data;
-  std::int64_t step_stride;   // elements between consecutive k of a row; 0: packed panels
-  std::int64_t row_stride;    // elements between consecutive rows
+  std::int64_t step_stride;  // elements between consecutive k of a row; 0: packed panels
+  std::int64_t row_stride;   // elements between consecutive rows
 
   static AOperand packed(const P* data) { return {data, 0, 1}; }
   static AOperand strided(const P* data, std::int64_t step_stride, std::int64_t row_stride) {
@@ -136,7 +136,7 @@ struct MicroKernelArguments {
   using Accumulator = AccumulatorOf<P>;
   std::int64_t steps;
   const P* a;
-  const P* next_a;  // the row panel that comes next, fetched into the first-level cache meanwhile
+  const P* next_a;         // the row panel that comes next, fetched into the first-level cache meanwhile
   std::int64_t next_step;  // elements of it for a step
   std::int64_t a_step, a_row;
   const P* b;  // [steps][vectors]
@@ -146,13 +146,17 @@ struct MicroKernelArguments {
   const Accumulator* column_scale;  // [vectors], for scale_add
 };
 
-inline void multiply_add(Vec<float>& sum, float a, Vec<float> b) { sum = fma(broadcast<Vec<float>>(a), b, sum); }
-inline void multiply_add(Vec<double>& sum, double a, Vec<double> b) { sum = fma(broadcast<Vec<double>>(a), b, sum); }
+inline void multiply_add(Vec<float>& sum, float a, Vec<float> b) {
+  sum = fma(broadcast<Vec<float>>(a), b, sum);
+}
+inline void multiply_add(Vec<double>& sum, double a, Vec<double> b) {
+  sum = fma(broadcast<Vec<double>>(a), b, sum);
+}
 #if defined(__AVX512BF16__)
 inline void multiply_add(Vec<float>& sum, BFloat16Pair a, Vec<float> b) {
   const __m512i pair = _mm512_set1_epi32(static_cast<int>(a.bits));
-  sum = bit_cast_vector<Vec<float>>(_mm512_dpbf16_ps(bit_cast_vector<__m512>(sum), bit_cast_vector<__m512bh>(pair),
-                                                     bit_cast_vector<__m512bh>(b)));
+  sum = bit_cast_vector<Vec<float>>(
+      _mm512_dpbf16_ps(bit_cast_vector<__m512>(sum), bit_cast_vector<__m512bh>(pair), bit_cast_vector<__m512bh>(b)));
 }
 #endif
 
@@ -233,14 +237,14 @@ inline constexpr auto kMicroKernels =
 // a: M x K, packed or strided; b: K x N in column panels; c: M x N; column_scale: [padded_columns(N)] for scale_add.
 // meanwhile(parts) is called before each micro-kernel, to fetch what is needed next.
 template <class P, class Meanwhile = DoNothing>
-void tile_gemm(AOperand<P> a, const P* b, COperand<AccumulatorOf<P>> c, std::int64_t m, std::int64_t n,
-               std::int64_t steps, GemmMode mode, const AccumulatorOf<P>* column_scale = nullptr,
-               Meanwhile&& meanwhile = {}) {
+void tile_gemm(
+    AOperand<P> a, const P* b, COperand<AccumulatorOf<P>> c, std::int64_t m, std::int64_t n, std::int64_t steps,
+    GemmMode mode, const AccumulatorOf<P>* column_scale = nullptr, Meanwhile&& meanwhile = {}) {
   using Accumulator = AccumulatorOf<P>;
   constexpr std::int64_t lanes = kLanes<Accumulator>;
   count_multiply_adds(m * padded_columns<P>(n) * steps * (kIsPair<P> ? 2 : 1));
   const std::int64_t parts = std::max<std::int64_t>(1, (steps + kBlockSteps - 1) / kBlockSteps) *
-                             ((n + panel_columns<P> - 1) / panel_columns<P>) * ((m + kRows<P> - 1) / kRows<P>);
+      ((n + panel_columns<P> - 1) / panel_columns<P>)*((m + kRows<P> - 1) / kRows<P>);
   detail::MicroKernelArguments<P> arguments{};
   for (std::int64_t first_step = 0; first_step == 0 || first_step < steps; first_step += kBlockSteps) {
     arguments.steps = std::min(kBlockSteps, steps - first_step);
@@ -264,7 +268,8 @@ void tile_gemm(AOperand<P> a, const P* b, COperand<AccumulatorOf<P>> c, std::int
           arguments.a_step = a.step_stride;
           arguments.a_row = a.row_stride;
           arguments.next_a = arguments.a + rows * a.row_stride;
-          arguments.next_step = a.step_stride == 1 ? 0 : rows;  // rows that lie one behind the other, but for whole maps
+          arguments.next_step =
+              a.step_stride == 1 ? 0 : rows;  // rows that lie one behind the other, but for whole maps
         }
         arguments.c = c_panel + row * arguments.c_row;
         meanwhile(parts);

@@ -17,8 +17,12 @@ inline thread_local Work thread_work;
 inline std::atomic<std::int64_t> total_multiply_adds{0};
 inline std::atomic<std::int64_t> total_packed{0};
 
-inline void count_multiply_adds(std::int64_t count) { thread_work.multiply_adds += count; }
-inline void count_packed(std::int64_t count) { thread_work.packed += count; }
+inline void count_multiply_adds(std::int64_t count) {
+  thread_work.multiply_adds += count;
+}
+inline void count_packed(std::int64_t count) {
+  thread_work.packed += count;
+}
 
 inline void flush_work() {
   total_multiply_adds.fetch_add(thread_work.multiply_adds, std::memory_order_relaxed);

@@ -2,9 +2,9 @@
 // fused kernels, each by itself.
 #pragma once
 
-#include "cpu/criss_cross/row_products.h"
-#include "cpu/criss_cross/column_strip.h"
 #include "checks/criss_cross.h"
+#include "cpu/criss_cross/column_strip.h"
+#include "cpu/criss_cross/row_products.h"
 
 namespace segattn::cpu {
 
@@ -48,8 +48,8 @@ class CrissCrossMaps {
     apply_transposed_rows(map, weights, result);
     for_each_block([&](const auto& strip, std::int64_t sample, Stretch block, A* made, A* sums) {
       read_weights(strip, sample, block, weights, made);
-      strip.sum_over_queries(map + map_offset(sample), channels_, made, block, result + map_offset(sample), sums,
-                             strip.adder());
+      strip.sum_over_queries(
+          map + map_offset(sample), channels_, made, block, result + map_offset(sample), sums, strip.adder());
     });
   }
 
@@ -60,50 +60,53 @@ class CrissCrossMaps {
   void score_rows(const T* keys, const T* queries, T* weights) const {
     const RowProducts<T> products(map_, channels_);
     const std::int64_t size = panels_size<P>(map_.width, products.block());
-    for_each_row(map_, batch_, products, scratch_bytes<A>(size),
-                 [&](std::int64_t sample, const RowProducts<T>& row, Scratch& scratch) {
-                   A* const panels = scratch.take<A>(size);
-                   for (std::int64_t first = 0; first < map_.width; first += row.block()) {
-                     const std::int64_t count = std::min(row.block(), map_.width - first);
-                     row.score(keys + map_offset(sample), queries + map_offset(sample), channels_, first, count, panels);
-                     store_panels(weights + weights_offset(sample) + row.offset() + first, map_.positions(), panels,
-                                  map_.width, count);
-                   }
-                 });
+    for_each_row(
+        map_, batch_, products, scratch_bytes<A>(size),
+        [&](std::int64_t sample, const RowProducts<T>& row, Scratch& scratch) {
+          A* const panels = scratch.take<A>(size);
+          for (std::int64_t first = 0; first < map_.width; first += row.block()) {
+            const std::int64_t count = std::min(row.block(), map_.width - first);
+            row.score(keys + map_offset(sample), queries + map_offset(sample), channels_, first, count, panels);
+            store_panels(
+                weights + weights_offset(sample) + row.offset() + first, map_.positions(), panels, map_.width, count);
+          }
+        });
   }
 
   void apply_rows(const T* map, const T* weights, T* result) const {
     const RowProducts<T> products(map_, channels_);
     const std::int64_t size = packed_b_size<P>(products.block(), map_.width);
-    for_each_row(map_, batch_, products, scratch_bytes<P>(size),
-                 [&](std::int64_t sample, const RowProducts<T>& row, Scratch& scratch) {
-                   P* const packed = scratch.take<P>(size);
-                   for (std::int64_t first = 0; first < map_.width; first += row.block()) {
-                     const std::int64_t count = std::min(row.block(), map_.width - first);
-                     pack_b_from_steps<P>(packed, weights + weights_offset(sample) + row.offset() + first,
-                                          map_.positions(), count, map_.width);
-                     row.apply(map + map_offset(sample), channels_, 0, map_.width, packed, first, count,
-                               result + map_offset(sample));
-                   }
-                 });
+    for_each_row(
+        map_, batch_, products, scratch_bytes<P>(size),
+        [&](std::int64_t sample, const RowProducts<T>& row, Scratch& scratch) {
+          P* const packed = scratch.take<P>(size);
+          for (std::int64_t first = 0; first < map_.width; first += row.block()) {
+            const std::int64_t count = std::min(row.block(), map_.width - first);
+            pack_b_from_steps<P>(
+                packed, weights + weights_offset(sample) + row.offset() + first, map_.positions(), count, map_.width);
+            row.apply(
+                map + map_offset(sample), channels_, 0, map_.width, packed, first, count, result + map_offset(sample));
+          }
+        });
   }
 
   void apply_transposed_rows(const T* map, const T* weights, T* result) const {
     const RowProducts<T> products(map_, channels_);
     const std::int64_t size = packed_b_size<P>(map_.width, products.block());
     const std::int64_t sums_size = products.sums_size(channels_);
-    for_each_row(map_, batch_, products, scratch_bytes<P>(size) + scratch_bytes<A>(sums_size),
-                 [&](std::int64_t sample, const RowProducts<T>& row, Scratch& scratch) {
-                   P* const packed = scratch.take<P>(size);
-                   A* const sums = scratch.take<A>(sums_size);
-                   for (std::int64_t first = 0; first < map_.width; first += row.block()) {
-                     const std::int64_t count = std::min(row.block(), map_.width - first);
-                     pack_b_from_columns<P>(packed, weights + weights_offset(sample) + row.offset() + first,
-                                            map_.positions(), map_.width, count);
-                     row.accumulate(map + map_offset(sample), channels_, first, count, packed, sums,
-                                    result + map_offset(sample));
-                   }
-                 });
+    for_each_row(
+        map_, batch_, products, scratch_bytes<P>(size) + scratch_bytes<A>(sums_size),
+        [&](std::int64_t sample, const RowProducts<T>& row, Scratch& scratch) {
+          P* const packed = scratch.take<P>(size);
+          A* const sums = scratch.take<A>(sums_size);
+          for (std::int64_t first = 0; first < map_.width; first += row.block()) {
+            const std::int64_t count = std::min(row.block(), map_.width - first);
+            pack_b_from_columns<P>(
+                packed, weights + weights_offset(sample) + row.offset() + first, map_.positions(), map_.width, count);
+            row.accumulate(
+                map + map_offset(sample), channels_, first, count, packed, sums, result + map_offset(sample));
+          }
+        });
   }
 
   // The column pass: work(strip, sample, block of queries, weights [queries][keys] to use, sums for sum_over_queries)
@@ -119,7 +122,7 @@ class CrissCrossMaps {
       const std::int64_t height = maps.map_.height;
       const std::int64_t queries = QueryBlocks<A>(height).most_queries();
       return scratch_bytes<A>(Strip::memory_size(height, queries)) + scratch_bytes<A>(queries * Strip::stride(height)) +
-             scratch_bytes<A>(Strip::sums_size(height, maps.channels_));
+          scratch_bytes<A>(Strip::sums_size(height, maps.channels_));
     }
 
     template <int lanes>
@@ -143,8 +146,8 @@ class CrissCrossMaps {
 
   // use(weight in the map (B, H + W - 1, H, W) or null for the query itself, which the row has, its place in `made`)
   template <class Strip, class Map, class Use>
-  void for_each_weight(const Strip& strip, std::int64_t sample, Stretch block, Map* weights, A* made,
-                       const Use& use) const {
+  void for_each_weight(
+      const Strip& strip, std::int64_t sample, Stretch block, Map* weights, A* made, const Use& use) const {
     for (std::int64_t i = 0; i < block.count; ++i) {
       const std::int64_t query = block.first + i;
       Map* const first = weights + weights_offset(sample) + map_.width * map_.positions() + strip.offset(query);

@@ -1,8 +1,8 @@
 // What the passes of criss-cross attention read and write.
 #pragma once
 
-#include "cpu/common/simd.h"
 #include "checks/criss_cross.h"
+#include "cpu/common/simd.h"
 
 namespace segattn::cpu {
 

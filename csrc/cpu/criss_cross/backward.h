@@ -11,9 +11,9 @@
 // The row pass keeps its part of S and M, the column pass corrects with both parts.
 #pragma once
 
+#include "cpu/common/exp.h"
 #include "cpu/criss_cross/column_backward.h"
 #include "cpu/criss_cross/row_products.h"
-#include "cpu/common/exp.h"
 
 namespace segattn::cpu {
 
@@ -54,13 +54,14 @@ class CrissCrossBackward {
           key_sums_size(products.sums_size(sizes.key_channels)),
           value_sums_size(products.sums_size(sizes.value_channels)) {
       const std::int64_t transposed = packed_b_size<P>(map.width, products.block());
-      slot = std::max(panels_size<P>(map.width, products.block()),
-                      kIsPair<P> ? packed_b_size<P>(products.block(), map.width) + transposed : transposed);
+      slot = std::max(
+          panels_size<P>(map.width, products.block()),
+          kIsPair<P> ? packed_b_size<P>(products.block(), map.width) + transposed : transposed);
     }
 
     std::size_t scratch() const {
       return 2 * scratch_bytes<A>(2 * slot) + 2 * scratch_bytes<A>(columns) + scratch_bytes<A>(key_sums_size) +
-             scratch_bytes<A>(value_sums_size);
+          scratch_bytes<A>(value_sums_size);
     }
 
     void take(Scratch& from) {
@@ -77,13 +78,14 @@ class CrissCrossBackward {
     const CrissCrossSizes& sizes = arguments_.sizes;
     const RowProducts<T> products(map_, std::max(sizes.key_channels, sizes.value_channels));
     const Workspace shared(map_, sizes, products);
-    for_each_row(map_, sizes.batch, products, shared.scratch(),
-                 [&](std::int64_t sample, const RowProducts<T>& row, Scratch& scratch) {
-                   Workspace workspace = shared;
-                   workspace.take(scratch);
-                   compute_delta(sample, row, workspace.delta);
-                   differentiate(sample, row, workspace);
-                 });
+    for_each_row(
+        map_, sizes.batch, products, shared.scratch(),
+        [&](std::int64_t sample, const RowProducts<T>& row, Scratch& scratch) {
+          Workspace workspace = shared;
+          workspace.take(scratch);
+          compute_delta(sample, row, workspace.delta);
+          differentiate(sample, row, workspace);
+        });
   }
 
   // D of the row's positions, kept for the column pass.
@@ -100,8 +102,10 @@ class CrissCrossBackward {
       }
       for (std::int64_t x = 0; x < map_.width; x += kLane) {
         const std::int64_t n = std::min(kLane, map_.width - x);
-        store(delta + x, fma(read_vector(arguments_.grad_output + offset + x, n),
-                             read_vector(arguments_.output + offset + x, n), load<V>(delta + x)));
+        store(
+            delta + x,
+            fma(read_vector(arguments_.grad_output + offset + x, n), read_vector(arguments_.output + offset + x, n),
+                load<V>(delta + x)));
       }
     }
     std::copy_n(delta, map_.width, delta_.data() + sample * positions + row.offset());
@@ -121,32 +125,36 @@ class CrissCrossBackward {
     P* const packed_grads = reinterpret_cast<P*>(workspace.grads);
     for (std::int64_t first = 0; first < width; first += row.block()) {
       const std::int64_t queries = std::min(row.block(), width - first);
-      row.score(arguments_.key + key_offset, arguments_.query + key_offset, sizes.key_channels, first, queries, weights);
+      row.score(
+          arguments_.key + key_offset, arguments_.query + key_offset, sizes.key_channels, first, queries, weights);
       row.score(arguments_.value + value_offset, grad_output, sizes.value_channels, first, queries, grads);
-      differentiate_softmax(weights, grads, width, queries, logsumexp + first, workspace.delta + first,
-                            workspace.grad_sum);
+      differentiate_softmax(
+          weights, grads, width, queries, logsumexp + first, workspace.delta + first, workspace.grad_sum);
       std::copy_n(workspace.grad_sum, queries, grad_sum_.data() + sample * map_.positions() + row.offset() + first);
 
       const auto sum_keys = [&](const A* panels, P* packed, T* target) {
         const P* const operand = b_operand_of_panels<P>(packed, panels, width, queries);
-        row.apply(arguments_.key + key_offset, sizes.key_channels, 0, width, operand, first, queries,
-                  target + key_offset);
+        row.apply(
+            arguments_.key + key_offset, sizes.key_channels, 0, width, operand, first, queries, target + key_offset);
       };
       sum_keys(weights, transposed_weights, mean_key_.data());
       pack_b_from_transposed_panels<P>(transposed_weights, weights, width, queries);
-      row.accumulate(grad_output, sizes.value_channels, first, queries, transposed_weights, workspace.value_sums,
-                     arguments_.grad_value + value_offset);
+      row.accumulate(
+          grad_output, sizes.value_channels, first, queries, transposed_weights, workspace.value_sums,
+          arguments_.grad_value + value_offset);
       sum_keys(grads, packed_grads, arguments_.grad_query);
       const std::int64_t transposed = kIsPair<P> ? packed_b_size<P>(queries, width) : 0;
       pack_b_from_transposed_panels<P>(packed_grads + transposed, grads, width, queries);
-      row.accumulate(arguments_.query + key_offset, sizes.key_channels, first, queries, packed_grads + transposed,
-                     workspace.key_sums, arguments_.grad_key + key_offset);
+      row.accumulate(
+          arguments_.query + key_offset, sizes.key_channels, first, queries, packed_grads + transposed,
+          workspace.key_sums, arguments_.grad_key + key_offset);
     }
   }
 
   // weights (keys x queries): energies to P; grads: dP to dS; grad_sum [queries]: sums of dS as the products take it.
-  void differentiate_softmax(A* weights, A* grads, std::int64_t keys, std::int64_t queries, const A* logsumexp,
-                             const A* delta, A* grad_sum) const {
+  void differentiate_softmax(
+      A* weights, A* grads, std::int64_t keys, std::int64_t queries, const A* logsumexp, const A* delta,
+      A* grad_sum) const {
     const V scale = broadcast<V>(arguments_.scale);
     for (std::int64_t first = 0; first < queries; first += panel_columns<A>) {
       const std::int64_t width = panel_width<A>(queries, first);

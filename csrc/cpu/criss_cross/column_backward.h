@@ -1,10 +1,10 @@
 // Criss-cross attention, backward, the column pass: adds the columns' part to the gradients that the row pass has written.
 #pragma once
 
-#include "cpu/criss_cross/arguments.h"
-#include "cpu/criss_cross/column_strip.h"
 #include "cpu/common/exp.h"
 #include "cpu/common/parallel.h"
+#include "cpu/criss_cross/arguments.h"
+#include "cpu/criss_cross/column_strip.h"
 
 namespace segattn::cpu {
 
@@ -32,9 +32,9 @@ class ColumnBackward {
     using Strip = ColumnStrip<T, lanes>;
     const std::int64_t queries = QueryBlocks<A>(map_.height).most_queries();
     return scratch_bytes<A>(Strip::memory_size(map_.height, queries)) +
-           2 * scratch_bytes<A>(queries * Strip::stride(map_.height)) + scratch_bytes<A>(queries * lanes) +
-           scratch_bytes<A>(Strip::sums_size(map_.height, arguments_.sizes.key_channels)) +
-           scratch_bytes<A>(Strip::sums_size(map_.height, arguments_.sizes.value_channels));
+        2 * scratch_bytes<A>(queries * Strip::stride(map_.height)) + scratch_bytes<A>(queries * lanes) +
+        scratch_bytes<A>(Strip::sums_size(map_.height, arguments_.sizes.key_channels)) +
+        scratch_bytes<A>(Strip::sums_size(map_.height, arguments_.sizes.value_channels));
   }
 
   template <int lanes>
@@ -65,14 +65,15 @@ class ColumnBackward {
             differentiate(strip, sample, block.first + i, strip.element(weights, i, 0), strip.element(grads, i, 0));
         store(grad_sums + i * lanes, sum);
       }
-      strip.sum_over_queries(grad_output, value_channels, weights, block, arguments_.grad_value + value_offset,
-                             value_sums, add);
-      strip.sum_over_keys(key, key_channels, grads, block, arguments_.grad_query + key_offset,
-                          [&](T* grad_query, std::int64_t position, typename Strip::V sum) {
-                            const auto mean_key = strip.read(rows_.mean_key + (grad_query - arguments_.grad_query));
-                            const auto grad_sum = load<typename Strip::V>(grad_sums + (position - block.first) * lanes);
-                            strip.write(grad_query, fma(-grad_sum, mean_key, strip.read(grad_query) + sum));
-                          });
+      strip.sum_over_queries(
+          grad_output, value_channels, weights, block, arguments_.grad_value + value_offset, value_sums, add);
+      strip.sum_over_keys(
+          key, key_channels, grads, block, arguments_.grad_query + key_offset,
+          [&](T* grad_query, std::int64_t position, typename Strip::V sum) {
+            const auto mean_key = strip.read(rows_.mean_key + (grad_query - arguments_.grad_query));
+            const auto grad_sum = load<typename Strip::V>(grad_sums + (position - block.first) * lanes);
+            strip.write(grad_query, fma(-grad_sum, mean_key, strip.read(grad_query) + sum));
+          });
       strip.sum_over_queries(query, key_channels, grads, block, arguments_.grad_key + key_offset, key_sums, add);
     }
   }

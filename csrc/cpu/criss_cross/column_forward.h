@@ -2,13 +2,13 @@
 // pass has written, by the total of both.
 #pragma once
 
-#include "cpu/criss_cross/arguments.h"
-#include "cpu/criss_cross/column_strip.h"
-#include "cpu/common/exp.h"
-#include "cpu/common/parallel.h"
-
 #include <cmath>
 #include <limits>
+
+#include "cpu/common/exp.h"
+#include "cpu/common/parallel.h"
+#include "cpu/criss_cross/arguments.h"
+#include "cpu/criss_cross/column_strip.h"
 
 namespace segattn::cpu {
 
@@ -32,15 +32,15 @@ class ColumnForward {
     const QueryBlocks<A> blocks(map_.height, (4 * threads + units - 1) / units);
     const std::int64_t queries = blocks.most_queries();
     const std::size_t scratch_size = scratch_bytes<A>(Strip::memory_size(map_.height, queries)) +
-                                     scratch_bytes<A>(queries * Strip::stride(map_.height)) +
-                                     2 * scratch_bytes<A>(queries * kLane);
-    parallel_units(strips * arguments_.sizes.batch * blocks.count(), scratch_size, [&](std::int64_t unit, Scratch& scratch) {
-      const std::int64_t block = unit % blocks.count();
-      const std::int64_t column = unit / blocks.count() % strips * kLane;
-      with_lanes<A>(std::min(kLane, map_.width - column), [&]<int lanes>() {
-        Unit<lanes>(*this, unit / blocks.count() / strips, column, blocks[block], scratch).run();
-      });
-    });
+        scratch_bytes<A>(queries * Strip::stride(map_.height)) + 2 * scratch_bytes<A>(queries * kLane);
+    parallel_units(
+        strips * arguments_.sizes.batch * blocks.count(), scratch_size, [&](std::int64_t unit, Scratch& scratch) {
+          const std::int64_t block = unit % blocks.count();
+          const std::int64_t column = unit / blocks.count() % strips * kLane;
+          with_lanes<A>(std::min(kLane, map_.width - column), [&]<int lanes>() {
+            Unit<lanes>(*this, unit / blocks.count() / strips, column, blocks[block], scratch).run();
+          });
+        });
   }
 
  private:
@@ -71,16 +71,18 @@ class ColumnForward {
       const CrissCrossForwardArguments<T>& arguments = pass.arguments_;
       const std::int64_t key_offset = sample * arguments.sizes.key_channels * pass.map_.positions();
       const std::int64_t value_offset = sample * arguments.sizes.value_channels * pass.map_.positions();
-      strip.score(arguments.key + key_offset, arguments.query + key_offset, arguments.sizes.key_channels, block, weights);
+      strip.score(
+          arguments.key + key_offset, arguments.query + key_offset, arguments.sizes.key_channels, block, weights);
       for (std::int64_t i = 0; i < block.count; ++i) {
         normalise(i);
       }
-      strip.sum_over_keys(arguments.value + value_offset, arguments.sizes.value_channels, weights, block,
-                          arguments.output + value_offset, [&](T* output, std::int64_t query, V sum) {
-                            const std::int64_t at = (query - block.first) * lanes;
-                            const V columns = sum * load<V>(factor + at);
-                            strip.write(output, fma(strip.read(output), load<V>(share + at), columns));
-                          });
+      strip.sum_over_keys(
+          arguments.value + value_offset, arguments.sizes.value_channels, weights, block,
+          arguments.output + value_offset, [&](T* output, std::int64_t query, V sum) {
+            const std::int64_t at = (query - block.first) * lanes;
+            const V columns = sum * load<V>(factor + at);
+            strip.write(output, fma(strip.read(output), load<V>(share + at), columns));
+          });
     }
 
     // The scores of a query become exponentials; its maximum and total meet those of the row.

@@ -5,13 +5,13 @@
 // A strip's weights are vectors too, [queries][keys], `stride(keys)` elements from query to query, for a block of queries.
 #pragma once
 
-#include "cpu/common/lane_gemm.h"
-#include "cpu/common/map_sizes.h"
-#include "cpu/common/parallel.h"
-
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
+
+#include "cpu/common/lane_gemm.h"
+#include "cpu/common/map_sizes.h"
+#include "cpu/common/parallel.h"
 
 namespace segattn::cpu {
 
@@ -21,7 +21,9 @@ struct Stretch {
 };
 
 // Elements between the rows of a matrix of vectors: as an even number of cache lines they would fall into few sets.
-constexpr std::int64_t lane_stride(std::int64_t length, int lanes) { return (length | 1) * lanes; }
+constexpr std::int64_t lane_stride(std::int64_t length, int lanes) {
+  return (length | 1) * lanes;
+}
 
 // A column's positions in blocks of about equal size: queries whose weights are made at once, at most 700 KB of them, all
 // queries up to 105 rows of float. Each block reads the maps again; weights that do not fit the second-level cache beside
@@ -77,8 +79,9 @@ void for_each_strip(MapSizes map, std::int64_t batch, const Pass& pass) {
   with_lanes<A>(width, [&]<int lanes>() { scratch_size = pass.template scratch<lanes>(); });
   parallel_units(batch * strips(), scratch_size, [&](std::int64_t unit, Scratch& scratch) {
     const std::int64_t column = unit % strips() * width;
-    with_lanes<A>(std::min(width, map.width - column),
-                  [&]<int lanes>() { pass.template work<lanes>(unit / strips(), column, scratch); });
+    with_lanes<A>(std::min(width, map.width - column), [&]<int lanes>() {
+      pass.template work<lanes>(unit / strips(), column, scratch);
+    });
   });
 }
 
@@ -149,28 +152,32 @@ class ColumnStrip {
       A* const staged_queries = memory_ + depth * key_stride;
       stage(staged_keys, key_stride, keys + channel * map_.positions(), depth, column);
       stage(staged_queries, query_stride, queries + channel * map_.positions(), depth, block);
-      lane_product<V>({staged_keys, lanes, key_stride}, height(), {staged_queries, lanes, query_stride}, block.count,
-                      depth, {weights, lanes, key_stride}, channel > 0, [&](std::int64_t parts) {
-                        next_keys(parts);
-                        next_queries(parts);
-                      });
+      lane_product<V>(
+          {staged_keys, lanes, key_stride}, height(), {staged_queries, lanes, query_stride}, block.count, depth,
+          {weights, lanes, key_stride}, channel > 0, [&](std::int64_t parts) {
+            next_keys(parts);
+            next_queries(parts);
+          });
     }
   }
 
   // store(target, query, sum) for every channel and query of the block, with sum = sum over keys of weights * map, and
   // `target` the address of the query in the map that is written. map, target: (channels, H, W).
   template <class Store>
-  void sum_over_keys(const T* map, std::int64_t channels, const A* weights, Stretch block, T* target,
-                     const Store& store_sum) const {
-    multiply(map, channels, {0, height()}, {weights, stride(height()), lanes}, target, block, nullptr, false, true, store_sum);
+  void sum_over_keys(
+      const T* map, std::int64_t channels, const A* weights, Stretch block, T* target, const Store& store_sum) const {
+    multiply(
+        map, channels, {0, height()}, {weights, stride(height()), lanes}, target, block, nullptr, false, true,
+        store_sum);
   }
 
   // The same for every channel and key: sums over the block's queries, added up over blocks, which must follow each
   // other. `target` gets a sum from each block, but where it would round them: there they are kept in `sums`, of
   // sums_size(height, channels) elements, and the last block hands them on.
   template <class Store>
-  void sum_over_queries(const T* map, std::int64_t channels, const A* weights, Stretch block, T* target, A* sums,
-                        const Store& store_sum) const {
+  void sum_over_queries(
+      const T* map, std::int64_t channels, const A* weights, Stretch block, T* target, A* sums,
+      const Store& store_sum) const {
     const LaneOperand<A> operand{weights, lanes, stride(height())};
     if (keeps_sums(height())) {
       const bool last = block.first + block.count == height();
@@ -184,9 +191,7 @@ class ColumnStrip {
   }
 
  private:
-  static bool keeps_sums(std::int64_t height) {
-    return !std::is_same_v<T, A> && QueryBlocks<A>(height).count() > 1;
-  }
+  static bool keeps_sums(std::int64_t height) { return !std::is_same_v<T, A> && QueryBlocks<A>(height).count() > 1; }
 
   // target [channels][positions], `row` elements apart: the stretch of map (channels, H, W)
   void stage(A* target, std::int64_t row, const T* map, std::int64_t channels, Stretch stretch) const {
@@ -208,8 +213,9 @@ class ColumnStrip {
   // position of `results`. With `sums` those are kept there, and added to what is there if `add`. Where they are
   // not `final` none is handed on.
   template <class Store>
-  void multiply(const T* map, std::int64_t channels, Stretch steps, const LaneOperand<A>& weights, T* target,
-                Stretch results, A* sums, bool add, bool final, const Store& store_sum) const {
+  void multiply(
+      const T* map, std::int64_t channels, Stretch steps, const LaneOperand<A>& weights, T* target, Stretch results,
+      A* sums, bool add, bool final, const Store& store_sum) const {
     const std::int64_t step_stride = stride(steps.count);
     const std::int64_t result_stride = stride(results.count);
     for (std::int64_t channel = 0; channel < channels; channel += kApplyChannels) {
@@ -221,11 +227,12 @@ class ColumnStrip {
       Prefetch next_steps = prefetch(map + next * map_.positions(), next_depth, steps);
       Prefetch next_results = prefetch(chunk, final ? depth : 0, results);
       stage(memory_, step_stride, map + channel * map_.positions(), depth, steps);
-      lane_product<V>({memory_, step_stride, lanes}, depth, weights, results.count, steps.count,
-                      {products, result_stride, lanes}, add, [&](std::int64_t parts) {
-                        next_steps(parts);
-                        next_results(parts);
-                      });
+      lane_product<V>(
+          {memory_, step_stride, lanes}, depth, weights, results.count, steps.count, {products, result_stride, lanes},
+          add, [&](std::int64_t parts) {
+            next_steps(parts);
+            next_results(parts);
+          });
       if (!final) {
         continue;
       }

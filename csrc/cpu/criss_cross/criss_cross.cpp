@@ -1,12 +1,12 @@
 // Criss-cross attention on the CPU: checks, outputs, dtype dispatch, registration.
-#include "registration.h"
-#include "cpu/criss_cross/backward.h"
-#include "cpu/criss_cross/forward.h"
-#include "cpu/criss_cross/affinity_aggregation.h"
-#include "cpu/common/dispatch.h"
-
 #include <array>
 #include <tuple>
+
+#include "cpu/common/dispatch.h"
+#include "cpu/criss_cross/affinity_aggregation.h"
+#include "cpu/criss_cross/backward.h"
+#include "cpu/criss_cross/forward.h"
+#include "registration.h"
 
 namespace segattn::cpu {
 
@@ -27,14 +27,15 @@ void make_contiguous(Tensors&... tensors) {
   ((tensors = torch::stable::contiguous(tensors)), ...);
 }
 
-Tensor new_like(const Tensor& tensor) { return torch::stable::new_empty(tensor, tensor.sizes()); }
+Tensor new_like(const Tensor& tensor) {
+  return torch::stable::new_empty(tensor, tensor.sizes());
+}
 
 // query (B, E, H, W), key (B, E, H, W) -> affinity (B, H + W - 1, H, W)
 Tensor criss_cross_affinity(Tensor query, Tensor key) {
   const CrissCrossSizes sizes = check_criss_cross_affinity(query, key);
   make_contiguous(query, key);
-  Tensor affinity =
-      torch::stable::new_empty(query, std::array{sizes.batch, sizes.reach(), sizes.height, sizes.width});
+  Tensor affinity = torch::stable::new_empty(query, std::array{sizes.batch, sizes.reach(), sizes.height, sizes.width});
   dispatch_dtype(query.scalar_type(), [&]<class T>() {
     CrissCrossMaps<T>(sizes, sizes.key_channels).score(data<T>(key), data<T>(query), mutable_data<T>(affinity));
   });
@@ -61,8 +62,7 @@ Tensor criss_cross_aggregation(Tensor attention, Tensor value) {
   make_contiguous(attention, value);
   Tensor output = new_like(value);
   dispatch_dtype(value.scalar_type(), [&]<class T>() {
-    CrissCrossMaps<T>(sizes, sizes.value_channels)
-        .apply(data<T>(value), data<T>(attention), mutable_data<T>(output));
+    CrissCrossMaps<T>(sizes, sizes.value_channels).apply(data<T>(value), data<T>(attention), mutable_data<T>(output));
   });
   return output;
 }
@@ -86,8 +86,8 @@ std::tuple<Tensor, Tensor> criss_cross_attention(Tensor query, Tensor key, Tenso
   const CrissCrossSizes sizes = check_criss_cross_attention(query, key, value, scale);
   make_contiguous(query, key, value);
   Tensor output = new_like(value);
-  Tensor logsumexp = torch::stable::new_empty(query, std::array{sizes.batch, sizes.height, sizes.width},
-                                              accumulation_dtype(query.scalar_type()));
+  Tensor logsumexp = torch::stable::new_empty(
+      query, std::array{sizes.batch, sizes.height, sizes.width}, accumulation_dtype(query.scalar_type()));
   dispatch_dtype(query.scalar_type(), [&]<class T>() {
     using A = AccumulatorOf<T>;
     CrissCrossForward<T>({data<T>(query), data<T>(key), data<T>(value), mutable_data<T>(output),
@@ -99,9 +99,8 @@ std::tuple<Tensor, Tensor> criss_cross_attention(Tensor query, Tensor key, Tenso
 
 // grad_output (B, C, H, W), query (B, E, H, W), key (B, E, H, W), value (B, C, H, W), output (B, C, H, W),
 // logsumexp (B, H, W) -> grad_query, grad_key, grad_value
-std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(Tensor grad_output, Tensor query, Tensor key,
-                                                                  Tensor value, Tensor output, Tensor logsumexp,
-                                                                  double scale) {
+std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(
+    Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, Tensor logsumexp, double scale) {
   const CrissCrossSizes sizes =
       check_criss_cross_attention_backward(grad_output, query, key, value, output, logsumexp, scale);
   make_contiguous(grad_output, query, key, value, output, logsumexp);

@@ -3,11 +3,11 @@
 // the position itself left out, by the total of both.
 #pragma once
 
+#include <limits>
+
+#include "cpu/common/exp.h"
 #include "cpu/criss_cross/column_forward.h"
 #include "cpu/criss_cross/row_products.h"
-#include "cpu/common/exp.h"
-
-#include <limits>
 
 namespace segattn::cpu {
 
@@ -35,10 +35,11 @@ class CrissCrossForward {
     const RowProducts<T> products(map_, std::max(sizes.key_channels, sizes.value_channels));
     const std::int64_t block = products.block();
     const std::size_t scratch_size = scratch_bytes<A>(panels_size<P>(map_.width, block)) +
-                                     (kIsPair<P> ? scratch_bytes<P>(packed_b_size<P>(block, map_.width)) : 0) +
-                                     3 * scratch_bytes<A>(padded_columns<P>(block));
-    for_each_row(map_, sizes.batch, products, scratch_size,
-                 [&](std::int64_t sample, const RowProducts<T>& row, Scratch& scratch) { attend(sample, row, scratch); });
+        (kIsPair<P> ? scratch_bytes<P>(packed_b_size<P>(block, map_.width)) : 0) +
+        3 * scratch_bytes<A>(padded_columns<P>(block));
+    for_each_row(
+        map_, sizes.batch, products, scratch_size,
+        [&](std::int64_t sample, const RowProducts<T>& row, Scratch& scratch) { attend(sample, row, scratch); });
   }
 
   void attend(std::int64_t sample, const RowProducts<T>& row, Scratch& scratch) const {
@@ -59,8 +60,9 @@ class CrissCrossForward {
       keep_row(sample * positions + row.offset() + first, queries, maximum, total, factor);
       scale_columns(panels, width, queries, factor);
       const P* const weights = b_operand_of_panels<P>(packed, panels, width, queries);
-      row.apply(arguments_.value + value_offset, sizes.value_channels, 0, width, weights, first, queries,
-                arguments_.output + value_offset);
+      row.apply(
+          arguments_.value + value_offset, sizes.value_channels, 0, width, weights, first, queries,
+          arguments_.output + value_offset);
     }
   }
 

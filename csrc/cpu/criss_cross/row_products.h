@@ -109,8 +109,8 @@ class RowProducts {
 
   // C panels (keys x queries): the dot products over channels of `keys`' and `queries`' columns. Both maps: (channels, H,
   // W). Queries [first, first + count).
-  void score(const T* keys, const T* queries, std::int64_t channels, std::int64_t first, std::int64_t count,
-             A* panels) const {
+  void score(
+      const T* keys, const T* queries, std::int64_t channels, std::int64_t first, std::int64_t count, A* panels) const {
     const std::int64_t positions = map_.positions();
     const bool alone = is_alone(count);
     const std::int64_t columns = count - (alone ? 1 : 0);
@@ -125,12 +125,12 @@ class RowProducts {
       const std::int64_t next = std::min(score_channels_, channels - channel - depth);
       Prefetch next_keys(key_chunk + depth * positions, next, positions, 1, 0, map_.width);
       Prefetch next_queries(query_chunk + depth * positions, next, positions, 1, 0, count);
-      tile_gemm<P>(AOperand<P>::packed(packed_keys), packed_queries, COperand<A>::panels(panels), map_.width, columns,
-                   k_steps<P>(depth), channel == 0 ? GemmMode::store : GemmMode::add, nullptr,
-                   [&](std::int64_t parts) {
-                     next_keys(parts);
-                     next_queries(parts);
-                   });
+      tile_gemm<P>(
+          AOperand<P>::packed(packed_keys), packed_queries, COperand<A>::panels(panels), map_.width, columns,
+          k_steps<P>(depth), channel == 0 ? GemmMode::store : GemmMode::add, nullptr, [&](std::int64_t parts) {
+            next_keys(parts);
+            next_queries(parts);
+          });
       if (alone) {
         score_alone(key_chunk, query_chunk + columns, depth, channel > 0);
       }
@@ -147,28 +147,32 @@ class RowProducts {
 
   // target (channels, H, W) = the sum over positions [first, first + count) of map (channels, H, W) times weights, B(k =
   // position, column), for positions [first_column, first_column + columns).
-  void apply(const T* map, std::int64_t channels, std::int64_t first, std::int64_t count, const P* weights,
-             std::int64_t first_column, std::int64_t columns, T* target) const {
+  void apply(
+      const T* map, std::int64_t channels, std::int64_t first, std::int64_t count, const P* weights,
+      std::int64_t first_column, std::int64_t columns, T* target) const {
     const std::int64_t positions = map_.positions();
     // Results that need neither rounding nor a cut are written where they belong.
     const std::int64_t whole = kInPlace ? columns / panel_columns<P> * panel_columns<P> : 0;
-    for_each_chunk(map, channels, first, count, [&](std::int64_t channel, std::int64_t depth, auto operand, auto& fetch) {
-      T* const out = target + channel * positions + row_ + first_column;
-      if constexpr (kInPlace) {
-        tile_gemm<P>(operand, weights, COperand<A>::row_major(out, positions), depth, whole, k_steps<P>(count),
-                     GemmMode::store, nullptr, fetch);
-      }
-      const P* const rest = weights + whole * k_steps<P>(count);
-      if constexpr (kInPlace) {
-        if (is_alone(columns)) {
-          sum_alone(map + channel * positions + row_ + first, depth, count, rest, out + whole);
-          return;
-        }
-      }
-      tile_gemm<P>(operand, rest, COperand<A>::panels(results_), depth, columns - whole, k_steps<P>(count),
-                   GemmMode::store, nullptr, fetch);
-      store_panels(out + whole, positions, results_, depth, columns - whole);
-    });
+    for_each_chunk(
+        map, channels, first, count, [&](std::int64_t channel, std::int64_t depth, auto operand, auto& fetch) {
+          T* const out = target + channel * positions + row_ + first_column;
+          if constexpr (kInPlace) {
+            tile_gemm<P>(
+                operand, weights, COperand<A>::row_major(out, positions), depth, whole, k_steps<P>(count),
+                GemmMode::store, nullptr, fetch);
+          }
+          const P* const rest = weights + whole * k_steps<P>(count);
+          if constexpr (kInPlace) {
+            if (is_alone(columns)) {
+              sum_alone(map + channel * positions + row_ + first, depth, count, rest, out + whole);
+              return;
+            }
+          }
+          tile_gemm<P>(
+              operand, rest, COperand<A>::panels(results_), depth, columns - whole, k_steps<P>(count), GemmMode::store,
+              nullptr, fetch);
+          store_panels(out + whole, positions, results_, depth, columns - whole);
+        });
   }
 
   // Elements of `sums` for accumulate().
@@ -178,28 +182,31 @@ class RowProducts {
 
   // The same with positions [first, first + count) one block of several: the columns are all positions of the row, the
   // blocks' results are added up in `sums` and go to `target` after the last. A single block needs no `sums`.
-  void accumulate(const T* map, std::int64_t channels, std::int64_t first, std::int64_t count, const P* weights, A* sums,
-                  T* target) const {
+  void accumulate(
+      const T* map, std::int64_t channels, std::int64_t first, std::int64_t count, const P* weights, A* sums,
+      T* target) const {
     if (block_ == map_.width) {
       apply(map, channels, first, count, weights, 0, map_.width, target);
       return;
     }
-    for_each_chunk(map, channels, first, count, [&](std::int64_t channel, std::int64_t depth, auto operand, auto& fetch) {
-      A* const chunk = sums + channel / apply_channels_ * result_size();
-      tile_gemm<P>(operand, weights, COperand<A>::panels(chunk), depth, map_.width, k_steps<P>(count),
-                   first == 0 ? GemmMode::store : GemmMode::add, nullptr, fetch);
-      if (first + count == map_.width) {
-        store_panels(target + channel * map_.positions() + row_, map_.positions(), chunk, depth, map_.width);
-      }
-    });
+    for_each_chunk(
+        map, channels, first, count, [&](std::int64_t channel, std::int64_t depth, auto operand, auto& fetch) {
+          A* const chunk = sums + channel / apply_channels_ * result_size();
+          tile_gemm<P>(
+              operand, weights, COperand<A>::panels(chunk), depth, map_.width, k_steps<P>(count),
+              first == 0 ? GemmMode::store : GemmMode::add, nullptr, fetch);
+          if (first + count == map_.width) {
+            store_panels(target + channel * map_.positions() + row_, map_.positions(), chunk, depth, map_.width);
+          }
+        });
   }
 
  private:
   // work(channel, depth, A operand of positions [first, first + count) of channels [channel, channel + depth), what to do
   // meanwhile)
   template <class Work>
-  void for_each_chunk(const T* map, std::int64_t channels, std::int64_t first, std::int64_t count,
-                      const Work& work) const {
+  void for_each_chunk(
+      const T* map, std::int64_t channels, std::int64_t first, std::int64_t count, const Work& work) const {
     const std::int64_t positions = map_.positions();
     for (std::int64_t channel = 0; channel < channels; channel += apply_channels_) {
       const std::int64_t depth = std::min(apply_channels_, channels - channel);
@@ -277,8 +284,9 @@ class RowProducts {
   }
 
   std::int64_t operand_size() const {
-    return std::max(packed_a_size<P>(map_.width, score_channels_) + packed_b_size<P>(block_, score_channels_),
-                    packed_a_size<P>(apply_channels_, map_.width));
+    return std::max(
+        packed_a_size<P>(map_.width, score_channels_) + packed_b_size<P>(block_, score_channels_),
+        packed_a_size<P>(apply_channels_, map_.width));
   }
   std::int64_t result_size() const { return panels_size<P>(apply_channels_, map_.width); }
 
@@ -291,8 +299,8 @@ class RowProducts {
 
 // work(sample, products of a row, scratch) for every row of every sample; `scratch_size` is of what work takes itself.
 template <class T, class Work>
-void for_each_row(MapSizes map, std::int64_t batch, const RowProducts<T>& products, std::size_t scratch_size,
-                  const Work& work) {
+void for_each_row(
+    MapSizes map, std::int64_t batch, const RowProducts<T>& products, std::size_t scratch_size, const Work& work) {
   parallel_units(batch * map.height, products.scratch() + scratch_size, [&](std::int64_t unit, Scratch& scratch) {
     work(unit / map.height, products.of_row(unit % map.height, scratch), scratch);
   });

@@ -22,29 +22,29 @@
 // backward_schedule.h says which tiles a unit has and why the sums need no atomics.
 #pragma once
 
-#include "cpu/common/exp.h"
-#include "cpu/common/parallel.h"
-#include "cpu/position/packed_operands.h"
-#include "cpu/position/backward_schedule.h"
-#include "checks/position.h"
-
 #include <cmath>
 #include <limits>
+
+#include "checks/position.h"
+#include "cpu/common/exp.h"
+#include "cpu/common/parallel.h"
+#include "cpu/position/backward_schedule.h"
+#include "cpu/position/packed_operands.h"
 
 namespace segattn::cpu {
 
 template <class T>
 struct PositionBackwardArguments {
-  const T* grad_output;                // (B, C, N)
-  const T* query;                      // (B, E, N)
-  const T* key;                        // (B, E, M)
-  const T* value;                      // (B, C, M)
-  const T* output;                     // (B, C, N)
-  const T* output_low;                 // (B, C, N), what rounding took from the output; null: unknown
-  const AccumulatorOf<T>* logsumexp;   // (B, N)
-  T* grad_query;                       // (B, E, N)
-  T* grad_key;                         // (B, E, M)
-  T* grad_value;                       // (B, C, M)
+  const T* grad_output;               // (B, C, N)
+  const T* query;                     // (B, E, N)
+  const T* key;                       // (B, E, M)
+  const T* value;                     // (B, C, M)
+  const T* output;                    // (B, C, N)
+  const T* output_low;                // (B, C, N), what rounding took from the output; null: unknown
+  const AccumulatorOf<T>* logsumexp;  // (B, N)
+  T* grad_query;                      // (B, E, N)
+  T* grad_key;                        // (B, E, M)
+  T* grad_value;                      // (B, C, M)
   PositionSizes sizes;
   AccumulatorOf<T> scale;
 };
@@ -89,7 +89,7 @@ class PositionBackward {
     }
     const PositionSchedule one(1, n_, m_, shares_operands());
     const std::int64_t sample_size = (keeps_query_sums(one) ? kQuerySums * query_sums_size() : 0) +
-                                     one.replicas * key_sums_size() + (shares_operands() ? operands_size() : 0);
+        one.replicas * key_sums_size() + (shares_operands() ? operands_size() : 0);
     const std::int64_t together = std::clamp<std::int64_t>(kSumsLimit / sample_size, 1, batch);
     for (std::int64_t first = 0; first < batch; first += together) {
       run_samples(first, std::min(together, batch - first));
@@ -102,35 +102,33 @@ class PositionBackward {
   // i * channels of its sample (and replica).
   struct Shared {
     std::int64_t first_sample;
-    A *delta, *correction;   // (samples, N), from a query group's first unit on
-    A* query_sums;           // null where a query group has one unit, like the next
-    A* mean_keys;            // sum_j P_ij key_j, laid out like query_sums
-    A* grad_sum;             // (samples, N), sum_j dS_ij
+    A *delta, *correction;  // (samples, N), from a query group's first unit on
+    A* query_sums;          // null where a query group has one unit, like the next
+    A* mean_keys;           // sum_j P_ij key_j, laid out like query_sums
+    A* grad_sum;            // (samples, N), sum_j dS_ij
     A *key_sums, *value_sums;
-    P* operands;             // null where every unit packs its own
+    P* operands;  // null where every unit packs its own
   };
 
   // A unit's memory.
   struct Workspace {
     KeyOperands<T> keys;
-    QueryOperands<T> queries;                // of one tile
-    A *scores, *weight_grads;                // one column panel of a tile
-    P *weights_rows, *score_grads_rows;      // tile, row-major: strided A
-    P* score_grads;                          // tile in panels: B
-    A *logsumexp, *correction, *delta;       // of one tile of queries
-    A *query_sums, *mean_keys;               // of one tile, over the unit's keys
-    A* grad_sum;                             // of one tile of queries
-    P* correction_keys;                      // a tile of keys
-    A* correction_scores;                    // tile, row-major
+    QueryOperands<T> queries;            // of one tile
+    A *scores, *weight_grads;            // one column panel of a tile
+    P *weights_rows, *score_grads_rows;  // tile, row-major: strided A
+    P* score_grads;                      // tile in panels: B
+    A *logsumexp, *correction, *delta;   // of one tile of queries
+    A *query_sums, *mean_keys;           // of one tile, over the unit's keys
+    A* grad_sum;                         // of one tile of queries
+    P* correction_keys;                  // a tile of keys
+    A* correction_scores;                // tile, row-major
   };
 
   // grad_query and, to centre it, the mean keys.
   static constexpr std::int64_t kQuerySums = kCentres ? 2 : 1;
   std::int64_t query_sums_size() const { return panels_size<P>(e_, n_); }
   std::int64_t key_sums_size() const { return m_ * (padded_columns<P>(e_) + padded_columns<P>(c_)); }
-  std::int64_t operands_size() const {
-    return KeyOperands<T>::size(m_, e_, c_) + QueryOperands<T>::size(n_, e_, c_);
-  }
+  std::int64_t operands_size() const { return KeyOperands<T>::size(m_, e_, c_) + QueryOperands<T>::size(n_, e_, c_); }
   bool shares_operands() const { return operands_size() <= kSharedLimit; }
   // All keys are in every tile, which then has what D is the sum of: D_i = sum_j P_ij (value^T grad_output)_ji.
   bool has_one_key_tile() const {
@@ -148,15 +146,16 @@ class PositionBackward {
     A* const shared_query_sums = memory.data() + 3 * samples * n_;
     A* const key_sums = shared_query_sums + kQuerySums * query_sums;
     const Buffer<P> operands(shares_operands() ? samples * operands_size() : 0);
-    const Shared shared{first_sample,
-                        memory.data(),
-                        memory.data() + samples * n_,
-                        keeps_query_sums(schedule) ? shared_query_sums : nullptr,
-                        shared_query_sums + (kQuerySums - 1) * query_sums,
-                        memory.data() + 2 * samples * n_,
-                        key_sums,
-                        key_sums + copies * m_ * padded_columns<P>(e_),
-                        shares_operands() ? operands.data() : nullptr};
+    const Shared shared{
+        first_sample,
+        memory.data(),
+        memory.data() + samples * n_,
+        keeps_query_sums(schedule) ? shared_query_sums : nullptr,
+        shared_query_sums + (kQuerySums - 1) * query_sums,
+        memory.data() + 2 * samples * n_,
+        key_sums,
+        key_sums + copies * m_ * padded_columns<P>(e_),
+        shares_operands() ? operands.data() : nullptr};
     if (shares_operands()) {
       const std::int64_t groups = schedule.key_groups + schedule.query_groups;
       parallel_units(samples * groups, 0, [&](std::int64_t index, Scratch&) {
@@ -181,13 +180,13 @@ class PositionBackward {
     return KeyOperands<T>::in(shared.operands + sample * operands_size(), m_, e_, c_);
   }
   QueryOperands<T> shared_queries(const Shared& shared, std::int64_t sample) const {
-    return QueryOperands<T>::in(shared.operands + sample * operands_size() + KeyOperands<T>::size(m_, e_, c_), n_, e_,
-                                c_);
+    return QueryOperands<T>::in(
+        shared.operands + sample * operands_size() + KeyOperands<T>::size(m_, e_, c_), n_, e_, c_);
   }
 
   // Packs the operands of a group for all units: first the key groups, then the query groups.
-  void pack_group(const PositionSchedule& schedule, const Shared& shared, std::int64_t sample,
-                  std::int64_t group) const {
+  void pack_group(
+      const PositionSchedule& schedule, const Shared& shared, std::int64_t sample, std::int64_t group) const {
     if (group < schedule.key_groups) {
       const KeyOperands<T> operands = shared_keys(shared, sample);
       for_each_tile(keys_of(schedule, group), kKeyUnit, kKeyTile, [&](std::int64_t first, std::int64_t count) {
@@ -196,21 +195,22 @@ class PositionBackward {
       return;
     }
     const QueryOperands<T> operands = shared_queries(shared, sample);
-    for_each_tile(queries_of(schedule, group - schedule.key_groups), kLane, kQueryTile,
-                  [&](std::int64_t first, std::int64_t count) {
-                    pack_queries(shared.first_sample + sample, first, count, operands.from(first, e_, c_));
-                  });
+    for_each_tile(
+        queries_of(schedule, group - schedule.key_groups), kLane, kQueryTile,
+        [&](std::int64_t first, std::int64_t count) {
+          pack_queries(shared.first_sample + sample, first, count, operands.from(first, e_, c_));
+        });
   }
 
   void pack_keys(std::int64_t sample, std::int64_t first, std::int64_t count, const KeyOperands<T>& target) const {
-    target.pack(arguments_.key + sample * e_ * m_ + first, arguments_.value + sample * c_ * m_ + first, m_, count, e_,
-                c_);
+    target.pack(
+        arguments_.key + sample * e_ * m_ + first, arguments_.value + sample * c_ * m_ + first, m_, count, e_, c_);
   }
 
-  void pack_queries(std::int64_t sample, std::int64_t first, std::int64_t count,
-                    const QueryOperands<T>& target) const {
-    target.pack(arguments_.query + sample * e_ * n_ + first, arguments_.grad_output + sample * c_ * n_ + first, n_,
-                count, e_, c_);
+  void pack_queries(std::int64_t sample, std::int64_t first, std::int64_t count, const QueryOperands<T>& target) const {
+    target.pack(
+        arguments_.query + sample * e_ * n_ + first, arguments_.grad_output + sample * c_ * n_ + first, n_, count, e_,
+        c_);
   }
 
   // The output as it was before rounding, as far as that is known.
@@ -252,13 +252,15 @@ class PositionBackward {
     for (std::int64_t first_key = 0; first_key < m_; first_key += kKeyTile) {
       const std::int64_t keys = std::min(kKeyTile, m_ - first_key);
       pack_a_from_steps<P>(w.correction_keys, arguments_.key + sample * e_ * m_ + first_key, m_, keys, e_);
-      tile_gemm<P>(AOperand<P>::packed(w.correction_keys), w.queries.query,
-                   COperand<A>::row_major(w.correction_scores, columns), keys, count, k_steps<P>(e_), GemmMode::store);
+      tile_gemm<P>(
+          AOperand<P>::packed(w.correction_keys), w.queries.query, COperand<A>::row_major(w.correction_scores, columns),
+          keys, count, k_steps<P>(e_), GemmMode::store);
       for (std::int64_t row = 0; row < keys; ++row) {
         for (std::int64_t i = 0; i < columns; i += kLane) {
           const V score = load<V>(w.correction_scores + row * columns + i);
-          store(w.correction + i, load<V>(w.correction + i) + exp(fma(score, broadcast<V>(arguments_.scale),
-                                                                      -load<V>(w.logsumexp + i))));
+          store(
+              w.correction + i,
+              load<V>(w.correction + i) + exp(fma(score, broadcast<V>(arguments_.scale), -load<V>(w.logsumexp + i))));
         }
       }
     }
@@ -267,7 +269,9 @@ class PositionBackward {
     }
   }
 
-  std::int64_t largest_key_group() const { return std::min(round_up(m_, kKeyUnit), PositionSchedule::kGroup + kKeyUnit); }
+  std::int64_t largest_key_group() const {
+    return std::min(round_up(m_, kKeyUnit), PositionSchedule::kGroup + kKeyUnit);
+  }
   std::int64_t largest_query_tile() const { return std::min(kQueryTile, padded_columns<P>(n_)); }
 
   std::size_t unit_scratch() const {
@@ -276,11 +280,11 @@ class PositionBackward {
     const std::int64_t key_tile = std::min(kKeyTile, keys);
     const std::size_t own = shares_operands() ? 0
                                               : scratch_bytes<P>(KeyOperands<T>::size(keys, e_, c_)) +
-                                                    scratch_bytes<P>(QueryOperands<T>::size(queries, e_, c_));
+            scratch_bytes<P>(QueryOperands<T>::size(queries, e_, c_));
     return own + 2 * scratch_bytes<A>(key_tile * panel_columns<P>) +
-           3 * scratch_bytes<P>(k_steps<P>(key_tile * queries)) + 4 * scratch_bytes<A>(queries) +
-           kQuerySums * scratch_bytes<A>(e_ * queries) + scratch_bytes<P>(packed_a_size<P>(kKeyTile, e_)) +
-           scratch_bytes<A>(kKeyTile * queries);
+        3 * scratch_bytes<P>(k_steps<P>(key_tile * queries)) + 4 * scratch_bytes<A>(queries) +
+        kQuerySums * scratch_bytes<A>(e_ * queries) + scratch_bytes<P>(packed_a_size<P>(kKeyTile, e_)) +
+        scratch_bytes<A>(kKeyTile * queries);
   }
 
   Workspace take_workspace(Scratch& scratch) const {
@@ -327,8 +331,9 @@ class PositionBackward {
     }
   }
 
-  void add_unit(const PositionSchedule& schedule, const PositionSchedule::Unit& unit, const Shared& shared,
-                Scratch& scratch) const {
+  void add_unit(
+      const PositionSchedule& schedule, const PositionSchedule::Unit& unit, const Shared& shared,
+      Scratch& scratch) const {
     const std::int64_t sample = shared.first_sample + unit.sample;
     const Range keys = keys_of(schedule, unit.key_group);
     const Range queries = queries_of(schedule, unit.query_group);
@@ -361,17 +366,21 @@ class PositionBackward {
       for_each_tile(keys, kKeyUnit, kKeyTile, [&](std::int64_t first_key, std::int64_t key_count) {
         const KeyOperands<T> tile_keys = w.keys.from(first_key - keys.begin, e_, c_);
         const auto query_mode = query_started ? GemmMode::add : GemmMode::store;
-        compute_tile(w, tile_keys, key_count, query_count, delta_from_tile, centres ? w.mean_keys : nullptr, query_mode);
+        compute_tile(
+            w, tile_keys, key_count, query_count, delta_from_tile, centres ? w.mean_keys : nullptr, query_mode);
         const auto key_mode = keys_started ? GemmMode::add : GemmMode::store;
         const std::int64_t row_stride = k_steps<P>(padded_columns<P>(query_count));
-        tile_gemm<P>(AOperand<P>::strided(w.weights_rows, 1, row_stride), w.queries.grad_transposed,
-                     COperand<A>::panels(value_sums + first_key * padded_columns<P>(c_)), key_count, c_,
-                     k_steps<P>(query_count), key_mode);
-        tile_gemm<P>(AOperand<P>::strided(w.score_grads_rows, 1, row_stride), w.queries.query_transposed,
-                     COperand<A>::panels(key_sums + first_key * padded_columns<P>(e_)), key_count, e_,
-                     k_steps<P>(query_count), key_mode);
-        tile_gemm<P>(AOperand<P>::packed(tile_keys.key_transposed), w.score_grads, COperand<A>::panels(w.query_sums),
-                     e_, query_count, k_steps<P>(key_count), query_mode);
+        tile_gemm<P>(
+            AOperand<P>::strided(w.weights_rows, 1, row_stride), w.queries.grad_transposed,
+            COperand<A>::panels(value_sums + first_key * padded_columns<P>(c_)), key_count, c_, k_steps<P>(query_count),
+            key_mode);
+        tile_gemm<P>(
+            AOperand<P>::strided(w.score_grads_rows, 1, row_stride), w.queries.query_transposed,
+            COperand<A>::panels(key_sums + first_key * padded_columns<P>(e_)), key_count, e_, k_steps<P>(query_count),
+            key_mode);
+        tile_gemm<P>(
+            AOperand<P>::packed(tile_keys.key_transposed), w.score_grads, COperand<A>::panels(w.query_sums), e_,
+            query_count, k_steps<P>(key_count), query_mode);
         query_started = true;
       });
       // A group's sums first, then the groups': the rounding of large partial sums, in which dS is of either sign, is
@@ -400,8 +409,9 @@ class PositionBackward {
 
   // Logsumexp, delta and correction of a tile of queries, padded; the query group's first unit computes the last two.
   // grad_sum is zero.
-  void take_statistics(const Shared& shared, std::int64_t sample, std::int64_t first, std::int64_t count,
-                       bool first_unit, bool with_delta, const Workspace& w) const {
+  void take_statistics(
+      const Shared& shared, std::int64_t sample, std::int64_t first, std::int64_t count, bool first_unit,
+      bool with_delta, const Workspace& w) const {
     A* const delta = shared.delta + sample * n_ + first;
     A* const correction = shared.correction + sample * n_ + first;
     const std::int64_t columns = padded_columns<P>(count);
@@ -427,22 +437,26 @@ class PositionBackward {
 
   // Weights and score gradients of a tile, in the layouts the products need; delta_from_tile: w.delta as well. With
   // mean_keys (panels of E x queries) the tile's part of it, and w.grad_sum.
-  void compute_tile(const Workspace& w, const KeyOperands<T>& operands, std::int64_t keys,
-                    std::int64_t queries, bool delta_from_tile, A* mean_keys, GemmMode mean_mode) const {
+  void compute_tile(
+      const Workspace& w, const KeyOperands<T>& operands, std::int64_t keys, std::int64_t queries, bool delta_from_tile,
+      A* mean_keys, GemmMode mean_mode) const {
     const std::int64_t columns = padded_columns<P>(queries);
     for (std::int64_t column = 0; column < queries; column += panel_columns<P>) {
       const std::int64_t width = panel_width<P>(queries, column);
-      tile_gemm<P>(AOperand<P>::packed(operands.key), w.queries.query + column * k_steps<P>(e_),
-                   COperand<A>::panels(w.scores), keys, width, k_steps<P>(e_), GemmMode::store);
-      tile_gemm<P>(AOperand<P>::packed(operands.value), w.queries.grad + column * k_steps<P>(c_),
-                   COperand<A>::panels(w.weight_grads), keys, width, k_steps<P>(c_), GemmMode::store);
+      tile_gemm<P>(
+          AOperand<P>::packed(operands.key), w.queries.query + column * k_steps<P>(e_), COperand<A>::panels(w.scores),
+          keys, width, k_steps<P>(e_), GemmMode::store);
+      tile_gemm<P>(
+          AOperand<P>::packed(operands.value), w.queries.grad + column * k_steps<P>(c_),
+          COperand<A>::panels(w.weight_grads), keys, width, k_steps<P>(c_), GemmMode::store);
       P* const score_grads = w.score_grads + column * k_steps<P>(keys);
       const V scale = broadcast<V>(arguments_.scale);
       for (std::int64_t row = 0; row < keys; ++row) {
         for (std::int64_t i = 0; i < width; i += kLane) {
           A* const score = w.scores + row * width + i;
-          store(score, exp(fma(load<V>(score), scale, -load<V>(w.logsumexp + column + i)) -
-                           load<V>(w.correction + column + i)));
+          store(
+              score,
+              exp(fma(load<V>(score), scale, -load<V>(w.logsumexp + column + i)) - load<V>(w.correction + column + i)));
         }
       }
       if (delta_from_tile) {
@@ -450,8 +464,9 @@ class PositionBackward {
       }
       if constexpr (kCentres) {
         if (mean_keys != nullptr) {
-          tile_gemm<P>(AOperand<P>::packed(operands.key_transposed), w.scores,
-                       COperand<A>::panels(mean_keys + column * e_), e_, width, k_steps<P>(keys), mean_mode);
+          tile_gemm<P>(
+              AOperand<P>::packed(operands.key_transposed), w.scores, COperand<A>::panels(mean_keys + column * e_), e_,
+              width, k_steps<P>(keys), mean_mode);
         }
       }
       for (std::int64_t row = 0; row < keys; ++row) {
@@ -545,16 +560,15 @@ class PositionBackward {
       for (std::int64_t row = 0; row < e_; ++row) {
         for (std::int64_t i = 0; i < width; i += kLane) {
           const std::int64_t at = first * e_ + row * width + i;
-          store(query_sums + at,
-                load<V>(query_sums + at) - load<V>(mean_keys + at) * load<V>(grad_sum + first + i));
+          store(query_sums + at, load<V>(query_sums + at) - load<V>(mean_keys + at) * load<V>(grad_sum + first + i));
         }
       }
     }
   }
 
   // Adds up the replicas' sums of a key group and rounds them to T.
-  void store_key_group(const PositionSchedule& schedule, const Shared& shared, std::int64_t sample,
-                       std::int64_t group) const {
+  void store_key_group(
+      const PositionSchedule& schedule, const Shared& shared, std::int64_t sample, std::int64_t group) const {
     const std::int64_t target = shared.first_sample + sample;
     for_each_tile(keys_of(schedule, group), kKeyUnit, kKeyTile, [&](std::int64_t first, std::int64_t count) {
       store_key_tile(schedule, arguments_.grad_key + target * e_ * m_, shared.key_sums, sample, first, count, e_);
@@ -562,8 +576,9 @@ class PositionBackward {
     });
   }
 
-  void store_key_tile(const PositionSchedule& schedule, T* target, A* sums, std::int64_t sample, std::int64_t first,
-                      std::int64_t count, std::int64_t channels) const {
+  void store_key_tile(
+      const PositionSchedule& schedule, T* target, A* sums, std::int64_t sample, std::int64_t first, std::int64_t count,
+      std::int64_t channels) const {
     const std::int64_t copy_size = m_ * padded_columns<P>(channels);
     A* const total = sums + sample * schedule.replicas * copy_size + first * padded_columns<P>(channels);
     for (std::int64_t replica = 1; replica < schedule.replicas; ++replica) {

@@ -23,7 +23,9 @@ struct Range {
   std::int64_t size() const { return end - begin; }
 };
 
-constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) {
+  return (a + b - 1) / b;
+}
 
 // Part `index` of `parts` nearly equal ones of [0, extent), cut at multiples of `unit`.
 constexpr Range part_of(std::int64_t extent, std::int64_t unit, std::int64_t index, std::int64_t parts) {
@@ -36,10 +38,10 @@ class PositionSchedule {
  public:
   struct Unit {
     std::int64_t step;
-    std::int64_t keys;         // index of the key group's sums: (sample, replica, key group)
-    std::int64_t queries;      // index of the query group's sums: (sample, query group)
+    std::int64_t keys;     // index of the key group's sums: (sample, replica, key group)
+    std::int64_t queries;  // index of the query group's sums: (sample, query group)
     std::int64_t sample, replica, key_group, query_group;
-    bool idle;                 // the key group has no partner in this step: nothing to do, nobody waits for it
+    bool idle;  // the key group has no partner in this step: nothing to do, nobody waits for it
   };
 
   // shared_operands: nothing is packed for a unit by itself, so that key groups may be small.
@@ -47,9 +49,10 @@ class PositionSchedule {
       : samples(samples),
         key_groups(m <= kOneGroup ? 1 : groups_for(m, shared_operands ? kSmallestGroup : kSmallestKeyGroup)),
         query_groups(groups_for(n, kSmallestGroup)),
-        replicas(shared_operands && key_groups * samples >= kEnoughGroups
-                     ? 1
-                     : std::clamp<std::int64_t>(divide_up(kParallelGroups, key_groups * samples), 1, query_groups)),
+        replicas(
+            shared_operands && key_groups * samples >= kEnoughGroups
+                ? 1
+                : std::clamp<std::int64_t>(divide_up(kParallelGroups, key_groups * samples), 1, query_groups)),
         steps_(std::max(key_groups, divide_up(query_groups, replicas))),
         keys_done_(new std::atomic<std::int64_t>[samples * replicas * key_groups]()),
         queries_done_(new std::atomic<std::int64_t>[samples * query_groups]()) {}
@@ -86,8 +89,9 @@ class PositionSchedule {
     const std::int64_t queries_before = step_before(unit.step, queries_meet);
     wait_for(keys_done_[unit.keys], keys_before + 1);
     wait_for(queries_done_[unit.queries], queries_before + 1);
-    return {keys_before < 0, step_after(unit.step, keys_meet) == steps_, queries_before < 0,
-            step_after(unit.step, queries_meet) == steps_};
+    return {
+        keys_before < 0, step_after(unit.step, keys_meet) == steps_, queries_before < 0,
+        step_after(unit.step, queries_meet) == steps_};
   }
 
   void finish(const Unit& unit) const {

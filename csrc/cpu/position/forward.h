@@ -8,23 +8,23 @@
 // cut into blocks nor on the thread.
 #pragma once
 
+#include <cmath>
+
+#include "checks/position.h"
 #include "cpu/common/exp.h"
 #include "cpu/common/pack.h"
 #include "cpu/common/parallel.h"
-#include "checks/position.h"
-
-#include <cmath>
 
 namespace segattn::cpu {
 
 template <class T>
 struct PositionForwardArguments {
-  const T* query;                 // (B, E, N)
-  const T* key;                   // (B, E, M)
-  const T* value;                 // (B, C, M)
-  T* output;                      // (B, C, N)
-  T* output_low;                  // (B, C, N), what rounding took from the output; null: not wanted
-  AccumulatorOf<T>* logsumexp;    // (B, N)
+  const T* query;               // (B, E, N)
+  const T* key;                 // (B, E, M)
+  const T* value;               // (B, C, M)
+  T* output;                    // (B, C, N)
+  T* output_low;                // (B, C, N), what rounding took from the output; null: not wanted
+  AccumulatorOf<T>* logsumexp;  // (B, N)
   PositionSizes sizes;
   AccumulatorOf<T> scale;
 };
@@ -107,27 +107,30 @@ class PositionForward {
   }
 
   void pack_keys(std::int64_t sample, std::int64_t first_key, P* packed_key) const {
-    pack_a_from_steps<P>(packed_key + first_key * k_steps<P>(e_), arguments_.key + sample * e_ * m_ + first_key, m_,
-                         std::min(kKeyTile, m_ - first_key), e_);
+    pack_a_from_steps<P>(
+        packed_key + first_key * k_steps<P>(e_), arguments_.key + sample * e_ * m_ + first_key, m_,
+        std::min(kKeyTile, m_ - first_key), e_);
   }
 
   void pack_values(std::int64_t sample, std::int64_t first_key, std::int64_t first_channel, P* packed_value) const {
     const std::int64_t keys = std::min(kKeyTile, m_ - first_key);
-    pack_a_from_rows<P>(packed_value + c_ * k_steps<P>(first_key) + first_channel * k_steps<P>(keys),
-                        arguments_.value + (sample * c_ + first_channel) * m_ + first_key, m_,
-                        std::min(kPackChannels, c_ - first_channel), keys);
+    pack_a_from_rows<P>(
+        packed_value + c_ * k_steps<P>(first_key) + first_channel * k_steps<P>(keys),
+        arguments_.value + (sample * c_ + first_channel) * m_ + first_key, m_,
+        std::min(kPackChannels, c_ - first_channel), keys);
   }
 
   std::size_t block_scratch() const {
     constexpr std::int64_t columns = kBlockVectors * kLane;
     return scratch_bytes<P>(packed_b_size<P>(columns, e_)) + scratch_bytes<A>(c_ * columns) +
-           scratch_bytes<A>(kKeyTile * panel_columns<P>) +
-           scratch_bytes<P>(packed_b_size<P>(panel_columns<P>, kKeyTile)) + 3 * scratch_bytes<A>(columns);
+        scratch_bytes<A>(kKeyTile * panel_columns<P>) + scratch_bytes<P>(packed_b_size<P>(panel_columns<P>, kKeyTile)) +
+        3 * scratch_bytes<A>(columns);
   }
 
   // Queries [first_query, first_query + queries) of one sample over all keys.
-  void attend(std::int64_t sample, std::int64_t first_query, std::int64_t queries, const P* packed_key,
-              Scratch& scratch) const {
+  void attend(
+      std::int64_t sample, std::int64_t first_query, std::int64_t queries, const P* packed_key,
+      Scratch& scratch) const {
     const P* const packed_value = packed_key + packed_key_size();
     const std::int64_t columns = padded_columns<P>(queries);
     P* const packed_query = scratch.take<P>(packed_b_size<P>(queries, e_));
@@ -147,12 +150,14 @@ class PositionForward {
       const auto value_tile = AOperand<P>::packed(packed_value + c_ * k_steps<P>(first_key));
       for (std::int64_t column = 0; column < queries; column += panel_columns<P>) {
         const std::int64_t width = panel_width<P>(queries, column);
-        tile_gemm<P>(key_tile, packed_query + column * k_steps<P>(e_), COperand<A>::panels(scores), keys, width,
-                     k_steps<P>(e_), GemmMode::store);
+        tile_gemm<P>(
+            key_tile, packed_query + column * k_steps<P>(e_), COperand<A>::panels(scores), keys, width, k_steps<P>(e_),
+            GemmMode::store);
         softmax_columns(scores, keys, width, maximum + column, total + column, rescale + column);
         const P* const panel = b_operand_of_panels<P>(weights, scores, keys, width);
-        tile_gemm<P>(value_tile, panel, COperand<A>::panels(sums + column * c_), c_, width, k_steps<P>(keys),
-                     first_key == 0 ? GemmMode::store : GemmMode::scale_add, rescale + column);
+        tile_gemm<P>(
+            value_tile, panel, COperand<A>::panels(sums + column * c_), c_, width, k_steps<P>(keys),
+            first_key == 0 ? GemmMode::store : GemmMode::scale_add, rescale + column);
       }
     }
     finish(sample, first_query, queries, sums, maximum, total);
@@ -184,8 +189,8 @@ class PositionForward {
     }
   }
 
-  void finish(std::int64_t sample, std::int64_t first_query, std::int64_t queries, A* sums, const A* maximum,
-              A* total) const {
+  void finish(
+      std::int64_t sample, std::int64_t first_query, std::int64_t queries, A* sums, const A* maximum, A* total) const {
     A* const logsumexp = arguments_.logsumexp + sample * n_ + first_query;
     for (std::int64_t i = 0; i < queries; ++i) {
       logsumexp[i] = maximum[i] + std::log(total[i]);
@@ -199,16 +204,16 @@ class PositionForward {
         narrow_partial<kLane>(target, vector, count);
       }
     };
-    detail::for_each_panel_vector(sums, c_, queries,
-                                  [&](std::int64_t row, std::int64_t column, V vector, std::int64_t count) {
-                                    const std::int64_t at = first + row * n_ + column;
-                                    vector *= load<V>(total + column);
-                                    write(arguments_.output + at, vector, count);
-                                    if (arguments_.output_low != nullptr) {
-                                      vector -= read_vector(arguments_.output + at, count);
-                                      write(arguments_.output_low + at, vector, count);
-                                    }
-                                  });
+    detail::for_each_panel_vector(
+        sums, c_, queries, [&](std::int64_t row, std::int64_t column, V vector, std::int64_t count) {
+          const std::int64_t at = first + row * n_ + column;
+          vector *= load<V>(total + column);
+          write(arguments_.output + at, vector, count);
+          if (arguments_.output_low != nullptr) {
+            vector -= read_vector(arguments_.output + at, count);
+            write(arguments_.output_low + at, vector, count);
+          }
+        });
   }
 
   PositionForwardArguments<T> arguments_;

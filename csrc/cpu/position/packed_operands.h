@@ -46,7 +46,7 @@ struct QueryOperands {
 
   static constexpr std::int64_t size(std::int64_t count, std::int64_t e, std::int64_t c) {
     return packed_b_size<P>(count, e) + packed_b_size<P>(count, c) + packed_b_size<P>(e, count) +
-           packed_b_size<P>(c, count);
+        packed_b_size<P>(c, count);
   }
 
   static QueryOperands in(P* memory, std::int64_t count, std::int64_t e, std::int64_t c) {
@@ -56,14 +56,15 @@ struct QueryOperands {
   }
 
   QueryOperands from(std::int64_t first, std::int64_t e, std::int64_t c) const {
-    return {query + first * k_steps<P>(e), grad + first * k_steps<P>(c),
-            query_transposed + padded_columns<P>(e) * k_steps<P>(first),
-            grad_transposed + padded_columns<P>(c) * k_steps<P>(first)};
+    return {
+        query + first * k_steps<P>(e), grad + first * k_steps<P>(c),
+        query_transposed + padded_columns<P>(e) * k_steps<P>(first),
+        grad_transposed + padded_columns<P>(c) * k_steps<P>(first)};
   }
 
   // One tile of `count` queries; queries (E, ld), grads (C, ld).
-  void pack(const T* queries, const T* grads, std::int64_t ld, std::int64_t count, std::int64_t e,
-            std::int64_t c) const {
+  void pack(
+      const T* queries, const T* grads, std::int64_t ld, std::int64_t count, std::int64_t e, std::int64_t c) const {
     pack_b_from_steps<P>(query, queries, ld, count, e);
     pack_b_from_steps<P>(grad, grads, ld, count, c);
     pack_b_from_columns<P>(query_transposed, queries, ld, e, count);

@@ -1,10 +1,10 @@
 // Position attention on the CPU: checks, outputs, dtype dispatch, registration.
-#include "registration.h"
+#include <tuple>
+
 #include "cpu/common/dispatch.h"
 #include "cpu/position/backward.h"
 #include "cpu/position/forward.h"
-
-#include <tuple>
+#include "registration.h"
 
 namespace segattn::cpu {
 
@@ -12,8 +12,8 @@ namespace {
 
 // query (B, E, *S), key (B, E, *T), value (B, C, *T) -> output (B, C, *S), logsumexp (B, *S), output_low (B, C, *S) or
 // empty
-std::tuple<Tensor, Tensor, Tensor> position_attention(Tensor query, Tensor key, Tensor value, double scale,
-                                                      bool with_low) {
+std::tuple<Tensor, Tensor, Tensor> position_attention(
+    Tensor query, Tensor key, Tensor value, double scale, bool with_low) {
   const PositionSizes sizes = check_position_attention(query, key, value, scale);
   query = torch::stable::contiguous(query);
   key = torch::stable::contiguous(key);
@@ -42,9 +42,9 @@ std::tuple<Tensor, Tensor, Tensor> position_attention(Tensor query, Tensor key, 
 
 // grad_output (B, C, *S), query (B, E, *S), key (B, E, *T), value (B, C, *T), output (B, C, *S), logsumexp (B, *S),
 // output_low (B, C, *S) -> grad_query (B, E, *S), grad_key (B, E, *T), grad_value (B, C, *T)
-std::tuple<Tensor, Tensor, Tensor> position_attention_backward(Tensor grad_output, Tensor query, Tensor key,
-                                                               Tensor value, Tensor output, Tensor logsumexp,
-                                                               double scale, std::optional<Tensor> output_low) {
+std::tuple<Tensor, Tensor, Tensor> position_attention_backward(
+    Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, Tensor logsumexp, double scale,
+    std::optional<Tensor> output_low) {
   const PositionSizes sizes =
       check_position_attention_backward(grad_output, query, key, value, output, logsumexp, scale, output_low);
   for (Tensor* tensor : {&grad_output, &query, &key, &value, &output, &logsumexp}) {

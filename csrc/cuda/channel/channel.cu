@@ -1,20 +1,20 @@
 // Channel attention on CUDA, host side. What cuBLAS does best it does (torch's bmm): the products of 32-bit and 64-bit
 // matrices, and the application of the map. Ours are the 16-bit Gram matrix in float32 and by halves, the softmax passes,
 // and the self-attention's gradient, two products in one accumulator.
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <array>
 #include <optional>
 #include <tuple>
 
-#include "checks/channel.h"
-#include "registration.h"
-#include "cuda/channel/softmax.cuh"
-#include "cuda/channel/launch.h"
-#include "cuda/position/operands.h"
+#include <torch/csrc/stable/library.h>
 
-namespace segattn {
+#include "checks/channel.h"
+#include "cuda/channel/launch.h"
+#include "cuda/channel/softmax.cuh"
+#include "cuda/position/operands.h"
+#include "registration.h"
+
+namespace segattn::cuda {
 namespace {
 
 using Pair = std::tuple<Tensor, Tensor>;
@@ -28,12 +28,13 @@ void bmm(const Tensor& left, const Tensor& right, const Tensor& out) {
   torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 1, 2); }
+Tensor transposed(const Tensor& matrix) {
+  return torch::stable::transpose(matrix, 1, 2);
+}
 
 // (B, channels, *spatial) as a matrix for each sample; copied where its positions are not in order
 Tensor matrices(const Tensor& tensor) {
-  return torch::stable::view(
-      torch::stable::contiguous(tensor), {tensor.size(0), tensor.size(1), positions_of(tensor)});
+  return torch::stable::view(torch::stable::contiguous(tensor), {tensor.size(0), tensor.size(1), positions_of(tensor)});
 }
 
 int count(const char* op, const char* what, int64_t value) {
@@ -60,7 +61,7 @@ struct ChannelCall {
   DeviceGuard guard;
   DeviceLimits limits;
   cudaStream_t stream;
-  bool tensor_cores; // 16-bit ones
+  bool tensor_cores;  // 16-bit ones
 
   ChannelCall(const char* op_, const Tensor& like)
       : op(op_), dtype(like.scalar_type()), guard(like), limits(device_limits()), stream(current_stream(like)) {
@@ -85,7 +86,7 @@ struct ChannelCall {
     if (!tensor_cores) {
       const Tensor energies = allocate(left, {1, batch, c, k}, accumulator);
       Tensor a = matrices(left), b = symmetric ? a : matrices(right);
-      if (accumulator != dtype) { // 16-bit types before sm_80
+      if (accumulator != dtype) {  // 16-bit types before sm_80
         a = torch::stable::to(a, accumulator);
         b = symmetric ? a : torch::stable::to(b, accumulator);
       }
@@ -257,9 +258,9 @@ Triple channel_attention_backward(
     return {grad_query, grad_key, grad_value};
   }
   const Tensor energies = call.products(query, key);
-  const bool no_value = sizes.value_positions == 0; // then the gradient of the map is zero
-  Tensor grad_attention = no_value ? allocate(energies, {1, batch, c, k}, energies.scalar_type())
-                                   : call.products(grad_output, value);
+  const bool no_value = sizes.value_positions == 0;  // then the gradient of the map is zero
+  Tensor grad_attention =
+      no_value ? allocate(energies, {1, batch, c, k}, energies.scalar_type()) : call.products(grad_output, value);
   if (no_value) {
     torch::stable::zero_(grad_attention);
   }
@@ -306,7 +307,7 @@ Pair channel_self_attention_backward(
   }
   const FeatureMap x = call.rows(input), g = call.rows(grad_output);
   const Tensor energies = call.gram(x, x, input, c, c, true), grad_attention = call.gram(g, x, input, c, c, false);
-  const int64_t pitch = (c + 7) / 8 * 8; // rows on 16 bytes
+  const int64_t pitch = (c + 7) / 8 * 8;  // rows on 16 bytes
   const Tensor attention = allocate(input, {batch, c, pitch}, call.dtype);
   call.softmax_backward(energies, grad_attention, scale, attention, nullptr, gamma, &grad_gamma);
   const Tensor symmetric = call.symmetrised(grad_attention, pitch);
@@ -324,12 +325,12 @@ Pair channel_self_attention_backward(
   return {grad_input, grad_gamma};
 }
 
-} // namespace
-} // namespace segattn
+}  // namespace
+}  // namespace segattn::cuda
 
 SEGATTN_REGISTER_CUDA(m) {
-  m.impl("channel_attention", TORCH_BOX(&segattn::channel_attention));
-  m.impl("channel_attention_backward", TORCH_BOX(&segattn::channel_attention_backward));
-  m.impl("channel_self_attention", TORCH_BOX(&segattn::channel_self_attention));
-  m.impl("channel_self_attention_backward", TORCH_BOX(&segattn::channel_self_attention_backward));
+  m.impl("channel_attention", TORCH_BOX(&segattn::cuda::channel_attention));
+  m.impl("channel_attention_backward", TORCH_BOX(&segattn::cuda::channel_attention_backward));
+  m.impl("channel_self_attention", TORCH_BOX(&segattn::cuda::channel_self_attention));
+  m.impl("channel_self_attention_backward", TORCH_BOX(&segattn::cuda::channel_self_attention_backward));
 }

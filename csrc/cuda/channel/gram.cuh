@@ -6,16 +6,16 @@
 // is right one triangle of tiles is computed, and a tile off the diagonal is written a second time, transposed.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
+
+#include <cuda_runtime.h>
 
 #include "cuda/channel/params.h"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/mma.cuh"
 #include "cuda/common/tile.cuh"
 
-namespace segattn {
+namespace segattn::cuda {
 
 template <class Mma_>
 struct GramTraits {
@@ -25,10 +25,11 @@ struct GramTraits {
   static constexpr int kDepth = 64;  // positions of a step: rows of 128 bytes
   static constexpr int kStages = 3;
   static constexpr int kThreads = 256;
-  static constexpr int kWarpRows = 32, kWarpColumns = 64; // 4 x 2 warps
+  static constexpr int kWarpRows = 32, kWarpColumns = 64;  // 4 x 2 warps
   static constexpr int kTileBytes = SharedTile<T, kDepth>::bytes(kTile);
   static constexpr size_t kSharedBytes = static_cast<size_t>(kStages) * 2 * kTileBytes;
-  static_assert(kSharedBytes <= 99 * 1024, "one block fits the smallest shared memory with tensor cores for these types");
+  static_assert(
+      kSharedBytes <= 99 * 1024, "one block fits the smallest shared memory with tensor cores for these types");
 };
 
 // Tile row and column of the pair'th tile on or below the diagonal, row after row.
@@ -99,7 +100,7 @@ __device__ __forceinline__ void gram(const GramParams& p, unsigned char* shared)
   const int steps = (end - begin + Traits::kDepth - 1) / Traits::kDepth;
   for (int step = 0; step < steps; ++step) {
     ptx::cp_async_wait<Traits::kStages - 2>();
-    __syncthreads(); // this step's tiles are there, and everybody is done with those of the last step
+    __syncthreads();  // this step's tiles are there, and everybody is done with those of the last step
     start(step + Traits::kStages - 1);
     const int stage = step % Traits::kStages;
     multiply_tiles<Mma, true, false, 2>(
@@ -135,4 +136,4 @@ __global__ void __launch_bounds__(Traits::kThreads) gram_kernel(const GramParams
   gram<Traits>(p, shared);
 }
 
-} // namespace segattn
+}  // namespace segattn::cuda

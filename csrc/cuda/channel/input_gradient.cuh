@@ -1,9 +1,9 @@
 // The gradient of channel self-attention's input, for 16-bit types: two products over channels in one accumulator.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
+
+#include <cuda_runtime.h>
 
 #include "cuda/channel/params.h"
 #include "cuda/common/element.cuh"
@@ -11,20 +11,21 @@
 #include "cuda/common/mma.cuh"
 #include "cuda/common/tile.cuh"
 
-namespace segattn {
+namespace segattn::cuda {
 
 template <class Mma_>
 struct CombineTraits {
   using Mma = Mma_;
   using T = typename Mma::Element;
-  static constexpr int kTile = 128; // output channels, positions
-  static constexpr int kDepth = 64; // contracted channels of a step
+  static constexpr int kTile = 128;  // output channels, positions
+  static constexpr int kDepth = 64;  // contracted channels of a step
   static constexpr int kStages = 3;
   static constexpr int kThreads = 256;
-  static constexpr int kWarpRows = 32, kWarpColumns = 64; // 4 x 2 warps
+  static constexpr int kWarpRows = 32, kWarpColumns = 64;  // 4 x 2 warps
   static constexpr int kTileBytes = SharedTile<T, kTile>::bytes(kDepth);
   static constexpr size_t kSharedBytes = static_cast<size_t>(kStages) * 2 * kTileBytes;
-  static_assert(kSharedBytes <= 99 * 1024, "one block fits the smallest shared memory with tensor cores for these types");
+  static_assert(
+      kSharedBytes <= 99 * 1024, "one block fits the smallest shared memory with tensor cores for these types");
 };
 
 template <class T>
@@ -36,7 +37,7 @@ template <class Traits>
 __device__ __forceinline__ void combine(const ChannelCombineParams& p, unsigned char* shared) {
   using Mma = typename Traits::Mma;
   using T = typename Traits::T;
-  using Tile = SharedTile<T, Traits::kTile>; // [contracted channel][output channel or position]
+  using Tile = SharedTile<T, Traits::kTile>;  // [contracted channel][output channel or position]
   int64_t block = blockIdx.x;
   const int first_channel = static_cast<int>(block % p.channel_tiles) * Traits::kTile;
   block /= p.channel_tiles;
@@ -68,7 +69,7 @@ __device__ __forceinline__ void combine(const ChannelCombineParams& p, unsigned 
   }
   for (int step = 0; step < steps; ++step) {
     ptx::cp_async_wait<Traits::kStages - 2>();
-    __syncthreads(); // this step's tiles are there, and everybody is done with those of the last step
+    __syncthreads();  // this step's tiles are there, and everybody is done with those of the last step
     start(step + Traits::kStages - 1);
     const int stage = step % Traits::kStages;
     multiply_tiles<Mma, false, true, 2>(sums, tile(stage, 0), row, tile(stage, 1), column, 0, Traits::kDepth);
@@ -98,4 +99,4 @@ __global__ void __launch_bounds__(Traits::kThreads) channel_combine_kernel(const
   combine<Traits>(p, shared);
 }
 
-} // namespace segattn
+}  // namespace segattn::cuda

@@ -1,15 +1,15 @@
 // Channel attention: the passes over the C x K maps. A block has one row of the map.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
+
+#include <cuda_runtime.h>
 
 #include "cuda/channel/params.h"
 #include "cuda/common/element.cuh"
 #include "cuda/common/launch.cuh"
 
-namespace segattn {
+namespace segattn::cuda {
 
 constexpr int kChannelThreads = 256;
 
@@ -39,7 +39,7 @@ __device__ __forceinline__ Real combine_block(Real value, Real neutral, const Co
   for (int distance = 16; distance > 0; distance /= 2) {
     value = combine(value, __shfl_xor_sync(0xffffffffu, value, distance));
   }
-  __syncthreads(); // the last call's shares have been read
+  __syncthreads();  // the last call's shares have been read
   if (lane == 0) {
     shares[warp] = value;
   }
@@ -122,8 +122,8 @@ __global__ void __launch_bounds__(kChannelThreads) channel_softmax_kernel(const 
 // The weights come from the row's own maximum and sum once more: CAM's energies are in the thousands, where a rounded
 // logsumexp would be worth 2.4e-4 of every weight in float32.
 template <class T>
-__global__ void __launch_bounds__(kChannelThreads) channel_softmax_backward_kernel(
-    const ChannelSoftmaxBackwardParams p) {
+__global__ void __launch_bounds__(kChannelThreads)
+    channel_softmax_backward_kernel(const ChannelSoftmaxBackwardParams p) {
   using Real = Accumulator<T>;
   const int64_t row = blockIdx.x;
   const RowSoftmax<Real> softmax(
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kChannelThreads) channel_softmax_backward_kern
 }
 
 constexpr int kSymmetriseTile = 32;
-constexpr int kSymmetriseRows = 8; // of threads
+constexpr int kSymmetriseRows = 8;  // of threads
 
 template <class T>
 __global__ void __launch_bounds__(kSymmetriseTile* kSymmetriseRows) symmetrise_kernel(const SymmetriseParams p) {
@@ -193,4 +193,4 @@ __global__ void __launch_bounds__(kChannelThreads) add_kernel(const AddParams p)
   }
 }
 
-} // namespace segattn
+}  // namespace segattn::cuda

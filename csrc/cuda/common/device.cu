@@ -1,22 +1,23 @@
-#include "cuda/common/device.h"
-
-#include <torch/csrc/stable/library.h>
-
 #include <atomic>
 #include <sstream>
 
+#include <torch/csrc/stable/library.h>
+
+#include "cuda/common/device.h"
 #include "registration.h"
 
 #ifdef SEGATTN_EMULATED
 #include "emulator.h"
 #endif
 
-namespace segattn {
+namespace segattn::cuda {
 namespace {
 
 std::atomic<bool> tf32_allowed{false};
 
-void set_allow_tf32(bool allow) { tf32_allowed.store(allow, std::memory_order_relaxed); }
+void set_allow_tf32(bool allow) {
+  tf32_allowed.store(allow, std::memory_order_relaxed);
+}
 
 __global__ void probe_kernel() {}
 
@@ -58,7 +59,7 @@ int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
-} // namespace
+}  // namespace
 
 DeviceLimits device_limits() {
   int device = 0;
@@ -70,13 +71,17 @@ DeviceLimits device_limits() {
       attribute(cudaDevAttrMultiProcessorCount, device)};
 }
 
-bool allow_tf32() { return tf32_allowed.load(std::memory_order_relaxed); }
+bool allow_tf32() {
+  return tf32_allowed.load(std::memory_order_relaxed);
+}
 
-} // namespace segattn
+}  // namespace segattn::cuda
 
 // The stable ABI has no way to ask for torch.backends.cuda.matmul's setting: the Python layer tells when it changes.
-STABLE_TORCH_LIBRARY_FRAGMENT(SEGATTN_NAMESPACE, m) { m.def("_set_allow_tf32(bool allow) -> ()"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(SEGATTN_NAMESPACE, m) {
+  m.def("_set_allow_tf32(bool allow) -> ()");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(SEGATTN_NAMESPACE, CompositeExplicitAutograd, m) {
-  m.impl("_set_allow_tf32", TORCH_BOX(&segattn::set_allow_tf32));
+  m.impl("_set_allow_tf32", TORCH_BOX(&segattn::cuda::set_allow_tf32));
 }

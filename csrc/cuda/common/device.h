@@ -1,15 +1,15 @@
 // What host code asks of the device: its limits, the stream, memory. Torch only by its stable ABI.
 #pragma once
 
+#include <cstdint>
+#include <vector>
+
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-
-#include <cstdint>
-#include <vector>
 
 #include "cuda/common/device_limits.h"
 #include "cuda/common/launch.cuh"
@@ -22,7 +22,7 @@
 #define SEGATTN_CHECK_TORCH(call) TORCH_ERROR_CODE_CHECK(call)
 #endif
 
-namespace segattn {
+namespace segattn::cuda {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -38,7 +38,9 @@ bool allow_tf32();
 struct DeviceGuard {
   explicit DeviceGuard(const Tensor&) {}
 };
-inline cudaStream_t current_stream(const Tensor&) { return emulator::current_stream(); }
+inline cudaStream_t current_stream(const Tensor&) {
+  return emulator::current_stream();
+}
 #else
 struct DeviceGuard {
   explicit DeviceGuard(const Tensor& tensor) : guard(tensor.get_device_index()) {}
@@ -71,4 +73,4 @@ inline Tensor allocate_like(const Tensor& like) {
   return allocate(like, std::vector<int64_t>(sizes.begin(), sizes.end()), like.scalar_type());
 }
 
-} // namespace segattn
+}  // namespace segattn::cuda

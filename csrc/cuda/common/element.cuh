@@ -1,13 +1,13 @@
 // Element types: what is stored, and the float (double for double) it is computed in.
 #pragma once
 
+#include <cstdint>
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <cstdint>
-
-namespace segattn {
+namespace segattn::cuda {
 
 // Accumulation is float32 for float16, bfloat16 and float32, float64 for float64.
 template <class T>
@@ -21,10 +21,18 @@ struct AccumulatorOf<double> {
 template <class T>
 using Accumulator = typename AccumulatorOf<T>::type;
 
-__device__ __forceinline__ float to_accumulator(__half x) { return __half2float(x); }
-__device__ __forceinline__ float to_accumulator(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_accumulator(float x) { return x; }
-__device__ __forceinline__ double to_accumulator(double x) { return x; }
+__device__ __forceinline__ float to_accumulator(__half x) {
+  return __half2float(x);
+}
+__device__ __forceinline__ float to_accumulator(__nv_bfloat16 x) {
+  return __bfloat162float(x);
+}
+__device__ __forceinline__ float to_accumulator(float x) {
+  return x;
+}
+__device__ __forceinline__ double to_accumulator(double x) {
+  return x;
+}
 
 // Rounds to nearest even.
 template <class T>
@@ -57,4 +65,4 @@ __device__ __forceinline__ void store_pair(float* pair, float low, float high) {
   *reinterpret_cast<float2*>(pair) = make_float2(low, high);
 }
 
-} // namespace segattn
+}  // namespace segattn::cuda

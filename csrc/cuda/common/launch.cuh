@@ -9,17 +9,16 @@
 // Under SEGATTN_EMULATED, "launch_emulated.h" (tests/emulator) supplies both.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 
+#include <cuda_runtime.h>
+
 #ifdef SEGATTN_EMULATED
 #include "launch_emulated.h"
-#define SEGATTN_DYNAMIC_SHARED(type, name) \
-  type* name = static_cast<type*>(::segattn::emulator::dynamic_shared_memory())
+#define SEGATTN_DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(::segattn::emulator::dynamic_shared_memory())
 #else
 // A block's dynamic shared memory has one name in a translation unit, so every type is cast from the same array.
 #define SEGATTN_DYNAMIC_SHARED(type, name)                                \
@@ -27,7 +26,7 @@
   type* name = reinterpret_cast<type*>(segattn_dynamic_shared)
 #endif
 
-namespace segattn {
+namespace segattn::cuda {
 
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
@@ -63,7 +62,7 @@ void launch_kernel(
 #endif
 }
 
-} // namespace segattn
+}  // namespace segattn::cuda
 
 #define SEGATTN_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  ::segattn::launch_kernel(kernel, #kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
+  ::segattn::cuda::launch_kernel(kernel, #kernel, grid, block, shared_bytes, stream, __VA_ARGS__)

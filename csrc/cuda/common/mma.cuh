@@ -10,24 +10,28 @@
 // Accumulators are mma's: g = lane / 4, t = lane % 4; d[0], d[1] = (g, 2t), (g, 2t+1); d[2], d[3] = (g+8, 2t), (g+8, 2t+1).
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
+
+#include <cuda_runtime.h>
 
 #include "cuda/common/ptx.cuh"
 #include "cuda/common/tile.cuh"
 
-namespace segattn {
+namespace segattn::cuda {
 
-__device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) % 32; }
-__device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x) / 32; }
+__device__ __forceinline__ int lane_index() {
+  return static_cast<int>(threadIdx.x) % 32;
+}
+__device__ __forceinline__ int warp_index() {
+  return static_cast<int>(threadIdx.x) / 32;
+}
 
 // T = __half or __nv_bfloat16, float32 accumulators
 template <class T>
 struct Mma16 {
   using Element = T;
-  static constexpr int kStep = 16;   // contraction of one mma
-  static constexpr int kProducts = 1; // mma instructions for one product
+  static constexpr int kStep = 16;     // contraction of one mma
+  static constexpr int kProducts = 1;  // mma instructions for one product
   struct A {
     uint32_t r[4];
   };
@@ -196,4 +200,4 @@ __device__ __forceinline__ void multiply_tiles(
   }
 }
 
-} // namespace segattn
+}  // namespace segattn::cuda

@@ -8,7 +8,7 @@
 #include "cuda/common/element.cuh"
 #include "cuda/position/params.h"
 
-namespace segattn {
+namespace segattn::cuda {
 
 // A feature map and the tensor that keeps its memory; PyTorch's allocator reuses memory in stream order, so that it may
 // be let go as soon as the kernel is launched.
@@ -71,4 +71,4 @@ inline int position_count(const char* op, const char* name, int64_t positions) {
   return static_cast<int>(positions);
 }
 
-} // namespace segattn
+}  // namespace segattn::cuda

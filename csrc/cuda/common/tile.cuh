@@ -2,21 +2,21 @@
 // asynchronous copies meet a bank conflict, and the copies that fill them.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
+
+#include <cuda_runtime.h>
 
 #include "cuda/common/ptx.cuh"
 
-namespace segattn {
+namespace segattn::cuda {
 
 // A matrix in global memory whose rows start on 16 bytes: a feature map of one sample, a row a channel.
 template <class T>
 struct GlobalMatrix {
-  const T* data;    // [rows][columns], row r at data + r * stride
-  int64_t stride;   // elements from row to row
-  int rows;         // channels
-  int columns;      // positions
+  const T* data;   // [rows][columns], row r at data + r * stride
+  int64_t stride;  // elements from row to row
+  int rows;        // channels
+  int columns;     // positions
 };
 
 // [any number of rows][kColumns] of T in shared memory. The 16-byte chunks of a row are permuted by an exclusive or
@@ -98,4 +98,4 @@ __device__ __forceinline__ void copy_tile_async(
       source.rows - row, source.columns - column);
 }
 
-} // namespace segattn
+}  // namespace segattn::cuda

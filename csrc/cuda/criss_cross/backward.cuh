@@ -4,7 +4,7 @@
 
 #include "cuda/criss_cross/line_weights.cuh"
 
-namespace segattn {
+namespace segattn::cuda {
 
 template <class Arithmetic, class Shape>
 struct LineGradients {
@@ -34,7 +34,7 @@ struct LineGradients {
       weights.template write<false, kProductChannels / 16, 1>(
           sums, p.grad_value, channel, p.value.channels, p.accumulate);
     }
-    __syncthreads(); // all have taken the weights that their gradients replace
+    __syncthreads();  // all have taken the weights that their gradients replace
     weights.weigh_gradient(d, 0, 0);
   }
 
@@ -48,7 +48,7 @@ struct LineGradients {
     weights.for_pieces([&](int query, int key) { weights.make_softmax(query, key); });
     if constexpr (Shape::kTile == kMaxOwned) {
       value_and_energy_gradients();
-    } else { // strips have no registers to do both at once
+    } else {  // strips have no registers to do both at once
       value_and_energy_gradients_by_tiles();
     }
     weights.sum_gradients(p.grad_sum, p.accumulate);
@@ -65,4 +65,4 @@ __global__ void __launch_bounds__(kMaxLineThreads<Arithmetic, Shape>) line_backw
   }
 }
 
-} // namespace segattn
+}  // namespace segattn::cuda

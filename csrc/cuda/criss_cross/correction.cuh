@@ -4,26 +4,26 @@
 // error cancels.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
+
+#include <cuda_runtime.h>
 
 #include "cuda/common/element.cuh"
 
-namespace segattn {
+namespace segattn::cuda {
 
 constexpr int kCorrectionThreads = 256;
-constexpr int kCorrectionChannels = 16; // of a thread, which reads its query's sum once
+constexpr int kCorrectionChannels = 16;  // of a thread, which reads its query's sum once
 
 // grad_query[b, e, i] -= grad_sum[b, i] * mean_key[b, e, i]; all contiguous
 struct QueryCorrectionParams {
-  void* grad_query;     // (B, E, N)
-  const void* mean_key; // (B, E, N), sum_j p_ij key_j over row and column; its rounding only scales the correction
-  const void* grad_sum; // (B, N), accumulator type: of the energies' gradients over row and column
-  int64_t positions;    // N
-  int channels;         // E
-  int position_blocks;  // of kCorrectionThreads
-  int channel_blocks;   // of kCorrectionChannels
+  void* grad_query;      // (B, E, N)
+  const void* mean_key;  // (B, E, N), sum_j p_ij key_j over row and column; its rounding only scales the correction
+  const void* grad_sum;  // (B, N), accumulator type: of the energies' gradients over row and column
+  int64_t positions;     // N
+  int channels;          // E
+  int position_blocks;   // of kCorrectionThreads
+  int channel_blocks;    // of kCorrectionChannels
 };
 
 template <class T>
@@ -49,4 +49,4 @@ __global__ void __launch_bounds__(kCorrectionThreads) correct_query_gradient_ker
   }
 }
 
-} // namespace segattn
+}  // namespace segattn::cuda

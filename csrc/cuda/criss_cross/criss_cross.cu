@@ -1,17 +1,17 @@
 // Criss-cross attention on CUDA, host side: checks, allocates, launches.
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
+#include <torch/csrc/stable/library.h>
+
 #include "checks/criss_cross.h"
-#include "registration.h"
-#include "cuda/criss_cross/line_mma.cuh"
+#include "cuda/common/operands.h"
 #include "cuda/criss_cross/correction.cuh"
 #include "cuda/criss_cross/launch.h"
-#include "cuda/common/operands.h"
+#include "cuda/criss_cross/line_mma.cuh"
 #include "cuda/position/rows.cuh"
+#include "registration.h"
 
-namespace segattn {
+namespace segattn::cuda {
 namespace {
 
 using Pair = std::tuple<Tensor, Tensor>;
@@ -20,8 +20,13 @@ using Triple = std::tuple<Tensor, Tensor, Tensor>;
 // tensor (B, channels, H, W) as rows or as columns
 LineFeatures features(const Tensor& tensor, bool columns) {
   LineFeatures f{
-      const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(columns ? 3 : 2),
-      tensor.stride(columns ? 2 : 3), static_cast<int>(tensor.size(1)), 0};
+      const_cast<void*>(tensor.const_data_ptr()),
+      tensor.stride(0),
+      tensor.stride(1),
+      tensor.stride(columns ? 3 : 2),
+      tensor.stride(columns ? 2 : 3),
+      static_cast<int>(tensor.size(1)),
+      0};
   f.paired = f.line_stride == 1 && tensor.size(columns ? 3 : 2) % 2 == 0 && f.position_stride % 2 == 0 &&
       f.channel_stride % 2 == 0 && f.batch_stride % 2 == 0 && reinterpret_cast<uintptr_t>(f.data) % 4 == 0;
   return f;
@@ -30,8 +35,8 @@ LineFeatures features(const Tensor& tensor, bool columns) {
 // tensor (B, H + W - 1, H, W)
 LineMap map_of(const Tensor& tensor, bool columns) {
   const LineFeatures f = features(tensor, columns);
-  return {f.data, f.batch_stride, f.channel_stride, f.line_stride, f.position_stride,
-          columns ? static_cast<int>(tensor.size(3)) : 0};
+  return {f.data,        f.batch_stride,    f.channel_stride,
+          f.line_stride, f.position_stride, columns ? static_cast<int>(tensor.size(3)) : 0};
 }
 
 // tensor (B, H, W)
@@ -130,8 +135,7 @@ struct Call {
 Tensor criss_cross_affinity(const Tensor& query, const Tensor& key) {
   const CrissCrossSizes sizes = check_criss_cross_affinity(query, key);
   const Call call(sizes, query);
-  const Tensor affinity =
-      allocate(query, {sizes.batch, sizes.reach(), sizes.height, sizes.width}, query.scalar_type());
+  const Tensor affinity = allocate(query, {sizes.batch, sizes.reach(), sizes.height, sizes.width}, query.scalar_type());
   call.product(query, key, affinity);
   return affinity;
 }
@@ -318,14 +322,14 @@ Triple criss_cross_attention_backward(
   return {grad_query, grad_key, grad_value};
 }
 
-} // namespace
-} // namespace segattn
+}  // namespace
+}  // namespace segattn::cuda
 
 SEGATTN_REGISTER_CUDA(m) {
-  m.impl("criss_cross_affinity", TORCH_BOX(&segattn::criss_cross_affinity));
-  m.impl("criss_cross_affinity_backward", TORCH_BOX(&segattn::criss_cross_affinity_backward));
-  m.impl("criss_cross_aggregation", TORCH_BOX(&segattn::criss_cross_aggregation));
-  m.impl("criss_cross_aggregation_backward", TORCH_BOX(&segattn::criss_cross_aggregation_backward));
-  m.impl("criss_cross_attention", TORCH_BOX(&segattn::criss_cross_attention));
-  m.impl("criss_cross_attention_backward", TORCH_BOX(&segattn::criss_cross_attention_backward));
+  m.impl("criss_cross_affinity", TORCH_BOX(&segattn::cuda::criss_cross_affinity));
+  m.impl("criss_cross_affinity_backward", TORCH_BOX(&segattn::cuda::criss_cross_affinity_backward));
+  m.impl("criss_cross_aggregation", TORCH_BOX(&segattn::cuda::criss_cross_aggregation));
+  m.impl("criss_cross_aggregation_backward", TORCH_BOX(&segattn::cuda::criss_cross_aggregation_backward));
+  m.impl("criss_cross_attention", TORCH_BOX(&segattn::cuda::criss_cross_attention));
+  m.impl("criss_cross_attention_backward", TORCH_BOX(&segattn::cuda::criss_cross_attention_backward));
 }

@@ -2,10 +2,10 @@
 // The first direction leaves its own normalised result and log-sum-exp, the second merges its own with them.
 #pragma once
 
-#include "cuda/criss_cross/online_softmax.cuh"
 #include "cuda/criss_cross/line_weights.cuh"
+#include "cuda/criss_cross/online_softmax.cuh"
 
-namespace segattn {
+namespace segattn::cuda {
 
 template <class Arithmetic, class Shape>
 struct LineAttention {
@@ -63,7 +63,7 @@ struct LineAttention {
         });
       });
       softmax.add_lanes();
-      __syncwarp(); // all four lanes of a query have read what the first now replaces
+      __syncwarp();  // all four lanes of a query have read what the first now replaces
       if (opaque(lane_index()) % 4 == 0) {
         for_own_queries(query0, [&](int line, int half, int q, int at) {
           if (key0 + Shape::kTile < p.lines.length) {
@@ -91,11 +91,12 @@ struct LineAttention {
 };
 
 template <class Arithmetic, class Shape>
-__global__ void __launch_bounds__(kMaxLineThreads<Arithmetic, Shape>) line_attention_kernel(const LineAttentionParams p) {
+__global__ void __launch_bounds__(kMaxLineThreads<Arithmetic, Shape>)
+    line_attention_kernel(const LineAttentionParams p) {
   if constexpr (kLineCompiled<Arithmetic>) {
     SEGATTN_DYNAMIC_SHARED(LineWord<typename Arithmetic::Element>, shared);
     LineAttention<Arithmetic, Shape>(p, shared).run();
   }
 }
 
-} // namespace segattn
+}  // namespace segattn::cuda

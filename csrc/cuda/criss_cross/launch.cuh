@@ -3,15 +3,17 @@
 
 #include <algorithm>
 
-#include "cuda/criss_cross/forward.cuh"
 #include "cuda/criss_cross/backward.cuh"
+#include "cuda/criss_cross/forward.cuh"
 #include "cuda/criss_cross/launch.h"
 #include "cuda/criss_cross/scores.cuh"
 #include "cuda/criss_cross/weighted_sum.cuh"
 
-namespace segattn {
+namespace segattn::cuda {
 
-inline int divide_lines(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+inline int divide_lines(int64_t a, int64_t b) {
+  return static_cast<int>((a + b - 1) / b);
+}
 
 // Every group of channels makes the weights again, at the price of summing `price` channels.
 inline void share_channels(LineSumParams& params, int64_t groups, int price) {
@@ -130,7 +132,8 @@ void launch_line_sum(LineSumParams params, const DeviceLimits& limits, cudaStrea
   SEGATTN_LAUNCH(
       (line_sum_kernel<Arithmetic, kWeight, kOwnsKeys>), dim3(grid_blocks(blocks * params.channel_groups)),
       line_threads<StripShape>(lines),
-      LineWeights<Arithmetic, StripShape>::shared_bytes(lines.pairs, params.map_rows, params.map_columns), stream, params);
+      LineWeights<Arithmetic, StripShape>::shared_bytes(lines.pairs, params.map_rows, params.map_columns), stream,
+      params);
 }
 
 // Pairs of lines and owned queries whose weights fit; 0 blocks where 16 queries' do not.
@@ -197,7 +200,7 @@ bool launch_line_backward(LineBackwardParams params, const DeviceLimits& limits,
     return false;
   }
   int64_t blocks = cut_lines(lines, pairs, lines.length);
-  while (pairs > 1 && blocks < limits.multiprocessors) { // narrower strips, but on more multiprocessors
+  while (pairs > 1 && blocks < limits.multiprocessors) {  // narrower strips, but on more multiprocessors
     pairs /= 2;
     blocks = cut_lines(lines, pairs, lines.length);
   }
@@ -220,21 +223,21 @@ bool launch_line_backward(LineBackwardParams params, const DeviceLimits& limits,
   return true;
 }
 
-#define SEGATTN_INSTANTIATE_LINE_SUM(Arithmetic, kWeight, kOwnsKeys)                 \
-  template void launch_line_sum<Arithmetic, LineWeight::kWeight, kOwnsKeys>(         \
+#define SEGATTN_INSTANTIATE_LINE_SUM(Arithmetic, kWeight, kOwnsKeys)         \
+  template void launch_line_sum<Arithmetic, LineWeight::kWeight, kOwnsKeys>( \
       LineSumParams, const DeviceLimits&, cudaStream_t);
 
-#define SEGATTN_INSTANTIATE_LINES(Arithmetic)                                                                     \
-  template void launch_line_statistics<Arithmetic>(LineStatisticsParams, const DeviceLimits&, cudaStream_t);      \
-  template void launch_line_product<Arithmetic>(LineProductParams, const DeviceLimits&, cudaStream_t);            \
-  template bool line_attention_fits<Arithmetic>(Lines, const LineFeatures&, const DeviceLimits&);                 \
-  template void launch_line_attention<Arithmetic>(LineAttentionParams, const DeviceLimits&, cudaStream_t);        \
-  template bool launch_line_backward<Arithmetic>(LineBackwardParams, const DeviceLimits&, cudaStream_t);          \
-  SEGATTN_INSTANTIATE_LINE_SUM(Arithmetic, kGiven, false)                                                         \
-  SEGATTN_INSTANTIATE_LINE_SUM(Arithmetic, kGiven, true)                                                          \
-  SEGATTN_INSTANTIATE_LINE_SUM(Arithmetic, kSoftmax, false)                                                       \
-  SEGATTN_INSTANTIATE_LINE_SUM(Arithmetic, kSoftmax, true)                                                        \
-  SEGATTN_INSTANTIATE_LINE_SUM(Arithmetic, kGradient, false)                                                      \
+#define SEGATTN_INSTANTIATE_LINES(Arithmetic)                                                                \
+  template void launch_line_statistics<Arithmetic>(LineStatisticsParams, const DeviceLimits&, cudaStream_t); \
+  template void launch_line_product<Arithmetic>(LineProductParams, const DeviceLimits&, cudaStream_t);       \
+  template bool line_attention_fits<Arithmetic>(Lines, const LineFeatures&, const DeviceLimits&);            \
+  template void launch_line_attention<Arithmetic>(LineAttentionParams, const DeviceLimits&, cudaStream_t);   \
+  template bool launch_line_backward<Arithmetic>(LineBackwardParams, const DeviceLimits&, cudaStream_t);     \
+  SEGATTN_INSTANTIATE_LINE_SUM(Arithmetic, kGiven, false)                                                    \
+  SEGATTN_INSTANTIATE_LINE_SUM(Arithmetic, kGiven, true)                                                     \
+  SEGATTN_INSTANTIATE_LINE_SUM(Arithmetic, kSoftmax, false)                                                  \
+  SEGATTN_INSTANTIATE_LINE_SUM(Arithmetic, kSoftmax, true)                                                   \
+  SEGATTN_INSTANTIATE_LINE_SUM(Arithmetic, kGradient, false)                                                 \
   SEGATTN_INSTANTIATE_LINE_SUM(Arithmetic, kGradient, true)
 
-} // namespace segattn
+}  // namespace segattn::cuda

@@ -4,10 +4,10 @@
 
 #include <cuda_runtime.h>
 
-#include "cuda/criss_cross/params.h"
 #include "cuda/common/device_limits.h"
+#include "cuda/criss_cross/params.h"
 
-namespace segattn {
+namespace segattn::cuda {
 
 template <class Arithmetic>
 void launch_line_statistics(LineStatisticsParams params, const DeviceLimits& limits, cudaStream_t stream);
@@ -29,4 +29,4 @@ void launch_line_attention(LineAttentionParams params, const DeviceLimits& limit
 template <class Arithmetic>
 bool launch_line_backward(LineBackwardParams params, const DeviceLimits& limits, cudaStream_t stream);
 
-} // namespace segattn
+}  // namespace segattn::cuda

@@ -2,17 +2,21 @@
 // An image's lines are independent but for the log-sum-exp that rows and columns share.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
 
-#include "cuda/criss_cross/line_tiles.cuh"
+#include <cuda_runtime.h>
+
 #include "cuda/common/launch.cuh"
+#include "cuda/criss_cross/line_tiles.cuh"
 
-namespace segattn {
+namespace segattn::cuda {
 
-__device__ __forceinline__ float line_exp(float x) { return ptx::exp2_approx(x * 1.4426950408889634f); }
-__device__ __forceinline__ double line_exp(double x) { return exp(x); }
+__device__ __forceinline__ float line_exp(float x) {
+  return ptx::exp2_approx(x * 1.4426950408889634f);
+}
+__device__ __forceinline__ double line_exp(double x) {
+  return exp(x);
+}
 
 // Keeps the compiler from working on several of float64's long exponentials at once, for which there are no registers.
 __device__ __forceinline__ void one_by_one(float&) {}
@@ -24,7 +28,9 @@ __device__ __forceinline__ void one_by_one(double& sum) {
 #endif
 }
 
-__host__ __device__ constexpr int round_up_16(int x) { return (x + 15) / 16 * 16; }
+__host__ __device__ constexpr int round_up_16(int x) {
+  return (x + 15) / 16 * 16;
+}
 
 // What every kernel of the family shares: who this thread is, where its block is, the staging memory.
 template <class Arithmetic, class Shape_>
@@ -35,10 +41,10 @@ struct LineBlock {
   using Real = typename Arithmetic::Real;
   using Tile = PairTile<T, Shape::kPitch>;
   static constexpr int kTile = Shape::kTile;
-  using Scores = Real[2][kTile / 8][4]; // of a warp's 16 queries and a tile of keys: [line][8 keys][element]
+  using Scores = Real[2][kTile / 8][4];  // of a warp's 16 queries and a tile of keys: [line][8 keys][element]
 
   const Lines& lines;
-  Word* stage; // 2^plane_bits planes of kLineChannels, or two tiles of kProductChannels
+  Word* stage;  // 2^plane_bits planes of kLineChannels, or two tiles of kProductChannels
   LineWindow window;
   int owned_begin;
 
@@ -133,4 +139,4 @@ struct LineBlock {
   }
 };
 
-} // namespace segattn
+}  // namespace segattn::cuda

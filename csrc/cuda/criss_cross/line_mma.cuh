@@ -12,15 +12,15 @@
 // says t, t + 4: with rows of 8 (mod 16) words no load meets a bank conflict.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
+
+#include <cuda_runtime.h>
 
 #include "cuda/common/element.cuh"
 #include "cuda/common/mma.cuh"
 #include "cuda/common/ptx.cuh"
 
-namespace segattn {
+namespace segattn::cuda {
 
 template <class T>
 struct LineWordOf {
@@ -43,8 +43,8 @@ constexpr int kLinesPerPlane = sizeof(T) == 2 ? 2 : 1;
 // One warp's view of two lines' features in shared memory: row c of line l at words(l) + c * pitch.
 template <class T, int kPitch>
 struct PairTile {
-  const LineWord<T>* words; // of the pair's first plane
-  int plane_words;          // from plane to plane; one plane for 16-bit types
+  const LineWord<T>* words;  // of the pair's first plane
+  int plane_words;           // from plane to plane; one plane for 16-bit types
 
   __device__ __forceinline__ const LineWord<T>* at(int line, int channel, int position) const {
     return words + (kLinesPerPlane<T> == 1 ? line * plane_words : 0) + channel * kPitch + position;
@@ -57,13 +57,13 @@ struct LineMma16 {
   using Element = T;
   using Real = float;
   static constexpr bool kTensorCores = true;
-  static constexpr bool kHungry = false; // for registers
-  static constexpr int kStep = 16;       // contraction of one product
+  static constexpr bool kHungry = false;  // for registers
+  static constexpr int kStep = 16;        // contraction of one product
   struct A {
     uint32_t r[4];
   };
   struct B {
-    uint32_t r[4]; // 16 columns
+    uint32_t r[4];  // 16 columns
   };
 
   static __device__ __forceinline__ void split(uint32_t first, uint32_t second, uint32_t& even, uint32_t& odd) {
@@ -106,8 +106,7 @@ struct LineMma16 {
 
   // contraction: keys (columns of the map) from k; columns of the product: 16 queries from q, those past last_query
   // repeat it
-  static __device__ __forceinline__ void load_b_queries(
-      B& b, const T* map, int pitch, int k, int q, int last_query) {
+  static __device__ __forceinline__ void load_b_queries(B& b, const T* map, int pitch, int k, int q, int last_query) {
     const int lane = lane_index();
     ptx::ldmatrix_x4(b.r, map + min(q + lane % 8 + lane / 16 * 8, last_query) * pitch + k + lane / 8 % 2 * 8);
   }
@@ -187,8 +186,7 @@ struct LineTf32 {
     Mma::split(b.r, words);
   }
 
-  static __device__ __forceinline__ void load_b_keys(
-      B& b, const float* map, int pitch, int q, int k, int last_query) {
+  static __device__ __forceinline__ void load_b_keys(B& b, const float* map, int pitch, int q, int k, int last_query) {
     const int g = lane_index() / 4, t = lane_index() % 4;
     uint32_t words[4];
 #pragma unroll
@@ -212,10 +210,10 @@ struct LineSimt {
   static constexpr bool kHungry = sizeof(Real) == 8;
   static constexpr int kStep = 1;
   struct A {
-    Real r[2][kStep]; // rows g and g + 8
+    Real r[2][kStep];  // rows g and g + 8
   };
   struct B {
-    Real r[2][2][kStep]; // columns 2t and 2t + 1, of either half
+    Real r[2][2][kStep];  // columns 2t and 2t + 1, of either half
   };
 
   static __device__ __forceinline__ Real element(const LineWord<T>* word, int line) {
@@ -314,4 +312,4 @@ constexpr bool kLineCompiled =
     true;
 #endif
 
-} // namespace segattn
+}  // namespace segattn::cuda

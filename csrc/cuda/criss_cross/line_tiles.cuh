@@ -1,38 +1,42 @@
 // Feature tiles of several lines in shared memory, and the copies that fill and empty them.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
+
+#include <cuda_runtime.h>
 
 #include "cuda/criss_cross/line_mma.cuh"
 #include "cuda/criss_cross/params.h"
 
-namespace segattn {
+namespace segattn::cuda {
 
 // How many warps share a pair of lines; each takes 16 of a tile's positions.
 template <int kWarps_>
 struct LineShape {
   static constexpr int kWarps = kWarps_;
-  static constexpr int kTile = 16 * kWarps; // positions of a tile
-  static constexpr int kPitch = kTile + 8;  // words of a tile's row: 8 (mod 16), see line_mma.cuh
+  static constexpr int kTile = 16 * kWarps;  // positions of a tile
+  static constexpr int kPitch = kTile + 8;   // words of a tile's row: 8 (mod 16), see line_mma.cuh
 };
-using StripShape = LineShape<4>; // any number of pairs: strips of columns
-using WideShape = LineShape<8>;  // one pair: rows of up to 128 positions, a single tile
+using StripShape = LineShape<4>;  // any number of pairs: strips of columns
+using WideShape = LineShape<8>;   // one pair: rows of up to 128 positions, a single tile
 
-constexpr int kLineChannels = 32;    // channels of the tile that is summed over a line, and of its result
-constexpr int kProductChannels = 16; // channels of the two tiles that are multiplied with each other
+constexpr int kLineChannels = 32;     // channels of the tile that is summed over a line, and of its result
+constexpr int kProductChannels = 16;  // channels of the two tiles that are multiplied with each other
 // 16 bytes of a row in 16-bit types, whose weights would not fit shared memory for twice as many lines, 32 bytes in wider
 // ones. Fewer for the arithmetics that need more than the 128 registers which 512 threads leave to each.
 template <class Arithmetic, class Shape>
-constexpr int kMaxPairs = Shape::kWarps == 8 ? 1 : Arithmetic::kHungry ? 2 : 4;
+constexpr int kMaxPairs = Shape::kWarps == 8 ? 1
+    : Arithmetic::kHungry                    ? 2
+                                             : 4;
 template <class Arithmetic, class Shape>
 constexpr int kMaxLineThreads = 32 * Shape::kWarps * kMaxPairs<Arithmetic, Shape>;
-constexpr int kMaxOwned = 128;       // owned positions of a block
+constexpr int kMaxOwned = 128;  // owned positions of a block
 
 // Words by which a plane is longer than its rows, so that neighbouring lines of one position, which a warp stores
 // together when lines are what is next to each other in memory, lie in different banks.
-__host__ __device__ constexpr int plane_padding(int plane_bits) { return 32 >> plane_bits; }
+__host__ __device__ constexpr int plane_padding(int plane_bits) {
+  return 32 >> plane_bits;
+}
 // for a block of 2^plane_bits planes
 template <class Shape>
 __host__ __device__ constexpr int plane_words(int plane_bits, int channels) {
@@ -42,9 +46,9 @@ __host__ __device__ constexpr int plane_words(int plane_bits, int channels) {
 // Where a block's lines and samples are.
 struct LineWindow {
   int sample;
-  int first_line; // even
-  int line_end;   // of the sample
-  int plane_bits; // of the block: it has 2^plane_bits planes
+  int first_line;  // even
+  int line_end;    // of the sample
+  int plane_bits;  // of the block: it has 2^plane_bits planes
 };
 
 // x, of which the compiler knows nothing: it would otherwise keep the addresses of every tile that a kernel copies, past
@@ -61,7 +65,9 @@ __device__ __forceinline__ T* line_data(const LineFeatures& f, const LineWindow&
 }
 
 // Whether lines, not positions, are what is next to each other in memory: columns.
-__device__ __forceinline__ bool lines_first(const LineFeatures& f) { return f.line_stride < f.position_stride; }
+__device__ __forceinline__ bool lines_first(const LineFeatures& f) {
+  return f.line_stride < f.position_stride;
+}
 
 // A thread's place in a tile of planes: one plane and position, and every kLinesPerPlane-th channel. Blocks have a thread
 // for every line and position, so that (plane, position) fills them once (32 and 64 bits) or a half of them (16 bits).
@@ -87,7 +93,7 @@ struct ElementPlace {
 
   __device__ __forceinline__ ElementPlace(const LineFeatures& f, const LineWindow& window) {
     const int thread = opaque(static_cast<int>(threadIdx.x));
-    const int bits = window.plane_bits + (kLinesPerPlane<T> == 2); // of the block's number of lines
+    const int bits = window.plane_bits + (kLinesPerPlane<T> == 2);  // of the block's number of lines
     line = lines_first(f) ? thread & ((1 << bits) - 1) : thread / Shape::kTile;
     position = lines_first(f) ? thread >> bits : thread % Shape::kTile;
   }
@@ -105,15 +111,15 @@ constexpr int kElementPitch = Shape::kPitch * kLinesPerPlane<T>;
 template <class T>
 struct WordLoad {
   const uint16_t* data;
-  int64_t step; // from one of the thread's channels to its next: offsets from the first would each take two registers
+  int64_t step;  // from one of the thread's channels to its next: offsets from the first would each take two registers
   int64_t line_stride;
-  bool first, second; // which of the lines there are
-  bool whole;         // both or none, in one load
+  bool first, second;  // which of the lines there are
+  bool whole;          // both or none, in one load
 
   template <class Shape>
   __device__ __forceinline__ WordLoad(
-      const LineFeatures& f, const LineWindow& window, const WordPlace<T, Shape>& place, int first_channel, int position,
-      bool inside) {
+      const LineFeatures& f, const LineWindow& window, const WordPlace<T, Shape>& place, int first_channel,
+      int position, bool inside) {
     data = line_data<uint16_t>(f, window, first_channel + place.channel) + place.line * f.line_stride +
         position * f.position_stride;
     step = kLinesPerPlane<T> * f.channel_stride;
@@ -148,7 +154,7 @@ template <class T, class Shape, int kChannels>
 __device__ __forceinline__ void load_line_tile(
     LineWord<T>* tile, const LineFeatures& f, const LineWindow& window, int first_channel, int first_position,
     int position_end) {
-  constexpr int kBatch = 8; // loads under way at once
+  constexpr int kBatch = 8;  // loads under way at once
   first_channel = opaque(first_channel);
   first_position = opaque(first_position);
   const int words_per_plane = plane_words<Shape>(window.plane_bits, kChannels);
@@ -160,7 +166,7 @@ __device__ __forceinline__ void load_line_tile(
       const int position = first_position + place.position;
       WordLoad<T> load(f, window, place, first_channel, position, position < position_end);
       LineWord<T>* target = tile + place.plane * words_per_plane + place.channel * Shape::kPitch + place.position;
-      const int channels = f.channels - first_channel - place.channel; // from the thread's first on
+      const int channels = f.channels - first_channel - place.channel;  // from the thread's first on
 #pragma unroll
       for (int c = 0; c < kChannels; c += 2 * kWords) {
         LineWord<T> words[kWords];
@@ -204,7 +210,7 @@ template <class T>
 struct LineMerge {
   using Real = Accumulator<T>;
   bool accumulate;
-  const Real* weights; // [lines of the block][pitch]; null: 1
+  const Real* weights;  // [lines of the block][pitch]; null: 1
   int pitch;
 
   __device__ __forceinline__ T operator()(T old, T value, int line, int position) const {
@@ -219,7 +225,7 @@ template <class T, class Shape, int kChannels>
 __device__ __forceinline__ void store_line_tile(
     const LineWord<T>* tile, const LineFeatures& f, const LineWindow& window, int first_channel, int channel_end,
     int first_position, int position_end, const LineMerge<T>& merge, int merge_position) {
-  constexpr int kBatch = 4; // loads under way at once
+  constexpr int kBatch = 4;  // loads under way at once
   first_position = opaque(first_position);
   const int words_per_plane = plane_words<Shape>(window.plane_bits, kChannels);
   const int channels = min(channel_end - first_channel, kChannels), positions = position_end - first_position;
@@ -284,7 +290,7 @@ __device__ __forceinline__ void store_line_tile(
       if (c + i >= channels) {
         position[i] = end;
       }
-      __syncwarp(); // lanes beyond the edges keep step, so that the others' accesses stay one
+      __syncwarp();  // lanes beyond the edges keep step, so that the others' accesses stay one
       if (merge.accumulate && position[i] < end) {
         old[i] = channel[position[i] * f.position_stride];
       }
@@ -325,4 +331,4 @@ __device__ __forceinline__ void store_results(
   }
 }
 
-} // namespace segattn
+}  // namespace segattn::cuda

@@ -5,7 +5,7 @@
 
 #include "cuda/criss_cross/line_block.cuh"
 
-namespace segattn {
+namespace segattn::cuda {
 
 template <class Arithmetic, class Shape>
 struct LineWeights {
@@ -18,7 +18,7 @@ struct LineWeights {
 
   const LineSumParams& p;
   Block block;
-  int first_query, first_key; // of the map
+  int first_query, first_key;  // of the map
 
   static __host__ __device__ constexpr int map_pitch(int columns) { return columns + 8; }
   static __host__ __device__ constexpr int stage_bytes(int plane_bits) {
@@ -168,8 +168,7 @@ struct LineWeights {
       const int row = lines_first ? rest / lines : rest - local * p.map_rows;
       const int line = block.window.first_line + local, q = first_query + row, k = first_key + column;
       T weight = from_accumulator<T>(0);
-      if (q < p.lines.length && k < p.lines.length && line < block.window.line_end &&
-          !(p.lines.skips_self && q == k)) {
+      if (q < p.lines.length && k < p.lines.length && line < block.window.line_end && !(p.lines.skips_self && q == k)) {
         const int channel = p.map.first + k - (p.lines.skips_self && k > q);
         weight = data[channel * p.map.channel_stride + line * p.map.line_stride + q * p.map.position_stride];
       }
@@ -246,7 +245,7 @@ struct LineWeights {
       }
       __syncthreads();
 #pragma unroll
-      for (int half = 0; half < 2; ++half) { // of a 16 x 16 tile: left and right columns
+      for (int half = 0; half < 2; ++half) {  // of a 16 x 16 tile: left and right columns
         const int column = 16 * block.rank() + 8 * half + 2 * t;
         Real scale[2][2] = {{1, 1}, {1, 1}};
         if constexpr (kFactors) {
@@ -259,13 +258,12 @@ struct LineWeights {
 #pragma unroll
         for (int m = 0; m < kRows; ++m) {
 #pragma unroll
-          for (int e = 0; e < 4; e += 2) { // rows g and g + 8
+          for (int e = 0; e < 4; e += 2) {  // rows g and g + 8
             const Real(&low)[4] = sums[0][m][2 * i + half];
             const Real(&high)[4] = sums[1][m][2 * i + half];
             const Real values[2][2] = {
                 {scale[0][0] * low[e], scale[0][1] * low[e + 1]}, {scale[1][0] * high[e], scale[1][1] * high[e + 1]}};
-            store_results<T>(
-                block.stage, block.plane(), pitch, (16 * m + g + e * 4) * Shape::kPitch + column, values);
+            store_results<T>(block.stage, block.plane(), pitch, (16 * m + g + e * 4) * Shape::kPitch + column, values);
           }
         }
       }
@@ -295,4 +293,4 @@ struct LineWeights {
   }
 };
 
-} // namespace segattn
+}  // namespace segattn::cuda

@@ -3,7 +3,7 @@
 
 #include "cuda/criss_cross/line_block.cuh"
 
-namespace segattn {
+namespace segattn::cuda {
 
 // Of a query whose result over the other line is known: the log-sum-exp of both, and what the two weighted sums are
 // multiplied with (the other line's are exp(score - its log-sum-exp), this line's exp(score - highest)).
@@ -23,8 +23,8 @@ struct LineSoftmax {
 
   const Block& block;
   Real scale;
-  Real highest[2][2]; // score so far: [line][half]; the same for the four lanes of a query
-  Real sum[2][2];     // of exp(score - highest), over the lane's own keys
+  Real highest[2][2];  // score so far: [line][half]; the same for the four lanes of a query
+  Real sum[2][2];      // of exp(score - highest), over the lane's own keys
 
   __device__ __forceinline__ LineSoftmax(const Block& block_, Real scale_) : block(block_), scale(scale_) {
 #pragma unroll
@@ -107,4 +107,4 @@ struct LineSoftmax {
   }
 };
 
-} // namespace segattn
+}  // namespace segattn::cuda

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-namespace segattn {
+namespace segattn::cuda {
 
 // (B, channels, lines, positions)
 struct LineFeatures {
@@ -17,7 +17,7 @@ struct LineFeatures {
   int64_t line_stride;
   int64_t position_stride;
   int channels;
-  int paired; // 16-bit: there are lines 2i + 1 for all lines 2i, their neighbours in an aligned 32-bit word
+  int paired;  // 16-bit: there are lines 2i + 1 for all lines 2i, their neighbours in an aligned 32-bit word
 };
 
 // A line's map of queries and keys in CCNet's layout, (B, H + W - 1, lines, queries): key k is channel first + k, after
@@ -28,7 +28,7 @@ struct LineMap {
   int64_t channel_stride;
   int64_t line_stride;
   int64_t position_stride;
-  int first; // 0 for rows, W for columns
+  int first;  // 0 for rows, W for columns
 };
 
 // A number for each query: logsumexp, delta, grad_sum. (B, lines, positions), accumulator type.
@@ -42,38 +42,38 @@ struct LineScalars {
 // The lines of a batch, and how they are cut into blocks.
 struct Lines {
   int64_t batch;
-  int count;     // lines of a sample
-  int length;    // positions of a line
-  int skips_self; // columns: the query's own position counts in its row
-  int pairs;     // pairs of lines a block takes
+  int count;       // lines of a sample
+  int length;      // positions of a line
+  int skips_self;  // columns: the query's own position counts in its row
+  int pairs;       // pairs of lines a block takes
   int line_blocks;
-  int owned;     // owned positions a block takes
+  int owned;  // owned positions a block takes
   int owned_blocks;
 };
 
 // logsumexp over the line of scale * query . key
 struct LineStatisticsParams {
   Lines lines;
-  LineFeatures query; // (B, E, lines, length)
-  LineFeatures key;   // (B, E, lines, length)
+  LineFeatures query;  // (B, E, lines, length)
+  LineFeatures key;    // (B, E, lines, length)
   LineScalars logsumexp;
   double scale;
-  int merges; // with what `logsumexp` holds, the other direction's
+  int merges;  // with what `logsumexp` holds, the other direction's
 };
 
 // map[q, k] = query_side[:, q] . key_side[:, k]
 struct LineProductParams {
   Lines lines;
-  LineFeatures query_side; // (B, any channels, lines, length)
-  LineFeatures key_side;   // likewise
+  LineFeatures query_side;  // (B, any channels, lines, length)
+  LineFeatures key_side;    // likewise
   LineMap map;
 };
 
 // What weighs the values in line_sum_kernel, for query q and key k of a line:
 enum class LineWeight {
-  kGiven,    // map[q, k]
-  kSoftmax,  // p = exp(scale * query_q . key_k - logsumexp_q)
-  kGradient, // scale * p * (grad_output_q . value_k - delta_q), the gradient of the energy
+  kGiven,     // map[q, k]
+  kSoftmax,   // p = exp(scale * query_q . key_k - logsumexp_q)
+  kGradient,  // scale * p * (grad_output_q . value_k - delta_q), the gradient of the energy
 };
 
 //   out[:, i] (+)= sum_j weight(i, j) values[:, j]
@@ -90,37 +90,37 @@ enum class LineWeight {
 //   mean_key                 query   kSoftmax            key
 struct LineSumParams {
   Lines lines;
-  LineMap map;              // kGiven
-  LineFeatures query;       // kSoftmax, kGradient
+  LineMap map;         // kGiven
+  LineFeatures query;  // kSoftmax, kGradient
   LineFeatures key;
-  LineFeatures grad_output; // kGradient
+  LineFeatures grad_output;  // kGradient
   LineFeatures value;
-  LineScalars logsumexp;    // kSoftmax, kGradient
-  LineScalars delta;        // kGradient: sum_c grad_output output
-  LineScalars grad_sum;     // kGradient, owner query: (+)= sum_j weight(i, j)
-  LineFeatures values;      // what is summed
+  LineScalars logsumexp;  // kSoftmax, kGradient
+  LineScalars delta;      // kGradient: sum_c grad_output output
+  LineScalars grad_sum;   // kGradient, owner query: (+)= sum_j weight(i, j)
+  LineFeatures values;    // what is summed
   LineFeatures output;
   double scale;
-  int map_rows;             // queries and keys (a multiple of 16) of the weights in shared memory
+  int map_rows;  // queries and keys (a multiple of 16) of the weights in shared memory
   int map_columns;
-  int accumulate;           // adds to what `output` holds, the other direction's
-  int part;                 // contracted positions whose weights shared memory holds at once: all, or a multiple of 64
-  int channel_groups;       // blocks the channels of the output are shared among
-  int channels_per_group;   // a multiple of kLineChannels
+  int accumulate;          // adds to what `output` holds, the other direction's
+  int part;                // contracted positions whose weights shared memory holds at once: all, or a multiple of 64
+  int channel_groups;      // blocks the channels of the output are shared among
+  int channels_per_group;  // a multiple of kLineChannels
 };
 
 // Criss-cross attention over one direction, for queries whose weights fit shared memory: query, key, values, output and
 // logsumexp are its own or, with `accumulate`, of both directions, where output holds the other's.
 struct LineAttentionParams : LineSumParams {
-  LineScalars other; // `accumulate`: the other direction's log-sum-exp
+  LineScalars other;  // `accumulate`: the other direction's log-sum-exp
 };
 
 // All three gradients of criss-cross attention at once, for lines whose map fits shared memory; `values` and `output` are
 // not used.
 struct LineBackwardParams : LineSumParams {
-  LineFeatures grad_query; // before its correction
+  LineFeatures grad_query;  // before its correction
   LineFeatures grad_key;
   LineFeatures grad_value;
 };
 
-} // namespace segattn
+}  // namespace segattn::cuda

@@ -3,7 +3,7 @@
 
 #include "cuda/criss_cross/online_softmax.cuh"
 
-namespace segattn {
+namespace segattn::cuda {
 
 template <class Arithmetic>
 __device__ __forceinline__ void line_statistics(
@@ -57,8 +57,8 @@ __device__ __forceinline__ void line_product(
 }
 
 template <class Arithmetic>
-__global__ void __launch_bounds__(kMaxLineThreads<Arithmetic, StripShape>) line_statistics_kernel(
-    const LineStatisticsParams p) {
+__global__ void __launch_bounds__(kMaxLineThreads<Arithmetic, StripShape>)
+    line_statistics_kernel(const LineStatisticsParams p) {
   if constexpr (kLineCompiled<Arithmetic>) {
     SEGATTN_DYNAMIC_SHARED(LineWord<typename Arithmetic::Element>, shared);
     line_statistics<Arithmetic>(p, shared);
@@ -66,11 +66,12 @@ __global__ void __launch_bounds__(kMaxLineThreads<Arithmetic, StripShape>) line_
 }
 
 template <class Arithmetic>
-__global__ void __launch_bounds__(kMaxLineThreads<Arithmetic, StripShape>) line_product_kernel(const LineProductParams p) {
+__global__ void __launch_bounds__(kMaxLineThreads<Arithmetic, StripShape>)
+    line_product_kernel(const LineProductParams p) {
   if constexpr (kLineCompiled<Arithmetic>) {
     SEGATTN_DYNAMIC_SHARED(LineWord<typename Arithmetic::Element>, shared);
     line_product<Arithmetic>(p, shared);
   }
 }
 
-} // namespace segattn
+}  // namespace segattn::cuda

@@ -4,7 +4,7 @@
 
 #include "cuda/criss_cross/line_weights.cuh"
 
-namespace segattn {
+namespace segattn::cuda {
 
 template <class Arithmetic, LineWeight kWeight, bool kOwnsKeys>
 __device__ __forceinline__ void line_sum(const LineSumParams& p, LineWord<typename Arithmetic::Element>* shared) {
@@ -28,7 +28,7 @@ __device__ __forceinline__ void line_sum(const LineSumParams& p, LineWord<typena
     }
     weights.template apply<kOwnsKeys>(
         p.values, p.output, first, min(first + p.part, p.lines.length), p.accumulate || first > 0);
-    __syncthreads(); // the next part's weights take the place of these
+    __syncthreads();  // the next part's weights take the place of these
   }
 }
 
@@ -40,4 +40,4 @@ __global__ void __launch_bounds__(kMaxLineThreads<Arithmetic, StripShape>) line_
   }
 }
 
-} // namespace segattn
+}  // namespace segattn::cuda

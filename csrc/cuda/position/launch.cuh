@@ -4,7 +4,7 @@
 #include "cuda/common/launch.cuh"
 #include "cuda/position/plan.cuh"
 
-namespace segattn {
+namespace segattn::cuda {
 
 template <class Mma, bool kForward>
 void launch_weighted_sum(const WeightedSumParams& params, const DeviceLimits& limits, cudaStream_t stream) {
@@ -17,8 +17,7 @@ void launch_weighted_sum(const WeightedSumParams& params, const DeviceLimits& li
 }
 
 template <class Mma>
-void launch_query_key_gradient(
-    const QueryKeyGradientParams& params, const DeviceLimits& limits, cudaStream_t stream) {
+void launch_query_key_gradient(const QueryKeyGradientParams& params, const DeviceLimits& limits, cudaStream_t stream) {
   const int64_t blocks = params.batch * params.groups * params.ranges;
   with_query_key_gradient_tile<Mma>(params.embedding, limits.shared_bytes, [&]<class Traits>() {
     SEGATTN_LAUNCH(
@@ -27,4 +26,4 @@ void launch_query_key_gradient(
   });
 }
 
-} // namespace segattn
+}  // namespace segattn::cuda

@@ -4,10 +4,10 @@
 #include <cstdint>
 
 #include "cuda/common/operands.h"
-#include "cuda/position/rows.cuh"
 #include "cuda/position/plan.cuh"
+#include "cuda/position/rows.cuh"
 
-namespace segattn {
+namespace segattn::cuda {
 
 template <class T>
 void launch_pack(const PackParams& params, cudaStream_t stream) {
@@ -25,7 +25,7 @@ inline FeatureMap aligned_feature_map(const Tensor& tensor, cudaStream_t stream)
       (tensor.size(1) == 1 || map.operand.row_stride % per_piece == 0) &&
       (tensor.size(0) == 1 || map.operand.batch_stride % per_piece == 0);
   if (aligned) {
-    if (tensor.size(1) == 1) { // copies step over rows that are not there, by addresses that have to be aligned, too
+    if (tensor.size(1) == 1) {  // copies step over rows that are not there, by addresses that have to be aligned, too
       map.operand.row_stride = 0;
     }
     return map;
@@ -43,7 +43,7 @@ inline FeatureMap aligned_feature_map(const Tensor& tensor, cudaStream_t stream)
   params.columns = static_cast<int>(columns);
   params.padded = static_cast<int>(padded);
   params.row_blocks = divide_up(padded / per_piece, kRowThreads);
-  if (bytes == 2) { // the bits move, whatever they mean
+  if (bytes == 2) {  // the bits move, whatever they mean
     launch_pack<__half>(params, stream);
   } else {
     launch_pack<float>(params, stream);
@@ -68,4 +68,4 @@ void with_mma(Arithmetic arithmetic, const Visit& visit) {
   }
 }
 
-} // namespace segattn
+}  // namespace segattn::cuda

@@ -28,11 +28,11 @@
 #include "cuda/position/query_key_gradient.cuh"
 #include "cuda/position/weighted_sum.cuh"
 
-namespace segattn {
+namespace segattn::cuda {
 
 template <class Mma>
 struct WeightedSumTiles {
-  static constexpr int kResident = 64 / Mma::kStep; // mma steps of the embeddings that stay in registers
+  static constexpr int kResident = 64 / Mma::kStep;  // mma steps of the embeddings that stay in registers
   using Wide = WeightedSumTraits<Mma, 128, 256, 4, 3, kResident, 1>;
   using Narrow = WeightedSumTraits<Mma, 128, 128, 4, 3, kResident, 1>;
   using WideAny = WeightedSumTraits<Mma, 128, Mma::kProducts == 3 ? 128 : 256, 4, 2, 0, 1>;
@@ -75,12 +75,14 @@ bool with_weighted_sum_tile(int embedding, int channels, int shared_limit, const
 
 // How a weighted sum is cut into blocks.
 struct WeightedSumPlan {
-  bool found = false; // a tensor-core tile fits
+  bool found = false;  // a tensor-core tile fits
   int owned_blocks, channel_blocks;
   int splits, steps_per_split;
 };
 
-constexpr int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+constexpr int divide_up(int64_t a, int64_t b) {
+  return static_cast<int>((a + b - 1) / b);
+}
 
 // Splits of the streamed positions. One is enough where the other blocks fill the multiprocessors evenly; otherwise the
 // last wave runs half empty, and splitting it costs float32 partial results, written and read. Cycles of both sides:
@@ -92,7 +94,7 @@ inline int choose_splits(int64_t blocks, int steps, int64_t output_elements, int
   for (int splits = 1; splits <= std::min(kMaxSplits, std::max(steps / 4, 1)); ++splits) {
     const int per_split = divide_up(steps, splits);
     if (divide_up(steps, per_split) != splits) {
-      continue; // the last split would have nothing to do
+      continue;  // the last split would have nothing to do
     }
     const double waves = divide_up(blocks * splits, multiprocessors);
     const double cycles = waves * per_split * kCyclesPerStep +
@@ -168,15 +170,15 @@ struct QueryKeyGradientPlan {
 
 // Groups of key blocks and ranges of query blocks: as many as fill the multiprocessors evenly, as few as that allows,
 // since each group holds a float32 share of grad_query and each range one of grad_key, written and read.
-inline void choose_groups(QueryKeyGradientPlan& plan, int64_t batch, int embedding, double cycles_per_tile,
-                          int multiprocessors) {
+inline void choose_groups(
+    QueryKeyGradientPlan& plan, int64_t batch, int embedding, double cycles_per_tile, int multiprocessors) {
   constexpr int kMost = 16;
   constexpr double kBytesPerCycle = 2000;
   double least = 0;
   for (int groups = 1; groups <= std::min(kMost, plan.key_blocks); ++groups) {
     const int per_group = divide_up(plan.key_blocks, groups);
     if (divide_up(plan.key_blocks, per_group) != groups) {
-      continue; // the last group would be empty
+      continue;  // the last group would be empty
     }
     for (int ranges = 1; ranges <= std::min(kMost, plan.query_blocks); ++ranges) {
       const int per_range = divide_up(plan.query_blocks, ranges);
@@ -218,7 +220,6 @@ QueryKeyGradientPlan plan_query_key_gradient(
 template <class Mma, bool kForward>
 void launch_weighted_sum(const WeightedSumParams& params, const DeviceLimits& limits, cudaStream_t stream);
 template <class Mma>
-void launch_query_key_gradient(
-    const QueryKeyGradientParams& params, const DeviceLimits& limits, cudaStream_t stream);
+void launch_query_key_gradient(const QueryKeyGradientParams& params, const DeviceLimits& limits, cudaStream_t stream);
 
-} // namespace segattn
+}  // namespace segattn::cuda

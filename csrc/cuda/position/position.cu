@@ -1,16 +1,16 @@
 // Position attention on CUDA, host side: checks, allocates, launches.
-#include <torch/csrc/stable/library.h>
-
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include <torch/csrc/stable/library.h>
+
 #include "checks/position.h"
-#include "registration.h"
 #include "cuda/position/operands.h"
 #include "cuda/position/simt_launch.h"
+#include "registration.h"
 
-namespace segattn {
+namespace segattn::cuda {
 namespace {
 
 using Forward = std::tuple<Tensor, Tensor, Tensor>;
@@ -86,7 +86,7 @@ void merge_splits(
 
 // What grad_query is centred with.
 struct Centre {
-  Tensor mean_key; // (parts, B, E, padded)
+  Tensor mean_key;  // (parts, B, E, padded)
   Tensor grad_sum;  // (parts, B, padded)
 };
 
@@ -158,8 +158,8 @@ bool forward_mma(
     launch_weighted_sum<Mma, true>(params, limits, stream);
     return true;
   }
-  const Tensor partials = allocate(
-      query, {plan.splits, sizes.batch, sizes.value_channels, sizes.queries}, ScalarType::Float);
+  const Tensor partials =
+      allocate(query, {plan.splits, sizes.batch, sizes.value_channels, sizes.queries}, ScalarType::Float);
   const Tensor partial_logsumexp = allocate(query, {plan.splits, sizes.batch, sizes.queries}, ScalarType::Float);
   params.output = partials.mutable_data_ptr();
   params.logsumexp = static_cast<float*>(partial_logsumexp.mutable_data_ptr());
@@ -168,8 +168,7 @@ bool forward_mma(
   return true;
 }
 
-Forward position_attention(
-    const Tensor& query, const Tensor& key, const Tensor& value, double scale, bool with_low) {
+Forward position_attention(const Tensor& query, const Tensor& key, const Tensor& value, double scale, bool with_low) {
   const PositionSizes sizes = check_position_attention(query, key, value, scale);
   position_count("position_attention", "query", sizes.queries);
   position_count("position_attention", "key", sizes.keys);
@@ -233,7 +232,7 @@ void backward_simt(
   const bool centres = gradients.query != nullptr && query.scalar_type() == ScalarType::Float;
   const Tensor mean_key =
       allocate(query, {sizes.batch, centres ? sizes.key_channels : 0, sizes.queries}, ScalarType::Float);
-  if (centres) { // attention with the keys as values; its logsumexp is known
+  if (centres) {  // attention with the keys as values; its logsumexp is known
     forward_simt(sizes, query, key, key, scale, mean_key, nullptr, allocate_like(logsumexp), stream);
   }
   const auto run = [&]<PositionSum kSum>(
@@ -351,23 +350,22 @@ Backward position_attention_backward(
   const DeviceGuard guard(query);
   Tensor grad_query = allocate_like(query), grad_key = allocate_like(key), grad_value = allocate_like(value);
   if (sizes.batch == 0 || sizes.queries == 0) {
-    torch::stable::zero_(grad_key); // nobody asked the keys anything
+    torch::stable::zero_(grad_key);  // nobody asked the keys anything
     torch::stable::zero_(grad_value);
     return {grad_query, grad_key, grad_value};
   }
   const DeviceLimits limits = device_limits();
   const cudaStream_t stream = current_stream(query);
   const Tensor statistics = torch::stable::contiguous(logsumexp);
-  const std::optional<FeatureMap> low =
-      output_low.has_value() ? std::optional(feature_map(*output_low)) : std::nullopt;
+  const std::optional<FeatureMap> low = output_low.has_value() ? std::optional(feature_map(*output_low)) : std::nullopt;
   const Tensor delta = make_delta(sizes, feature_map(grad_output), feature_map(output), low, stream);
   bool value_done = false, query_key_done = false;
   with_mma(choose_arithmetic(query.scalar_type(), limits), [&]<class Mma>() {
     const FeatureMap q = aligned_feature_map(query, stream), k = aligned_feature_map(key, stream),
                      v = aligned_feature_map(value, stream), g = aligned_feature_map(grad_output, stream);
     value_done = value_gradient_mma<Mma>(sizes, q, k, g, statistics, scale, grad_value, limits, stream);
-    query_key_done = query_key_gradient_mma<Mma>(
-        sizes, g, q, k, v, statistics, delta, scale, grad_query, grad_key, limits, stream);
+    query_key_done =
+        query_key_gradient_mma<Mma>(sizes, g, q, k, v, statistics, delta, scale, grad_query, grad_key, limits, stream);
   });
   const SimtGradients rest{
       query_key_done ? nullptr : &grad_query, query_key_done ? nullptr : &grad_key, value_done ? nullptr : &grad_value};
@@ -375,10 +373,10 @@ Backward position_attention_backward(
   return {grad_query, grad_key, grad_value};
 }
 
-} // namespace
-} // namespace segattn
+}  // namespace
+}  // namespace segattn::cuda
 
 SEGATTN_REGISTER_CUDA(m) {
-  m.impl("position_attention", TORCH_BOX(&segattn::position_attention));
-  m.impl("position_attention_backward", TORCH_BOX(&segattn::position_attention_backward));
+  m.impl("position_attention", TORCH_BOX(&segattn::cuda::position_attention));
+  m.impl("position_attention_backward", TORCH_BOX(&segattn::cuda::position_attention_backward));
 }

@@ -16,20 +16,21 @@
 // key_j, and grad_sum, sum_j dS_ij, which is 0 but for errors of delta; sum_partials_kernel takes their product off.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
+
+#include <cuda_runtime.h>
 
 #include "cuda/common/element.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/mma.cuh"
-#include "cuda/position/params.h"
 #include "cuda/common/tile.cuh"
+#include "cuda/position/params.h"
 
-namespace segattn {
+namespace segattn::cuda {
 
 // kKeepsQueryGradient: for E <= kGradientRows, grad_query's tile stays in registers.
-template <class Mma_, int kQueries_, int kKeys_, int kQueryWarps_, int kKeyWarps_, int kStages_, bool kKeepsQueryGradient_>
+template <
+    class Mma_, int kQueries_, int kKeys_, int kQueryWarps_, int kKeyWarps_, int kStages_, bool kKeepsQueryGradient_>
 struct QueryKeyGradientTraits {
   using Mma = Mma_;
   using Element = typename Mma::Element;
@@ -37,7 +38,7 @@ struct QueryKeyGradientTraits {
   static constexpr int kKeys = kKeys_;
   static constexpr int kStages = kStages_;
   static constexpr bool kKeepsQueryGradient = kKeepsQueryGradient_;
-  static constexpr int kQueryWarps = kQueryWarps_; // of the map's tile
+  static constexpr int kQueryWarps = kQueryWarps_;  // of the map's tile
   static constexpr int kKeyWarps = kKeyWarps_;
   static constexpr int kWarps = kQueryWarps * kKeyWarps;
   static constexpr int kThreads = 32 * kWarps;
@@ -46,7 +47,7 @@ struct QueryKeyGradientTraits {
   static constexpr int kChunk = 32;         // value channels a stage
   static constexpr int kGradientRows = 64;  // embedding channels of the gradients made at a time
   static constexpr bool kCentres = sizeof(Element) == 4;
-  static constexpr int kRowWarps = 2;       // warps over those, the others over positions
+  static constexpr int kRowWarps = 2;  // warps over those, the others over positions
   static constexpr int kColumnWarps = kWarps / kRowWarps;
 
   static_assert(kWarpQueries % 16 == 0 && kWarpKeys % 16 == 0, "warp tiles consist of mma tiles");
@@ -55,14 +56,14 @@ struct QueryKeyGradientTraits {
       kQueries / kColumnWarps % 16 == 0 && kKeys / kColumnWarps % 16 == 0, "gradient tiles consist of mma tiles");
   static_assert(kStages >= 2, "a copy is under way while another stage is multiplied");
 
-  using QueryTile = SharedTile<Element, kQueries>; // rows are channels
-  using KeyTile = SharedTile<Element, kKeys>; // rows are channels; of dS, queries
+  using QueryTile = SharedTile<Element, kQueries>;  // rows are channels
+  using KeyTile = SharedTile<Element, kKeys>;       // rows are channels; of dS, queries
 
   static constexpr __host__ __device__ int embedding_rows(int embedding) {
     return kKeepsQueryGradient ? kGradientRows : (embedding + kGradientRows - 1) / kGradientRows * kGradientRows;
   }
   static constexpr int kStageBytes = QueryTile::bytes(kChunk) + KeyTile::bytes(kChunk);
-  static constexpr int kGradientBytes = KeyTile::bytes(kQueries); // dS, [query][key]
+  static constexpr int kGradientBytes = KeyTile::bytes(kQueries);  // dS, [query][key]
   // kCentres: P, like dS, and each key warp's share of grad_sum
   static constexpr int kCentreBytes = kCentres ? kGradientBytes + 4 * kKeyWarps * kQueries : 0;
   static constexpr __host__ __device__ int shared_bytes(int embedding) {
@@ -89,10 +90,10 @@ struct QueryKeyGradient {
   unsigned char* key_shared;
   unsigned char* ring_shared;
   unsigned char* gradient_shared;
-  unsigned char* weight_shared; // kCentres
-  float* grad_sum_shared;       // kCentres: [kKeyWarps][kQueries]
-  float* logsumexp_shared; // [kQueries]
-  float* delta_shared;     // [kQueries]
+  unsigned char* weight_shared;  // kCentres
+  float* grad_sum_shared;        // kCentres: [kKeyWarps][kQueries]
+  float* logsumexp_shared;       // [kQueries]
+  float* delta_shared;           // [kQueries]
   int64_t sample;
   int group, range;
   int embedding_rows, chunks;
@@ -123,7 +124,8 @@ struct QueryKeyGradient {
     if (copy_query_block < end_query_block) {
       const int row = copy_chunk * Traits::kChunk;
       copy_tile_async<Traits::kThreads>(
-          QueryTile(slot(copy_slot)), matrix(p.grad_output, p.channels, p.queries), row, Traits::kChunk, copy_query_block * Traits::kQueries);
+          QueryTile(slot(copy_slot)), matrix(p.grad_output, p.channels, p.queries), row, Traits::kChunk,
+          copy_query_block * Traits::kQueries);
       copy_tile_async<Traits::kThreads>(
           KeyTile(slot(copy_slot) + QueryTile::bytes(Traits::kChunk)), matrix(p.value, p.channels, p.keys), row,
           Traits::kChunk, copy_key_block * Traits::kKeys);
@@ -179,9 +181,7 @@ struct QueryKeyGradient {
     }
   }
 
-  __device__ __forceinline__ int warp_query() const {
-    return warp_index() / Traits::kKeyWarps * Traits::kWarpQueries;
-  }
+  __device__ __forceinline__ int warp_query() const { return warp_index() / Traits::kKeyWarps * Traits::kWarpQueries; }
   __device__ __forceinline__ int warp_key() const { return warp_index() % Traits::kKeyWarps * Traits::kWarpKeys; }
   __device__ __forceinline__ int warp_row() const {
     return warp_index() / Traits::kColumnWarps * (Traits::kGradientRows / Traits::kRowWarps);
@@ -229,7 +229,7 @@ struct QueryKeyGradient {
             gradient[c] = column + c < keys_left ? weight[c] * (products[i][j][2 * h + c] - row_delta) : 0.0f;
           }
           store_pair(tile.at(row, column), gradient[0], gradient[1]);
-          if constexpr (Traits::kCentres) { // past the end the weight may be infinite, and the key is 0
+          if constexpr (Traits::kCentres) {  // past the end the weight may be infinite, and the key is 0
             store_pair(
                 weight_tile.at(row, column), column < keys_left ? weight[0] : 0.0f,
                 column + 1 < keys_left ? weight[1] : 0.0f);
@@ -268,7 +268,8 @@ struct QueryKeyGradient {
               grad_query_sums, grad_query(), p.padded_queries, row, query_block * Traits::kQueries + query_column);
         }
       }
-      multiply_tiles<Mma, true, false, 1>(grad_query_sums, key_tile, row, gradient_tile, query_column, 0, Traits::kKeys);
+      multiply_tiles<Mma, true, false, 1>(
+          grad_query_sums, key_tile, row, gradient_tile, query_column, 0, Traits::kKeys);
       if constexpr (!Traits::kKeepsQueryGradient) {
         move_partial<true>(
             grad_query_sums, grad_query(), p.padded_queries, row, query_block * Traits::kQueries + query_column);
@@ -339,7 +340,7 @@ struct QueryKeyGradient {
     for (int query_block = first_query_block; query_block < end_query_block; ++query_block) {
       clear(grad_query_sums);
       for (int key_block = first_key_block; key_block < end_key_block; ++key_block) {
-        __syncthreads(); // the previous tile's query, key and dS are no longer read
+        __syncthreads();  // the previous tile's query, key and dS are no longer read
         if (key_block == first_key_block) {
           copy_tile_async<Traits::kThreads>(
               QueryTile(query_shared), matrix(p.query, p.embedding, p.queries), 0, embedding_rows,
@@ -354,7 +355,7 @@ struct QueryKeyGradient {
         clear(products);
         for (int chunk = 0; chunk < chunks; ++chunk) {
           ptx::cp_async_wait<Traits::kStages - 2>();
-          __syncthreads(); // this chunk is there, the previous one is no longer read
+          __syncthreads();  // this chunk is there, the previous one is no longer read
           copy_next_chunk();
           ptx::cp_async_commit();
           multiply_tiles<Mma, false, true, 2>(
@@ -362,7 +363,7 @@ struct QueryKeyGradient {
               KeyTile(slot(current_slot) + QueryTile::bytes(Traits::kChunk)), warp_key(), 0, Traits::kChunk);
           current_slot = current_slot + 1 == Traits::kStages ? 0 : current_slot + 1;
         }
-        if (chunks < Traits::kStages) { // the group that query and key joined has not been waited for
+        if (chunks < Traits::kStages) {  // the group that query and key joined has not been waited for
           ptx::cp_async_wait<0>();
           __syncthreads();
         }
@@ -389,12 +390,11 @@ struct QueryKeyGradient {
 };
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 1)
-    query_key_gradient_kernel(const QueryKeyGradientParams params) {
+__global__ void __launch_bounds__(Traits::kThreads, 1) query_key_gradient_kernel(const QueryKeyGradientParams params) {
 #if defined(SEGATTN_EMULATED) || __CUDA_ARCH__ >= 800
   SEGATTN_DYNAMIC_SHARED(unsigned char, shared);
   QueryKeyGradient<Traits>(params, shared).run();
 #endif
 }
 
-} // namespace segattn
+}  // namespace segattn::cuda

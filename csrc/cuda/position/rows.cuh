@@ -2,28 +2,28 @@
 // results brought together in a fixed order.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
+
+#include <cuda_runtime.h>
 
 #include "cuda/common/element.cuh"
 #include "cuda/position/params.h"
 
-namespace segattn {
+namespace segattn::cuda {
 
 constexpr int kRowThreads = 256;
 
 // (rows, columns) with any row stride -> (rows, columns) with rows of `padded` elements, 16-byte aligned. The padding
 // is written too, as zeros. 97 x 97 positions in 16 bits make rows of 18,818 bytes, of which cp.async could take but 2.
 struct PackParams {
-  const void* source; // (batch, rows, columns), row r of sample b at b * batch_stride + r * row_stride
-  void* target;       // (batch, rows, padded), contiguous
+  const void* source;  // (batch, rows, columns), row r of sample b at b * batch_stride + r * row_stride
+  void* target;        // (batch, rows, padded), contiguous
   int64_t batch_stride;
   int64_t row_stride;
-  int64_t rows_total; // batch * rows
+  int64_t rows_total;  // batch * rows
   int rows;
   int columns;
-  int padded; // a multiple of 16 bytes
+  int padded;  // a multiple of 16 bytes
   int row_blocks;
 };
 
@@ -32,7 +32,8 @@ template <class T>
 __global__ void __launch_bounds__(kRowThreads) pack_rows_kernel(const PackParams p) {
   constexpr int kPiece = 16 / static_cast<int>(sizeof(T));
   const int64_t row = blockIdx.x / p.row_blocks;
-  const int first = (static_cast<int>(blockIdx.x % p.row_blocks) * kRowThreads + static_cast<int>(threadIdx.x)) * kPiece;
+  const int first =
+      (static_cast<int>(blockIdx.x % p.row_blocks) * kRowThreads + static_cast<int>(threadIdx.x)) * kPiece;
   if (first >= p.padded) {
     return;
   }
@@ -42,15 +43,16 @@ __global__ void __launch_bounds__(kRowThreads) pack_rows_kernel(const PackParams
   for (int i = 0; i < kPiece; ++i) {
     piece[i] = first + i < p.columns ? from[first + i] : from_accumulator<T>(0);
   }
-  *reinterpret_cast<uint4*>(static_cast<T*>(p.target) + row * p.padded + first) = *reinterpret_cast<const uint4*>(piece);
+  *reinterpret_cast<uint4*>(static_cast<T*>(p.target) + row * p.padded + first) =
+      *reinterpret_cast<const uint4*>(piece);
 }
 
 // delta[b, i] = sum_c grad_output[b, c, i] output[b, c, i], of the output before it was rounded where that is known
 struct DeltaParams {
-  Operand grad_output; // (B, C, N)
-  Operand output;      // (B, C, N)
-  Operand output_low;  // (B, C, N), what rounding took from the output; data null: unknown
-  void* delta;         // (B, N), accumulator type
+  Operand grad_output;  // (B, C, N)
+  Operand output;       // (B, C, N)
+  Operand output_low;   // (B, C, N), what rounding took from the output; data null: unknown
+  void* delta;          // (B, N), accumulator type
   int channels;
   int positions;
   int position_blocks;
@@ -96,12 +98,12 @@ __global__ void __launch_bounds__(kRowThreads) delta_kernel(const DeltaParams p)
 // out[b, r, n] = factor * sum_s partial[s, b, r, n], s ascending; with mean_key
 //   out[b, r, n] = factor * (sum_s partial[s, b, r, n] - sum_s mean_key[s, b, r, n] * sum_s grad_sum[s, b, n])
 struct SumPartialsParams {
-  const float* partials; // (parts, batch * rows, padded)
-  const float* mean_key; // like partials, or null
+  const float* partials;  // (parts, batch * rows, padded)
+  const float* mean_key;  // like partials, or null
   const float* grad_sum;  // (parts, batch, padded)
-  void* output;          // (batch * rows, columns), contiguous
+  void* output;           // (batch * rows, columns), contiguous
   int64_t part_stride;
-  int64_t rows_total; // batch * rows
+  int64_t rows_total;  // batch * rows
   int rows;
   int parts;
   int columns;
@@ -134,17 +136,17 @@ __global__ void __launch_bounds__(kRowThreads) sum_partials_kernel(const SumPart
 
 // Split keys: every split has its own softmax; weighed by exp(logsumexp_s - logsumexp) they add up to the whole.
 struct MergeSplitsParams {
-  const float* partials;          // (splits, B, C, N)
-  const float* partial_logsumexp; // (splits, B, N)
-  void* output;                   // (B, C, N)
-  void* output_low;               // (B, C, N), 16-bit types: what rounding took from the output; null: not wanted
-  float* logsumexp;               // (B, N)
+  const float* partials;           // (splits, B, C, N)
+  const float* partial_logsumexp;  // (splits, B, N)
+  void* output;                    // (B, C, N)
+  void* output_low;                // (B, C, N), 16-bit types: what rounding took from the output; null: not wanted
+  float* logsumexp;                // (B, N)
   int64_t batch;
   int splits;
   int channels;
   int positions;
   int position_blocks;
-  int channel_blocks; // of kMergeChannels
+  int channel_blocks;  // of kMergeChannels
 };
 
 constexpr int kMergeChannels = 32;
@@ -153,8 +155,7 @@ constexpr int kMergeChannels = 32;
 template <class T>
 __global__ void __launch_bounds__(kRowThreads) merge_splits_kernel(const MergeSplitsParams p) {
   int64_t block = blockIdx.x;
-  const int position =
-      static_cast<int>(block % p.position_blocks) * kRowThreads + static_cast<int>(threadIdx.x);
+  const int position = static_cast<int>(block % p.position_blocks) * kRowThreads + static_cast<int>(threadIdx.x);
   block /= p.position_blocks;
   const int channel_block = static_cast<int>(block % p.channel_blocks);
   const int64_t sample = block / p.channel_blocks;
@@ -165,8 +166,7 @@ __global__ void __launch_bounds__(kRowThreads) merge_splits_kernel(const MergeSp
   float highest = -INFINITY;
 #pragma unroll
   for (int s = 0; s < kMaxSplits; ++s) {
-    weights[s] =
-        s < p.splits ? p.partial_logsumexp[(s * p.batch + sample) * p.positions + position] : -INFINITY;
+    weights[s] = s < p.splits ? p.partial_logsumexp[(s * p.batch + sample) * p.positions + position] : -INFINITY;
     highest = fmaxf(highest, weights[s]);
   }
   const float shift = highest == -INFINITY ? 0.0f : highest;
@@ -199,4 +199,4 @@ __global__ void __launch_bounds__(kRowThreads) merge_splits_kernel(const MergeSp
   }
 }
 
-} // namespace segattn
+}  // namespace segattn::cuda

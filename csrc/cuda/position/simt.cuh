@@ -4,16 +4,16 @@
 // query and key gradient each recompute the weights: 1.6 times the backward's least work, and no partial results.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
 #include <type_traits>
+
+#include <cuda_runtime.h>
 
 #include "cuda/common/element.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/position/params.h"
 
-namespace segattn {
+namespace segattn::cuda {
 
 // Compute time is bound by shared memory and FMAs; the tiles are the largest whose shared memory is under 48 KB.
 template <class T, PositionSum kSum_>
@@ -22,18 +22,17 @@ struct SimtTraits {
   using Real = Accumulator<T>;
   static constexpr PositionSum kSum = kSum_;
   static constexpr int kThreads = 256;
-  static constexpr int kTile = 32; // owned positions, streamed positions and contraction of one step
-  static constexpr int kPitch = kTile + 1; // no bank is met twice down a column
+  static constexpr int kTile = 32;          // owned positions, streamed positions and contraction of one step
+  static constexpr int kPitch = kTile + 1;  // no bank is met twice down a column
   static constexpr int kChannels = sizeof(Real) == 8 ? 128 : 256;
-  static constexpr int kRowGroups = kThreads / 8;           // a thread has 4 positions of every 32nd channel
+  static constexpr int kRowGroups = kThreads / 8;  // a thread has 4 positions of every 32nd channel
   static constexpr int kRows = kChannels / kRowGroups;
   static constexpr bool kForward = kSum == PositionSum::kForward;
   static constexpr bool kNeedsProduct = kSum == PositionSum::kQueryGradient || kSum == PositionSum::kKeyGradient;
   static constexpr bool kOwnsQueries = kForward || kSum == PositionSum::kQueryGradient;
   static constexpr bool kCentres = kSum == PositionSum::kQueryGradient && std::is_same_v<T, float>;
   static_assert(kChannels >= 2 * kTile, "the two contraction tiles lie where the values come later");
-  static constexpr size_t kSharedBytes =
-      sizeof(Real) * (kChannels * kPitch + kTile * kPitch + 8 * kTile + 8 * kTile);
+  static constexpr size_t kSharedBytes = sizeof(Real) * (kChannels * kPitch + kTile * kPitch + 8 * kTile + 8 * kTile);
   static_assert(kSharedBytes <= 48 * 1024, "fits every processor without an opt-in");
 };
 
@@ -45,10 +44,10 @@ struct SimtSum {
   static constexpr int kPitch = Traits::kPitch;
 
   const SimtParams& p;
-  Real* values_shared;  // [kChannels][kPitch]; before that the two contraction tiles [kTile][kPitch]
-  Real* weights_shared; // [kTile streamed][kPitch]: weight of owned position i at [j][i]
-  Real* maxima;         // [8][kTile]
-  Real* partial_sums;   // [8][kTile]
+  Real* values_shared;   // [kChannels][kPitch]; before that the two contraction tiles [kTile][kPitch]
+  Real* weights_shared;  // [kTile streamed][kPitch]: weight of owned position i at [j][i]
+  Real* maxima;          // [8][kTile]
+  Real* partial_sums;    // [8][kTile]
   int64_t sample;
   int first_owned, first_channel;
 
@@ -125,8 +124,8 @@ struct SimtSum {
     const Real* delta = static_cast<const Real*>(p.delta) + sample * queries;
 
     Real sums[Traits::kRows][4] = {};
-    Real highest = -INFINITY, weight_sum = 0; // of owned position `lane`, the same in every warp
-    Real grad_sum = 0;                        // kCentres: of owned position `lane`, the warp's share of the sum of dS
+    Real highest = -INFINITY, weight_sum = 0;  // of owned position `lane`, the same in every warp
+    Real grad_sum = 0;                         // kCentres: of owned position `lane`, the warp's share of the sum of dS
     for (int streamed = 0; streamed < p.streamed_positions; streamed += kTile) {
       Real weights[4], gradients[4];
       contract(weights, p.owned, p.streamed, p.embedding, streamed);
@@ -179,7 +178,7 @@ struct SimtSum {
           grad_sum += weights[jj];
         }
       }
-      __syncthreads(); // weights and sums are there; the contraction tiles are no longer read
+      __syncthreads();  // weights and sums are there; the contraction tiles are no longer read
       if constexpr (Traits::kForward) {
         weight_sum *= factor;
 #pragma unroll
@@ -224,7 +223,7 @@ struct SimtSum {
         grad_sum += partial_sums[w * kTile + lane];
       }
     }
-    Real factor = static_cast<Real>(p.scale); // of the query and key gradients
+    Real factor = static_cast<Real>(p.scale);  // of the query and key gradients
     if constexpr (Traits::kForward) {
       factor = Real(1) / weight_sum;
       if (channel_block == 0 && warp == 0 && first_owned + lane < p.owned_positions) {
@@ -267,4 +266,4 @@ __global__ void __launch_bounds__(Traits::kThreads, 2) simt_sum_kernel(const Sim
   SimtSum<Traits>(params, shared).run();
 }
 
-} // namespace segattn
+}  // namespace segattn::cuda

@@ -14,19 +14,19 @@
 // way from the accumulators to the result; here is the pipeline that joins them.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
+
+#include <cuda_runtime.h>
 
 #include "cuda/common/launch.cuh"
 #include "cuda/common/mma.cuh"
+#include "cuda/common/tile.cuh"
 #include "cuda/position/params.h"
 #include "cuda/position/weighted_sum_epilogue.cuh"
-#include "cuda/position/weighted_sum_traits.cuh"
 #include "cuda/position/weighted_sum_softmax.cuh"
-#include "cuda/common/tile.cuh"
+#include "cuda/position/weighted_sum_traits.cuh"
 
-namespace segattn {
+namespace segattn::cuda {
 
 template <class Traits_, bool kForward>
 struct WeightedSum : WeightedSumWeights<Traits_, kForward> {
@@ -97,7 +97,7 @@ struct WeightedSum : WeightedSumWeights<Traits_, kForward> {
 
   __device__ __forceinline__ void multiply_values(int step, int k, int k_end) {
     if (place->first_channel + Traits::warp_first_channel() >= p.channels) {
-      return; // the last channel block may have nothing for some warps
+      return;  // the last channel block may have nothing for some warps
     }
     const StreamedTile value_tile(value_shared + (step - first_step) % Traits::kStages * Traits::kValueBytes);
     const StreamedTile weight_tile(weight_shared + step % 2 * Traits::kWeightBytes);
@@ -109,7 +109,7 @@ struct WeightedSum : WeightedSumWeights<Traits_, kForward> {
   __device__ __forceinline__ void normalize() {
     const int lane = lane_index(), first_owned = place->first_owned;
     float* logsumexp = p.logsumexp + (place->split * p.batch + place->sample) * p.owned_positions;
-    __syncthreads(); // every warp has read the factors of the last step
+    __syncthreads();  // every warp has read the factors of the last step
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float sum = row_sum[h];
@@ -177,8 +177,7 @@ struct WeightedSum : WeightedSumWeights<Traits_, kForward> {
     }
 
     // Copy group n brings the streamed tile of step n and the values of step n - 1: what the loop below takes at once.
-    copy_tile_async<Traits::kThreads>(
-        typename Traits::OwnedTile(owned_shared), owned, 0, embedding_rows, first_owned);
+    copy_tile_async<Traits::kThreads>(typename Traits::OwnedTile(owned_shared), owned, 0, embedding_rows, first_owned);
     copy_streamed(first_step);
     ptx::cp_async_commit();
 #pragma unroll
@@ -196,7 +195,7 @@ struct WeightedSum : WeightedSumWeights<Traits_, kForward> {
 
     for (int step = first_step; step < end_step; ++step) {
       ptx::cp_async_wait<Traits::kStages - 2>();
-      __syncthreads(); // this step's tiles and weights are there, the previous step's are no longer read
+      __syncthreads();  // this step's tiles and weights are there, the previous step's are no longer read
       copy_streamed(step + Traits::kStages);
       copy_values(step + Traits::kStages - 1);
       ptx::cp_async_commit();
@@ -224,7 +223,7 @@ struct WeightedSum : WeightedSumWeights<Traits_, kForward> {
         for (int j = 0; j < Traits::kOwnedTiles; ++j) {
 #pragma unroll
           for (int c = 0; c < 4; ++c) {
-            sums[i][j][c] *= 1.0f / 1024.0f; // 2^-kWeightExponent
+            sums[i][j][c] *= 1.0f / 1024.0f;  // 2^-kWeightExponent
           }
         }
       }
@@ -256,4 +255,4 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
 #endif
 }
 
-} // namespace segattn
+}  // namespace segattn::cuda

@@ -1,16 +1,16 @@
 // The end of position attention's weighted sum (weighted_sum.cuh): the accumulators become rows of the result.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
+
+#include <cuda_runtime.h>
 
 #include "cuda/common/element.cuh"
 #include "cuda/common/mma.cuh"
 #include "cuda/position/params.h"
 #include "cuda/position/weighted_sum_traits.cuh"
 
-namespace segattn {
+namespace segattn::cuda {
 
 // map: the sample's output, (C, owned_positions). Straight from the accumulators, a channel's 8 positions at a time:
 // for float32 these are whole sectors.
@@ -63,7 +63,7 @@ __device__ __forceinline__ void store_sums_by_rows(
   constexpr int kPitch = Traits::kOutputPitch;
   const int lane = lane_index();
   Element* tile = reinterpret_cast<Element*>(shared);
-  __syncthreads(); // every warp is done with what lies there
+  __syncthreads();  // every warp is done with what lies there
 #pragma unroll
   for (int i = 0; i < Traits::kChannelTiles; ++i) {
 #pragma unroll
@@ -81,7 +81,7 @@ __device__ __forceinline__ void store_sums_by_rows(
   for (int channel = warp_index(); channel < channels; channel += Traits::kWarps) {
     const Element* from = tile + channel * kPitch;
     Element* row = map + static_cast<int64_t>(at.first_channel + channel) * p.owned_positions + at.first_owned;
-    const int before = reinterpret_cast<uintptr_t>(row) / 2 % 2; // elements before the boundary
+    const int before = reinterpret_cast<uintptr_t>(row) / 2 % 2;  // elements before the boundary
     if (before != 0 && lane == 0) {
       row[0] = from[0];
     }
@@ -97,4 +97,4 @@ __device__ __forceinline__ void store_sums_by_rows(
   }
 }
 
-} // namespace segattn
+}  // namespace segattn::cuda

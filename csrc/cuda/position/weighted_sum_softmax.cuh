@@ -6,11 +6,11 @@
 
 #include "cuda/common/element.cuh"
 #include "cuda/common/mma.cuh"
+#include "cuda/common/tile.cuh"
 #include "cuda/position/params.h"
 #include "cuda/position/weighted_sum_traits.cuh"
-#include "cuda/common/tile.cuh"
 
-namespace segattn {
+namespace segattn::cuda {
 
 template <class Traits_, bool kForward>
 struct WeightedSumWeights {
@@ -28,15 +28,15 @@ struct WeightedSumWeights {
   unsigned char* owned_shared;
   unsigned char* streamed_shared;
   unsigned char* weight_shared;
-  float* factors; // [2][kOwned]: by what the step's new maximum scales what was summed before
-  int* changed;   // [2][kWarps]: whether any of a warp's 16 factors is not 1
+  float* factors;  // [2][kOwned]: by what the step's new maximum scales what was summed before
+  int* changed;    // [2][kWarps]: whether any of a warp's 16 factors is not 1
   const float* streamed_logsumexp;
   int embedding_rows;
   int first_step, end_step;
 
   typename Mma::A owned_fragments[Traits::kScoreSteps > 0 ? Traits::kScoreSteps : 1];
   float scores[1][kScoreTiles][4];
-  float row_max[2], row_sum[2]; // of rows g and g + 8 of the warp's 16 positions
+  float row_max[2], row_sum[2];  // of rows g and g + 8 of the warp's 16 positions
 
   __device__ __forceinline__ explicit WeightedSumWeights(const WeightedSumParams& params) : p(params) {
     row_max[0] = row_max[1] = -INFINITY;
@@ -162,4 +162,4 @@ struct WeightedSumWeights {
   }
 };
 
-} // namespace segattn
+}  // namespace segattn::cuda

@@ -1,14 +1,14 @@
 // The shape of a block of the weighted sum (weighted_sum.cuh): tiles, warps, pipeline stages, shared memory.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
+
+#include <cuda_runtime.h>
 
 #include "cuda/common/mma.cuh"
 #include "cuda/common/tile.cuh"
 
-namespace segattn {
+namespace segattn::cuda {
 
 // kScoreSteps: mma steps over E whose owned fragments stay in registers; 0 reads them from shared memory, for any E.
 template <class Mma_, int kOwned_, int kChannels_, int kChannelWarps_, int kStages_, int kScoreSteps_, int kMinBlocks_>
@@ -20,13 +20,13 @@ struct WeightedSumTraits {
   static constexpr int kStages = kStages_;
   static constexpr int kScoreSteps = kScoreSteps_;
   static constexpr int kMinBlocks = kMinBlocks_;
-  static constexpr int kStreamed = 64 / static_cast<int>(sizeof(Element)); // positions a step
+  static constexpr int kStreamed = 64 / static_cast<int>(sizeof(Element));  // positions a step
   static constexpr int kWarps = kOwned / 16;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kChannelWarps = kChannelWarps_;
   static constexpr int kWarpChannels = kChannels / kChannelWarps;
   static constexpr int kWarpOwned = kOwned / (kWarps / kChannelWarps);
-  static constexpr int kChannelTiles = kWarpChannels / 16; // mma tiles of a warp's part of the output
+  static constexpr int kChannelTiles = kWarpChannels / 16;  // mma tiles of a warp's part of the output
   static constexpr int kOwnedTiles = kWarpOwned / 8;
 
   static_assert(kOwned % 16 == 0, "scores are made 16 positions to a warp");
@@ -54,7 +54,7 @@ struct WeightedSumTraits {
   }
   static constexpr int kValueBytes = StreamedTile::bytes(kChannels);
   static constexpr int kWeightBytes = StreamedTile::bytes(kOwned);
-  static constexpr int kStatisticsBytes = 2 * (kOwned + kWarps) * 4 + 24; // and a WeightedSumPlace
+  static constexpr int kStatisticsBytes = 2 * (kOwned + kWarps) * 4 + 24;  // and a WeightedSumPlace
   // 16-bit results pass through shared memory, rows of kOutputPitch elements: four banks on from row to row.
   static constexpr int kOutputPitch = kOwned + 8;
   static constexpr int kOutputBytes = sizeof(Element) == 2 ? kChannels * kOutputPitch * 2 : 0;
@@ -78,4 +78,4 @@ struct WeightedSumPlace {
   int first_channel;
 };
 
-} // namespace segattn
+}  // namespace segattn::cuda

@@ -2,17 +2,17 @@
 // The trailing Site parameter is filled in by the compiler with the call's place in the kernel.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include "emulator.h"
 
-namespace segattn::ptx {
+namespace segattn::cuda::ptx {
 
 using emulator::Site;
 
@@ -25,8 +25,8 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
 }
 
 // d += a * b, a: 16x8, b: 8x8, operands in tf32 (the hardware ignores a float32's low 13 bits).
-inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                             Site site = Site::current()) {
+inline void mma_m16n8k8_tf32(
+    float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Site site = Site::current()) {
   emulator::mma(emulator::MmaType::kTf32, d, a, b, site);
 }
 
@@ -59,7 +59,9 @@ inline void cp_async_8(void* shared, const void* global, int source_bytes = 8, S
 inline void cp_async_4(void* shared, const void* global, int source_bytes = 4, Site site = Site::current()) {
   emulator::async_copy(shared, global, 4, source_bytes, site);
 }
-inline void cp_async_commit() { emulator::async_commit(); }
+inline void cp_async_commit() {
+  emulator::async_commit();
+}
 // Returns when at most N of the most recently committed groups are still in flight.
 template <int N>
 inline void cp_async_wait() {
@@ -79,7 +81,9 @@ inline float exp2_approx(float x) {
   const float y = std::exp2(x);
   return std::fabs(y) < 0x1p-126f ? std::copysign(0.0f, y) : y;  // a NaN stays
 }
-inline float rcp_approx(float x) { return 1.0f / x; }
+inline float rcp_approx(float x) {
+  return 1.0f / x;
+}
 
 // cvt.rna.tf32.f32: to 10 mantissa bits, ties away from zero. Infinities and NaN stay what they are.
 inline uint32_t to_tf32(float x) {
@@ -99,4 +103,4 @@ inline double fma(double a, double b, double c) {
   return std::fma(a, b, c);
 }
 
-}  // namespace segattn::ptx
+}  // namespace segattn::cuda::ptx

@@ -29,8 +29,9 @@ struct LaunchRequest {
 cudaError_t launch(const LaunchRequest& request);
 
 template <class... P, class... A>
-cudaError_t launch(const char* name, void (*kernel)(P...), dim3 grid_size, dim3 block_size,
-                   size_t dynamic_shared_bytes, cudaStream_t stream, A&&... arguments) {
+cudaError_t launch(
+    const char* name, void (*kernel)(P...), dim3 grid_size, dim3 block_size, size_t dynamic_shared_bytes,
+    cudaStream_t stream, A&&... arguments) {
   static_assert(sizeof...(P) == sizeof...(A), "one argument for each of the kernel's parameters");
   static_assert((std::is_trivially_copyable_v<P> && ...), "kernel parameters are copied to the device bit by bit");
   using Arguments = std::tuple<P...>;
@@ -38,11 +39,14 @@ cudaError_t launch(const char* name, void (*kernel)(P...), dim3 grid_size, dim3 
   const auto run_thread = [](const void* function, const void* values) {
     std::apply(reinterpret_cast<void (*)(P...)>(const_cast<void*>(function)), *static_cast<const Arguments*>(values));
   };
-  return launch(LaunchRequest{reinterpret_cast<const void*>(kernel), name, grid_size, block_size,
-                              dynamic_shared_bytes, stream, run_thread, &packed, sizeof packed});
+  return launch(LaunchRequest{
+      reinterpret_cast<const void*>(kernel), name, grid_size, block_size, dynamic_shared_bytes, stream, run_thread,
+      &packed, sizeof packed});
 }
 
 // The block's dynamic shared memory, exactly as many bytes as the launch asked for.
-inline void* dynamic_shared_memory() { return block.dynamic_shared; }
+inline void* dynamic_shared_memory() {
+  return block.dynamic_shared;
+}
 
 }  // namespace segattn::emulator

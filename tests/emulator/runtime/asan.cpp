@@ -3,10 +3,9 @@
 
 #if defined(__SANITIZE_ADDRESS__)
 
-#include <sanitizer/asan_interface.h>
-
 #include <cstdlib>
 #include <cstring>
+#include <sanitizer/asan_interface.h>
 #include <utility>
 
 #include "execution.h"
@@ -20,18 +19,21 @@ std::string report;
 // Of the report's text, only where the address lies: "... is located 0 bytes to the right of 512-byte region ...".
 std::string location(const char* text) {
   const char* found = std::strstr(text, "is located ");
-  if (found == nullptr) return "";
+  if (found == nullptr)
+    return "";
   const char* end = std::strpbrk(found, "[\n");
   return ", which " + (end != nullptr ? std::string(found, end) : std::string(found));
 }
 
 void remember(const char* text) {
-  if (current == nullptr) std::abort();  // host code: nobody would ask for the report
-  if (!report.empty()) return;
+  if (current == nullptr)
+    std::abort();  // host code: nobody would ask for the report
+  if (!report.empty())
+    return;
   report = std::string(__asan_get_report_description()) + ": thread " + std::to_string(self().index) +
-           (__asan_get_report_access_type() != 0 ? " writes " : " reads ") +
-           std::to_string(__asan_get_report_access_size()) + " bytes at " +
-           describe_place(static_cast<char*>(__asan_get_report_pc()) + 1) + location(text);
+      (__asan_get_report_access_type() != 0 ? " writes " : " reads ") +
+      std::to_string(__asan_get_report_access_size()) + " bytes at " +
+      describe_place(static_cast<char*>(__asan_get_report_pc()) + 1) + location(text);
 }
 
 const bool installed = [] {
@@ -41,14 +43,18 @@ const bool installed = [] {
 
 }  // namespace
 
-std::string take_memory_error() { return std::exchange(report, {}); }
+std::string take_memory_error() {
+  return std::exchange(report, {});
+}
 
 }  // namespace segattn::emulator
 
 #else
 
 namespace segattn::emulator {
-std::string take_memory_error() { return {}; }
+std::string take_memory_error() {
+  return {};
+}
 }  // namespace segattn::emulator
 
 #endif

@@ -12,7 +12,8 @@ namespace segattn::emulator {
 
 void async_copy(void* shared, const void* global, int bytes, int source_bytes, Site site) {
   constexpr const char* kOperation = "cp.async";
-  if (device().architecture < 80) fail("cp.async (%s) needs sm_80", describe(site).c_str());
+  if (device().architecture < 80)
+    fail("cp.async (%s) needs sm_80", describe(site).c_str());
   check_shared(kOperation, shared, bytes, site);
   // Nothing is read of a source of no bytes: ptxas makes the copy conditional on them (seen in the SASS of sm_90).
   if (source_bytes > 0 && reinterpret_cast<uintptr_t>(global) % bytes != 0) {
@@ -26,7 +27,8 @@ void async_copy(void* shared, const void* global, int bytes, int source_bytes, S
   }
   if constexpr (kTrace) {
     const void* place = place_of(site);
-    if (source_bytes > 0) trace::access(trace::Access::kAsyncRead, global, source_bytes, place);
+    if (source_bytes > 0)
+      trace::access(trace::Access::kAsyncRead, global, source_bytes, place);
     trace::access(trace::Access::kAsyncWrite, shared, bytes, place);
   }
   ++counters.async_copies;
@@ -34,22 +36,27 @@ void async_copy(void* shared, const void* global, int bytes, int source_bytes, S
   self().copies.push_back(AsyncCopy{shared, global, bytes, source_bytes, site});
 }
 
-void async_commit() { self().copy_groups.push_back(self().copies.size()); }
+void async_commit() {
+  self().copy_groups.push_back(self().copies.size());
+}
 
 void async_wait(int groups_left) {
   Thread& thread = self();
-  if (int(thread.copy_groups.size()) <= groups_left) return;
+  if (int(thread.copy_groups.size()) <= groups_left)
+    return;
   const size_t landing = thread.copy_groups.size() - groups_left;  // groups
   const size_t landed = thread.copy_groups[landing - 1];           // copies
   for (size_t i = 0; i < landed; ++i) {
     const AsyncCopy& copy = thread.copies[i];
     std::memcpy(copy.shared, copy.global, copy.source_bytes);
     std::memset(static_cast<char*>(copy.shared) + copy.source_bytes, 0, copy.bytes - copy.source_bytes);
-    if constexpr (kTrace) trace::landed(copy.shared, copy.bytes, place_of(copy.site));
+    if constexpr (kTrace)
+      trace::landed(copy.shared, copy.bytes, place_of(copy.site));
   }
   thread.copies.erase(thread.copies.begin(), thread.copies.begin() + landed);
   thread.copy_groups.erase(thread.copy_groups.begin(), thread.copy_groups.begin() + landing);
-  for (size_t& end : thread.copy_groups) end -= landed;
+  for (size_t& end : thread.copy_groups)
+    end -= landed;
 }
 
 }  // namespace segattn::emulator

@@ -44,9 +44,11 @@ extern "C" {
 
 [[noreturn]] void __ubsan_handle_type_mismatch_v1_abort(const TypeMismatch* data, uintptr_t address) {
   const SourceLocation& l = data->location;
-  if (address == 0) fail("null pointer to %s at %s:%u:%u", data->type->name, l.file, l.line, l.column);
-  fail("misaligned access: 0x%" PRIxPTR " is not aligned to the %d bytes of %s, at %s:%u:%u", address,
-       1 << data->log2_alignment, data->type->name, l.file, l.line, l.column);
+  if (address == 0)
+    fail("null pointer to %s at %s:%u:%u", data->type->name, l.file, l.line, l.column);
+  fail(
+      "misaligned access: 0x%" PRIxPTR " is not aligned to the %d bytes of %s, at %s:%u:%u", address,
+      1 << data->log2_alignment, data->type->name, l.file, l.line, l.column);
 }
 
 [[noreturn]] void __ubsan_handle_out_of_bounds_abort(const OutOfBounds* data, uintptr_t index) {

@@ -11,7 +11,8 @@ namespace {
 
 template <class F>
 void for_each_lane(unsigned lanes, F&& body) {
-  for (; lanes != 0; lanes &= lanes - 1) body(std::countr_zero(lanes));
+  for (; lanes != 0; lanes &= lanes - 1)
+    body(std::countr_zero(lanes));
 }
 
 struct Shuffle {
@@ -47,7 +48,8 @@ void run_shuffle(void* const* operands, unsigned lanes) {
     // What a lane that takes no part gives is undefined: NaN, so that nobody can use it unnoticed.
     shuffle.result = lanes >> source & 1 ? static_cast<const Shuffle*>(operands[source])->value : ~uint64_t(0);
   });
-  if constexpr (kTrace) trace::warp_converged(self().warp, lanes);
+  if constexpr (kTrace)
+    trace::warp_converged(self().warp, lanes);
 }
 
 struct Vote {
@@ -61,11 +63,10 @@ void run_vote(void* const* operands, unsigned lanes) {
   for_each_lane(lanes, [&](int lane) { ballot |= unsigned(static_cast<Vote*>(operands[lane])->predicate) << lane; });
   for_each_lane(lanes, [&](int lane) {
     auto& vote = *static_cast<Vote*>(operands[lane]);
-    vote.result = vote.kind == VoteKind::kBallot ? ballot
-                  : vote.kind == VoteKind::kAny  ? ballot != 0
-                                                 : ballot == lanes;
+    vote.result = vote.kind == VoteKind::kBallot ? ballot : vote.kind == VoteKind::kAny ? ballot != 0 : ballot == lanes;
   });
-  if constexpr (kTrace) trace::warp_converged(self().warp, lanes);
+  if constexpr (kTrace)
+    trace::warp_converged(self().warp, lanes);
 }
 
 struct Reduction {
@@ -104,12 +105,14 @@ void run_reduction(void* const* operands, unsigned lanes) {
     result = combine(model.kind, result, static_cast<const Reduction*>(operands[lane])->value);
   });
   for_each_lane(lanes, [&](int lane) { static_cast<Reduction*>(operands[lane])->result = result; });
-  if constexpr (kTrace) trace::warp_converged(self().warp, lanes);
+  if constexpr (kTrace)
+    trace::warp_converged(self().warp, lanes);
 }
 
 void run_warp_barrier(void* const*, unsigned lanes) {
   ++counters.warp_barriers;
-  if constexpr (kTrace) trace::warp_synchronized(self().warp, lanes);
+  if constexpr (kTrace)
+    trace::warp_synchronized(self().warp, lanes);
 }
 
 const char* name_of(ShuffleKind kind) {

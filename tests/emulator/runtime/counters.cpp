@@ -13,11 +13,14 @@ std::vector<LaunchCounters> launches;
 constexpr size_t kMaxRemembered = 4096;
 }  // namespace
 
-void count_fma(int operations) { counters.fma_operations += operations; }
+void count_fma(int operations) {
+  counters.fma_operations += operations;
+}
 
 void remember(LaunchCounters finished) {
   const std::lock_guard lock(mutex);
-  if (launches.size() >= kMaxRemembered) launches.erase(launches.begin(), launches.begin() + kMaxRemembered / 2);
+  if (launches.size() >= kMaxRemembered)
+    launches.erase(launches.begin(), launches.begin() + kMaxRemembered / 2);
   launches.push_back(std::move(finished));
 }
 

@@ -41,8 +41,8 @@ struct LaunchCounters {
   int64_t named_barriers = 0;
   int64_t warp_barriers = 0;
   int64_t shuffles = 0;
-  int64_t fma_operations = 0;          // through ptx::fma and __fmaf_rn only
-  int64_t mma_instructions[3] = {};    // by MmaType
+  int64_t fma_operations = 0;        // through ptx::fma and __fmaf_rn only
+  int64_t mma_instructions[3] = {};  // by MmaType
   int64_t async_copies = 0;
   std::map<std::string, InstructionCounters> memory;  // "global_read", "shared_write", "shared_matrix_read", ...
   // The same by place: "global_read" and the return address (or Site) of the access.

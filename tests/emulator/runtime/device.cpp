@@ -1,13 +1,12 @@
 // The CUDA runtime API of include/runtime_api.h, and launches with the limits of the chosen architecture.
 #include "device.h"
 
-#include <cxxabi.h>
-#include <dlfcn.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <cxxabi.h>
+#include <dlfcn.h>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -27,7 +26,9 @@
 namespace segattn::emulator {
 namespace {
 
-constexpr size_t operator""_KB(unsigned long long kilobytes) { return kilobytes * 1024; }
+constexpr size_t operator""_KB(unsigned long long kilobytes) {
+  return kilobytes * 1024;
+}
 
 // CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; multiprocessors: V100, T4, A100,
 // RTX 3080 Ti, RTX 4090, H200, B200, RTX 5090.
@@ -43,12 +44,14 @@ constexpr int kRegistersPerMultiprocessor = 65536;
 
 Device find_device(int architecture, int multiprocessors) {
   for (Device found : kDevices) {
-    if (found.architecture != architecture) continue;
-    if (multiprocessors > 0) found.multiprocessors = multiprocessors;
+    if (found.architecture != architecture)
+      continue;
+    if (multiprocessors > 0)
+      found.multiprocessors = multiprocessors;
     return found;
   }
-  throw std::invalid_argument("emulator: architecture " + std::to_string(architecture) +
-                              " is not one of 70, 75, 80, 86, 89, 90, 100, 120");
+  throw std::invalid_argument(
+      "emulator: architecture " + std::to_string(architecture) + " is not one of 70, 75, 80, 86, 89, 90, 100, 120");
 }
 
 int environment(const char* name, int otherwise) {
@@ -67,8 +70,10 @@ uint64_t& chosen_seed() {
 }
 
 MmaRounding find_mma_rounding(const std::string& name) {
-  if (name == "truncate") return MmaRounding::kTruncate;
-  if (name == "nearest") return MmaRounding::kNearest;
+  if (name == "truncate")
+    return MmaRounding::kTruncate;
+  if (name == "nearest")
+    return MmaRounding::kNearest;
   throw std::invalid_argument("emulator: the rounding of mma must be truncate or nearest (got " + name + ")");
 }
 
@@ -83,7 +88,8 @@ std::map<const void*, size_t> dynamic_shared_limits;
 cudaError_t last_error = cudaSuccess;
 
 cudaError_t record(cudaError_t error) {
-  if (error != cudaSuccess) last_error = error;
+  if (error != cudaSuccess)
+    last_error = error;
   return error;
 }
 
@@ -97,12 +103,16 @@ cudaError_t check(const LaunchRequest& request) {
   const unsigned block_size[3] = {request.block_size.x, request.block_size.y, request.block_size.z};
   uint64_t threads = 1;
   for (int i = 0; i < 3; ++i) {
-    if (grid[i] == 0 || grid[i] > kMaxGrid[i]) return cudaErrorInvalidConfiguration;
-    if (block_size[i] == 0 || block_size[i] > kMaxBlock[i]) return cudaErrorInvalidConfiguration;
+    if (grid[i] == 0 || grid[i] > kMaxGrid[i])
+      return cudaErrorInvalidConfiguration;
+    if (block_size[i] == 0 || block_size[i] > kMaxBlock[i])
+      return cudaErrorInvalidConfiguration;
     threads *= block_size[i];
   }
-  if (threads > kMaxThreadsPerBlock) return cudaErrorInvalidConfiguration;
-  if (request.dynamic_shared_bytes > dynamic_shared_limit(request.kernel)) return cudaErrorInvalidValue;
+  if (threads > kMaxThreadsPerBlock)
+    return cudaErrorInvalidConfiguration;
+  if (request.dynamic_shared_bytes > dynamic_shared_limit(request.kernel))
+    return cudaErrorInvalidValue;
   return cudaSuccess;
 }
 
@@ -115,7 +125,8 @@ std::string kernel_name(const LaunchRequest& request) {
   const std::unique_ptr<char, void (*)(void*)> readable(
       abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status), std::free);
   std::string name = status == 0 ? readable.get() : info.dli_sname;
-  if (name.starts_with("void ")) name.erase(0, 5);
+  if (name.starts_with("void "))
+    name.erase(0, 5);
   const size_t parameters = name.rfind('(');
   return parameters != std::string::npos && parameters > 0 ? name.substr(0, parameters) : name;
 }
@@ -140,12 +151,24 @@ class BlockOrder {
 
 }  // namespace
 
-const Device& device() { return chosen_device(); }
-void set_device(int architecture, int multiprocessors) { chosen_device() = find_device(architecture, multiprocessors); }
-uint64_t seed() { return chosen_seed(); }
-void set_seed(uint64_t seed) { chosen_seed() = seed; }
-MmaRounding mma_rounding() { return chosen_mma_rounding(); }
-void set_mma_rounding(const std::string& name) { chosen_mma_rounding() = find_mma_rounding(name); }
+const Device& device() {
+  return chosen_device();
+}
+void set_device(int architecture, int multiprocessors) {
+  chosen_device() = find_device(architecture, multiprocessors);
+}
+uint64_t seed() {
+  return chosen_seed();
+}
+void set_seed(uint64_t seed) {
+  chosen_seed() = seed;
+}
+MmaRounding mma_rounding() {
+  return chosen_mma_rounding();
+}
+void set_mma_rounding(const std::string& name) {
+  chosen_mma_rounding() = find_mma_rounding(name);
+}
 MmaBlocks mma_blocks(int mma_depth) {
   // From Hopper on an mma's 32 bytes are added at once, before it 16.
   return device().architecture >= 90 ? MmaBlocks{mma_depth, 25} : MmaBlocks{mma_depth / 2, 24};
@@ -157,8 +180,10 @@ void reset_function_attributes() {
 
 cudaError_t launch(const LaunchRequest& request) {
   const std::lock_guard lock(launch_mutex);
-  if (const cudaError_t error = check(request); error != cudaSuccess) return record(error);
-  if (launch_fails()) return record(cudaErrorLaunchOutOfResources);
+  if (const cudaError_t error = check(request); error != cudaSuccess)
+    return record(error);
+  if (launch_fails())
+    return record(cudaErrorLaunchOutOfResources);
 
   take_memory_error();  // of a launch that ended with another error
   const auto begin = std::chrono::steady_clock::now();
@@ -176,7 +201,8 @@ cudaError_t launch(const LaunchRequest& request) {
   block.block_size = request.block_size;
   block.dynamic_shared = shared.dynamic();
   start_execution(request, counters.kernel);
-  if constexpr (kTrace) trace::launch_started(shared.memory());
+  if constexpr (kTrace)
+    trace::launch_started(shared.memory());
 
   const dim3& grid = request.grid_size;
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
@@ -185,17 +211,22 @@ cudaError_t launch(const LaunchRequest& request) {
   BlockOrder order(blocks, random);
   for (uint64_t i = 0; i < blocks; ++i) {
     const uint64_t index = order.next();
-    if (!block_runs(index, blocks)) continue;
-    block.block_index = {unsigned(index % grid.x), unsigned(index / grid.x % grid.y), unsigned(index / grid.x / grid.y)};
+    if (!block_runs(index, blocks))
+      continue;
+    block.block_index = {
+        unsigned(index % grid.x), unsigned(index / grid.x % grid.y), unsigned(index / grid.x / grid.y)};
     shared.poison();
-    if constexpr (kTrace) trace::block_started(threads);
+    if constexpr (kTrace)
+      trace::block_started(threads);
     run_block(seed() * 0x100000001b3u + index);
     if (const std::string error = take_memory_error(); !error.empty()) {
       throw std::runtime_error("emulator: bad memory access in kernel " + counters.kernel + "\n  " + error);
     }
-    if constexpr (kTrace) trace::block_finished();
+    if constexpr (kTrace)
+      trace::block_finished();
   }
-  if constexpr (kTrace) trace::launch_finished(counters);
+  if constexpr (kTrace)
+    trace::launch_finished(counters);
   counters.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   remember(std::move(counters));
   return cudaSuccess;
@@ -297,7 +328,8 @@ cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t)
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ordinal) {
   count_call(__func__);
-  if (ordinal != 0) return record(cudaErrorInvalidDevice);
+  if (ordinal != 0)
+    return record(cudaErrorInvalidDevice);
   const Device& d = device();
   switch (attribute) {
     case cudaDevAttrMaxThreadsPerBlock:
@@ -341,7 +373,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ord
 
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int ordinal) {
   count_call(__func__);
-  if (ordinal != 0) return record(cudaErrorInvalidDevice);
+  if (ordinal != 0)
+    return record(cudaErrorInvalidDevice);
   const Device& d = device();
   *properties = cudaDeviceProp{};
   std::snprintf(properties->name, sizeof properties->name, "emulated sm_%d", d.architecture);
@@ -372,7 +405,8 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
   if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) {
     return value >= -1 && value <= 100 ? cudaSuccess : record(cudaErrorInvalidValue);
   }
-  if (value < 0 || size_t(value) > device().shared_per_block_optin) return record(cudaErrorInvalidValue);
+  if (value < 0 || size_t(value) > device().shared_per_block_optin)
+    return record(cudaErrorInvalidValue);
   const std::lock_guard lock(launch_mutex);
   dynamic_shared_limits[kernel] = size_t(value);
   return cudaSuccess;
@@ -381,18 +415,21 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
   count_call(__func__);
   const int code = code_architecture(device().architecture);
-  if (code == 0) return record(cudaErrorNoKernelImageForDevice);
+  if (code == 0)
+    return record(cudaErrorNoKernelImageForDevice);
   attributes->ptxVersion = attributes->binaryVersion = code;
   return cudaSuccess;
 }
 
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* kernel, int block_size,
-                                                          size_t dynamic_shared_bytes) {
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+    int* blocks, const void* kernel, int block_size, size_t dynamic_shared_bytes) {
   count_call(__func__);
-  if (block_size < 1 || block_size > kMaxThreadsPerBlock) return record(cudaErrorInvalidValue);
+  if (block_size < 1 || block_size > kMaxThreadsPerBlock)
+    return record(cudaErrorInvalidValue);
   const Device& d = device();
   const size_t shared = dynamic_shared_bytes + kReservedSharedPerBlock;
-  const int by_shared = dynamic_shared_bytes > dynamic_shared_limit(kernel) ? 0 : int(d.shared_per_multiprocessor / shared);
+  const int by_shared =
+      dynamic_shared_bytes > dynamic_shared_limit(kernel) ? 0 : int(d.shared_per_multiprocessor / shared);
   const int threads = (block_size + kWarpSize - 1) / kWarpSize * kWarpSize;
   *blocks = std::min({by_shared, d.threads_per_multiprocessor / threads, d.blocks_per_multiprocessor});
   return cudaSuccess;

@@ -78,16 +78,19 @@ std::string where() {
 }
 
 std::string describe(const Thread& thread) {
-  if (thread.exited) return "left the kernel";
+  if (thread.exited)
+    return "left the kernel";
   const Wait& wait = thread.wait;
-  if (wait.operation == nullptr) return "can run";
+  if (wait.operation == nullptr)
+    return "can run";
   std::string text = format("wait at %s (%s)", wait.operation, emulator::describe(wait.site).c_str());
   if (wait.barrier >= 0) {
     const NamedBarrier& barrier = state.named[wait.barrier];
-    text += format(" of barrier %d, where %zu of %d threads have come", wait.barrier, barrier.arrived.size(),
-                   barrier.expected);
+    text += format(
+        " of barrier %d, where %zu of %d threads have come", wait.barrier, barrier.arrived.size(), barrier.expected);
   }
-  if (wait.mask != 0) text += format(" for lanes 0x%08x", wait.mask);
+  if (wait.mask != 0)
+    text += format(" for lanes 0x%08x", wait.mask);
   return text;
 }
 
@@ -97,7 +100,8 @@ std::string describe_threads() {
   for (int first = 0; first < state.thread_count;) {
     const std::string situation = describe(state.threads[first]);
     int last = first;
-    while (last + 1 < state.thread_count && describe(state.threads[last + 1]) == situation) ++last;
+    while (last + 1 < state.thread_count && describe(state.threads[last + 1]) == situation)
+      ++last;
     text += first == last ? format("\n  thread %d: %s", first, situation.c_str())
                           : format("\n  threads %d-%d: %s", first, last, situation.c_str());
     first = last + 1;
@@ -107,7 +111,8 @@ std::string describe_threads() {
 
 // Takes a thread from those that are ready; null when none is.
 Thread* choose() {
-  if (state.ready_warps == 0) return nullptr;
+  if (state.ready_warps == 0)
+    return nullptr;
   int w = state.last_warp;
   if (state.warps[w].ready == 0 || (state.random.next() & 255) < kWarpChangesPer256) {
     w = state.random.bit_of(state.ready_warps);
@@ -116,7 +121,8 @@ Thread* choose() {
   Warp& warp = state.warps[w];
   const int lane = state.random.bit_of(warp.ready);
   warp.ready &= ~(1u << lane);
-  if (warp.ready == 0) state.ready_warps &= ~(1u << w);
+  if (warp.ready == 0)
+    state.ready_warps &= ~(1u << w);
   return &state.threads[w * kWarpSize + lane];
 }
 
@@ -127,7 +133,8 @@ Thread* pick() {
   state.upcoming = choose();
   if (state.upcoming != nullptr) {
     const char* top = static_cast<const char*>(state.upcoming->fiber.stack_pointer);
-    for (int line = 0; line < 8; ++line) __builtin_prefetch(top + 64 * line, 1);
+    for (int line = 0; line < 8; ++line)
+      __builtin_prefetch(top + 64 * line, 1);
   }
   return next;
 }
@@ -140,15 +147,16 @@ inline void switch_away(Fiber& from, bool forever) {
 
 void complete_block_barrier() {
   state.arrived = 0;
-  state.barrier_result = state.barrier_reduction == BarrierReduction::kAnd  ? state.count == state.alive
-                         : state.barrier_reduction == BarrierReduction::kOr ? state.count != 0
-                                                                            : state.count;
+  state.barrier_result = state.barrier_reduction == BarrierReduction::kAnd ? state.count == state.alive
+      : state.barrier_reduction == BarrierReduction::kOr                   ? state.count != 0
+                                                                           : state.count;
   for (int w = 0; w < state.warp_count; ++w) {
     make_ready(w, state.warps[w].at_block_barrier);
     state.warps[w].at_block_barrier = 0;
   }
   ++counters.block_barriers;
-  if constexpr (kTrace) trace::block_synchronized();
+  if constexpr (kTrace)
+    trace::block_synchronized();
 }
 
 // Completes the group if all its living lanes have come. `runner` is the lane that goes on without suspension, or -1.
@@ -160,13 +168,16 @@ void thread_exit() {
   const unsigned bit = 1u << thread.lane;
   warp.alive &= ~bit;
   --state.alive;
-  if (state.alive > 0 && state.arrived == state.alive) complete_block_barrier();
+  if (state.alive > 0 && state.arrived == state.alive)
+    complete_block_barrier();
   for (size_t i = warp.groups.size(); i-- > 0;) {
     const WarpGroup& group = warp.groups[i];
-    if ((group.mask & bit) == 0) continue;
+    if ((group.mask & bit) == 0)
+      continue;
     if (group.rules.every_lane) {
-      fail("lane %d leaves the kernel, but lanes 0x%08x wait at %s (%s), which needs all 32 lanes of the warp",
-           int(thread.lane), group.arrived, group.rules.operation, emulator::describe(group.site).c_str());
+      fail(
+          "lane %d leaves the kernel, but lanes 0x%08x wait at %s (%s), which needs all 32 lanes of the warp",
+          int(thread.lane), group.arrived, group.rules.operation, emulator::describe(group.site).c_str());
     }
     try_complete(warp, thread.warp, i, -1);
   }
@@ -184,9 +195,11 @@ void thread_main() {
 bool try_complete(Warp& warp, int warp_index, size_t group_index, int runner) {
   WarpGroup& group = warp.groups[group_index];
   const unsigned lanes = group.mask & warp.alive;
-  if ((group.arrived & lanes) != lanes) return false;
+  if ((group.arrived & lanes) != lanes)
+    return false;
   const unsigned arrived = group.arrived;
-  if (group.run != nullptr) group.run(warp.operands, arrived);
+  if (group.run != nullptr)
+    group.run(warp.operands, arrived);
   warp.groups[group_index] = warp.groups.back();
   warp.groups.pop_back();
   make_ready(warp_index, runner >= 0 ? arrived & ~(1u << runner) : arrived);
@@ -202,15 +215,22 @@ std::string describe(const Site& site) {
 
 bool same_place(const Site& a, const Site& b) {
   return a.line() == b.line() && a.column() == b.column() &&
-         (a.file_name() == b.file_name() || std::strcmp(a.file_name(), b.file_name()) == 0);
+      (a.file_name() == b.file_name() || std::strcmp(a.file_name(), b.file_name()) == 0);
 }
 
-Thread& thread_of(int index) { return state.threads[index]; }
-Warp& warp_of(const Thread& thread) { return state.warps[thread.warp]; }
-int thread_count() { return state.thread_count; }
+Thread& thread_of(int index) {
+  return state.threads[index];
+}
+Warp& warp_of(const Thread& thread) {
+  return state.warps[thread.warp];
+}
+int thread_count() {
+  return state.thread_count;
+}
 
 void make_ready(int warp, unsigned lanes) {
-  if (lanes == 0) return;
+  if (lanes == 0)
+    return;
   state.warps[warp].ready |= lanes;
   state.ready_warps |= 1u << warp;
 }
@@ -228,10 +248,11 @@ void fail(const char* pattern, ...) {
   va_start(arguments, pattern);
   vsnprintf(text, sizeof text, pattern, arguments);
   va_end(arguments);
-  if (current == nullptr) throw std::runtime_error(format("emulator: %s", text));
+  if (current == nullptr)
+    throw std::runtime_error(format("emulator: %s", text));
   const uint3& t = current->thread_index;
-  state.failure = format("emulator: %s\n  in %s, thread %d (%u, %u, %u)", text, where().c_str(), int(self().index), t.x,
-                         t.y, t.z);
+  state.failure =
+      format("emulator: %s\n  in %s, thread %d (%u, %u, %u)", text, where().c_str(), int(self().index), t.x, t.y, t.z);
   Thread& thread = self();
   current = nullptr;
   switch_fiber(thread.fiber, state.host, true);
@@ -245,9 +266,9 @@ int block_barrier(BarrierReduction reduction, int predicate, Site site) {
     state.barrier_reduction = reduction;
     state.count = 0;
   } else if (reduction != state.barrier_reduction || !same_place(site, state.barrier_site)) {
-    fail("divergent barrier: this thread is at %s (%s), but %d other threads wait at %s (%s)", name_of(reduction),
-         describe(site).c_str(), state.arrived, name_of(state.barrier_reduction),
-         describe(state.barrier_site).c_str());
+    fail(
+        "divergent barrier: this thread is at %s (%s), but %d other threads wait at %s (%s)", name_of(reduction),
+        describe(site).c_str(), state.arrived, name_of(state.barrier_reduction), describe(state.barrier_site).c_str());
   }
   state.count += predicate != 0;
   if (++state.arrived == state.alive) {
@@ -261,28 +282,36 @@ int block_barrier(BarrierReduction reduction, int predicate, Site site) {
 
 void named_barrier(int id, int threads, bool wait, Site site) {
   const char* operation = wait ? "bar.sync" : "bar.arrive";
-  if (id < 0 || id >= kNamedBarriers) fail("%s (%s): barrier %d, there are 0 to 15", operation, describe(site).c_str(), id);
+  if (id < 0 || id >= kNamedBarriers)
+    fail("%s (%s): barrier %d, there are 0 to 15", operation, describe(site).c_str(), id);
   if (threads <= 0 || threads % kWarpSize != 0 || threads > (state.thread_count + 31) / 32 * 32) {
     fail("%s (%s): %d threads is no multiple of 32 within the block", operation, describe(site).c_str(), threads);
   }
   NamedBarrier& barrier = state.named[id];
-  if (barrier.arrived.empty()) barrier.expected = threads;
+  if (barrier.arrived.empty())
+    barrier.expected = threads;
   if (barrier.expected != threads) {
-    fail("%s (%s): barrier %d for %d threads, but others wait there for %d", operation, describe(site).c_str(), id,
-         threads, barrier.expected);
+    fail(
+        "%s (%s): barrier %d for %d threads, but others wait there for %d", operation, describe(site).c_str(), id,
+        threads, barrier.expected);
   }
   const uint16_t index = self().index;
   barrier.arrived.push_back(index);
-  if constexpr (kTrace) trace::barrier_arrived(id, index);
-  if (wait) barrier.waiting.push_back(index);
+  if constexpr (kTrace)
+    trace::barrier_arrived(id, index);
+  if (wait)
+    barrier.waiting.push_back(index);
   if (int(barrier.arrived.size()) < barrier.expected) {
-    if (wait) suspend(Wait{operation, site, 0, id, threads});
+    if (wait)
+      suspend(Wait{operation, site, 0, id, threads});
     return;
   }
   ++counters.named_barriers;
-  if constexpr (kTrace) trace::barrier_released(id, barrier.waiting);
+  if constexpr (kTrace)
+    trace::barrier_released(id, barrier.waiting);
   for (const uint16_t waiting : barrier.waiting) {
-    if (waiting != index) make_ready(waiting / kWarpSize, 1u << waiting % kWarpSize);
+    if (waiting != index)
+      make_ready(waiting / kWarpSize, 1u << waiting % kWarpSize);
   }
   barrier.arrived.clear();
   barrier.waiting.clear();
@@ -293,26 +322,32 @@ void collective(const CollectiveRules& rules, unsigned mask, Site site, void* op
   Warp& warp = state.warps[thread.warp];
   const unsigned bit = 1u << thread.lane;
   if ((mask & bit) == 0) {
-    fail("%s (%s): lane %d is not in its own mask 0x%08x", rules.operation, describe(site).c_str(), int(thread.lane), mask);
+    fail(
+        "%s (%s): lane %d is not in its own mask 0x%08x", rules.operation, describe(site).c_str(), int(thread.lane),
+        mask);
   }
   if (rules.every_lane && warp.alive != kFullMask) {
-    fail("%s (%s): needs all 32 lanes of the warp, but only lanes 0x%08x are left", rules.operation,
-         describe(site).c_str(), warp.alive);
+    fail(
+        "%s (%s): needs all 32 lanes of the warp, but only lanes 0x%08x are left", rules.operation,
+        describe(site).c_str(), warp.alive);
   }
   warp.operands[thread.lane] = operand;
   size_t index = 0;
-  while (index < warp.groups.size() && warp.groups[index].mask != mask) ++index;
+  while (index < warp.groups.size() && warp.groups[index].mask != mask)
+    ++index;
   if (index == warp.groups.size()) {
     warp.groups.push_back(WarpGroup{rules, mask, bit, site, run});
   } else {
     WarpGroup& group = warp.groups[index];
     if (group.rules.operation != rules.operation || (rules.same_site && !same_place(group.site, site))) {
-      fail("divergent warp operation: this lane is at %s (%s), but lanes 0x%08x wait at %s (%s)", rules.operation,
-           describe(site).c_str(), group.arrived, group.rules.operation, describe(group.site).c_str());
+      fail(
+          "divergent warp operation: this lane is at %s (%s), but lanes 0x%08x wait at %s (%s)", rules.operation,
+          describe(site).c_str(), group.arrived, group.rules.operation, describe(group.site).c_str());
     }
     group.arrived |= bit;
   }
-  if (!try_complete(warp, thread.warp, index, thread.lane)) suspend(Wait{rules.operation, site, mask});
+  if (!try_complete(warp, thread.warp, index, thread.lane))
+    suspend(Wait{rules.operation, site, mask});
 }
 
 unsigned active_mask() {
@@ -364,11 +399,12 @@ void run_block(uint64_t seed) {
   state.last_warp = state.random.bit_of(state.ready_warps);
   switch_away(state.host, false);
   current = nullptr;
-  if (!state.failure.empty()) throw std::runtime_error(state.failure);
+  if (!state.failure.empty())
+    throw std::runtime_error(state.failure);
   if (state.alive > 0) {
-    throw std::runtime_error(format("emulator: deadlock in %s: %d threads wait and none can run", where().c_str(),
-                                    state.alive) +
-                             describe_threads());
+    throw std::runtime_error(
+        format("emulator: deadlock in %s: %d threads wait and none can run", where().c_str(), state.alive) +
+        describe_threads());
   }
 }
 

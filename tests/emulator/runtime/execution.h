@@ -28,8 +28,8 @@ struct AsyncCopy {
 struct Wait {
   const char* operation = nullptr;  // null: running or ready
   Site site;
-  unsigned mask = 0;     // warp operations
-  int barrier = -1;      // named barriers
+  unsigned mask = 0;  // warp operations
+  int barrier = -1;   // named barriers
   int barrier_threads = 0;
 };
 
@@ -40,8 +40,8 @@ struct Thread : ThreadVariables {
   uint8_t warp = 0;
   bool exited = false;
   Wait wait;
-  std::vector<AsyncCopy> copies;      // not yet landed, oldest first
-  std::vector<size_t> copy_groups;    // for each committed group, the number of copies up to its end
+  std::vector<AsyncCopy> copies;    // not yet landed, oldest first
+  std::vector<size_t> copy_groups;  // for each committed group, the number of copies up to its end
 };
 
 // Works on the operands (one a lane, null for lanes outside `lanes`) once all lanes have come.
@@ -75,7 +75,9 @@ struct NamedBarrier {
   std::vector<uint16_t> waiting;
 };
 
-inline Thread& self() { return *static_cast<Thread*>(current); }
+inline Thread& self() {
+  return *static_cast<Thread*>(current);
+}
 Thread& thread_of(int index);
 Warp& warp_of(const Thread& thread);
 int thread_count();
@@ -89,7 +91,9 @@ void collective(const CollectiveRules& rules, unsigned mask, Site site, void* op
 
 // A Site as a bare pointer, for those who keep many.
 static_assert(sizeof(Site) == sizeof(const void*), "std::source_location is a pointer in libstdc++");
-inline const void* place_of(const Site& site) { return std::bit_cast<const void*>(site); }
+inline const void* place_of(const Site& site) {
+  return std::bit_cast<const void*>(site);
+}
 
 // Fails unless the bytes lie in the block's shared memory, aligned to their number.
 void check_shared(const char* operation, const void* address, int bytes, const Site& site);

@@ -1,9 +1,8 @@
 #include "fiber.h"
 
-#include <sys/mman.h>
-
 #include <cstdint>
 #include <new>
+#include <sys/mman.h>
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -12,9 +11,8 @@
 
 #if !defined(__x86_64__) && !defined(__aarch64__)
 #define SEGATTN_EMULATOR_UCONTEXT
-#include <ucontext.h>
-
 #include <array>
+#include <ucontext.h>
 #endif
 
 namespace segattn::emulator {
@@ -25,11 +23,14 @@ constexpr size_t kSlotBytes = kStackBytes + kGuardBytes;
 
 char* stack_arena() {
   static char* const arena = [] {
-    void* memory = mmap(nullptr, kSlotBytes * kMaxFibers, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) throw std::bad_alloc();
+    void* memory =
+        mmap(nullptr, kSlotBytes * kMaxFibers, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED)
+      throw std::bad_alloc();
     for (int i = 0; i < kMaxFibers; ++i) {
       char* stack = static_cast<char*>(memory) + i * kSlotBytes + kGuardBytes;
-      if (mprotect(stack, kStackBytes, PROT_READ | PROT_WRITE) != 0) throw std::bad_alloc();
+      if (mprotect(stack, kStackBytes, PROT_READ | PROT_WRITE) != 0)
+        throw std::bad_alloc();
     }
     return static_cast<char*>(memory);
   }();
@@ -70,7 +71,8 @@ segattn_emulator_switch:
 
 static void* initial_stack(char* top, void (*entry)()) {
   void** frame = reinterpret_cast<void**>(top) - 8;  // 6 registers, the address to continue at, a null return address
-  for (int i = 0; i < 8; ++i) frame[i] = nullptr;
+  for (int i = 0; i < 8; ++i)
+    frame[i] = nullptr;
   frame[6] = reinterpret_cast<void*>(entry);
   return frame;
 }
@@ -114,7 +116,8 @@ segattn_emulator_switch:
 
 static void* initial_stack(char* top, void (*entry)()) {
   void** frame = reinterpret_cast<void**>(top) - 20;
-  for (int i = 0; i < 20; ++i) frame[i] = nullptr;
+  for (int i = 0; i < 20; ++i)
+    frame[i] = nullptr;
   frame[11] = reinterpret_cast<void*>(entry);  // x30
   return frame;
 }
@@ -123,7 +126,8 @@ static void* initial_stack(char* top, void (*entry)()) {
 static std::array<ucontext_t, kMaxFibers + 1> contexts;
 
 static void segattn_emulator_switch(void** save, void* resume) {
-  if (*save == nullptr) *save = &contexts[kMaxFibers];  // the host's own flow of control
+  if (*save == nullptr)
+    *save = &contexts[kMaxFibers];  // the host's own flow of control
   swapcontext(static_cast<ucontext_t*>(*save), static_cast<ucontext_t*>(resume));
 }
 #endif

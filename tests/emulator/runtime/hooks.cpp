@@ -13,10 +13,12 @@ namespace {
 using trace::Access;
 
 inline void on_access(Access kind, const void* address, size_t bytes, bool aligned, const void* place) {
-  if (current == nullptr) return;
+  if (current == nullptr)
+    return;
   if (aligned && reinterpret_cast<uintptr_t>(address) % bytes != 0) {
-    fail("misaligned access: %p is not aligned to the %zu bytes of a %s at %s", address, bytes,
-         kind == Access::kRead ? "read" : "write", describe_place(place).c_str());
+    fail(
+        "misaligned access: %p is not aligned to the %zu bytes of a %s at %s", address, bytes,
+        kind == Access::kRead ? "read" : "write", describe_place(place).c_str());
   }
   trace::access(kind, address, bytes, place);
 }
@@ -26,14 +28,18 @@ inline void on_access(Access kind, const void* address, size_t bytes, bool align
 
 using namespace segattn::emulator;
 
-#define SEGATTN_EMULATOR_HOOKS(bytes)                                                                        \
-  void __tsan_read##bytes(void* p) { on_access(Access::kRead, p, bytes, true, __builtin_return_address(0)); }   \
-  void __tsan_write##bytes(void* p) { on_access(Access::kWrite, p, bytes, true, __builtin_return_address(0)); } \
-  void __tsan_unaligned_read##bytes(void* p) {                                                               \
-    on_access(Access::kRead, p, bytes, false, __builtin_return_address(0));                                  \
-  }                                                                                                          \
-  void __tsan_unaligned_write##bytes(void* p) {                                                              \
-    on_access(Access::kWrite, p, bytes, false, __builtin_return_address(0));                                 \
+#define SEGATTN_EMULATOR_HOOKS(bytes)                                        \
+  void __tsan_read##bytes(void* p) {                                         \
+    on_access(Access::kRead, p, bytes, true, __builtin_return_address(0));   \
+  }                                                                          \
+  void __tsan_write##bytes(void* p) {                                        \
+    on_access(Access::kWrite, p, bytes, true, __builtin_return_address(0));  \
+  }                                                                          \
+  void __tsan_unaligned_read##bytes(void* p) {                               \
+    on_access(Access::kRead, p, bytes, false, __builtin_return_address(0));  \
+  }                                                                          \
+  void __tsan_unaligned_write##bytes(void* p) {                              \
+    on_access(Access::kWrite, p, bytes, false, __builtin_return_address(0)); \
   }
 
 extern "C" {
@@ -44,10 +50,12 @@ SEGATTN_EMULATOR_HOOKS(8)
 SEGATTN_EMULATOR_HOOKS(16)
 
 void __tsan_read_range(void* p, size_t bytes) {
-  if (bytes > 0) on_access(Access::kRead, p, bytes, false, __builtin_return_address(0));
+  if (bytes > 0)
+    on_access(Access::kRead, p, bytes, false, __builtin_return_address(0));
 }
 void __tsan_write_range(void* p, size_t bytes) {
-  if (bytes > 0) on_access(Access::kWrite, p, bytes, false, __builtin_return_address(0));
+  if (bytes > 0)
+    on_access(Access::kWrite, p, bytes, false, __builtin_return_address(0));
 }
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}

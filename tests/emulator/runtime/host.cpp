@@ -34,21 +34,36 @@ void forget_calls() {
   counted_calls.clear();
 }
 
-void set_failing_launch(int64_t launches) { launches_before_failure = launches; }
-bool launch_fails() { return launches_before_failure >= 0 && launches_before_failure-- == 0; }
+void set_failing_launch(int64_t launches) {
+  launches_before_failure = launches;
+}
+bool launch_fails() {
+  return launches_before_failure >= 0 && launches_before_failure-- == 0;
+}
 
-void set_current_stream(int64_t stream) { stream_number = stream; }
-cudaStream_t current_stream() { return reinterpret_cast<cudaStream_t>(intptr_t(stream_number.load())); }
+void set_current_stream(int64_t stream) {
+  stream_number = stream;
+}
+cudaStream_t current_stream() {
+  return reinterpret_cast<cudaStream_t>(intptr_t(stream_number.load()));
+}
 
-void set_blocks_at_ends(int64_t blocks) { blocks_at_ends = blocks; }
+void set_blocks_at_ends(int64_t blocks) {
+  blocks_at_ends = blocks;
+}
 bool block_runs(uint64_t index, uint64_t blocks) {
-  if (blocks_at_ends < 0) return true;
+  if (blocks_at_ends < 0)
+    return true;
   return index < uint64_t(blocks_at_ends) || blocks - index <= uint64_t(blocks_at_ends);
 }
 
-void set_built_architectures(std::vector<int> architectures) { built = std::move(architectures); }
+void set_built_architectures(std::vector<int> architectures) {
+  built = std::move(architectures);
+}
 
-std::vector<int> built_architectures() { return built.empty() ? std::vector<int>{device().architecture} : built; }
+std::vector<int> built_architectures() {
+  return built.empty() ? std::vector<int>{device().architecture} : built;
+}
 
 int code_architecture(int device_architecture) {
   int best = 0;

@@ -1,10 +1,9 @@
 #include "memory.h"
 
-#include <link.h>
-
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <link.h>
 #include <new>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -40,10 +39,13 @@ Segment static_shared_segment(const void* code) {
         for (int i = 0; i < info->dlpi_phnum; ++i) {
           const ElfW(Phdr)& header = info->dlpi_phdr[i];
           const uintptr_t begin = info->dlpi_addr + header.p_vaddr;
-          if (header.p_type == PT_LOAD && uintptr_t(found.code) - begin < header.p_memsz) holds = true;
-          if (header.p_type == PT_TLS) storage = &header;
+          if (header.p_type == PT_LOAD && uintptr_t(found.code) - begin < header.p_memsz)
+            holds = true;
+          if (header.p_type == PT_TLS)
+            storage = &header;
         }
-        if (!holds) return 0;
+        if (!holds)
+          return 0;
         if (storage != nullptr && storage->p_memsz > 0) {
           unsigned long index[2] = {info->dlpi_tls_modid, 0};
           found.data = static_cast<char*>(__tls_get_addr(index));
@@ -63,12 +65,14 @@ bool inside(const void* address, size_t bytes, const void* begin, size_t size) {
 }  // namespace
 
 SharedMemory::SharedMemory(const LaunchRequest& request) : dynamic_bytes_(request.dynamic_shared_bytes) {
-  if (dynamic_bytes_ > 0 && posix_memalign(&dynamic_, kDynamicAlignment, dynamic_bytes_) != 0) throw std::bad_alloc();
+  if (dynamic_bytes_ > 0 && posix_memalign(&dynamic_, kDynamicAlignment, dynamic_bytes_) != 0)
+    throw std::bad_alloc();
   const Segment segment = static_shared_segment(request.kernel);
   static_ = segment.data;
   static_bytes_ = segment.bytes;
-  memory_ = trace::Memory{static_cast<const char*>(dynamic_), dynamic_bytes_, static_, static_bytes_,
-                          static_cast<const char*>(request.arguments), request.argument_bytes, request.kernel};
+  memory_ =
+      trace::Memory{static_cast<const char*>(dynamic_),          dynamic_bytes_,         static_,       static_bytes_,
+                    static_cast<const char*>(request.arguments), request.argument_bytes, request.kernel};
   active = this;
 }
 
@@ -78,11 +82,15 @@ SharedMemory::~SharedMemory() {
 }
 
 void SharedMemory::poison() {
-  if (dynamic_bytes_ > 0) emulator::poison(dynamic_, dynamic_bytes_);
-  if (static_bytes_ > 0) emulator::poison(static_, static_bytes_);
+  if (dynamic_bytes_ > 0)
+    emulator::poison(dynamic_, dynamic_bytes_);
+  if (static_bytes_ > 0)
+    emulator::poison(static_, static_bytes_);
 }
 
-void poison(void* memory, size_t bytes) { std::memset(memory, 0xff, bytes); }
+void poison(void* memory, size_t bytes) {
+  std::memset(memory, 0xff, bytes);
+}
 
 void check_shared(const char* operation, const void* address, int bytes, const Site& site) {
   if (uintptr_t(address) % bytes != 0) {
@@ -93,8 +101,9 @@ void check_shared(const char* operation, const void* address, int bytes, const S
       inside(address, bytes, memory.static_shared, memory.static_bytes)) {
     return;
   }
-  fail("%s (%s): %d bytes at offset %td are outside the %zu bytes of shared memory", operation, describe(site).c_str(),
-       bytes, static_cast<const char*>(address) - memory.dynamic_shared, memory.dynamic_bytes);
+  fail(
+      "%s (%s): %d bytes at offset %td are outside the %zu bytes of shared memory", operation, describe(site).c_str(),
+      bytes, static_cast<const char*>(address) - memory.dynamic_shared, memory.dynamic_bytes);
 }
 
 bool addressable([[maybe_unused]] const void* address, [[maybe_unused]] size_t bytes) {

@@ -33,9 +33,13 @@ float from_float16(uint16_t bits) {
   return float(value);
 #endif
 }
-float from_bfloat16(uint16_t bits) { return std::bit_cast<float>(uint32_t(bits) << 16); }
+float from_bfloat16(uint16_t bits) {
+  return std::bit_cast<float>(uint32_t(bits) << 16);
+}
 // Tensor cores ignore the low 13 bits of a tf32 operand.
-float from_tf32(uint32_t bits) { return std::bit_cast<float>(bits & ~0x1fffu); }
+float from_tf32(uint32_t bits) {
+  return std::bit_cast<float>(bits & ~0x1fffu);
+}
 
 template <class F>
 void for_accumulators(void* const* operands, F&& body) {
@@ -82,7 +86,8 @@ void run_mma_16bit(void* const* operands, unsigned lanes) {
   }
   accumulate(operands, factors, kType == MmaType::kFloat16 ? kLowestExponentFloat16 : kLowestExponent);
   ++counters.mma_instructions[int(kType)];
-  if constexpr (kTrace) trace::warp_converged(self().warp, lanes);
+  if constexpr (kTrace)
+    trace::warp_converged(self().warp, lanes);
 }
 
 void run_mma_tf32(void* const* operands, unsigned lanes) {
@@ -91,12 +96,15 @@ void run_mma_tf32(void* const* operands, unsigned lanes) {
   for (int lane = 0; lane < kWarpSize; ++lane) {
     const auto& mma = *static_cast<const Mma*>(operands[lane]);
     const int group = lane / 4, in_group = lane % 4;
-    for (int i = 0; i < 4; ++i) a[group + (i & 1) * 8][in_group + (i >> 1) * 4] = from_tf32(mma.a[i]);
-    for (int i = 0; i < 2; ++i) b[in_group + i * 4][group] = from_tf32(mma.b[i]);
+    for (int i = 0; i < 4; ++i)
+      a[group + (i & 1) * 8][in_group + (i >> 1) * 4] = from_tf32(mma.a[i]);
+    for (int i = 0; i < 2; ++i)
+      b[in_group + i * 4][group] = from_tf32(mma.b[i]);
   }
   accumulate(operands, factors, kLowestExponent);
   ++counters.mma_instructions[int(MmaType::kTf32)];
-  if constexpr (kTrace) trace::warp_converged(self().warp, lanes);
+  if constexpr (kTrace)
+    trace::warp_converged(self().warp, lanes);
 }
 
 struct MatrixTransfer {
@@ -134,7 +142,8 @@ void run_load(void* const* operands, unsigned lanes) {
   for_elements(operands, [](uint32_t& word, const uint16_t* low, const uint16_t* high) {
     word = uint32_t(*low) | uint32_t(*high) << 16;
   });
-  if constexpr (kTrace) trace::warp_converged(self().warp, lanes);
+  if constexpr (kTrace)
+    trace::warp_converged(self().warp, lanes);
 }
 
 void run_store(void* const* operands, unsigned lanes) {
@@ -142,15 +151,18 @@ void run_store(void* const* operands, unsigned lanes) {
     *low = uint16_t(word);
     *high = uint16_t(word >> 16);
   });
-  if constexpr (kTrace) trace::warp_converged(self().warp, lanes);
+  if constexpr (kTrace)
+    trace::warp_converged(self().warp, lanes);
 }
 
-void transfer(const char* operation, trace::Access kind, uint32_t* registers, const void* row, int matrices,
-              bool transposed, Site site, CollectiveFunction run) {
+void transfer(
+    const char* operation, trace::Access kind, uint32_t* registers, const void* row, int matrices, bool transposed,
+    Site site, CollectiveFunction run) {
   MatrixTransfer mine{registers, static_cast<char*>(const_cast<void*>(row)), matrices, transposed};
   if (self().lane < 8 * matrices) {
     check_shared(operation, row, kRowBytes, site);
-    if constexpr (kTrace) trace::access(kind, row, kRowBytes, place_of(site));
+    if constexpr (kTrace)
+      trace::access(kind, row, kRowBytes, place_of(site));
   }
   collective({operation, true, true}, kFullMask, site, &mine, run);
 }
@@ -170,18 +182,21 @@ void mma(MmaType type, float* d, const uint32_t* a, const uint32_t* b, Site site
 }
 
 void load_matrices(uint32_t* registers, const void* row, int matrices, bool transposed, Site site) {
-  constexpr const char* kNames[2][3] = {{"ldmatrix.x1", "ldmatrix.x2", "ldmatrix.x4"},
-                                        {"ldmatrix.x1.trans", "ldmatrix.x2.trans", "ldmatrix.x4.trans"}};
-  transfer(kNames[transposed][matrices / 2], trace::Access::kMatrixRead, registers, row, matrices, transposed, site,
-           run_load);
+  constexpr const char* kNames[2][3] = {
+      {"ldmatrix.x1", "ldmatrix.x2", "ldmatrix.x4"}, {"ldmatrix.x1.trans", "ldmatrix.x2.trans", "ldmatrix.x4.trans"}};
+  transfer(
+      kNames[transposed][matrices / 2], trace::Access::kMatrixRead, registers, row, matrices, transposed, site,
+      run_load);
 }
 
 void store_matrices(const uint32_t* registers, void* row, int matrices, bool transposed, Site site) {
-  if (device().architecture < 90) fail("stmatrix (%s) needs sm_90", describe(site).c_str());
-  constexpr const char* kNames[2][3] = {{"stmatrix.x1", "stmatrix.x2", "stmatrix.x4"},
-                                        {"stmatrix.x1.trans", "stmatrix.x2.trans", "stmatrix.x4.trans"}};
-  transfer(kNames[transposed][matrices / 2], trace::Access::kMatrixWrite, const_cast<uint32_t*>(registers), row,
-           matrices, transposed, site, run_store);
+  if (device().architecture < 90)
+    fail("stmatrix (%s) needs sm_90", describe(site).c_str());
+  constexpr const char* kNames[2][3] = {
+      {"stmatrix.x1", "stmatrix.x2", "stmatrix.x4"}, {"stmatrix.x1.trans", "stmatrix.x2.trans", "stmatrix.x4.trans"}};
+  transfer(
+      kNames[transposed][matrices / 2], trace::Access::kMatrixWrite, const_cast<uint32_t*>(registers), row, matrices,
+      transposed, site, run_store);
 }
 
 }  // namespace segattn::emulator

@@ -99,9 +99,9 @@ inline Row<float> truncate(Row<double> exact) {
 // One row of an mma, kBlock of the contraction at a time. Real holds the products and their multiples by powers of two:
 // double does always, float where exponents are moderate. lowest: of the exponents that values are aligned to.
 template <class Real, int kBlock, int kDepth>
-Row<float> add_row(Row<float> sum, const float (&a)[kDepth], const int32_t (&a_exponents)[kDepth],
-                   const float (&b)[kDepth][8], const int32_t (&b_exponents)[kDepth][8], int fraction_bits,
-                   int lowest) {
+Row<float> add_row(
+    Row<float> sum, const float (&a)[kDepth], const int32_t (&a_exponents)[kDepth], const float (&b)[kDepth][8],
+    const int32_t (&b_exponents)[kDepth][8], int fraction_bits, int lowest) {
   for (int first = 0; first < kDepth; first += kBlock) {
     const int end = first + kBlock;
     const Row<int32_t> field = std::bit_cast<Row<int32_t>>(sum) >> 23 & 255;
@@ -127,18 +127,20 @@ Row<float> add_row(Row<float> sum, const float (&a)[kDepth], const int32_t (&a_e
 }
 
 template <class Real, int kBlock, int kDepth>
-void add_rows(float (&d)[16][8], const MmaOperands<kDepth>& factors, const MmaExponents<kDepth>& exponents,
-              int fraction_bits, int lowest) {
+void add_rows(
+    float (&d)[16][8], const MmaOperands<kDepth>& factors, const MmaExponents<kDepth>& exponents, int fraction_bits,
+    int lowest) {
   for (int m = 0; m < 16; ++m) {
-    const Row<float> sum = add_row<Real, kBlock>(load_row(d[m]), factors.a[m], exponents.a[m], factors.b, exponents.b,
-                                                 fraction_bits, lowest);
+    const Row<float> sum = add_row<Real, kBlock>(
+        load_row(d[m]), factors.a[m], exponents.a[m], factors.b, exponents.b, fraction_bits, lowest);
     std::memcpy(d[m], &sum, sizeof sum);
   }
 }
 
 template <class Real, int kDepth>
-void add_rows(float (&d)[16][8], const MmaOperands<kDepth>& factors, const MmaExponents<kDepth>& exponents,
-              MmaBlocks blocks, int lowest) {
+void add_rows(
+    float (&d)[16][8], const MmaOperands<kDepth>& factors, const MmaExponents<kDepth>& exponents, MmaBlocks blocks,
+    int lowest) {
   if (blocks.depth == kDepth) {
     add_rows<Real, kDepth>(d, factors, exponents, blocks.fraction_bits, lowest);
   } else {
@@ -167,18 +169,21 @@ void add_products_truncated(float (&d)[16][8], MmaOperands<kDepth>& factors, int
   for (int m = 0; m < 16; ++m) {
     for (int n = 0; n < 8; ++n) {
       ieee[m][n] = d[m][n];
-      for (int k = 0; k < kDepth; ++k) ieee[m][n] += double(factors.a[m][k]) * double(factors.b[k][n]);
+      for (int k = 0; k < kDepth; ++k)
+        ieee[m][n] += double(factors.a[m][k]) * double(factors.b[k][n]);
     }
   }
   const auto clear = [](float* values, int size) {
-    for (int i = 0; i < size; ++i) values[i] = std::isfinite(values[i]) ? values[i] : 0.0f;
+    for (int i = 0; i < size; ++i)
+      values[i] = std::isfinite(values[i]) ? values[i] : 0.0f;
   };
   clear(factors.a[0], 16 * kDepth);
   clear(factors.b[0], 8 * kDepth);
   clear(d[0], 16 * 8);
   add_products_truncated(d, factors, lowest_exponent, blocks);
   for (int m = 0; m < 16; ++m) {
-    for (int n = 0; n < 8; ++n) d[m][n] = std::isfinite(ieee[m][n]) ? d[m][n] : float(ieee[m][n]);
+    for (int n = 0; n < 8; ++n)
+      d[m][n] = std::isfinite(ieee[m][n]) ? d[m][n] : float(ieee[m][n]);
   }
 }
 
@@ -187,7 +192,8 @@ template <int kDepth>
 void add_products_to_nearest(float (&d)[16][8], const MmaOperands<kDepth>& factors) {
   for (int m = 0; m < 16; ++m) {
     Row<float> sum = load_row(d[m]);
-    for (int k = 0; k < kDepth; ++k) sum += factors.a[m][k] * load_row(factors.b[k]);
+    for (int k = 0; k < kDepth; ++k)
+      sum += factors.a[m][k] * load_row(factors.b[k]);
     std::memcpy(d[m], &sum, sizeof sum);
   }
 }

@@ -14,7 +14,9 @@ using namespace segattn::emulator;
 
 namespace {
 
-py::tuple as_tuple(const dim3& size) { return py::make_tuple(size.x, size.y, size.z); }
+py::tuple as_tuple(const dim3& size) {
+  return py::make_tuple(size.x, size.y, size.z);
+}
 
 py::dict as_dict(const InstructionCounters& counted) {
   py::dict result;
@@ -54,7 +56,8 @@ py::dict as_dict(const LaunchCounters& launch) {
   result["mma_flops"] = mma_flops;
   result["mma_flops_by_type"] = mma;
   if (kTrace) {
-    for (const auto& [kind, counted] : launch.memory) memory[kind.c_str()] = as_dict(counted);
+    for (const auto& [kind, counted] : launch.memory)
+      memory[kind.c_str()] = as_dict(counted);
     py::list places;
     for (const auto& [place, counted] : launch.places) {
       py::dict entry = as_dict(counted);
@@ -84,28 +87,34 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "report",
       [] {
         py::list result;
-        for (const LaunchCounters& launch : finished_launches()) result.append(as_dict(launch));
+        for (const LaunchCounters& launch : finished_launches())
+          result.append(as_dict(launch));
         return result;
       },
       "One dictionary a launch since reset(), oldest first.");
   m.def("calls", &calls, "How often host code called each function of the runtime API since reset().");
-  m.def("set_failing_launch", &set_failing_launch, py::arg("launches"),
-        "After so many launches that succeed one fails, as for lack of resources; negative: none.");
+  m.def(
+      "set_failing_launch", &set_failing_launch, py::arg("launches"),
+      "After so many launches that succeed one fails, as for lack of resources; negative: none.");
   m.def(
       "set_current_stream",
       [](int64_t stream) {
-        if (stream == 0) throw py::value_error("0 is the default stream, which a launch must not fall back to");
+        if (stream == 0)
+          throw py::value_error("0 is the default stream, which a launch must not fall back to");
         set_current_stream(stream);
       },
       py::arg("stream"), "The number of PyTorch's current stream, as report() shows it for each launch; 1 at first.");
-  m.def("set_blocks_at_ends", &set_blocks_at_ends, py::arg("blocks"),
-        "So many first and last blocks of every launch run, the others do not; 0: none does; negative: all.");
-  m.def("set_built_architectures", &set_built_architectures, py::arg("architectures"),
-        "What the library is taken to be built for, 80 for sm_80; none: what the emulated device is.");
+  m.def(
+      "set_blocks_at_ends", &set_blocks_at_ends, py::arg("blocks"),
+      "So many first and last blocks of every launch run, the others do not; 0: none does; negative: all.");
+  m.def(
+      "set_built_architectures", &set_built_architectures, py::arg("architectures"),
+      "What the library is taken to be built for, 80 for sm_80; none: what the emulated device is.");
   m.def("set_seed", &set_seed, py::arg("seed"), "Chooses the schedule of threads and blocks.");
   m.def("seed", &seed);
-  m.def("set_mma_rounding", &set_mma_rounding, py::arg("rounding"),
-        "How mma adds: 'truncate', as tensor cores do, or 'nearest'. ValueError for anything else.");
+  m.def(
+      "set_mma_rounding", &set_mma_rounding, py::arg("rounding"),
+      "How mma adds: 'truncate', as tensor cores do, or 'nearest'. ValueError for anything else.");
   m.def("mma_rounding", [] { return mma_rounding() == MmaRounding::kTruncate ? "truncate" : "nearest"; });
   m.def(
       "set_device",
@@ -116,8 +125,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       py::arg("architecture"), py::arg("multiprocessors") = 0,
       "Chooses the emulated architecture, 80 for sm_80. ValueError for one it does not know.");
 #if defined(SEGATTN_EMULATOR_TRACE)
-  m.def("set_race_checks", &trace::set_race_checks, py::arg("on"),
-        "Off: only counters, which need no shadow of all global memory.");
+  m.def(
+      "set_race_checks", &trace::set_race_checks, py::arg("on"),
+      "Off: only counters, which need no shadow of all global memory.");
 #endif
   m.def("architecture", [] { return device().architecture; });
   m.def("multiprocessors", [] { return device().multiprocessors; });

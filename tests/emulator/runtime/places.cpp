@@ -1,11 +1,10 @@
 #include "places.h"
 
-#include <dlfcn.h>
-#include <link.h>
-
 #include <bit>
 #include <cstdint>
 #include <cstdio>
+#include <dlfcn.h>
+#include <link.h>
 #include <mutex>
 #include <unordered_map>
 
@@ -29,7 +28,8 @@ Found find(const void* address) {
         bool holds = false, executable = false;
         for (int i = 0; i < info->dlpi_phnum; ++i) {
           const ElfW(Phdr)& header = info->dlpi_phdr[i];
-          if (header.p_type != PT_LOAD) continue;
+          if (header.p_type != PT_LOAD)
+            continue;
           const uintptr_t first = info->dlpi_addr + header.p_vaddr;
           begin = std::min(begin, first);
           end = std::max(end, first + header.p_memsz);
@@ -38,7 +38,8 @@ Found find(const void* address) {
             executable = (header.p_flags & PF_X) != 0;
           }
         }
-        if (!holds) return 0;
+        if (!holds)
+          return 0;
         f.image = {reinterpret_cast<const char*>(begin), reinterpret_cast<const char*>(end)};
         f.executable = executable;
         return 1;
@@ -50,14 +51,16 @@ Found find(const void* address) {
 // "function at /path/file.cuh:12" from addr2line, shortened to "file.cuh:12"
 std::string look_up(const void* return_address) {
   Dl_info info{};
-  if (dladdr(return_address, &info) == 0) return "an unknown place";
+  if (dladdr(return_address, &info) == 0)
+    return "an unknown place";
   const size_t offset = uintptr_t(return_address) - uintptr_t(info.dli_fbase) - 1;
   char command[4096];
   std::snprintf(command, sizeof command, "addr2line -e '%s' 0x%zx 2>/dev/null", info.dli_fname, offset);
   std::string line;
   if (FILE* pipe = popen(command, "r"); pipe != nullptr) {
     char text[4096];
-    if (std::fgets(text, sizeof text, pipe) != nullptr) line = text;
+    if (std::fgets(text, sizeof text, pipe) != nullptr)
+      line = text;
     pclose(pipe);
   }
   line = line.substr(0, line.find_first_of(" \n"));
@@ -71,14 +74,17 @@ std::string look_up(const void* return_address) {
 
 }  // namespace
 
-Image image_of(const void* address) { return find(address).image; }
+Image image_of(const void* address) {
+  return find(address).image;
+}
 
 std::string describe_place(const void* place) {
   static std::mutex mutex;
   static std::unordered_map<const void*, std::string> known;
   const std::lock_guard lock(mutex);
   std::string& name = known[place];
-  if (name.empty()) name = find(place).executable ? look_up(place) : describe(std::bit_cast<Site>(place));
+  if (name.empty())
+    name = find(place).executable ? look_up(place) : describe(std::bit_cast<Site>(place));
   return name;
 }
 

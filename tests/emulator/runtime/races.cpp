@@ -25,15 +25,18 @@ void RaceDetector::start_block(int threads) {
   threads_ = threads;
   block_first_epoch_ = epoch_ + 1;
   readers_used_ = 1;  // 0 means none
-  if (readers_.empty()) readers_.emplace_back();
+  if (readers_.empty())
+    readers_.emplace_back();
   block_synchronized();
 }
 
 void RaceDetector::block_synchronized() {
-  if (++epoch_ == 0) fail("the race detector has run out of epochs");
+  if (++epoch_ == 0)
+    fail("the race detector has run out of epochs");
   std::fill(clock_, clock_ + threads_, uint16_t(1));
   beyond_warps_ = false;
-  for (std::vector<uint16_t>& known : barriers_) known.clear();
+  for (std::vector<uint16_t>& known : barriers_)
+    known.clear();
 }
 
 uint16_t* RaceDetector::row(int thread) {
@@ -46,7 +49,8 @@ uint16_t* RaceDetector::row(int thread) {
 }
 
 void RaceDetector::tick(int thread) {
-  if (++clock_[thread] == 0) fail("the race detector has run out of clock ticks");
+  if (++clock_[thread] == 0)
+    fail("the race detector has run out of clock ticks");
 }
 
 void RaceDetector::warp_synchronized(int warp, unsigned lanes) {
@@ -59,7 +63,8 @@ void RaceDetector::warp_synchronized(int warp, unsigned lanes) {
     const int thread = warp * kWarpSize + std::countr_zero(rest);
     uint16_t* clocks = row(thread);
     clocks[thread] = clock_[thread];
-    for (int t = first; t < last; ++t) known[t] = std::max(known[t], clocks[t]);
+    for (int t = first; t < last; ++t)
+      known[t] = std::max(known[t], clocks[t]);
   }
   for (unsigned rest = lanes; rest != 0; rest &= rest - 1) {
     const int thread = warp * kWarpSize + std::countr_zero(rest);
@@ -74,7 +79,8 @@ void RaceDetector::barrier_arrived(int barrier, int thread) {
   known.resize(threads_, 0);
   uint16_t* clocks = row(thread);
   clocks[thread] = clock_[thread];
-  for (int t = 0; t < threads_; ++t) known[t] = std::max(known[t], clocks[t]);
+  for (int t = 0; t < threads_; ++t)
+    known[t] = std::max(known[t], clocks[t]);
   tick(thread);
 }
 
@@ -82,13 +88,15 @@ void RaceDetector::barrier_released(int barrier, const std::vector<uint16_t>& wa
   const std::vector<uint16_t>& known = barriers_[barrier];
   for (const uint16_t thread : waiting) {
     uint16_t* clocks = row(thread);
-    for (int t = 0; t < threads_; ++t) clocks[t] = std::max(clocks[t], known[t]);
+    for (int t = 0; t < threads_; ++t)
+      clocks[t] = std::max(clocks[t], known[t]);
   }
   barriers_[barrier].clear();
 }
 
 bool RaceDetector::knows(int thread, int other, uint16_t clock) const {
-  if (thread == other) return true;
+  if (thread == other)
+    return true;
   return row_epoch_[thread] == epoch_ && clocks_[size_t(thread) * kMaxThreads + other] >= clock;
 }
 
@@ -108,11 +116,13 @@ bool RaceDetector::knows_readers(int thread, const Cell& cell, int* unknown) con
 }
 
 RaceDetector::Cell& RaceDetector::cell(Space space, uintptr_t unit) {
-  if (space == Space::kShared) return shared_[unit];
+  if (space == Space::kShared)
+    return shared_[unit];
   const uintptr_t page = unit / kPageUnits;
   if (page != recent_page_ || recent_cells_ == nullptr) {
     std::unique_ptr<Cell[]>& cells = global_[page];
-    if (cells == nullptr) cells = std::make_unique<Cell[]>(kPageUnits);
+    if (cells == nullptr)
+      cells = std::make_unique<Cell[]>(kPageUnits);
     recent_page_ = page;
     recent_cells_ = cells.get();
   }
@@ -120,7 +130,8 @@ RaceDetector::Cell& RaceDetector::cell(Space space, uintptr_t unit) {
 }
 
 void RaceDetector::access(Space space, uintptr_t first_unit, size_t units, bool write, int thread, const void* place) {
-  for (size_t i = 0; i < units; ++i) touch(space, cell(space, first_unit + i), first_unit + i, write, thread, place);
+  for (size_t i = 0; i < units; ++i)
+    touch(space, cell(space, first_unit + i), first_unit + i, write, thread, place);
 }
 
 void RaceDetector::touch(Space space, Cell& cell, uintptr_t unit, bool write, int thread, const void* place) {
@@ -131,7 +142,8 @@ void RaceDetector::touch(Space space, Cell& cell, uintptr_t unit, bool write, in
   if (written_now || of_another_block(cell.write_epoch)) {
     report(space, unit, thread, write, place, cell.write_thread, true, cell.write_place, !written_now);
   }
-  if (!write) return remember_read(space, cell, thread, place);
+  if (!write)
+    return remember_read(space, cell, thread, place);
 
   int reader = cell.read_thread;
   const bool read_now = cell.read_epoch == epoch_ && !knows_readers(thread, cell, &reader);
@@ -154,7 +166,8 @@ void RaceDetector::remember_read(Space space, Cell& cell, int thread, const void
       return;
     }
     if (!knows(thread, cell.read_thread, cell.read_clock)) {
-      if (readers_used_ == readers_.size()) readers_.emplace_back();
+      if (readers_used_ == readers_.size())
+        readers_.emplace_back();
       std::vector<uint16_t>& readers = readers_[readers_used_];
       readers.assign(threads_, 0);
       readers[cell.read_thread] = cell.read_clock;
@@ -164,7 +177,8 @@ void RaceDetector::remember_read(Space space, Cell& cell, int thread, const void
     }
   } else {
     const bool by_another_block = cell.read_epoch >= launch_first_epoch_ && cell.read_epoch < block_first_epoch_;
-    if (space == Space::kGlobal && by_another_block) cell.foreign_read_launch = launch_;
+    if (space == Space::kGlobal && by_another_block)
+      cell.foreign_read_launch = launch_;
     cell.read_epoch = epoch_;
   }
   cell.read_vector = 0;
@@ -173,12 +187,14 @@ void RaceDetector::remember_read(Space space, Cell& cell, int thread, const void
   cell.read_place = place;
 }
 
-void RaceDetector::report(Space space, uintptr_t unit, int thread, bool write, const void* place, int other,
-                          bool other_write, const void* other_place, bool other_block) {
+void RaceDetector::report(
+    Space space, uintptr_t unit, int thread, bool write, const void* place, int other, bool other_write,
+    const void* other_place, bool other_block) {
   // One report a place: the first tells all, and naming places is slow.
-  if (reports_.size() >= kMaxReports || reported_places_[place]++ > 0) return;
-  std::string text = space == Space::kShared ? "shared memory, byte " + std::to_string(unit * kUnitBytes)
-                                             : "global memory";
+  if (reports_.size() >= kMaxReports || reported_places_[place]++ > 0)
+    return;
+  std::string text =
+      space == Space::kShared ? "shared memory, byte " + std::to_string(unit * kUnitBytes) : "global memory";
   text += ": thread " + std::to_string(thread) + (write ? " writes" : " reads") + " at " + describe_place(place);
   text += other_block ? " what thread " + std::to_string(other) + " of another block "
                       : " what thread " + std::to_string(other) + " of the same block, with no barrier between, ";

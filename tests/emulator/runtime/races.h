@@ -41,8 +41,8 @@ class RaceDetector {
     uint32_t read_epoch = 0;
     uint16_t write_thread = 0, write_clock = 0;
     uint16_t read_thread = 0, read_clock = 0;
-    uint32_t read_vector = 0;           // not 0: several unordered readers, readers_[read_vector]
-    uint32_t foreign_read_launch = 0;   // launch in which another block than the last reader's read, too
+    uint32_t read_vector = 0;          // not 0: several unordered readers, readers_[read_vector]
+    uint32_t foreign_read_launch = 0;  // launch in which another block than the last reader's read, too
     const void* write_place = nullptr;
     const void* read_place = nullptr;
   };
@@ -54,8 +54,9 @@ class RaceDetector {
   void tick(int thread);
   void touch(Space space, Cell& cell, uintptr_t unit, bool write, int thread, const void* place);
   void remember_read(Space space, Cell& cell, int thread, const void* place);
-  void report(Space space, uintptr_t unit, int thread, bool write, const void* place, int other, bool other_write,
-              const void* other_place, bool other_block);
+  void report(
+      Space space, uintptr_t unit, int thread, bool write, const void* place, int other, bool other_write,
+      const void* other_place, bool other_block);
 
   static constexpr int kMaxThreads = 1024;
   static constexpr size_t kPageUnits = 2048;

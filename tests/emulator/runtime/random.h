@@ -13,7 +13,8 @@ namespace segattn::emulator {
 class Random {
  public:
   explicit Random(uint64_t seed = 1) : state_(seed * 0x9e3779b97f4a7c15u + 0x632be59bd9b4e019u) {
-    if (state_ == 0) state_ = 1;
+    if (state_ == 0)
+      state_ = 1;
   }
 
   uint32_t next() {
@@ -29,7 +30,8 @@ class Random {
 #if defined(__BMI2__)
     return std::countr_zero(_pdep_u32(1u << skip, mask));
 #else
-    for (; skip > 0; --skip) mask &= mask - 1;
+    for (; skip > 0; --skip)
+      mask &= mask - 1;
     return std::countr_zero(mask);
 #endif
   }

@@ -25,7 +25,9 @@ bool inside(const void* address, const void* begin, size_t bytes) {
 }
 
 // Static arrays follow the dynamic ones in the race detector's numbering, from the next multiple of 128 bytes on.
-size_t static_offset() { return (memory.dynamic_bytes + 127) / 128 * 128; }
+size_t static_offset() {
+  return (memory.dynamic_bytes + 127) / 128 * 128;
+}
 
 // The offset in shared memory, or -1.
 ptrdiff_t shared_offset(const void* address) {
@@ -41,7 +43,7 @@ ptrdiff_t shared_offset(const void* address) {
 // Registers that live on the stack, kernel parameters, constants, the emulator's own variables.
 bool is_private(const void* address) {
   return on_fiber_stack(address) || inside(address, memory.arguments, memory.argument_bytes) ||
-         kernel_image.contains(address) || runtime_image.contains(address);
+      kernel_image.contains(address) || runtime_image.contains(address);
 }
 
 bool is_write(Access kind) {
@@ -63,22 +65,26 @@ Traffic shared_traffic(Access kind) {
 
 Traffic global_traffic(Access kind) {
   return kind == Access::kAsyncRead ? Traffic::kGlobalAsyncRead
-         : is_write(kind)           ? Traffic::kGlobalWrite
+      : is_write(kind)              ? Traffic::kGlobalWrite
                                     : Traffic::kGlobalRead;
 }
 
 void check_races(const void* address, ptrdiff_t offset, size_t bytes, bool write, const void* place) {
-  if (!find_races) return;
+  if (!find_races)
+    return;
   constexpr uintptr_t kUnit = RaceDetector::kUnitBytes;
   const uintptr_t position = offset >= 0 ? uintptr_t(offset) : uintptr_t(address);
   const uintptr_t first = position / kUnit, last = (position + bytes - 1) / kUnit;
-  races.access(offset >= 0 ? RaceDetector::Space::kShared : RaceDetector::Space::kGlobal, first, last - first + 1,
-               write, self().index, place);
+  races.access(
+      offset >= 0 ? RaceDetector::Space::kShared : RaceDetector::Space::kGlobal, first, last - first + 1, write,
+      self().index, place);
 }
 
 }  // namespace
 
-void set_race_checks(bool on) { find_races = on; }
+void set_race_checks(bool on) {
+  find_races = on;
+}
 
 void launch_started(const Memory& of_launch) {
   memory = of_launch;
@@ -88,27 +94,34 @@ void launch_started(const Memory& of_launch) {
   traffic.start_launch();
 }
 
-void block_started(int threads) { races.start_block(threads); }
+void block_started(int threads) {
+  races.start_block(threads);
+}
 
 void block_finished() {
-  for (int warp = 0; warp * kWarpSize < thread_count(); ++warp) traffic.flush(warp);
+  for (int warp = 0; warp * kWarpSize < thread_count(); ++warp)
+    traffic.flush(warp);
 }
 
 void launch_finished(LaunchCounters& counters) {
   traffic.add_to(counters);
-  if (races.reports().empty()) return;
+  if (races.reports().empty())
+    return;
   std::string text = "emulator: data races in kernel " + counters.kernel;
-  for (const std::string& race : races.reports()) text += "\n  " + race;
+  for (const std::string& race : races.reports())
+    text += "\n  " + race;
   throw std::runtime_error(text);
 }
 
 void access(Access kind, const void* address, size_t bytes, const void* place) {
-  if (is_private(address)) return;
+  if (is_private(address))
+    return;
   const Thread& thread = self();
   const ptrdiff_t offset = shared_offset(address);
   check_races(address, offset, bytes, is_write(kind), place);
-  traffic.access(offset >= 0 ? shared_traffic(kind) : global_traffic(kind),
-                 offset >= 0 ? uintptr_t(offset) : uintptr_t(address), bytes, thread.warp, thread.lane, place);
+  traffic.access(
+      offset >= 0 ? shared_traffic(kind) : global_traffic(kind), offset >= 0 ? uintptr_t(offset) : uintptr_t(address),
+      bytes, thread.warp, thread.lane, place);
 }
 
 void landed(const void* address, size_t bytes, const void* place) {
@@ -120,8 +133,12 @@ void block_synchronized() {
   block_finished();
 }
 
-void barrier_arrived(int barrier, int thread) { races.barrier_arrived(barrier, thread); }
-void barrier_released(int barrier, const std::vector<uint16_t>& waiting) { races.barrier_released(barrier, waiting); }
+void barrier_arrived(int barrier, int thread) {
+  races.barrier_arrived(barrier, thread);
+}
+void barrier_released(int barrier, const std::vector<uint16_t>& waiting) {
+  races.barrier_released(barrier, waiting);
+}
 
 void warp_synchronized(int warp, unsigned lanes) {
   races.warp_synchronized(warp, lanes);
@@ -129,7 +146,8 @@ void warp_synchronized(int warp, unsigned lanes) {
 }
 
 void warp_converged(int warp, unsigned lanes) {
-  if (lanes == kFullMask) traffic.flush(warp);
+  if (lanes == kFullMask)
+    traffic.flush(warp);
 }
 
 }  // namespace segattn::emulator::trace

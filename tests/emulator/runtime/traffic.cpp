@@ -10,7 +10,9 @@ constexpr int kSectorBytes = 32;
 constexpr int kBanks = 32;
 constexpr int kBankBytes = 4;
 
-bool is_global(Traffic kind) { return kind <= Traffic::kGlobalAsyncRead; }
+bool is_global(Traffic kind) {
+  return kind <= Traffic::kGlobalAsyncRead;
+}
 
 // Passes over the banks that these lanes' accesses take together: the most different words any bank has to deliver.
 template <class Instruction>
@@ -19,13 +21,15 @@ int wavefronts(const Instruction& instruction, int first_lane, int lanes) {
   int count[kBanks] = {};
   int most = 0;
   for (int lane = first_lane; lane < first_lane + lanes; ++lane) {
-    if ((instruction.lanes >> lane & 1) == 0) continue;
+    if ((instruction.lanes >> lane & 1) == 0)
+      continue;
     const uintptr_t first = instruction.address[lane] / kBankBytes;
     const uintptr_t last = (instruction.address[lane] + instruction.bytes[lane] - 1) / kBankBytes;
     for (uintptr_t word = first; word <= last; ++word) {
       const int bank = int(word % kBanks);
       uintptr_t* end = words[bank] + count[bank];
-      if (std::find(words[bank], end, word) != end) continue;  // a word is delivered to any number of lanes at once
+      if (std::find(words[bank], end, word) != end)
+        continue;  // a word is delivered to any number of lanes at once
       *end = word;
       most = std::max(most, ++count[bank]);
     }
@@ -43,12 +47,14 @@ int sectors(const Instruction& instruction) {
     const uintptr_t first = instruction.address[lane] / kSectorBytes;
     const uintptr_t last = (instruction.address[lane] + instruction.bytes[lane] - 1) / kSectorBytes;
     for (uintptr_t sector = first; sector <= last; ++sector) {
-      if (count > 0 && touched[count - 1] == sector) continue;
+      if (count > 0 && touched[count - 1] == sector)
+        continue;
       ascending &= count == 0 || touched[count - 1] < sector;
       touched[count++] = sector;
     }
   }
-  if (ascending) return count;
+  if (ascending)
+    return count;
   std::sort(touched, touched + count);
   return int(std::unique(touched, touched + count) - touched);
 }
@@ -56,9 +62,9 @@ int sectors(const Instruction& instruction) {
 }  // namespace
 
 const char* name_of(Traffic kind) {
-  constexpr const char* kNames[kTrafficKinds] = {
-      "global_read",  "global_write",       "global_async_read",  "shared_read",
-      "shared_write", "shared_async_write", "shared_matrix_read", "shared_matrix_write"};
+  constexpr const char* kNames[kTrafficKinds] = {"global_read",        "global_write",       "global_async_read",
+                                                 "shared_read",        "shared_write",       "shared_async_write",
+                                                 "shared_matrix_read", "shared_matrix_write"};
   return kNames[int(kind)];
 }
 
@@ -70,21 +76,24 @@ void TrafficCounter::start_launch() {
 TrafficCounter::Place& TrafficCounter::find(Warp& warp, Traffic kind, const void* place) {
   const Key key{place, kind};
   const size_t slot = (KeyHash()(key) >> 20) % std::size(warp.recent);
-  if (warp.recent_key[slot] == key && !warp.places.empty()) return warp.places[warp.recent[slot]];
+  if (warp.recent_key[slot] == key && !warp.places.empty())
+    return warp.places[warp.recent[slot]];
   const auto [found, is_new] = warp.index.try_emplace(key, uint32_t(warp.places.size()));
-  if (is_new) warp.places.push_back(Place{place, kind, {}, {}, {}});
+  if (is_new)
+    warp.places.push_back(Place{place, kind, {}, {}, {}});
   warp.recent_key[slot] = key;
   warp.recent[slot] = found->second;
   return warp.places[found->second];
 }
 
-void TrafficCounter::access(Traffic kind, uintptr_t address, size_t bytes, int warp_index, int lane,
-                            const void* place) {
+void TrafficCounter::access(
+    Traffic kind, uintptr_t address, size_t bytes, int warp_index, int lane, const void* place) {
   Warp& warp = warps_[warp_index];
   Place& at = find(warp, kind, place);
   const uint32_t occurrence = at.occurrences[lane]++;
   if (occurrence >= at.pending.size()) {
-    if (at.pending.empty()) warp.active.push_back(uint32_t(&at - warp.places.data()));
+    if (at.pending.empty())
+      warp.active.push_back(uint32_t(&at - warp.places.data()));
     at.pending.emplace_back();
   }
   Instruction& instruction = at.pending[occurrence];
@@ -97,7 +106,8 @@ void TrafficCounter::flush(int warp_index) {
   Warp& warp = warps_[warp_index];
   for (const uint32_t index : warp.active) {
     Place& place = warp.places[index];
-    for (const Instruction& instruction : place.pending) count(place.kind, instruction, place.total);
+    for (const Instruction& instruction : place.pending)
+      count(place.kind, instruction, place.total);
     place.pending.clear();
     std::fill(std::begin(place.occurrences), std::end(place.occurrences), 0u);
   }

@@ -1,8 +1,8 @@
-#include "cuda/channel/input_gradient.cuh"
 #include "cuda/channel/gram.cuh"
+#include "cuda/channel/input_gradient.cuh"
 #include "cuda/channel/launch.h"
 
-namespace segattn {
+namespace segattn::cuda {
 
 template <class T>
 void launch_gram(const GramParams& params, cudaStream_t stream) {
@@ -18,8 +18,8 @@ void launch_channel_combine(const ChannelCombineParams& params, int64_t batch, c
   using Traits = CombineTraits<Mma16<T>>;
   const int64_t blocks = batch * params.channel_tiles * params.position_tiles;
   SEGATTN_LAUNCH(
-      (channel_combine_kernel<Traits>), dim3(grid_blocks(blocks)), dim3(Traits::kThreads), Traits::kSharedBytes,
-      stream, params);
+      (channel_combine_kernel<Traits>), dim3(grid_blocks(blocks)), dim3(Traits::kThreads), Traits::kSharedBytes, stream,
+      params);
 }
 
 template void launch_gram<__half>(const GramParams&, cudaStream_t);
@@ -27,4 +27,4 @@ template void launch_gram<__nv_bfloat16>(const GramParams&, cudaStream_t);
 template void launch_channel_combine<__half>(const ChannelCombineParams&, int64_t, cudaStream_t);
 template void launch_channel_combine<__nv_bfloat16>(const ChannelCombineParams&, int64_t, cudaStream_t);
 
-} // namespace segattn
+}  // namespace segattn::cuda

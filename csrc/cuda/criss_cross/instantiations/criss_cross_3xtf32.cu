@@ -1,7 +1,7 @@
 #include "cuda/criss_cross/launch.cuh"
 
-namespace segattn {
+namespace segattn::cuda {
 
 SEGATTN_INSTANTIATE_LINES(LineTf32<3>)
 
-} // namespace segattn
+}  // namespace segattn::cuda

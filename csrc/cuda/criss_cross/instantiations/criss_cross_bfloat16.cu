@@ -1,7 +1,7 @@
 #include "cuda/criss_cross/launch.cuh"
 
-namespace segattn {
+namespace segattn::cuda {
 
 SEGATTN_INSTANTIATE_LINES(LineMma16<__nv_bfloat16>)
 
-} // namespace segattn
+}  // namespace segattn::cuda

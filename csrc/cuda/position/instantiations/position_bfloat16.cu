@@ -1,10 +1,12 @@
 #include "cuda/position/launch.cuh"
 
-namespace segattn {
+namespace segattn::cuda {
 
-template void launch_weighted_sum<Mma16<__nv_bfloat16>, true>(const WeightedSumParams&, const DeviceLimits&, cudaStream_t);
-template void launch_weighted_sum<Mma16<__nv_bfloat16>, false>(const WeightedSumParams&, const DeviceLimits&, cudaStream_t);
+template void launch_weighted_sum<Mma16<__nv_bfloat16>, true>(
+    const WeightedSumParams&, const DeviceLimits&, cudaStream_t);
+template void launch_weighted_sum<Mma16<__nv_bfloat16>, false>(
+    const WeightedSumParams&, const DeviceLimits&, cudaStream_t);
 template void launch_query_key_gradient<Mma16<__nv_bfloat16>>(
     const QueryKeyGradientParams&, const DeviceLimits&, cudaStream_t);
 
-} // namespace segattn
+}  // namespace segattn::cuda

@@ -1,9 +1,8 @@
-#include "cuda/position/simt_launch.h"
-
 #include "cuda/common/launch.cuh"
 #include "cuda/position/simt.cuh"
+#include "cuda/position/simt_launch.h"
 
-namespace segattn {
+namespace segattn::cuda {
 
 template <class T, PositionSum kSum>
 void launch_simt_sum(SimtParams params, cudaStream_t stream) {
@@ -15,7 +14,7 @@ void launch_simt_sum(SimtParams params, cudaStream_t stream) {
       dim3(Traits::kThreads), Traits::kSharedBytes, stream, params);
 }
 
-#define SEGATTN_SIMT_SUMS(T)                                                            \
+#define SEGATTN_SIMT_SUMS(T)                                                               \
   template void launch_simt_sum<T, PositionSum::kForward>(SimtParams, cudaStream_t);       \
   template void launch_simt_sum<T, PositionSum::kValueGradient>(SimtParams, cudaStream_t); \
   template void launch_simt_sum<T, PositionSum::kQueryGradient>(SimtParams, cudaStream_t); \
@@ -26,4 +25,4 @@ SEGATTN_SIMT_SUMS(__nv_bfloat16);
 SEGATTN_SIMT_SUMS(float);
 SEGATTN_SIMT_SUMS(double);
 
-} // namespace segattn
+}  // namespace segattn::cuda

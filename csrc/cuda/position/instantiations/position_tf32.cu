@@ -1,10 +1,9 @@
 #include "cuda/position/launch.cuh"
 
-namespace segattn {
+namespace segattn::cuda {
 
 template void launch_weighted_sum<MmaTf32<1>, true>(const WeightedSumParams&, const DeviceLimits&, cudaStream_t);
 template void launch_weighted_sum<MmaTf32<1>, false>(const WeightedSumParams&, const DeviceLimits&, cudaStream_t);
-template void launch_query_key_gradient<MmaTf32<1>>(
-    const QueryKeyGradientParams&, const DeviceLimits&, cudaStream_t);
+template void launch_query_key_gradient<MmaTf32<1>>(const QueryKeyGradientParams&, const DeviceLimits&, cudaStream_t);
 
-} // namespace segattn
+}  // namespace segattn::cuda
