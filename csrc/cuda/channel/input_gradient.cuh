@@ -73,7 +73,8 @@ __device__ __forceinline__ void combine(const ChannelCombineParams& p, unsigned 
     __syncthreads();  // this step's tiles are there, and everybody is done with those of the last step
     start(step + Traits::kStages - 1);
     const int stage = step % Traits::kStages;
-    multiply_tiles<Mma, Major::kColumn, Major::kRow, 2>(sums, tile(stage, 0), row, tile(stage, 1), column, 0, Traits::kDepth);
+    multiply_tiles<Mma, Major::kColumn, Major::kRow, 2>(
+        sums, tile(stage, 0), row, tile(stage, 1), column, 0, Traits::kDepth);
   }
 
   const int g = lane_index() / 4, t = lane_index() % 4;

@@ -29,8 +29,8 @@ struct WeightedSumParams {
   int64_t batch;
   int owned_positions;
   int streamed_positions;
-  int key_channels;  // E
-  int value_channels;   // C
+  int key_channels;    // E
+  int value_channels;  // C
   float scale;
   int owned_blocks;
   int channel_blocks;
@@ -57,8 +57,8 @@ struct QueryKeyGradientParams {
   int keys;
   int padded_queries;  // multiples of the tile, so that the partial results have no edges
   int padded_keys;
-  int key_channels;  // E
-  int value_channels;   // C
+  int key_channels;    // E
+  int value_channels;  // C
   float scale;
   int query_blocks, ranges, blocks_per_range;
   int key_blocks, groups, blocks_per_group;
@@ -86,9 +86,9 @@ struct SimtParams {
   int64_t batch;
   int owned_positions;
   int streamed_positions;
-  int key_channels;     // E
-  int value_channels;      // C
-  int out_channels;  // C forward and for the value gradient, E for the other two
+  int key_channels;    // E
+  int value_channels;  // C
+  int out_channels;    // C forward and for the value gradient, E for the other two
   double scale;
   int owned_blocks;
   int channel_blocks;
