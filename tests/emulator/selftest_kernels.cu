@@ -10,6 +10,7 @@
 namespace segattn::selftest {
 
 namespace ptx = cuda::ptx;
+using cuda::launch_kernel;
 
 namespace {
 
