@@ -5,6 +5,7 @@
 
 #include "checks/check.h"
 #include "cuda/common/device.h"
+#include "cuda/common/element.cuh"
 
 namespace segattn::cuda {
 
