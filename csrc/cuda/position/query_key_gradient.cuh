@@ -260,7 +260,8 @@ struct QueryKeyGradient {
       if (query_block > first_query_block) {
         move_partial<false>(sums, grad_key(), p.padded_keys, row, column);
       }
-      multiply_tiles<Mma, true, true, 1>(sums, query_tile, row, gradient_tile, key_column, 0, Traits::kQueries);
+      multiply_tiles<Mma, Major::kRow, Major::kRow, 1>(
+          sums, query_tile, row, gradient_tile, key_column, 0, Traits::kQueries);
       move_partial<true>(sums, grad_key(), p.padded_keys, row, column);
       if constexpr (!Traits::kKeepsQueryGradient) {
         clear(grad_query_sums);
