@@ -1,4 +1,4 @@
-// What all launches of one operator call share.
+// The state that all launches of an operator call share.
 #pragma once
 
 #include <cstdint>
@@ -53,7 +53,7 @@ struct LaunchContext {
   }
 };
 
-// visit.operator()<T>() with the element type of the tensors.
+// Calls visit.operator()<T>() with the element type of `dtype`.
 template <class Visit>
 void with_element(ScalarType dtype, const Visit& visit) {
   switch (dtype) {
