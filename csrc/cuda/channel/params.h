@@ -40,10 +40,9 @@ struct ChannelSoftmaxParams {
 // Recomputes the weights A from the products, and computes dE = scale * A (dA - sum_k A dA), the gradient of the
 // products, from dA = dO V^T. With gamma, stores gamma A (+ I) for A as in the forward pass, and uses gamma dA for dA.
 struct ChannelSoftmaxBackwardParams {
-  void* products;  // (product_splits, B * C, K), accumulator type; split 0 receives the sum
-  void*
-      grad_weights;  // (grad_splits, B * C, K), accumulator type; split 0 receives the sum, or dE without grad_products
-  void* weights;     // (B * C, K), rows of `pitch` elements
+  void* products;       // (product_splits, B * C, K), accumulator type; split 0 receives the sum
+  void* grad_weights;   // (grad_splits, B * C, K), accumulator type; split 0 receives the sum, or dE in place of it
+  void* weights;        // (B * C, K), rows of `pitch` elements
   void* grad_products;  // dE (B * C, K), rows of `pitch` elements; or null
   const void* gamma;    // (B * C), accumulator type, C = K; or null
   void* grad_gamma;     // (B * C), accumulator type: sum_k A dA; or null
