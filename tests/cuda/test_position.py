@@ -319,8 +319,8 @@ def test_16_bit_sums_over_all_positions(emulator, dtype):
 @pytest.mark.parametrize("logit", [4.0, 8.0])
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_16_bit_query_gradient_of_regions(emulator, architecture, logit):
-    """delta of an output that tensor cores sum over 97 x 97 keys. bfloat16 is as exact as eager. In float16 the truncation
-    is as large as the rounding error that output_low corrects, so only part of the error disappears
+    """delta of an output that tensor cores sum over 97 x 97 keys. bfloat16 is as exact as eager. In float16 the
+    truncation is as large as the rounding error that output_low corrects, so only part of the error disappears
     (docs/decisions.md)."""
     emulator.set_device(architecture, 1)
     for dtype in (torch.bfloat16, torch.float16):
