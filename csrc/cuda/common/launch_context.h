@@ -3,6 +3,9 @@
 
 #include <cstdint>
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include "checks/check.h"
 #include "cuda/common/device.h"
 

@@ -30,8 +30,7 @@
 
 namespace segattn::cuda {
 
-// Where a block accumulates grad_query of a query block: in registers for E <= kGradientRows, for any E in global
-// memory.
+// Where a block accumulates grad_query: in registers, for E <= kGradientRows, or in global memory, for any E.
 enum class QueryGradientSums { kRegisters, kGlobalMemory };
 
 template <

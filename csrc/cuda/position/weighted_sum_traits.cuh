@@ -11,6 +11,15 @@
 
 namespace segattn::cuda {
 
+// The work of a block. It stays in shared memory until the end of the kernel, to save registers.
+struct WeightedSumBlock {
+  int64_t sample;
+  int split;
+  int channel_block;
+  int first_owned;
+  int first_channel;
+};
+
 // kResidentSteps: mma steps over E whose owned fragments stay in registers. 0: any E, with fragments reloaded from
 // shared memory.
 template <
@@ -57,7 +66,7 @@ struct WeightedSumTraits {
   }
   static constexpr int kValueBytes = StreamedTile::bytes(kChannels);
   static constexpr int kWeightBytes = StreamedTile::bytes(kOwned);
-  static constexpr int kStatisticsBytes = 2 * (kOwned + kWarps) * 4 + 24;  // and a WeightedSumBlock
+  static constexpr int kStatisticsBytes = 2 * (kOwned + kWarps) * 4 + static_cast<int>(sizeof(WeightedSumBlock));
   // 16-bit results pass through shared memory in rows of kOutputPitch elements, which start four banks apart.
   static constexpr int kOutputPitch = kOwned + 8;
   static constexpr int kOutputBytes = sizeof(Element) == 2 ? kChannels * kOutputPitch * 2 : 0;
@@ -71,14 +80,5 @@ struct WeightedSumTraits {
 // A warp's output tile.
 template <class Traits>
 using WeightedSumAccumulators = float[Traits::kChannelTiles][Traits::kOwnedTiles][4];
-
-// The work of a block. It stays in shared memory until the end of the kernel, to save registers.
-struct WeightedSumBlock {
-  int64_t sample;
-  int split;
-  int channel_block;
-  int first_owned;
-  int first_channel;
-};
 
 }  // namespace segattn::cuda
