@@ -1,5 +1,5 @@
-"""The CUDA kernels of channel attention, emulated: what the operator suite cannot see. Work and traffic of the 16-bit
-kernels, the paths a problem or a device chooses, and the builds that look for faults."""
+"""The CUDA kernels of channel attention on the emulator, beyond the operator suite: work and traffic of the 16-bit
+kernels, the kernels that a problem or device selects, and the race and address sanitizer builds."""
 
 import math
 
@@ -46,24 +46,24 @@ def padded(size, multiple):
 
 
 @pytest.mark.parametrize("positions", [256, 300])
-def test_symmetric_energies_are_computed_by_halves(emulator, positions):
+def test_half_of_a_symmetric_product_is_computed(emulator, positions):
     emulator.set_device(90, 1)
     x, grad_output = inputs(384, positions, torch.bfloat16)
     OPERATORS.channel_self_attention(x, -1.0)
     (gram,) = launches(emulator, "gram_kernel")
     tile = 2 * TILE * TILE * padded(positions, DEPTH)
-    assert gram["mma_flops"] == 6 * tile  # of 9
+    assert gram["mma_flops"] == 6 * tile  # of 9 tiles
     emulator.reset()
     OPERATORS.channel_self_attention_backward(grad_output, x, -1.0)
-    energies, products = launches(emulator, "gram_kernel")
-    assert (energies["mma_flops"], products["mma_flops"]) == (6 * tile, 9 * tile)
-    (combine,) = launches(emulator, "channel_combine_kernel")
-    assert combine["mma_flops"] == 2 * 384 * padded(positions, TILE) * 2 * 384
+    energies, grad_weights = launches(emulator, "gram_kernel")
+    assert (energies["mma_flops"], grad_weights["mma_flops"]) == (6 * tile, 9 * tile)
+    (grad_input,) = launches(emulator, "channel_combine_kernel")
+    assert grad_input["mma_flops"] == 2 * 384 * padded(positions, TILE) * 2 * 384
 
 
 def test_traffic(traced):
-    """A tile of energies takes both its operands once, those on the diagonal one; the result is written once, and
-    mirrored."""
+    """A tile of the product reads both its operands once, a tile on the diagonal only one. The result is written once,
+    mirrored tiles included."""
     traced.set_device(90, 1)
     x, grad_output = inputs(256, 512, torch.bfloat16)
     OPERATORS.channel_self_attention_backward(grad_output, x, -1.0)
@@ -71,8 +71,8 @@ def test_traffic(traced):
     moved = global_bytes(gram)
     assert moved["global_async_read"] == (2 + 1 + 1) * TILE * 512 * 2
     assert moved["global_write"] == 4 * 256 * 256
-    (combine,) = launches(traced, "channel_combine_kernel")
-    moved = global_bytes(combine)
+    (grad_input,) = launches(traced, "channel_combine_kernel")
+    moved = global_bytes(grad_input)
     tiles = 2 * 4  # channels, positions
     assert moved["global_async_read"] == tiles * 2 * 256 * (TILE + TILE) * 2
 
@@ -108,12 +108,12 @@ def test_positions_are_split_and_added_in_order(emulator):
     x, grad_output = inputs(130, 700, torch.bfloat16)
     OPERATORS.channel_self_attention(x, -0.05)
     (gram,) = launches(emulator, "gram_kernel")
-    assert gram["grid"][0] == 3 * 6  # tiles, and splits of two steps of 64: 11 steps among at most 8
+    assert gram["grid"][0] == 3 * 6  # 3 tiles, 6 splits of two steps: 11 steps of 64 in at most 8 splits
     assert worst_error(x, grad_output) < TOLERANCE[torch.bfloat16]
 
 
 def test_energies_beyond_float16(emulator):
-    """DANet's energies: 40,000 and more overflow float16, and their softmax is lost in any 16-bit type."""
+    """DANet's energies: 40,000 and more overflow float16, and no 16-bit type has the precision for their softmax."""
     x = torch.randn(1, 64, 2000, generator=torch.Generator().manual_seed(0)).abs().mul(8).half()
     assert (x.float() @ x.float().mT).max() > 2 * torch.finfo(torch.float16).max
     output, logsumexp = OPERATORS.channel_self_attention(x, -1e-3)
@@ -146,7 +146,7 @@ def test_float64_gradients(emulator):
     assert torch.autograd.gradcheck(lambda x: OPERATORS.channel_self_attention(x, -0.3)[0], leaves[:1])
 
 
-# ---- builds that look for faults -------------------------------------------------------------------------------------
+# ---- sanitizer builds ------------------------------------------------------------------------------------------------
 
 
 def test_race_build(emulator):

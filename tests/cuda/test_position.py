@@ -1,5 +1,6 @@
-"""The CUDA kernels of position attention, emulated: what the operator suite cannot see. Work and traffic against the
-arithmetic of docs/results.md, the paths a problem or a device chooses, and the builds that look for faults."""
+"""The CUDA kernels of position attention on the emulator, beyond the operator suite: work and traffic against the
+estimates of docs/results.md, the kernels that a problem or device selects, and the race and address sanitizer
+builds."""
 
 import math
 import os
@@ -18,16 +19,19 @@ N97 = 97 * 97
 OPERATORS = torch.ops.segattn_emulated
 RESULTS = ("output", "logsumexp", "grad_query", "grad_key", "grad_value")
 
+# The PositionSum of a kernel's name
+FORWARD, VALUE_GRADIENT, QUERY_GRADIENT, KEY_GRADIENT = range(4)
 
-def inputs(batch, embedding, channels, queries, keys, dtype, seed=0):
+
+def inputs(batch, key_channels, channels, queries, keys, dtype, seed=0):
     """query, key, value and grad_output"""
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(embedding, queries), (embedding, keys), (channels, keys), (channels, queries)]
+    shapes = [(key_channels, queries), (key_channels, keys), (channels, keys), (channels, queries)]
     return [torch.randn((batch, *shape), generator=generator).to(dtype) for shape in shapes]
 
 
 def eager(query, key, value, grad_output, scale=1.0):
-    """output, logsumexp and the three gradients by PyTorch"""
+    """output, logsumexp and the three gradients, by PyTorch"""
     leaves = [t.detach().requires_grad_() for t in (query, key, value)]
     energy = scale * leaves[0].transpose(1, 2) @ leaves[1]
     output = leaves[2] @ energy.softmax(2).transpose(1, 2)
@@ -58,12 +62,18 @@ def assert_close(tensors, tolerance, scale=1.0):
         assert relative_error(got, expected) < tolerance
 
 
-def launches(emulator, *name_parts):
-    return [r for r in emulator.report() if all(part in r["kernel"] for part in name_parts)]
+def launches(emulator, name):
+    return [r for r in emulator.report() if name in r["kernel"]]
 
 
 def kernels(emulator):
     return [r["kernel"] for r in emulator.report()]
+
+
+def position_sum(kernel):
+    """The sum that an instance of weighted_sum_kernel or simt_sum_kernel computes."""
+    (value,) = re.findall(r"\(segattn::cuda::PositionSum\)(\d)", kernel)
+    return int(value)
 
 
 # ---- work ------------------------------------------------------------------------------------------------------------
@@ -73,9 +83,10 @@ def blocks(positions, size):
     return math.ceil(positions / size)
 
 
-def test_forward_computes_little_more_than_it_must(emulator):
-    """mma FLOPs of 128-query blocks and 32-key steps, counted on two blocks and ten steps, at 97 x 97, C = 512."""
-    emulator.set_device(90, 1)  # nothing to fill: no splits
+def test_forward_work(emulator):
+    """mma FLOPs at 97 x 97, C = 512, extrapolated from two blocks of 128 queries and ten steps of 32 keys: at most 15%
+    more than the products need."""
+    emulator.set_device(90, 1)  # one multiprocessor: no splits
     query, key, value, _ = inputs(1, 64, 512, 256, 320, torch.bfloat16)
     OPERATORS.position_attention(query, key, value, 1.0)
     (launch,) = launches(emulator, "weighted_sum_kernel")
@@ -84,11 +95,13 @@ def test_forward_computes_little_more_than_it_must(emulator):
     assert needed <= whole <= 1.15 * needed
 
 
-def test_backward_computes_little_more_than_it_must(emulator):
-    """The same for the backward: 2 x 2 tiles of 128 x 128 and, for the value gradient, 2 blocks of 8 steps."""
+def test_backward_work(emulator):
+    """The same for the backward pass, from 2 x 2 tiles of 128 x 128 and, for grad_value, two blocks of eight steps: at
+    most 40% more."""
     emulator.set_device(90, 1)
     run(*inputs(1, 64, 512, 256, 256, torch.bfloat16))
-    (value_gradient,) = launches(emulator, "weighted_sum_kernel", "false")
+    _, value_gradient = launches(emulator, "weighted_sum_kernel")
+    assert position_sum(value_gradient["kernel"]) == VALUE_GRADIENT
     (query_key_gradient,) = launches(emulator, "query_key_gradient_kernel")
     whole = value_gradient["mma_flops"] / (2 * 8) * blocks(N97, 128) * blocks(N97, 32)
     whole += query_key_gradient["mma_flops"] / 4 * blocks(N97, 128) ** 2
@@ -112,9 +125,9 @@ def test_3xtf32_multiplies_three_times(emulator):
 # ---- traffic ---------------------------------------------------------------------------------------------------------
 
 
-def test_forward_traffic_is_what_its_tiling_implies(traced):
-    """A block takes its queries once and all keys and 256 value channels; at 97 x 97, C = 512, that is 0.9 GB for the
-    148 blocks of a sample beside the 22 MB that any kernel must move: it is L2 that serves the difference."""
+def test_forward_traffic(traced):
+    """A block reads its queries once, all keys and 256 value channels. At 97 x 97, C = 512, the 148 blocks of a sample
+    read 0.9 GB, mostly from L2; any kernel must move 22 MB."""
     traced.set_device(90, 1)
     query, key, value, _ = inputs(1, 64, 512, 256, 320, torch.bfloat16)
     OPERATORS.position_attention(query, key, value, 1.0)
@@ -126,15 +139,15 @@ def test_forward_traffic_is_what_its_tiling_implies(traced):
     assert sum(moved.values()) <= 1.25 * (4 * per_block + written)
     whole = blocks(N97, 128) * 2 * 2 * (64 * 128 + (64 + 256) * N97)
     minimum = 2 * N97 * (64 + 64 + 512 + 512)
-    assert 0.85e9 < whole < 0.95e9 and 21e6 < minimum < 22e6  # what the docstring and docs/results.md say
+    assert 0.85e9 < whole < 0.95e9 and 21e6 < minimum < 22e6  # the figures above and in docs/results.md
 
 
-def test_backward_traffic_is_what_its_tiling_implies(traced):
+def test_backward_traffic(traced):
     traced.set_device(90, 1)
     run(*inputs(1, 64, 512, 256, 256, torch.bfloat16))
     (launch,) = launches(traced, "query_key_gradient_kernel")
     chunks = 2 * 512 * (128 + 128)  # grad_output and value of a tile
-    tiles = 4 * (chunks + 2 * 64 * 128) + 2 * 2 * 64 * 128  # and key; query once for two tiles
+    tiles = 4 * (chunks + 2 * 64 * 128) + 2 * 2 * 64 * 128  # with the key tile; the query tile once for two tiles
     partials = 4 * 64 * (256 + 3 * 256)  # grad_query written once; grad_key written, read, written
     assert sum(global_bytes(launch).values()) <= 1.25 * (tiles + partials)
 
@@ -153,7 +166,7 @@ def test_no_bank_conflicts(traced, precision):
 
 
 def test_split_keys(emulator):
-    """64 queries fill one of 132 multiprocessors: the keys are split, the merge has the whole log-sum-exp."""
+    """64 queries occupy one of 132 multiprocessors, so the keys are split; the merge computes the whole logsumexp."""
     tensors = inputs(1, 16, 40, 64, 1100, torch.float16)
     assert_close(tensors, 2e-3)
     assert len(launches(emulator, "merge_splits_kernel")) == 1
@@ -164,7 +177,7 @@ def test_split_keys(emulator):
 
 
 def test_split_queries(emulator):
-    """The value gradient of 64 keys: the queries are split and their shares summed, as grad_query and grad_key are."""
+    """grad_value of 64 keys: the queries are split and the partials summed, as for grad_query and grad_key."""
     tensors = inputs(1, 16, 40, 1100, 64, torch.float16)
     assert_close(tensors, 2e-3)
     assert len(launches(emulator, "sum_partials_kernel")) == 3
@@ -176,24 +189,24 @@ def test_split_queries(emulator):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_gradients_that_do_not_stay_in_registers(emulator, dtype):
-    """E beyond 64 on one multiprocessor: a block takes several key blocks and query blocks, and adds to what it has
-    written of either gradient."""
+    """E > 64 on one multiprocessor: the block processes several key blocks and query blocks, and accumulates both
+    gradients in global memory."""
     emulator.set_device(90, 1)
     assert_close(inputs(1, 100, 24, 130, 200, dtype), 2e-2 if dtype == torch.bfloat16 else 2e-6, scale=0.1)
     (launch,) = launches(emulator, "query_key_gradient_kernel")
     assert launch["grid"][0] == 1
 
 
-def test_split_keys_with_scores_far_apart(emulator):
-    """The splits' maxima differ by hundreds: the lesser weigh nothing, and nothing overflows."""
+def test_split_keys_with_energies_far_apart(emulator):
+    """The maxima of the splits differ by hundreds: the smaller ones get factors of 0, and nothing overflows."""
     query, key, value, grad_output = inputs(1, 8, 24, 64, 600, torch.bfloat16)
     key[:, :, 450:] *= 60
     assert_close([query, key, value, grad_output], 2e-2)
     assert launches(emulator, "merge_splits_kernel")
 
 
-def test_rows_are_packed_only_where_they_must_be(emulator):
-    """Rows of 97 elements do not start on 16 bytes, rows of 96 do; the packed rows give the same bits."""
+def test_only_unaligned_rows_are_packed(emulator):
+    """Rows of 97 elements do not start on 16 bytes, rows of 96 do. Packed rows give the same bits."""
     query, key, value, grad_output = inputs(1, 16, 24, 96, 96, torch.bfloat16)
     aligned = run(query, key, value, grad_output)
     assert not launches(emulator, "pack_rows_kernel")
@@ -209,22 +222,22 @@ def test_rows_are_packed_only_where_they_must_be(emulator):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "embedding", "channels", "expected"),
+    ("architecture", "key_channels", "channels", "expected"),
     [
         (90, 64, 512, {"Mma16"}),
         (90, 16, 40, {"Mma16"}),
         (86, 64, 136, {"Mma16"}),  # two stages
         (90, 80, 136, {"Mma16"}),
         (86, 200, 136, {"Mma16"}),
-        (86, 300, 24, {"simt"}),  # no room in 99 KB
-        (75, 40, 24, {"simt"}),  # no bfloat16 or m16n8k16 there
+        (86, 300, 24, {"simt"}),  # does not fit in 99 KB
+        (75, 40, 24, {"simt"}),  # before sm_80: no m16n8k16
         (80, 512, 24, {"Mma16"}),
     ],
 )
-def test_every_device_and_channel_count_has_a_path(emulator, architecture, embedding, channels, expected):
+def test_every_device_and_channel_count_has_a_kernel(emulator, architecture, key_channels, channels, expected):
     emulator.set_device(architecture)
-    tensors = inputs(1, embedding, channels, 70, 90, torch.float16)
-    assert_close(tensors, 3e-3, scale=embedding**-0.5)
+    tensors = inputs(1, key_channels, channels, 70, 90, torch.float16)
+    assert_close(tensors, 3e-3, scale=key_channels**-0.5)
     names = kernels(emulator)
     used = {"simt" if "simt" in n else "Mma16" for n in names if "simt" in n or "Mma16" in n}
     assert used == expected, names
@@ -242,27 +255,31 @@ def test_every_device_and_channel_count_has_a_path(emulator, architecture, embed
     ],
     ids=str,
 )
-def test_embeddings_up_to_here_take_tensor_cores(emulator, dtype, architecture, forward, backward):
-    """The bounds that README and docs/decisions.md state; the value gradient has the forward's."""
+def test_largest_key_channels_on_tensor_cores(emulator, dtype, architecture, forward, backward):
+    """The bounds that README and docs/decisions.md state. grad_value has the bound of the forward pass."""
     emulator.set_device(architecture)
     emulator.set_blocks_at_ends(0)
-    for embedding in (backward, backward + 1, forward, forward + 1):
-        tensors = inputs(1, embedding, 8, 70, 90, dtype)
+    for key_channels in (backward, backward + 1, forward, forward + 1):
+        tensors = inputs(1, key_channels, 8, 70, 90, dtype)
         emulator.reset()
         run(*tensors)
-        scalar = {int(part) for k in kernels(emulator) for part in re.findall(r"\(segattn::cuda::PositionSum\)(\d)", k)}
-        expected = ({0, 1} if embedding > forward else set()) | ({2, 3} if embedding > backward else set())
-        if dtype == torch.float32 and embedding > backward:
-            expected.add(0)  # makes the mean key
-        assert scalar == expected, embedding
+        simt = {position_sum(launch["kernel"]) for launch in launches(emulator, "simt_sum_kernel")}
+        expected = set()
+        if key_channels > forward:
+            expected |= {FORWARD, VALUE_GRADIENT}
+        if key_channels > backward:
+            expected |= {QUERY_GRADIENT, KEY_GRADIENT}
+            if dtype == torch.float32:
+                expected.add(FORWARD)  # computes mean_key
+        assert simt == expected, key_channels
 
 
-@pytest.mark.parametrize("embedding", [64, 100])
+@pytest.mark.parametrize("key_channels", [64, 100])
 @pytest.mark.parametrize("channels", [16, 200])
-def test_float32_precision(emulator, channels, embedding):
-    """3xTF32 has float32's accuracy; TF32, which is 2,000 times coarser, is there only for those who allow it."""
-    tensors = inputs(1, embedding, channels, 150, 140, torch.float32)
-    scale = embedding**-0.5
+def test_float32_precision(emulator, channels, key_channels):
+    """3xTF32 has float32's accuracy. TF32 is 2,000 times coarser and used only if allowed."""
+    tensors = inputs(1, key_channels, channels, 150, 140, torch.float32)
+    scale = key_channels**-0.5
     errors = [relative_error(a, b) for a, b in zip(run(*tensors, scale), exact(*tensors, scale), strict=True)]
     assert max(errors) < 2e-6
     OPERATORS._set_allow_tf32(True)
@@ -274,8 +291,8 @@ def test_float32_precision(emulator, channels, embedding):
 @pytest.mark.parametrize("positive", [False, True])
 @pytest.mark.parametrize(("queries", "keys"), [(64, N97), (N97, 64)])
 def test_float32_sums_over_all_positions(emulator, architecture, positive, queries, keys):
-    """Output and query gradient of 97 x 97 keys, value and key gradient of as many queries: sums of 9,409 products in
-    one block, of which tensor cores cut off 1e-4 in one accumulator."""
+    """output and grad_query of 97 x 97 keys, grad_value and grad_key of 97 x 97 queries: one block sums 9,409 products.
+    In a single accumulator, the truncation of tensor cores would lose 1e-4."""
     emulator.set_device(architecture, 1)
     tensors = inputs(1, 16, 16, queries, keys, torch.float32)
     if positive:
@@ -287,7 +304,7 @@ def test_float32_sums_over_all_positions(emulator, architecture, positive, queri
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bit_sums_over_all_positions(emulator, dtype):
-    """The same in 16 bits, in one accumulator: what is cut off stays below the rounding of the results."""
+    """The same for 16-bit types, in a single accumulator: truncation loses less than rounding the results."""
     emulator.set_device(80, 1)
     for queries, keys in ((64, N97), (N97, 64)):
         tensors = inputs(1, 16, 16, queries, keys, dtype)
@@ -302,8 +319,8 @@ def test_16_bit_sums_over_all_positions(emulator, dtype):
 @pytest.mark.parametrize("logit", [4.0, 8.0])
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_16_bit_query_gradient_of_regions(emulator, architecture, logit):
-    """delta from an output that tensor cores summed up over 97 x 97 keys: bfloat16 keeps the rule. In float16 what they
-    cut off is as large as the rounding that output_low makes up for, and only a part of the error goes
+    """delta of an output that tensor cores sum over 97 x 97 keys. bfloat16 is as exact as eager. In float16 the
+    truncation is as large as the rounding error that output_low corrects, so only part of the error disappears
     (docs/decisions.md)."""
     emulator.set_device(architecture, 1)
     for dtype in (torch.bfloat16, torch.float16):
@@ -342,11 +359,11 @@ def test_any_schedule_gives_the_same_bits(emulator, dtype):
 
 
 def test_offsets_beyond_int32(emulator):
-    """Two samples 2^31 elements apart in memory nobody touches in between."""
+    """Two samples 2^31 elements apart; the memory between them is never touched."""
     if os.environ.get("SEGATTN_EMULATOR_VARIANT") == "asan":
-        pytest.skip("the sanitizer's shadow would touch it")
-    embedding, channels, positions = 8, 16, 64
-    tensors = inputs(2, embedding, channels, positions, positions, torch.bfloat16)
+        pytest.skip("the sanitizer's shadow memory would touch it")
+    key_channels, channels, positions = 8, 16, 64
+    tensors = inputs(2, key_channels, channels, positions, positions, torch.bfloat16)
     far = []
     for t in tensors[:3]:
         storage = torch.empty(2**31 + t[0].numel(), dtype=t.dtype)
@@ -362,7 +379,7 @@ def test_float64_gradients(emulator):
     assert torch.autograd.gradcheck(lambda *t: OPERATORS.position_attention(*t, 0.7)[0], leaves, fast_mode=True)
 
 
-# ---- builds that look for faults -------------------------------------------------------------------------------------
+# ---- sanitizer builds ------------------------------------------------------------------------------------------------
 
 
 def test_race_build(emulator):
@@ -371,4 +388,4 @@ def test_race_build(emulator):
 
 
 def test_asan_build(emulator):
-    run_in("asan", __file__, "split or packed or path or precision")
+    run_in("asan", __file__, "split or packed or has_a_kernel or precision")

@@ -1,8 +1,8 @@
 // Channel attention on CUDA, host side: checks the arguments, allocates and launches.
 //
-// torch.bmm (cuBLAS) computes the products of 32-bit and 64-bit matrices and applies the weights to value. Our kernels
-// compute the 16-bit products with float32 results and half of a symmetric one (gram.cuh), the softmax and its gradient
-// (softmax.cuh), and the gradient of self-attention, two products in one accumulator (input_gradient.cuh).
+// torch.bmm (cuBLAS) computes the products of 32-bit and 64-bit matrices and applies the weights to value. The kernels
+// here compute the 16-bit products in float32, only half of a symmetric one (gram.cuh), the softmax and its gradient
+// (softmax.cuh), and the input gradient of self-attention, two products in one accumulator (input_gradient.cuh).
 #include <algorithm>
 #include <array>
 #include <optional>
@@ -35,7 +35,7 @@ Tensor transposed(const Tensor& matrix) {
   return torch::stable::transpose(matrix, 1, 2);
 }
 
-// (B, channels, *spatial) as (B, channels, positions); copied where it is not contiguous.
+// (B, channels, *spatial) as (B, channels, positions); copied if not contiguous.
 Tensor matrices(const Tensor& tensor) {
   return torch::stable::view(torch::stable::contiguous(tensor), {tensor.size(0), tensor.size(1), positions_of(tensor)});
 }
@@ -49,14 +49,14 @@ bool uses_tensor_cores(const LaunchContext& context) {
   return context.arithmetic == Arithmetic::kFloat16 || context.arithmetic == Arithmetic::kBfloat16;
 }
 
-// Whether the weights contain the residual of residual_channel_attention (with_gamma in softmax.cuh).
+// Whether the weights include the residual of residual_channel_attention (with_gamma in softmax.cuh).
 bool residual_in_weights(const LaunchContext& context) {
   bool result = false;
   with_element(context.dtype, [&]<class T>() { result = kResidualInWeights<T>; });
   return result;
 }
 
-// visit.operator()<T>() with the 16-bit type.
+// Calls visit.operator()<T>() with T the 16-bit type `dtype`.
 template <class Visit>
 void with_half_type(ScalarType dtype, const Visit& visit) {
   if (dtype == ScalarType::Half) {
@@ -87,7 +87,7 @@ Tensor products_mma(const LaunchContext& context, const FeatureMap& left, const 
   params.positions_per_split = ceil_div(steps, std::min(wanted, steps)) * kGramDepth;
   params.splits = ceil_div(params.positions, params.positions_per_split);
   const Tensor products = allocate(left.tensor, {params.splits, params.batch, channels, keys}, ScalarType::Float);
-  params.energies = static_cast<float*>(products.mutable_data_ptr());
+  params.products = static_cast<float*>(products.mutable_data_ptr());
   with_half_type(context.dtype, [&]<class T>() { launch_gram<T>(params, context.stream); });
   return products;
 }
@@ -98,7 +98,7 @@ Tensor products_cublas(const LaunchContext& context, const Tensor& left, const T
   const int64_t batch = left.size(0), channels = left.size(1), keys = right.size(1);
   const auto operand = [&](const Tensor& tensor) {
     const Tensor matrix = matrices(tensor);
-    // 16-bit types run here on devices older than sm_80
+    // 16-bit types come here on devices before sm_80.
     return accumulator == context.dtype ? matrix : torch::stable::to(matrix, accumulator);
   };
   const Tensor a = operand(left), b = symmetry == Symmetry::kSymmetric ? a : operand(right);
@@ -117,15 +117,15 @@ Tensor products(const LaunchContext& context, const Tensor& left, const Tensor& 
   return products_mma(context, a, b, symmetry);
 }
 
-// products (splits, B, C, K) -> weights (B, C, K), times gamma (B, C) where it is given; writes logsumexp (B, C).
+// products (splits, B, C, K) -> weights (B, C, K), times gamma (B, C) if given. Writes logsumexp (B, C).
 Tensor softmax(
     const LaunchContext& context, const Tensor& products, double scale, const std::optional<Tensor>& gamma,
     const Tensor& logsumexp) {
   const int64_t batch = products.size(1), channels = products.size(2), keys = products.size(3);
   const Tensor weights = allocate(products, {batch, channels, keys}, context.dtype);
   ChannelSoftmaxParams params;
-  params.energies = products.mutable_data_ptr();
-  params.attention = weights.mutable_data_ptr();
+  params.products = products.mutable_data_ptr();
+  params.weights = weights.mutable_data_ptr();
   params.logsumexp = logsumexp.mutable_data_ptr();
   params.gamma = gamma.has_value() ? gamma->const_data_ptr() : nullptr;
   params.split_stride = batch * channels * keys;
@@ -141,8 +141,8 @@ Tensor softmax(
 }
 
 struct SoftmaxGradients {
-  Tensor weights;                       // (B, C, pitch), written: times gamma where it is given
-  std::optional<Tensor> grad_energies;  // (B, C, pitch), written; otherwise split 0 of grad_weights receives them
+  Tensor weights;                       // (B, C, pitch), written; times gamma if given
+  std::optional<Tensor> grad_products;  // (B, C, pitch), written; if not given, split 0 of grad_weights receives it
   std::optional<Tensor> gamma;          // (B, C), dtype of accumulation
   std::optional<Tensor> grad_gamma;     // (B, C), dtype of accumulation, written
 };
@@ -156,14 +156,14 @@ void softmax_backward(
     return tensor.has_value() ? tensor->mutable_data_ptr() : nullptr;
   };
   ChannelSoftmaxBackwardParams params;
-  params.energies = products.mutable_data_ptr();
-  params.grad_attention = grad_weights.mutable_data_ptr();
-  params.attention = results.weights.mutable_data_ptr();
-  params.grad_energies = data(results.grad_energies);
+  params.products = products.mutable_data_ptr();
+  params.grad_weights = grad_weights.mutable_data_ptr();
+  params.weights = results.weights.mutable_data_ptr();
+  params.grad_products = data(results.grad_products);
   params.gamma = data(results.gamma);
   params.grad_gamma = data(results.grad_gamma);
   params.split_stride = batch * channels * keys;
-  params.energy_splits = static_cast<int>(products.size(0));
+  params.product_splits = static_cast<int>(products.size(0));
   params.grad_splits = static_cast<int>(grad_weights.size(0));
   params.keys = static_cast<int>(keys);
   params.pitch = static_cast<int>(results.weights.size(2));
@@ -263,20 +263,20 @@ Triple channel_attention_backward(
     return {grad_query, grad_key, grad_value};
   }
   const bool has_values = sizes.value_positions > 0;
-  const Tensor energies = products(context, query, key, Symmetry::kGeneral);
+  const Tensor query_key = products(context, query, key, Symmetry::kGeneral);
   Tensor grad_weights = has_values ? products(context, grad_output, value, Symmetry::kGeneral)
-                                   : allocate(energies, {1, batch, channels, keys}, energies.scalar_type());
+                                   : allocate(query_key, {1, batch, channels, keys}, query_key.scalar_type());
   if (!has_values) {
     torch::stable::zero_(grad_weights);
   }
   const Tensor weights = allocate(query, {batch, channels, keys}, context.dtype);
-  const Tensor grad_energies = allocate(query, {batch, channels, keys}, context.dtype);
-  softmax_backward(context, energies, grad_weights, scale, {weights, grad_energies, std::nullopt, std::nullopt});
+  const Tensor grad_products = allocate(query, {batch, channels, keys}, context.dtype);
+  softmax_backward(context, query_key, grad_weights, scale, {weights, grad_products, std::nullopt, std::nullopt});
   const auto multiply_into = [&](const Tensor& result, const Tensor& left, const Tensor& right) {
     bmm(left, matrices(right), torch::stable::view(result, {batch, result.size(1), positions_of(result)}));
   };
-  multiply_into(grad_query, grad_energies, key);
-  multiply_into(grad_key, transposed(grad_energies), query);
+  multiply_into(grad_query, grad_products, key);
+  multiply_into(grad_key, transposed(grad_products), query);
   if (has_values) {
     multiply_into(grad_value, transposed(weights), grad_output);
   }
@@ -293,15 +293,15 @@ struct SelfBackwardCall {
   Tensor grad_gamma;            // (B, C), dtype of accumulation
 };
 
-// grad_input = weights^T grad_output + (grad_energies + grad_energies^T) input, by cuBLAS.
+// grad_input = weights^T grad_output + (grad_products + grad_products^T) input, by cuBLAS.
 void self_backward_cublas(const SelfBackwardCall& call) {
   const LaunchContext& context = call.context;
   const Tensor& input = call.input;
   const int64_t batch = input.size(0), channels = input.size(1), positions = positions_of(input);
-  const Tensor energies = products_cublas(context, input, input, Symmetry::kSymmetric);
+  const Tensor gram = products_cublas(context, input, input, Symmetry::kSymmetric);
   const Tensor grad_weights = products_cublas(context, call.grad_output, input, Symmetry::kGeneral);
   const Tensor weights = allocate(input, {batch, channels, channels}, context.dtype);
-  softmax_backward(context, energies, grad_weights, call.scale, {weights, std::nullopt, call.gamma, call.grad_gamma});
+  softmax_backward(context, gram, grad_weights, call.scale, {weights, std::nullopt, call.gamma, call.grad_gamma});
   const Tensor symmetric = symmetrised(context, grad_weights, channels);
   const Tensor through_values = allocate(input, {batch, channels, positions}, context.dtype);
   bmm(transposed(weights), matrices(call.grad_output), through_values);
@@ -313,29 +313,29 @@ void self_backward_cublas(const SelfBackwardCall& call) {
   }
 }
 
-// The same in one kernel, both products in one accumulator.
+// The same in one kernel that adds both products in one accumulator.
 void self_backward_mma(const SelfBackwardCall& call) {
   const LaunchContext& context = call.context;
   const int64_t batch = call.input.size(0), channels = call.input.size(1);
   const FeatureMap input = aligned_feature_map(call.input, context.stream);
   const FeatureMap grad_output = aligned_feature_map(call.grad_output, context.stream);
-  const Tensor energies = products_mma(context, input, input, Symmetry::kSymmetric);
+  const Tensor gram = products_mma(context, input, input, Symmetry::kSymmetric);
   const Tensor grad_weights = products_mma(context, grad_output, input, Symmetry::kGeneral);
   const int64_t pitch = round_up(channels, 8);  // rows on 16 bytes
   const Tensor weights = allocate(call.input, {batch, channels, pitch}, context.dtype);
-  softmax_backward(context, energies, grad_weights, call.scale, {weights, std::nullopt, call.gamma, call.grad_gamma});
+  softmax_backward(context, gram, grad_weights, call.scale, {weights, std::nullopt, call.gamma, call.grad_gamma});
   const Tensor symmetric = symmetrised(context, grad_weights, pitch);
-  ChannelCombineParams params;
-  params.attention = operand_of(weights);
+  InputGradientParams params;
+  params.weights = operand_of(weights);
   params.symmetric = operand_of(symmetric);
   params.grad_output = grad_output.operand;
   params.input = input.operand;
-  params.output = call.grad_input.mutable_data_ptr();
+  params.grad_input = call.grad_input.mutable_data_ptr();
   params.channels = static_cast<int>(channels);
   params.positions = context.count("positions", kCountRule, input.positions);
   params.channel_tiles = ceil_div(params.channels, kGramTile);
   params.position_tiles = ceil_div(params.positions, kGramTile);
-  with_half_type(context.dtype, [&]<class T>() { launch_channel_combine<T>(params, batch, context.stream); });
+  with_half_type(context.dtype, [&]<class T>() { launch_input_gradient<T>(params, batch, context.stream); });
 }
 
 Pair channel_self_attention_backward(

@@ -1,9 +1,9 @@
-// The Gram matrix of channel attention for 16-bit operands, in float32: cuBLAS's product of 16-bit matrices, as PyTorch
-// offers it, rounds to 16 bits, where DANet's energies (about 5,100 at 512 x 97 x 97) overflow or lose the softmax.
+// The products of channel attention, left right^T of 16-bit operands, in float32. PyTorch's 16-bit cuBLAS product
+// rounds to 16 bits, in which DANet's energies (about 5,100 at 512 x 97 x 97) overflow or lose the softmax.
 //
-// Both operands are [channel][position] with the contraction along the rows, so that tiles need no transposing. Blocks
-// share the positions out (splits) and write their own partial matrices, which the softmax adds up in order. Where left
-// is right one triangle of tiles is computed, and a tile off the diagonal is written a second time, transposed.
+// Both operands are [channel][position] and contracted along the rows, so tiles need no transposition. The positions
+// are divided into splits with a partial matrix each, which the softmax adds in order. If left is right, only one
+// triangle of tiles is computed, and tiles off the diagonal are also stored transposed.
 #pragma once
 
 #include <cstdint>
@@ -30,10 +30,10 @@ struct GramTraits {
   static constexpr int kTileBytes = SharedTile<T, kDepth>::bytes(kTile);
   static constexpr size_t kSharedBytes = static_cast<size_t>(kStages) * 2 * kTileBytes;
   static_assert(
-      kSharedBytes <= 99 * 1024, "one block fits the smallest shared memory with tensor cores for these types");
+      kSharedBytes <= 99 * 1024, "a block fits the smallest shared memory of devices with 16-bit tensor cores");
 };
 
-// Tile row and column of the pair'th tile on or below the diagonal, row after row.
+// Row and column of tile number `pair` in the lower triangle, diagonal included, counted row by row.
 __device__ __forceinline__ void triangle_tile(int pair, int& row, int& column) {
   row = static_cast<int>((sqrtf(8.0f * static_cast<float>(pair) + 1.0f) - 1.0f) * 0.5f);
   row -= row * (row + 1) / 2 > pair;
@@ -41,9 +41,9 @@ __device__ __forceinline__ void triangle_tile(int pair, int& row, int& column) {
   column = pair - row * (row + 1) / 2;
 }
 
-// target[0] = first and target[1] = second, of which `left` are inside; in one store, a whole sector for four lanes, where
-// it is aligned.
-__device__ __forceinline__ void store_neighbours(float* target, float first, float second, int64_t left) {
+// target[0] = first, target[1] = second, as far as `left` elements remain in the row. A single store where aligned:
+// four lanes then write a whole sector.
+__device__ __forceinline__ void store_adjacent(float* target, float first, float second, int64_t left) {
   if (left > 1 && reinterpret_cast<uintptr_t>(target) % 8 == 0) {
     *reinterpret_cast<float2*>(target) = make_float2(first, second);
   } else {
@@ -101,7 +101,7 @@ __device__ __forceinline__ void gram(const GramParams& p, unsigned char* shared)
   const int steps = ceil_div(end - begin, Traits::kDepth);
   for (int step = 0; step < steps; ++step) {
     ptx::cp_async_wait<Traits::kStages - 2>();
-    __syncthreads();  // this step's tiles are there, and everybody is done with those of the last step
+    __syncthreads();  // this step's tiles have arrived, and the last step's are no longer read
     start(step + Traits::kStages - 1);
     const int stage = step % Traits::kStages;
     multiply_tiles<Mma, Major::kRow, Major::kColumn, 2>(
@@ -110,7 +110,7 @@ __device__ __forceinline__ void gram(const GramParams& p, unsigned char* shared)
 
   const int g = lane_index() / 4, t = lane_index() % 4;
   const int64_t rows = p.left_channels, columns = p.right_channels;
-  float* energies = p.energies + (split * p.batch + sample) * rows * columns;
+  float* products = p.products + (split * p.batch + sample) * rows * columns;
 #pragma unroll
   for (int i = 0; i < kM; ++i) {
 #pragma unroll
@@ -119,10 +119,10 @@ __device__ __forceinline__ void gram(const GramParams& p, unsigned char* shared)
       for (int half = 0; half < 2; ++half) {
         const int c = first_row + row + 16 * i + g + 8 * half, k = first_column + column + 8 * j + 2 * t;
         if (c < rows) {
-          store_neighbours(energies + c * columns + k, sums[i][j][2 * half], sums[i][j][2 * half + 1], columns - k);
+          store_adjacent(products + c * columns + k, sums[i][j][2 * half], sums[i][j][2 * half + 1], columns - k);
           if (p.symmetric && !on_diagonal) {
             for (int e = 0; e < 2 && k + e < columns; ++e) {
-              energies[(k + e) * columns + c] = sums[i][j][2 * half + e];
+              products[(k + e) * columns + c] = sums[i][j][2 * half + e];
             }
           }
         }

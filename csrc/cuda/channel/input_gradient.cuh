@@ -1,4 +1,4 @@
-// The gradient of channel self-attention's input, for 16-bit types: two products over channels in one accumulator.
+// The input gradient of channel self-attention for 16-bit types: two products over channels in one accumulator.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@
 namespace segattn::cuda {
 
 template <class Mma_>
-struct CombineTraits {
+struct InputGradientTraits {
   using Mma = Mma_;
   using T = typename Mma::Element;
   static constexpr int kTile = 128;  // output channels, positions
@@ -26,7 +26,7 @@ struct CombineTraits {
   static constexpr int kTileBytes = SharedTile<T, kTile>::bytes(kDepth);
   static constexpr size_t kSharedBytes = static_cast<size_t>(kStages) * 2 * kTileBytes;
   static_assert(
-      kSharedBytes <= 99 * 1024, "one block fits the smallest shared memory with tensor cores for these types");
+      kSharedBytes <= 99 * 1024, "a block fits the smallest shared memory of devices with 16-bit tensor cores");
 };
 
 template <class T>
@@ -35,7 +35,7 @@ __device__ __forceinline__ GlobalMatrix<T> matrix_of(const Operand& operand, int
 }
 
 template <class Traits>
-__device__ __forceinline__ void combine(const ChannelCombineParams& p, unsigned char* shared) {
+__device__ __forceinline__ void input_gradient(const InputGradientParams& p, unsigned char* shared) {
   using Mma = typename Traits::Mma;
   using T = typename Traits::T;
   using Tile = SharedTile<T, Traits::kTile>;  // [contracted channel][output channel or position]
@@ -50,13 +50,13 @@ __device__ __forceinline__ void combine(const ChannelCombineParams& p, unsigned 
   const auto tile = [&](int stage, int side) { return Tile(shared + (2 * stage + side) * Traits::kTileBytes); };
   const auto start = [&](int step) {
     if (step < steps) {
-      // Chosen, not indexed: an array of matrices that is indexed at run time lives in local memory (96 bytes a thread).
+      // Selected, not indexed: an array indexed at run time would be in local memory (96 bytes a thread).
       const bool second = step >= steps_each;
-      const auto weights = matrix_of<T>(second ? p.symmetric : p.attention, sample, p.channels, p.channels);
-      const auto features = matrix_of<T>(second ? p.input : p.grad_output, sample, p.channels, p.positions);
+      const auto left = matrix_of<T>(second ? p.symmetric : p.weights, sample, p.channels, p.channels);
+      const auto right = matrix_of<T>(second ? p.input : p.grad_output, sample, p.channels, p.positions);
       const int row = (step - (second ? steps_each : 0)) * Traits::kDepth, stage = step % Traits::kStages;
-      copy_tile_async<Traits::kThreads>(tile(stage, 0), weights, row, Traits::kDepth, first_channel);
-      copy_tile_async<Traits::kThreads>(tile(stage, 1), features, row, Traits::kDepth, first_position);
+      copy_tile_async<Traits::kThreads>(tile(stage, 0), left, row, Traits::kDepth, first_channel);
+      copy_tile_async<Traits::kThreads>(tile(stage, 1), right, row, Traits::kDepth, first_position);
     }
     ptx::cp_async_commit();
   };
@@ -70,7 +70,7 @@ __device__ __forceinline__ void combine(const ChannelCombineParams& p, unsigned 
   }
   for (int step = 0; step < steps; ++step) {
     ptx::cp_async_wait<Traits::kStages - 2>();
-    __syncthreads();  // this step's tiles are there, and everybody is done with those of the last step
+    __syncthreads();  // this step's tiles have arrived, and the last step's are no longer read
     start(step + Traits::kStages - 1);
     const int stage = step % Traits::kStages;
     multiply_tiles<Mma, Major::kColumn, Major::kRow, 2>(
@@ -78,7 +78,7 @@ __device__ __forceinline__ void combine(const ChannelCombineParams& p, unsigned 
   }
 
   const int g = lane_index() / 4, t = lane_index() % 4;
-  T* output = static_cast<T*>(p.output) + sample * channels * p.positions;
+  T* grad_input = static_cast<T*>(p.grad_input) + sample * channels * p.positions;
 #pragma unroll
   for (int i = 0; i < kM; ++i) {
 #pragma unroll
@@ -88,7 +88,7 @@ __device__ __forceinline__ void combine(const ChannelCombineParams& p, unsigned 
         const int c = first_channel + row + 16 * i + g + e / 2 * 8;
         const int n = first_position + column + 8 * j + 2 * t + e % 2;
         if (c < p.channels && n < p.positions) {
-          output[static_cast<int64_t>(c) * p.positions + n] = from_accumulator<T>(sums[i][j][e]);
+          grad_input[static_cast<int64_t>(c) * p.positions + n] = from_accumulator<T>(sums[i][j][e]);
         }
       }
     }
@@ -96,9 +96,9 @@ __device__ __forceinline__ void combine(const ChannelCombineParams& p, unsigned 
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads) channel_combine_kernel(const ChannelCombineParams p) {
+__global__ void __launch_bounds__(Traits::kThreads) channel_combine_kernel(const InputGradientParams p) {
   SEGATTN_DYNAMIC_SHARED(unsigned char, shared);
-  combine<Traits>(p, shared);
+  input_gradient<Traits>(p, shared);
 }
 
 }  // namespace segattn::cuda

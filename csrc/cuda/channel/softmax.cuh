@@ -1,4 +1,4 @@
-// Channel attention: the passes over the C x K maps. A block has one row of the map.
+// Channel attention: the softmax and other passes over the C x K matrices. A block of the softmax has one row.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ namespace segattn::cuda {
 
 constexpr int kChannelThreads = 256;
 
-// Whether the map applied to the input holds the residual as well, see with_gamma.
+// Whether the weights include the residual, see with_gamma.
 template <class T>
 constexpr bool kResidualInWeights = sizeof(T) == 2;
 
@@ -30,29 +30,29 @@ struct Addition {
   }
 };
 
-// Every thread's value combined, in a fixed order, for every thread; `neutral` leaves others as they are.
-template <class Real, class Combine>
-__device__ __forceinline__ Real combine_block(Real value, Real neutral, const Combine& combine) {
-  __shared__ Real shares[kChannelThreads / 32];
+// Reduces the values of all threads in a fixed order; every thread receives the result. `identity`: of the reduction.
+template <class Real, class Reduction>
+__device__ __forceinline__ Real reduce_block(Real value, Real identity, const Reduction& reduce) {
+  __shared__ Real partials[kChannelThreads / 32];
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) {
-    value = combine(value, __shfl_xor_sync(0xffffffffu, value, distance));
+    value = reduce(value, __shfl_xor_sync(0xffffffffu, value, distance));
   }
-  __syncthreads();  // the last call's shares have been read
+  __syncthreads();  // the last call's partials have been read
   if (lane == 0) {
-    shares[warp] = value;
+    partials[warp] = value;
   }
   __syncthreads();
-  value = neutral;
+  value = identity;
 #pragma unroll
   for (int w = 0; w < kChannelThreads / 32; ++w) {
-    value = combine(value, shares[w]);
+    value = reduce(value, partials[w]);
   }
   return value;
 }
 
-// values[0] = the sum of the splits, in order; returned as well. Only the thread that has added them up reads it again.
+// Adds the splits in order, stores the sum to values[0] and returns it. Only the same thread reads values[0] later.
 template <class Real>
 __device__ __forceinline__ Real add_splits(Real* values, int64_t split_stride, int splits) {
   Real sum = values[0];
@@ -65,34 +65,35 @@ __device__ __forceinline__ Real add_splits(Real* values, int64_t split_stride, i
   return sum;
 }
 
-// The softmax of a row of the map, each weight from the energy again.
+// The softmax of a row, which recomputes each weight from its product.
 template <class Real>
 struct RowSoftmax {
-  Real* energies;
-  Real scale, highest, sum;
+  Real* products;
+  Real scale, max_energy, sum;
 
-  // adds up the row's splits, in order
+  // Adds the row's splits in order.
   __device__ __forceinline__ RowSoftmax(Real* row, int keys, double scale_, int64_t split_stride, int splits)
-      : energies(row), scale(static_cast<Real>(scale_)) {
+      : products(row), scale(static_cast<Real>(scale_)) {
     const Real lowest = -static_cast<Real>(INFINITY);
-    highest = lowest;
+    max_energy = lowest;
     for (int k = static_cast<int>(threadIdx.x); k < keys; k += kChannelThreads) {
-      highest = fmax(highest, scale * add_splits(energies + k, split_stride, splits));
+      max_energy = fmax(max_energy, scale * add_splits(products + k, split_stride, splits));
     }
-    highest = combine_block(highest, lowest, Maximum());
+    max_energy = reduce_block(max_energy, lowest, Maximum());
     sum = 0;
     for (int k = static_cast<int>(threadIdx.x); k < keys; k += kChannelThreads) {
-      sum += exp(scale * energies[k] - highest);
+      sum += exp(scale * products[k] - max_energy);
     }
-    sum = combine_block(sum, Real(0), Addition());
+    sum = reduce_block(sum, Real(0), Addition());
   }
 
-  __device__ __forceinline__ Real weight(int k) const { return exp(scale * energies[k] - highest) / sum; }
+  __device__ __forceinline__ Real weight(int k) const { return exp(scale * products[k] - max_energy) / sum; }
 };
 
-// gamma * weight; the weight where there is no gamma. In 16 bits, and 1 more where a channel meets itself: applied to the
-// input it gives gamma * attention + input for nothing, and the map's rounding is that of the result. Wider types would
-// lose digits to it: their sums would be rounded at the size of the input (measured: 10 times eager's error).
+// gamma * weight, or the weight itself without gamma. For 16-bit types the diagonal also gets + 1: the product with the
+// input then is gamma * attention + input at no cost, and rounding the weights costs no more than rounding the result.
+// Wider types would lose digits: their sums would round at the magnitude of the input (measured: 10 times eager's
+// error).
 template <class T>
 __device__ __forceinline__ Accumulator<T> with_gamma(
     Accumulator<T> weight, const void* gamma, int64_t row, int keys, int k) {
@@ -109,42 +110,42 @@ __global__ void __launch_bounds__(kChannelThreads) channel_softmax_kernel(const 
   using Real = Accumulator<T>;
   const int64_t row = blockIdx.x;
   const RowSoftmax<Real> softmax(
-      static_cast<Real*>(p.energies) + row * p.keys, p.keys, p.scale, p.split_stride, p.splits);
-  T* attention = static_cast<T*>(p.attention) + row * p.keys;
+      static_cast<Real*>(p.products) + row * p.keys, p.keys, p.scale, p.split_stride, p.splits);
+  T* weights = static_cast<T*>(p.weights) + row * p.keys;
   for (int k = static_cast<int>(threadIdx.x); k < p.keys; k += kChannelThreads) {
-    attention[k] = from_accumulator<T>(with_gamma<T>(softmax.weight(k), p.gamma, row, p.keys, k));
+    weights[k] = from_accumulator<T>(with_gamma<T>(softmax.weight(k), p.gamma, row, p.keys, k));
   }
   if (threadIdx.x == 0) {
-    static_cast<Real*>(p.logsumexp)[row] = softmax.highest + log(softmax.sum);
+    static_cast<Real*>(p.logsumexp)[row] = softmax.max_energy + log(softmax.sum);
   }
 }
 
-// The weights come from the row's own maximum and sum once more: CAM's energies are in the thousands, where a rounded
-// logsumexp would be worth 2.4e-4 of every weight in float32.
+// Recomputes the row's maximum and sum instead of reading logsumexp: CAM's energies are in the thousands, where
+// rounding logsumexp to float32 would change every weight by 2.4e-4 of its value.
 template <class T>
 __global__ void __launch_bounds__(kChannelThreads)
     channel_softmax_backward_kernel(const ChannelSoftmaxBackwardParams p) {
   using Real = Accumulator<T>;
   const int64_t row = blockIdx.x;
   const RowSoftmax<Real> softmax(
-      static_cast<Real*>(p.energies) + row * p.keys, p.keys, p.scale, p.split_stride, p.energy_splits);
-  Real* gradients = static_cast<Real*>(p.grad_attention) + row * p.keys;
-  T* attention = static_cast<T*>(p.attention) + row * p.pitch;
-  Real share = 0;
+      static_cast<Real*>(p.products) + row * p.keys, p.keys, p.scale, p.split_stride, p.product_splits);
+  Real* gradients = static_cast<Real*>(p.grad_weights) + row * p.keys;
+  T* weights = static_cast<T*>(p.weights) + row * p.pitch;
+  Real partial = 0;
   for (int k = static_cast<int>(threadIdx.x); k < p.keys; k += kChannelThreads) {
     const Real weight = softmax.weight(k);
-    attention[k] = from_accumulator<T>(with_gamma<T>(weight, p.gamma, row, p.keys, k));
-    share += weight * add_splits(gradients + k, p.split_stride, p.grad_splits);
+    weights[k] = from_accumulator<T>(with_gamma<T>(weight, p.gamma, row, p.keys, k));
+    partial += weight * add_splits(gradients + k, p.split_stride, p.grad_splits);
   }
-  const Real delta = combine_block(share, Real(0), Addition());
+  const Real delta = reduce_block(partial, Real(0), Addition());
   if (threadIdx.x == 0 && p.grad_gamma != nullptr) {
     static_cast<Real*>(p.grad_gamma)[row] = delta;
   }
   const Real factor = softmax.scale * (p.gamma == nullptr ? Real(1) : static_cast<const Real*>(p.gamma)[row]);
   for (int k = static_cast<int>(threadIdx.x); k < p.keys; k += kChannelThreads) {
     const Real gradient = factor * softmax.weight(k) * (gradients[k] - delta);
-    if (p.grad_energies != nullptr) {
-      static_cast<T*>(p.grad_energies)[row * p.pitch + k] = from_accumulator<T>(gradient);
+    if (p.grad_products != nullptr) {
+      static_cast<T*>(p.grad_products)[row * p.pitch + k] = from_accumulator<T>(gradient);
     } else {
       gradients[k] = gradient;
     }
@@ -185,9 +186,9 @@ __global__ void __launch_bounds__(kChannelThreads) add_kernel(const AddParams p)
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kChannelThreads + threadIdx.x;
   if (i < p.elements) {
     T* target = static_cast<T*>(p.target) + i;
-    Accumulator<T> sum = to_accumulator(*target) + to_accumulator(static_cast<const T*>(p.other)[i]);
-    if (p.another != nullptr) {
-      sum += to_accumulator(static_cast<const T*>(p.another)[i]);
+    Accumulator<T> sum = to_accumulator(*target) + to_accumulator(static_cast<const T*>(p.first)[i]);
+    if (p.second != nullptr) {
+      sum += to_accumulator(static_cast<const T*>(p.second)[i]);
     }
     *target = from_accumulator<T>(sum);
   }

@@ -37,7 +37,7 @@ std::string built_architectures() {
   return text;
 }
 
-// The architecture of the code the driver chose for the current device.
+// The architecture of the code that the driver selects for the current device.
 int code_architecture(int major, int minor) {
   cudaFuncAttributes attributes;
   const cudaError_t error = cudaFuncGetAttributes(&attributes, probe_kernel);
@@ -77,7 +77,7 @@ bool allow_tf32() {
 
 }  // namespace segattn::cuda
 
-// The stable ABI has no way to ask for torch.backends.cuda.matmul's setting: the Python layer tells when it changes.
+// The stable ABI does not expose torch.backends.cuda.matmul's setting, so the Python layer passes on its changes.
 STABLE_TORCH_LIBRARY_FRAGMENT(SEGATTN_NAMESPACE, m) {
   m.def("_set_allow_tf32(bool allow) -> ()");
 }

@@ -1,4 +1,4 @@
-// What host code asks of the device: its limits, the stream, memory. Torch only by its stable ABI.
+// Device limits, streams and memory for host code. Uses torch only through its stable ABI.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@
 #include "cuda/common/device_limits.h"
 #include "cuda/common/launch.cuh"
 
-// Throws std::runtime_error that names the call, a function of torch's C interface, where it fails. The headers of torch
+// Calls a function of torch's C interface; throws std::runtime_error naming the call if it fails. The headers of torch
 // 2.10 and 2.11 lack the macro that adds torch's own message, such as that of a failed allocation.
 #ifdef STABLE_TORCH_ERROR_CODE_CHECK
 #define SEGATTN_CHECK_TORCH(call) STABLE_TORCH_ERROR_CODE_CHECK(call)
@@ -27,13 +27,13 @@ namespace segattn::cuda {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Limits of the current device. Throws where the library holds no code for it.
+// Limits of the current device. Throws if the library contains no code for it.
 DeviceLimits device_limits();
 
-// Whether float32 products may be rounded to TF32, as torch.backends.cuda.matmul says; false until told otherwise.
+// Whether float32 products may round to TF32: the last setting passed to _set_allow_tf32, initially false.
 bool allow_tf32();
 
-// The current device while it lives, and PyTorch's current stream there.
+// DeviceGuard makes the tensor's device current for its lifetime. current_stream is PyTorch's current stream there.
 #ifdef SEGATTN_EMULATED
 struct DeviceGuard {
   explicit DeviceGuard(const Tensor&) {}
@@ -57,8 +57,8 @@ inline int64_t element_bytes(ScalarType dtype) {
   return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float || dtype == ScalarType::Int ? 4 : 2;
 }
 
-// Every result and every scratch tensor of the CUDA kernels comes from here: contiguous, uninitialised, on like's device
-// and from torch's allocator. The emulator fills it with NaN, so that an element nobody wrote shows.
+// Allocates every result and scratch tensor of the CUDA kernels: contiguous, uninitialised, on like's device, from
+// torch's allocator. The emulator fills it with NaN to expose elements that no kernel writes.
 inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
   Tensor result = torch::stable::new_empty(like, sizes, dtype);
 #ifdef SEGATTN_EMULATED
@@ -67,7 +67,7 @@ inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes, Sc
   return result;
 }
 
-// like's shape, dtype and device
+// Same shape, dtype and device as `like`.
 inline Tensor allocate_like(const Tensor& like) {
   const auto sizes = like.sizes();
   return allocate(like, std::vector<int64_t>(sizes.begin(), sizes.end()), like.scalar_type());

@@ -1,11 +1,11 @@
-// What a launch choice needs to know of the device.
+// The device properties that launch plans depend on.
 #pragma once
 
 namespace segattn::cuda {
 
 struct DeviceLimits {
-  int architecture;  // 80 for sm_80: of the code that runs, not only of the processor
-  int shared_bytes;  // dynamic shared memory a block may ask for
+  int architecture;  // of the code that runs, not of the processor: 80 for sm_80
+  int shared_bytes;  // most dynamic shared memory of a block, with the opt-in
   int multiprocessors;
 };
 

@@ -1,4 +1,4 @@
-// Element types: what is stored, and the float (double for double) it is computed in.
+// Element types: conversions between the stored type and the type it accumulates in.
 #pragma once
 
 #include <cstdint>
@@ -54,7 +54,7 @@ __device__ __forceinline__ double from_accumulator<double>(double x) {
   return x;
 }
 
-// Two neighbouring elements in one store: pair[0] = low, pair[1] = high; `pair` is aligned to both.
+// pair[0] = low, pair[1] = high in one store. `pair` is aligned to two elements.
 __device__ __forceinline__ void store_pair(__half* pair, float low, float high) {
   *reinterpret_cast<__half2*>(pair) = __floats2half2_rn(low, high);
 }

@@ -1,12 +1,12 @@
-// Kernel launches and dynamic shared memory, the two things that plain C++ cannot say.
+// Kernel launches and dynamic shared memory, the two constructs that plain C++ lacks.
 //
-//   SEGATTN_DYNAMIC_SHARED(type, name);    in a kernel: `type* name`, the block's dynamic shared memory, 16-byte aligned
+//   SEGATTN_DYNAMIC_SHARED(type, name);    in a kernel: `type* name`, a block's dynamic shared memory, 16-byte aligned
 //   SEGATTN_LAUNCH((kernel<1, 2>), grid, block, shared_bytes, stream, arguments...);
 //
-// A launch asks for more than 48 KB of shared memory where it needs to, and throws std::runtime_error that names the
-// kernel when the launch fails. Nothing here synchronises, so launches can be captured into a CUDA graph.
+// A launch opts in to more than 48 KB of shared memory where needed, and throws std::runtime_error naming the kernel if
+// it fails. Nothing here synchronises, so launches can be captured into a CUDA graph.
 //
-// Under SEGATTN_EMULATED, "launch_emulated.h" (tests/emulator) supplies both.
+// Under SEGATTN_EMULATED, "launch_emulated.h" (tests/emulator) implements both.
 #pragma once
 
 #include <cstddef>
@@ -20,7 +20,7 @@
 #include "launch_emulated.h"
 #define SEGATTN_DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(::segattn::emulator::dynamic_shared_memory())
 #else
-// A block's dynamic shared memory has one name in a translation unit, so every type is cast from the same array.
+// A translation unit can declare the extern array with one type only, so every type is cast from the same array.
 #define SEGATTN_DYNAMIC_SHARED(type, name)                                \
   extern __shared__ __align__(16) unsigned char segattn_dynamic_shared[]; \
   type* name = reinterpret_cast<type*>(segattn_dynamic_shared)
@@ -34,7 +34,7 @@ inline void check_cuda(cudaError_t error, const char* what) {
   }
 }
 
-// All grids are one-dimensional, which leaves no dimension at 65,535 blocks.
+// All grids are one-dimensional: the y and z dimensions are limited to 65,535 blocks.
 inline unsigned grid_blocks(int64_t blocks) {
   if (blocks > INT32_MAX) {
     throw std::runtime_error("segattn_ops: " + std::to_string(blocks) + " blocks are more than a launch can have");

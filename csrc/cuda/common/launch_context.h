@@ -1,7 +1,10 @@
-// What all launches of one operator call share.
+// The state that all launches of an operator call share.
 #pragma once
 
 #include <cstdint>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
 #include "checks/check.h"
 #include "cuda/common/device.h"
@@ -54,7 +57,7 @@ struct LaunchContext {
   }
 };
 
-// visit.operator()<T>() with the element type of the tensors.
+// Calls visit.operator()<T>() with the element type of `dtype`.
 template <class Visit>
 void with_element(ScalarType dtype, const Visit& visit) {
   switch (dtype) {

@@ -1,13 +1,15 @@
-// Tensor-core operands, one policy an arithmetic: fragments of A (16 x kStep) and B (kStep x 16, two mma's worth) taken
-// from shared tiles in either orientation, and the product. A kernel written on them serves 16-bit, TF32 and 3xTF32.
+// Tensor-core operands, a policy for each arithmetic. A policy loads fragments of A (16 x kStep) and B (kStep x 16, two
+// mma wide) from shared tiles in either layout and multiplies them. One kernel template then serves 16-bit, TF32 and
+// 3xTF32.
 //
-//   load_a_row(a, tile, m, k)      tile is [m][k]: rows are the product's rows
-//   load_a_column(a, tile, m, k)   tile is [k][m]: rows are the contraction (channels-first queries, keys)
+//   load_a_row(a, tile, m, k)      tile is [m][k]: its rows are rows of the product
+//   load_a_column(a, tile, m, k)   tile is [k][m]: its rows are contracted (channels-first queries, keys)
 //   load_b_column(b, tile, k, n)   tile is [n][k]
 //   load_b_row(b, tile, k, n)      tile is [k][n]
 //   multiply(d, a, b, half)        d (16 x 8) += a * columns [8 half, 8 half + 8) of b
 //
-// Accumulators are mma's: g = lane / 4, t = lane % 4; d[0], d[1] = (g, 2t), (g, 2t+1); d[2], d[3] = (g+8, 2t), (g+8, 2t+1).
+// Accumulators have mma's layout, with g = lane / 4 and t = lane % 4:
+//   d[0], d[1] = (g, 2t), (g, 2t+1);  d[2], d[3] = (g+8, 2t), (g+8, 2t+1)
 #pragma once
 
 #include <cstdint>
@@ -69,12 +71,12 @@ struct Mma16 {
   }
 };
 
-// float32 elements. kProducts = 1: operands rounded to TF32 (10 mantissa bits). kProducts = 3: each operand is the sum
-// of two TF32 numbers and the three largest of the four products are added, smallest first: 21 bits.
+// float32 elements. kProducts = 1: operands are rounded to TF32 (10 mantissa bits). kProducts = 3: each operand is
+// split into two TF32 numbers, and the three largest of the four products are added, smallest first: 21 bits.
 //
-// Tensor cores round every sum towards zero, so that in one accumulator the errors of a long contraction add up: 1e-4 of
-// the result after 9,409 products, a quarter of TF32's own rounding but 50 times what float32 may lose. Three products
-// therefore start from zero at every step and join the sum in float32 by additions that round to nearest.
+// Tensor cores round every sum towards zero, so the errors of a long contraction add up in one accumulator: 1e-4 of the
+// result after 9,409 products, a quarter of TF32's own rounding but 50 times what float32 may lose. With three
+// products, every step therefore starts from zero, and float32 additions that round to nearest add it to the sum.
 template <int kProducts_>
 struct MmaTf32 {
   static_assert(kProducts_ == 1 || kProducts_ == 3, "one product rounds to TF32, three keep float32's accuracy");
@@ -152,18 +154,18 @@ struct MmaTf32 {
   }
 };
 
-// The order in which a tile stores its matrix.
+// The storage order of a tile's matrix.
 enum class Major { kRow, kColumn };
 
 // d[kM][kN] (16 kM x 8 kN, one warp) += A B over contraction [k, k_end), both operands from tiles; kN is even.
-// Row-major tiles are [m][k] and [k][n], column-major ones [k][m] and [n][k]. kUnroll: mma steps whose fragments may be
-// loaded ahead of each other, as far as there are registers.
+// Row-major tiles are [m][k] and [k][n], column-major ones [k][m] and [n][k]. kUnroll: the number of mma steps whose
+// fragments may be loaded ahead, registers permitting.
 template <class Mma, Major kMajorA, Major kMajorB, int kUnroll, int kM, int kN, class TileA, class TileB>
 __device__ __forceinline__ void multiply_tiles(
     float (&d)[kM][kN][4], const TileA& a_tile, int m, const TileB& b_tile, int n, int k, int k_end) {
-  static_assert(kN % 2 == 0, "B fragments come two mma wide");
-  // 3xTF32 has twice the registers a fragment, and sums of its own for every product under way. It holds one fragment of
-  // either operand and reads B again for every 16 rows, which its three mma a product leave the time for.
+  static_assert(kN % 2 == 0, "B fragments are two mma wide");
+  // A 3xTF32 fragment takes twice the registers, and every product in flight has its own sums. 3xTF32 therefore holds
+  // one fragment of each operand and reloads B for every 16 rows; its three mma per product hide the loads.
   constexpr bool kSingle = Mma::kProducts == 3 && kN > 2;
   constexpr int kFragments = kSingle ? 1 : kN / 2;
   const auto load_b = [&](typename Mma::B& b, int j) {

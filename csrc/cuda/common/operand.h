@@ -1,4 +1,4 @@
-// A matrix in global memory, as the kernels' parameters hold it.
+// A matrix in global memory, as kernel parameters describe it.
 #pragma once
 
 #include <cstdint>

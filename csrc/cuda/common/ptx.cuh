@@ -1,9 +1,9 @@
-// Every instruction the kernels use that CUDA C++ has no name for, one function each, with PTX's lane layouts.
+// The PTX instructions that the kernels use and CUDA C++ does not expose, a function for each.
 //
-// Lane layouts below: g = lane / 4 (0..7), t = lane % 4 (0..3). A pair of 16-bit elements shares a register, the one of
+// Lane layouts below: g = lane / 4 (0..7), t = lane % 4 (0..3). A register holds a pair of 16-bit elements, the one of
 // lower index in the low half. All functions are warp-wide: every lane of the warp must take part.
 //
-// Under SEGATTN_EMULATED the same functions come from the emulator (tests/emulator), which runs them on the CPU.
+// Under SEGATTN_EMULATED, the emulator (tests/emulator) implements the same functions on the CPU.
 #pragma once
 
 #ifdef SEGATTN_EMULATED
@@ -117,14 +117,14 @@ __device__ __forceinline__ void cp_async_4(void* shared, const void* global, int
 #endif
 }
 
-// Closes the group of this thread's copies started since the last commit (it may be empty).
+// Commits the copies that this thread has started since the last commit as a group, which may be empty.
 __device__ __forceinline__ void cp_async_commit() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
 
-// Waits until at most N of this thread's groups are still under way.
+// Waits until at most N of this thread's groups are in flight.
 template <int N>
 __device__ __forceinline__ void cp_async_wait() {
 #if __CUDA_ARCH__ >= 800
@@ -132,7 +132,7 @@ __device__ __forceinline__ void cp_async_wait() {
 #endif
 }
 
-// 2^x with about 2 units in the last place; 2^-inf is 0. Subnormal results are flushed to 0.
+// 2^x to about 2 units in the last place; 2^-inf is 0. Subnormal results are flushed to 0.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -1,5 +1,5 @@
-// Elementwise and reduction passes over feature maps that several op families share: copies to aligned rows, delta, and
-// the sum of partial results.
+// Elementwise and reduction passes over feature maps: copies to aligned rows, delta, and the sum of partial results.
+// Several op families share them.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,9 @@ namespace segattn::cuda {
 
 constexpr int kRowThreads = 256;
 
-// (rows, columns) with any row stride -> (rows, columns) with rows of `padded` elements, 16-byte aligned. The padding
-// is written too, as zeros. 97 x 97 positions in 16 bits make rows of 18,818 bytes, of which cp.async could take but 2.
+// Copies (rows, columns) with any row stride to rows of `padded` elements, which start on 16 bytes. Writes zeros to the
+// padding. Unpacked rows of 97 x 97 16-bit positions have 18,818 bytes, so they are aligned to 2 bytes only, too few
+// for cp.async.
 struct PackParams {
   const void* source;  // (batch, rows, columns), row r of sample b at b * batch_stride + r * row_stride
   void* target;        // (batch, rows, padded), contiguous
@@ -27,43 +28,43 @@ struct PackParams {
   int row_blocks;
 };
 
-// A thread makes one 16-byte piece of a row: loads of its elements are neighbours in a warp, the store is one.
+// A thread copies one 16-byte chunk of a row: element-wise loads, adjacent within a warp, and a single store.
 template <class T>
 __global__ void __launch_bounds__(kRowThreads) pack_rows_kernel(const PackParams p) {
-  constexpr int kPiece = 16 / static_cast<int>(sizeof(T));
+  constexpr int kChunk = 16 / static_cast<int>(sizeof(T));
   const int64_t row = blockIdx.x / p.row_blocks;
   const int first =
-      (static_cast<int>(blockIdx.x % p.row_blocks) * kRowThreads + static_cast<int>(threadIdx.x)) * kPiece;
+      (static_cast<int>(blockIdx.x % p.row_blocks) * kRowThreads + static_cast<int>(threadIdx.x)) * kChunk;
   if (first >= p.padded) {
     return;
   }
   const T* from = static_cast<const T*>(p.source) + row / p.rows * p.batch_stride + row % p.rows * p.row_stride;
-  alignas(16) T piece[kPiece];
+  alignas(16) T chunk[kChunk];
 #pragma unroll
-  for (int i = 0; i < kPiece; ++i) {
-    piece[i] = first + i < p.columns ? from[first + i] : from_accumulator<T>(0);
+  for (int i = 0; i < kChunk; ++i) {
+    chunk[i] = first + i < p.columns ? from[first + i] : from_accumulator<T>(0);
   }
   *reinterpret_cast<uint4*>(static_cast<T*>(p.target) + row * p.padded + first) =
-      *reinterpret_cast<const uint4*>(piece);
+      *reinterpret_cast<const uint4*>(chunk);
 }
 
-// delta[b, i] = sum_c grad_output[b, c, i] output[b, c, i], of the output before it was rounded where that is known
+// delta[b, i] = sum_c grad_output[b, c, i] output[b, c, i], of the output before rounding where output_low is given
 struct DeltaParams {
   Operand grad_output;  // (B, C, N)
   Operand output;       // (B, C, N)
-  Operand output_low;   // (B, C, N), what rounding took from the output; data null: unknown
+  Operand output_low;   // (B, C, N), rounding error of the output; data null: not given
   void* delta;          // (B, N), accumulator type
   int channels;
   int positions;
   int position_blocks;
 };
 
-// 32 positions a block, every eighth channel a warp: a warp's loads are neighbours.
+// A block has 32 positions and each of its warps every eighth channel, so that a warp's loads are adjacent.
 template <class T>
 __global__ void __launch_bounds__(kRowThreads) delta_kernel(const DeltaParams p) {
   using Real = Accumulator<T>;
   constexpr int kWarps = kRowThreads / 32;
-  __shared__ Real shares[kWarps][32];
+  __shared__ Real partials[kWarps][32];
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int64_t sample = blockIdx.x / p.position_blocks;
   const int position = static_cast<int>(blockIdx.x % p.position_blocks) * 32 + lane;
@@ -83,29 +84,29 @@ __global__ void __launch_bounds__(kRowThreads) delta_kernel(const DeltaParams p)
       }
     }
   }
-  shares[warp][lane] = sum;
+  partials[warp][lane] = sum;
   __syncthreads();
   if (warp == 0 && position < p.positions) {
     sum = 0;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-      sum += shares[w][lane];
+      sum += partials[w][lane];
     }
     static_cast<Real*>(p.delta)[sample * p.positions + position] = sum;
   }
 }
 
-// out[b, r, n] = factor * sum_s partial[s, b, r, n], s ascending; with mean_key
-//   out[b, r, n] = factor * (sum_s partial[s, b, r, n] - sum_s mean_key[s, b, r, n] * sum_s grad_sum[s, b, n])
+// out[b, r, n] = factor * sum_s partials[s, b, r, n], s ascending; with mean_key
+//   out[b, r, n] = factor * (sum_s partials[s, b, r, n] - sum_s mean_key[s, b, r, n] * sum_s grad_sum[s, b, n])
 struct SumPartialsParams {
-  const float* partials;  // (parts, batch * rows, padded)
+  const float* partials;  // (partial_count, batch * rows, padded)
   const float* mean_key;  // like partials, or null
-  const float* grad_sum;  // (parts, batch, padded)
+  const float* grad_sum;  // (partial_count, batch, padded)
   void* output;           // (batch * rows, columns), contiguous
-  int64_t part_stride;
+  int64_t partial_stride;
   int64_t rows_total;  // batch * rows
   int rows;
-  int parts;
+  int partial_count;
   int columns;
   int padded;
   int row_blocks;
@@ -117,18 +118,18 @@ __global__ void __launch_bounds__(kRowThreads) sum_partials_kernel(const SumPart
   const int64_t row = blockIdx.x / p.row_blocks;
   const int column = static_cast<int>(blockIdx.x % p.row_blocks) * kRowThreads + static_cast<int>(threadIdx.x);
   if (column < p.columns) {
-    const auto sum_over_parts = [&](const float* from, int64_t part_stride) {
+    const auto sum_of_partials = [&](const float* from, int64_t stride) {
       float sum = 0.0f;
-      for (int s = 0; s < p.parts; ++s) {
-        sum += from[s * part_stride];
+      for (int s = 0; s < p.partial_count; ++s) {
+        sum += from[s * stride];
       }
       return sum;
     };
-    float sum = sum_over_parts(p.partials + row * p.padded + column, p.part_stride);
+    float sum = sum_of_partials(p.partials + row * p.padded + column, p.partial_stride);
     if (p.mean_key != nullptr) {
       const int64_t sample = row / p.rows, samples = p.rows_total / p.rows;
-      sum -= sum_over_parts(p.mean_key + row * p.padded + column, p.part_stride) *
-          sum_over_parts(p.grad_sum + sample * p.padded + column, samples * p.padded);
+      sum -= sum_of_partials(p.mean_key + row * p.padded + column, p.partial_stride) *
+          sum_of_partials(p.grad_sum + sample * p.padded + column, samples * p.padded);
     }
     static_cast<T*>(p.output)[row * p.columns + column] = from_accumulator<T>(sum * p.factor);
   }

@@ -1,5 +1,5 @@
-// Tiles: pieces of a channels-first matrix in shared memory, laid out so that neither the tensor-core loads nor the
-// asynchronous copies meet a bank conflict, and the copies that fill them.
+// Tiles of channels-first matrices in shared memory, and the copies that fill them. Neither the tensor-core loads nor
+// the asynchronous copies have bank conflicts.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace segattn::cuda {
 
-// A matrix in global memory whose rows start on 16 bytes: a feature map of one sample, a row a channel.
+// A matrix in global memory whose rows start on 16 bytes: the feature map of one sample, a row for each channel.
 template <class T>
 struct GlobalMatrix {
   const T* data;   // [rows][columns], row r at data + r * stride
@@ -19,10 +19,10 @@ struct GlobalMatrix {
   int columns;     // positions
 };
 
-// [any number of rows][kColumns] of T in shared memory. The 16-byte chunks of a row are permuted by an exclusive or
-// that depends on the row, so that these touch every bank once:
+// [any number of rows][kColumns] of T in shared memory. The 16-byte chunks of a row are swizzled: an XOR with a
+// function of the row permutes them. The following accesses then touch every bank once:
 //   - eight consecutive rows of one chunk (one matrix of ldmatrix, plain or transposed, and stores of accumulators),
-//   - rows 4i..4i+3 of eight consecutive 32-bit words (TF32 fragments whose contraction runs down the rows),
+//   - rows 4i..4i+3 of eight consecutive 32-bit words (TF32 fragments that contract down the rows),
 //   - a row's consecutive chunks (asynchronous copies).
 template <class T, int kColumns>
 struct SharedTile {
@@ -37,8 +37,8 @@ struct SharedTile {
 
   static constexpr int bytes(int rows) { return rows * kRowBytes; }
 
-  // Two rows of 64 bytes share the 32 banks, hence the row pair counts there. The low bit of the row (pair) moves the
-  // chunk by two: TF32 fragments take two neighbouring chunks of a row.
+  // Two rows of 64 bytes span the 32 banks, so there the index of the row pair selects the permutation. The low bit of
+  // the row (pair) moves a chunk by two, because TF32 fragments read two adjacent chunks of a row.
   static __device__ __forceinline__ int permutation(int row) {
     if constexpr (kRowBytes == 64) {
       return ((row & 2) | ((row >> 2) & 1));
@@ -57,12 +57,12 @@ struct SharedTile {
   }
 };
 
-// Where a thread of a block of kThreads starts in a tile that the block copies: always the same 16-byte chunk of a row,
-// every kRowStep-th row.
+// A thread's share of a tile that a block of kThreads copies: the same 16-byte chunk of every kRowStep-th row, starting
+// at (row(), column()).
 template <int kThreads, class T, int kColumns>
 struct CopyShare {
   using Tile = SharedTile<T, kColumns>;
-  static_assert(kThreads % Tile::kChunks == 0, "a thread copies the same chunk of every row it takes");
+  static_assert(kThreads % Tile::kChunks == 0, "a thread copies the same chunk of each of its rows");
   static constexpr int kRowStep = kThreads / Tile::kChunks;
   static __device__ __forceinline__ int row() { return static_cast<int>(threadIdx.x) / Tile::kChunks; }
   static __device__ __forceinline__ int column() {
@@ -70,9 +70,9 @@ struct CopyShare {
   }
 };
 
-// Starts this thread's share of a copy of `rows` rows, zeros beyond the source's edges: the source has `rows_inside` rows
-// and `columns_inside` columns from the tile's corner on. `from` is the source's element at this thread's CopyShare.
-// Where nothing is read, the address may be any.
+// Starts this thread's share of a copy of `rows` rows. `from` is the source's element at this thread's CopyShare. The
+// source has `rows_inside` rows and `columns_inside` columns from the tile's corner on; the copy writes zeros past
+// them. Nothing is read there, so the address need only be aligned.
 template <int kThreads, class T, int kColumns>
 __device__ __forceinline__ void copy_share_async(
     const SharedTile<T, kColumns>& tile, const T* from, int64_t stride, int rows, int rows_inside, int columns_inside) {
@@ -80,15 +80,15 @@ __device__ __forceinline__ void copy_share_async(
   constexpr int kPerChunk = SharedTile<T, kColumns>::kPerChunk;
   const int left = columns_inside - Share::column();
   const int inside = left >= kPerChunk ? 16 : left > 0 ? left * static_cast<int>(sizeof(T)) : 0;
-  // not unrolled: the addresses of several rows at once would take the registers that the accumulators need
+  // Not unrolled: the addresses of several rows would take registers that the accumulators need.
 #pragma unroll 1
   for (int r = Share::row(); r < rows; r += Share::kRowStep, from += Share::kRowStep * stride) {
     ptx::cp_async_16(tile.chunk(r, Share::column()), from, r < rows_inside ? inside : 0);
   }
 }
 
-// Starts the copy of rows [row, row + rows) and columns [column, column + kColumns) of `source`, zeros beyond its
-// edges. column is a multiple of 16 bytes. All kThreads threads of the block call it; the caller commits.
+// Starts the copy of rows [row, row + rows) and columns [column, column + kColumns) of `source`, with zeros past its
+// edges. `column` is a multiple of 16 bytes. All kThreads threads of the block call it; the caller commits.
 template <int kThreads, class T, int kColumns>
 __device__ __forceinline__ void copy_tile_async(
     const SharedTile<T, kColumns>& tile, const GlobalMatrix<T>& source, int row, int rows, int column) {

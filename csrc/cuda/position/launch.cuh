@@ -1,7 +1,8 @@
-// Launches of the tensor-core kernels, instantiated by one file an arithmetic.
+// Definitions of the tensor-core launches. Only the files of instantiations/ include this.
 #pragma once
 
 #include "cuda/common/launch.cuh"
+#include "cuda/position/launch.h"
 #include "cuda/position/plan.cuh"
 
 namespace segattn::cuda {

@@ -1,4 +1,4 @@
-// The results of split keys merged into one: every split has a softmax of its own.
+// Merges the results of split keys. Every split has its own softmax.
 #pragma once
 
 #include <cmath>
@@ -12,12 +12,12 @@
 
 namespace segattn::cuda {
 
-// Split keys: every split has its own softmax; weighed by exp(logsumexp_s - logsumexp) they add up to the whole.
+// output = sum_s exp(logsumexp_s - logsumexp) partials_s, logsumexp = log(sum_s exp(logsumexp_s)).
 struct MergeSplitsParams {
   const float* partials;           // (splits, B, C, N)
   const float* partial_logsumexp;  // (splits, B, N)
   void* output;                    // (B, C, N)
-  void* output_low;                // (B, C, N), 16-bit types: what rounding took from the output; null: not wanted
+  void* output_low;                // (B, C, N), 16-bit types: the output's rounding error; null: not written
   float* logsumexp;                // (B, N)
   int64_t batch;
   int splits;
@@ -29,7 +29,7 @@ struct MergeSplitsParams {
 
 constexpr int kMergeChannels = 32;
 
-// A thread has one position and kMergeChannels channels, for which it makes the splits' weights once.
+// A thread merges kMergeChannels channels of one position with the same factors.
 template <class T>
 __global__ void __launch_bounds__(kRowThreads) merge_splits_kernel(const MergeSplitsParams p) {
   int64_t block = blockIdx.x;
@@ -40,39 +40,40 @@ __global__ void __launch_bounds__(kRowThreads) merge_splits_kernel(const MergeSp
   if (position >= p.positions) {
     return;
   }
-  float weights[kMaxSplits];
-  float highest = -INFINITY;
+  float factors[kMaxSplits];
+  float max_logsumexp = -INFINITY;
 #pragma unroll
   for (int s = 0; s < kMaxSplits; ++s) {
-    weights[s] = s < p.splits ? p.partial_logsumexp[(s * p.batch + sample) * p.positions + position] : -INFINITY;
-    highest = fmaxf(highest, weights[s]);
+    factors[s] = s < p.splits ? p.partial_logsumexp[(s * p.batch + sample) * p.positions + position] : -INFINITY;
+    max_logsumexp = fmaxf(max_logsumexp, factors[s]);
   }
-  const float shift = highest == -INFINITY ? 0.0f : highest;
+  const float shift = max_logsumexp == -INFINITY ? 0.0f : max_logsumexp;
   float sum = 0.0f;
 #pragma unroll
   for (int s = 0; s < kMaxSplits; ++s) {
-    weights[s] = expf(weights[s] - shift);
-    sum += weights[s];
+    factors[s] = expf(factors[s] - shift);
+    sum += factors[s];
   }
   if (channel_block == 0) {
-    p.logsumexp[sample * p.positions + position] = highest + logf(sum);
+    p.logsumexp[sample * p.positions + position] = max_logsumexp + logf(sum);
   }
   const int first = channel_block * kMergeChannels;
   for (int c = first; c < min(first + kMergeChannels, p.channels); ++c) {
-    const int64_t map = static_cast<int64_t>(p.channels) * p.positions;
-    const int64_t at = static_cast<int64_t>(c) * p.positions + position;
+    const int64_t sample_elements = static_cast<int64_t>(p.channels) * p.positions;
+    const int64_t element = static_cast<int64_t>(c) * p.positions + position;
     float value = 0.0f;
 #pragma unroll
     for (int s = 0; s < kMaxSplits; ++s) {
-      // a split whose keys all scored -inf is NaN and weighs nothing
-      if (s < p.splits && weights[s] > 0.0f) {
-        value += weights[s] * p.partials[(s * p.batch + sample) * map + at];
+      // The partial of a split whose energies are all -inf is NaN, and its factor 0.
+      if (s < p.splits && factors[s] > 0.0f) {
+        value += factors[s] * p.partials[(s * p.batch + sample) * sample_elements + element];
       }
     }
     const T result = from_accumulator<T>(value / sum);
-    static_cast<T*>(p.output)[sample * map + at] = result;
+    static_cast<T*>(p.output)[sample * sample_elements + element] = result;
     if (p.output_low != nullptr) {
-      static_cast<T*>(p.output_low)[sample * map + at] = from_accumulator<T>(value / sum - to_accumulator(result));
+      static_cast<T*>(p.output_low)[sample * sample_elements + element] =
+          from_accumulator<T>(value / sum - to_accumulator(result));
     }
   }
 }

@@ -1,7 +1,8 @@
-// What the position attention kernels are told: plain structs, filled by the host code, copied at the launch.
+// Parameters of the position attention kernels: plain structs that the host code fills and the launch copies.
 //
-// Positions count in int (a feature map has fewer than 2^31), everything that indexes memory in int64_t. Operands are
-// channels-first, a row a channel; strides are in elements. Tensor-core kernels need rows that start on 16 bytes.
+// Positions are counted in int (a feature map has fewer than 2^31); whatever indexes memory is int64_t. Operands are
+// channels-first with a row for each channel; strides are in elements. Tensor-core kernels need rows that start on 16
+// bytes.
 #pragma once
 
 #include <cstdint>
@@ -12,18 +13,18 @@ namespace segattn::cuda {
 
 constexpr int kMaxSplits = 16;  // of the streamed positions
 
-// out[c, i] = sum_j weight(i, j) values[c, j] for the positions i a block owns, over the positions j streamed past it:
+// out[c, i] = sum_j weight(i, j) values[c, j]: a block owns positions i and streams all positions j. With the energy
+// e_ij = scale * owned_i . streamed_j:
 //                   owned   streamed  values       weight
-//   forward         query   key       value        softmax_j(scale s_ij)
-//   value gradient  key     query     grad_output  exp(scale s_ij - logsumexp_j)
+//   forward         query   key       value        softmax_j(e_ij)
+//   value gradient  key     query     grad_output  exp(e_ij - logsumexp_j)
 struct WeightedSumParams {
   Operand owned;     // (B, E, owned_positions)
   Operand streamed;  // (B, E, streamed_positions)
   Operand values;    // (B, C, streamed_positions)
-  void* output;      // (B, C, owned_positions), contiguous, of the operands' type; with splits > 1 float32
-                     // (splits, B, C, owned_positions): each split's own result
-  void*
-      output_low;  // forward of 16-bit types, one split: what rounding took from the output, like it; null: not wanted
+  void* output;  // (B, C, owned_positions), contiguous, of the operands' type; with splits > 1, each split's result:
+                 // (splits, B, C, owned_positions), float32
+  void* output_low;  // forward of 16-bit types, one split: the output's rounding error, like output; null: not written
   float* logsumexp;  // forward: written, (B, owned_positions), with splits (splits, B, owned_positions);
                      // value gradient: read, (B, streamed_positions)
   int64_t batch;
@@ -35,27 +36,27 @@ struct WeightedSumParams {
   int owned_blocks;
   int channel_blocks;
   int splits;
-  int steps_per_split;  // streamed blocks a split takes
+  int steps_per_split;  // streamed tiles of a split
 };
 
-// Partial gradients of query and key. A block takes one group of key blocks and one range of query blocks; the key
-// groups' shares of grad_query and the query ranges' shares of grad_key are summed afterwards, in a fixed order. For
-// float32, so are the shares of what grad_query is centred with (query_key_gradient.cuh).
+// Partial gradients of query and key. A block processes one group of key blocks and one range of query blocks. Each
+// group has its own partial of grad_query and each range its own partial of grad_key; sum_partials_kernel adds them in
+// a fixed order. For float32 it also adds the partials of grad_query's correction (query_key_gradient.cuh).
 struct QueryKeyGradientParams {
-  Operand query;           // (B, E, N)
-  Operand key;             // (B, E, M)
-  Operand value;           // (B, C, M)
-  Operand grad_output;     // (B, C, N)
-  const float* logsumexp;  // (B, N)
-  const float* delta;      // (B, N): sum_c grad_output output
-  float* grad_query;       // (groups, B, E, padded_queries), without scale
-  float* grad_key;         // (ranges, B, E, padded_keys), without scale
-  float* mean_key;         // float32: (groups, B, E, padded_queries), sum_j P_ij key_j
-  float* grad_sum;         // float32: (groups, B, padded_queries), sum_j dS_ij, without scale
+  Operand query;               // (B, E, N)
+  Operand key;                 // (B, E, M)
+  Operand value;               // (B, C, M)
+  Operand grad_output;         // (B, C, N)
+  const float* logsumexp;      // (B, N)
+  const float* delta;          // (B, N): sum_c grad_output output
+  float* grad_query_partials;  // (groups, B, E, padded_queries), without scale
+  float* grad_key_partials;    // (ranges, B, E, padded_keys), without scale
+  float* mean_key_partials;    // float32: (groups, B, E, padded_queries), sum_j P_ij key_j
+  float* grad_sum_partials;    // float32: (groups, B, padded_queries), sum_j dS_ij
   int64_t batch;
   int queries;
   int keys;
-  int padded_queries;  // multiples of the tile, so that the partial results have no edges
+  int padded_queries;  // multiples of the tile, so that the partials have no edges
   int padded_keys;
   int key_channels;    // E
   int value_channels;  // C
@@ -66,10 +67,11 @@ struct QueryKeyGradientParams {
 
 enum class PositionSum { kForward, kValueGradient, kQueryGradient, kKeyGradient };
 
-// The SIMT kernels' four sums have one form: out[c, i] = factor * sum_j weight(i, j) values[c, j].
+// The four sums of the SIMT kernel have one form, out[c, i] = factor * sum_j weight(i, j) values[c, j]. With the energy
+// e_ij = scale * owned_i . streamed_j:
 //                   owned   streamed  values       left         right        weight
-//   forward         query   key       value        -            -            softmax_j(scale s_ij)
-//   value gradient  key     query     grad_output  -            -            p = exp(scale s_ij - logsumexp_j)
+//   forward         query   key       value        -            -            softmax_j(e_ij)
+//   value gradient  key     query     grad_output  -            -            p_ij = exp(e_ij - logsumexp_j)
 //   query gradient  query   key       key          grad_output  value        p_ij (left_i . right_j - delta_i)
 //   key gradient    key     query     query        value        grad_output  p_ij (left_i . right_j - delta_j)
 struct SimtParams {
@@ -79,9 +81,9 @@ struct SimtParams {
   Operand left;          // (B, C, owned_positions)
   Operand right;         // (B, C, streamed_positions)
   void* output;          // (B, out_channels, owned_positions), contiguous
-  void* output_low;      // forward of 16-bit types: what rounding took from the output, like it; null: not wanted
+  void* output_low;      // forward of 16-bit types: the output's rounding error, like output; null: not written
   const void* mean_key;  // query gradient of float32: (B, E, owned_positions), sum_j p_ij key_j
-  void* logsumexp;       // accumulator type; written by forward, else read: of the queries
+  void* logsumexp;       // accumulator type, of the queries; written by the forward pass, read by the others
   const void* delta;     // accumulator type, of the queries
   int64_t batch;
   int owned_positions;

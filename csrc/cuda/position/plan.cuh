@@ -1,23 +1,23 @@
-// Which tiles the tensor-core kernels of position attention exist in, and which one a problem gets.
+// The tiles of position attention's tensor-core kernels, and the choice of tile and blocks for a problem.
 //
-// Shared memory of the weighted sum in bytes, E key channels (99 KB is what sm_86, sm_89 and sm_120 offer a block,
-// 163 KB sm_80, 227 KB sm_90):
+// Shared memory of the weighted sum in bytes, for E key channels (the limit of a block is 99 KB on sm_86, sm_89 and
+// sm_120, 163 KB on sm_80, 227 KB on sm_90):
 //   16 bits   Wide       128 positions x 256 channels, E <= 64   95,296, three stages
 //             Narrow     128 positions x 128 channels, E <= 64   70,720, three stages
 //             WideAny    128 positions x 256 channels, any E     384 E + 50,240: E <= 128 at 99 KB
 //             NarrowAny   64 positions x 128 channels, any E     256 E + 25,120: E <= 288 at 99 KB, 800 on sm_90
-//   TF32      WideAny    128 positions x 256 channels, any E     640 E + 50,240: E <= 72 at 99 KB; 3xTF32 has but 128
-//                        channels: beside 96 accumulators its fragments and the sums of a step would spill
+//   TF32      WideAny    128 positions x 256 channels, any E     640 E + 50,240: E <= 72 at 99 KB; 3xTF32 has only 128
+//                        channels, since its fragments and a step's sums would spill beside 96 accumulators
 //             NarrowAny   64 positions x 128 channels, any E     384 E + 25,120: E <= 192 at 99 KB, 536 on sm_90
-// and of the query and key gradient, E rounded up to 64:
+// and of the query and key gradient, with E rounded up to 64:
 //   16 bits   Deep       128 queries x 128 keys, E <= 64         132,096, four stages
 //             Flat       128 queries x 128 keys, E <= 64          99,328, two stages
 //             Any         64 queries x  64 keys, any E            256 E + 25,088: E <= 256 at 99 KB, 768 on sm_90
-//   TF32      Kept        64 queries x  64 keys, E <= 64          99,328, of them P and the sums of dS 16,896
+//   TF32      Kept        64 queries x  64 keys, E <= 64          99,328, including 16,896 for P and the sums of dS
 //             Any         64 queries x  64 keys, any E            512 E + 66,560: E <= 64 at 99 KB, 320 on sm_90
-// A chunk of Deep and Flat takes 256 mma, about 410 cycles on an H200 and 1,024 on an sm_86: less than a read from L2
-// takes on the former, more on the latter, so that the processors whose shared memory allows two stages need no more.
-// What fits none goes to the SIMT kernel.
+// A chunk of Deep and Flat takes 256 mma, about 410 cycles on an H200 and 1,024 on sm_86. A read from L2 takes longer
+// than that on the former and less on the latter, so devices with shared memory for only two stages need no more.
+// Problems that fit no tile run on the SIMT kernel.
 #pragma once
 
 #include <algorithm>
@@ -33,22 +33,22 @@ namespace segattn::cuda {
 
 template <class Mma>
 struct WeightedSumTiles {
-  static constexpr int kResident = 64 / Mma::kStep;  // mma steps of the embeddings that stay in registers
+  static constexpr int kResident = 64 / Mma::kStep;  // mma steps of the owned fragments that stay in registers
   using Wide = WeightedSumTraits<Mma, 128, 256, 4, 3, kResident, 1>;
   using Narrow = WeightedSumTraits<Mma, 128, 128, 4, 3, kResident, 1>;
   using WideAny = WeightedSumTraits<Mma, 128, Mma::kProducts == 3 ? 128 : 256, 4, 2, 0, 1>;
   using NarrowAny = WeightedSumTraits<Mma, 64, 128, 4, 2, 0, 2>;
-  // A TF32 fragment takes twice the registers and 3xTF32 as much again: no room for resident embeddings.
+  // TF32 fragments take twice the registers, and 3xTF32 fragments twice as many again: no room for resident ones.
   static constexpr bool kHasResident = sizeof(typename Mma::Element) == 2;
 };
 
 template <class Traits>
 constexpr bool weighted_sum_fits(int key_channels, int shared_limit) {
-  return (Traits::kScoreSteps == 0 || key_channels <= Traits::kScoreSteps * Traits::Mma::kStep) &&
+  return (Traits::kResidentSteps == 0 || key_channels <= Traits::kResidentSteps * Traits::Mma::kStep) &&
       Traits::shared_bytes(key_channels) <= shared_limit;
 }
 
-// Calls visit.operator()<Traits>() with the tile for E = key_channels and C = channels; false where none fits.
+// Calls visit.operator()<Traits>() with the tile for E = key_channels and C = channels; false if none fits.
 template <class Mma, class Visit>
 bool with_weighted_sum_tile(int key_channels, int channels, int shared_limit, const Visit& visit) {
   using Tiles = WeightedSumTiles<Mma>;
@@ -62,7 +62,7 @@ bool with_weighted_sum_tile(int key_channels, int channels, int shared_limit, co
       return true;
     }
   }
-  // Channel blocks each make the scores again: two narrow blocks for one wide one only where the wide one has no room.
+  // Every channel block recomputes the energies: two narrow ones replace a wide one only if that has no room.
   if (channels > Tiles::NarrowAny::kChannels &&
       weighted_sum_fits<typename Tiles::WideAny>(key_channels, shared_limit)) {
     visit.template operator()<typename Tiles::WideAny>();
@@ -75,16 +75,16 @@ bool with_weighted_sum_tile(int key_channels, int channels, int shared_limit, co
   return false;
 }
 
-// How a weighted sum is cut into blocks.
+// How a weighted sum is divided into blocks.
 struct WeightedSumPlan {
   bool found = false;  // a tensor-core tile fits
   int owned_blocks, channel_blocks;
   int splits, steps_per_split;
 };
 
-// Splits of the streamed positions. One is enough where the other blocks fill the multiprocessors evenly; otherwise the
-// last wave runs half empty, and splitting it costs float32 partial results, written and read. Cycles of both sides:
-// a step of a Wide tile takes about 1,100 cycles at full rate, the device moves about 2,000 bytes of memory a cycle.
+// The number of splits of the streamed positions. Without splits the last wave can run half empty; splits cost float32
+// partials that are written and read. The estimate in cycles: a step of a Wide tile takes about 1,100 at full rate, and
+// the device moves about 2,000 bytes of memory a cycle.
 inline int choose_splits(int64_t blocks, int steps, int64_t output_elements, int multiprocessors) {
   constexpr double kCyclesPerStep = 1100, kBytesPerCycle = 2000;
   int best = 1;
@@ -92,7 +92,7 @@ inline int choose_splits(int64_t blocks, int steps, int64_t output_elements, int
   for (int splits = 1; splits <= std::min(kMaxSplits, std::max(steps / 4, 1)); ++splits) {
     const int per_split = ceil_div(steps, splits);
     if (ceil_div(steps, per_split) != splits) {
-      continue;  // the last split would have nothing to do
+      continue;  // the last split would be empty
     }
     const double waves = ceil_div(blocks * splits, multiprocessors);
     const double cycles = waves * per_split * kCyclesPerStep +
@@ -123,10 +123,10 @@ WeightedSumPlan plan_weighted_sum(
 
 template <class Mma>
 struct QueryKeyGradientTiles {
-  using Deep = QueryKeyGradientTraits<Mma, 128, 128, 2, 4, 4, true>;
-  using Flat = QueryKeyGradientTraits<Mma, 128, 128, 2, 4, 2, true>;
-  using Kept = QueryKeyGradientTraits<Mma, 64, 64, 2, 2, 2, true>;
-  using Any = QueryKeyGradientTraits<Mma, 64, 64, 2, 2, 2, false>;
+  using Deep = QueryKeyGradientTraits<Mma, 128, 128, 2, 4, 4, QueryGradientSums::kRegisters>;
+  using Flat = QueryKeyGradientTraits<Mma, 128, 128, 2, 4, 2, QueryGradientSums::kRegisters>;
+  using Kept = QueryKeyGradientTraits<Mma, 64, 64, 2, 2, 2, QueryGradientSums::kRegisters>;
+  using Any = QueryKeyGradientTraits<Mma, 64, 64, 2, 2, 2, QueryGradientSums::kGlobalMemory>;
 };
 
 template <class Traits>
@@ -166,8 +166,8 @@ struct QueryKeyGradientPlan {
   int padded_queries, padded_keys;
 };
 
-// Groups of key blocks and ranges of query blocks: as many as fill the multiprocessors evenly, as few as that allows,
-// since each group holds a float32 share of grad_query and each range one of grad_key, written and read.
+// The numbers of key-block groups and query-block ranges: enough to fill the multiprocessors evenly, but few, since
+// each group writes a float32 partial of grad_query and each range one of grad_key, which are read again.
 inline void choose_groups(
     QueryKeyGradientPlan& plan, int64_t batch, int key_channels, double cycles_per_tile, int multiprocessors) {
   constexpr int kMost = 16;
@@ -207,17 +207,11 @@ QueryKeyGradientPlan plan_query_key_gradient(
     plan.key_blocks = ceil_div(keys, Traits::kKeys);
     plan.padded_queries = plan.query_blocks * Traits::kQueries;
     plan.padded_keys = plan.key_blocks * Traits::kKeys;
-    // about 1,500 multiply-adds of 16 bits a cycle and multiprocessor at full rate
+    // A multiprocessor does about 1,500 16-bit multiply-adds a cycle at full rate.
     const double cycles = 1.0 * Traits::kQueries * Traits::kKeys * (channels + 3 * key_channels) / 1500;
     choose_groups(plan, batch, key_channels, cycles, limits.multiprocessors);
   });
   return plan;
 }
-
-// Defined for each arithmetic in a file of its own (position_float16.cu, ...).
-template <class Mma, PositionSum kSum>
-void launch_weighted_sum(const WeightedSumParams& params, const DeviceLimits& limits, cudaStream_t stream);
-template <class Mma>
-void launch_query_key_gradient(const QueryKeyGradientParams& params, const DeviceLimits& limits, cudaStream_t stream);
 
 }  // namespace segattn::cuda

@@ -1,8 +1,8 @@
 // Position attention on CUDA, host side: checks the arguments, plans the blocks, allocates and launches.
 //
-//   forward    weighted_sum.cuh, then merge_splits.cuh where the keys are split
+//   forward    weighted_sum.cuh, then merge_splits.cuh if the keys are split
 //   backward   delta (common/row_kernels.cuh), weighted_sum.cuh for grad_value, query_key_gradient.cuh for the others
-// plan.cuh chooses the tiles. Shapes that no tensor-core tile fits, and float64, run on simt.cuh.
+// plan.cuh chooses the tiles. float64, and shapes that no tensor-core tile fits, run on simt.cuh.
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -12,9 +12,9 @@
 #include "checks/position.h"
 #include "cuda/common/launch_context.h"
 #include "cuda/common/operands.h"
+#include "cuda/position/launch.h"
 #include "cuda/position/merge_splits.cuh"
 #include "cuda/position/plan.cuh"
-#include "cuda/position/simt_launch.h"
 #include "registration.h"
 
 namespace segattn::cuda {
@@ -31,7 +31,7 @@ struct ForwardCall {
   FeatureMap key;     // (B, E, *T)
   FeatureMap value;   // (B, C, *T)
   Tensor output;      // (B, C, *S)
-  Tensor output_low;  // (B, C, *S), what rounding takes from the output; (B, 0, *S) where no gradient is needed
+  Tensor output_low;  // (B, C, *S), rounding error of the output; (B, 0, *S) if not wanted
   Tensor logsumexp;   // (B, *S), dtype of accumulation
 
   void* output_low_data() const { return output_low.size(1) > 0 ? output_low.mutable_data_ptr() : nullptr; }
@@ -52,7 +52,7 @@ struct BackwardCall {
   Tensor grad_value;       // like value
 };
 
-// The backward pass's operands for the tensor-core kernels, rows on 16 bytes.
+// The operands of the backward pass with rows that start on 16 bytes, for the tensor-core kernels.
 struct AlignedOperands {
   FeatureMap grad_output;
   FeatureMap query;
@@ -80,7 +80,7 @@ float* float_data(const Tensor& tensor) {
   return static_cast<float*>(tensor.mutable_data_ptr());
 }
 
-// ---- SIMT ------------------------------------------------------------------------------------------------------------
+// ---- SIMT -----------------------------------------------------------------------------------------------------------
 
 enum class Owned { kQueries, kKeys };
 
@@ -127,7 +127,7 @@ void value_gradient_simt(const BackwardCall& call) {
   });
 }
 
-// (B, E, N) in float32: every query's mean key, which is attention with the keys as values.
+// (B, E, N) in float32: every query's mean key, computed as attention with the keys as values.
 Tensor mean_key_simt(const BackwardCall& call) {
   const int64_t batch = call.sizes.batch, queries = call.sizes.queries;
   const Tensor& like = call.query.tensor;
@@ -163,7 +163,7 @@ void query_key_gradient_simt(const BackwardCall& call) {
   });
 }
 
-// ---- tensor cores ----------------------------------------------------------------------------------------------------
+// ---- tensor cores ---------------------------------------------------------------------------------------------------
 
 // visit.operator()<Mma>(); does nothing for kSimt.
 template <class Visit>
@@ -228,7 +228,7 @@ void merge_splits(const ForwardCall& call, const WeightedSumParams& split) {
   });
 }
 
-// False where no tile fits.
+// Returns false if no tile fits.
 template <class Mma>
 bool forward_mma(const ForwardCall& call) {
   const PositionSizes& sizes = call.sizes;
@@ -261,15 +261,15 @@ bool forward_mma(const ForwardCall& call) {
   return true;
 }
 
-// float32: grad_query -= grad_sum * mean_key takes delta's rounding error out (docs/decisions.md).
+// float32: grad_query -= grad_sum * mean_key removes delta's rounding error (docs/decisions.md).
 struct QueryCorrection {
-  Tensor mean_key;  // (groups, B, E, padded queries): sum_j P_ij key_j
-  Tensor grad_sum;  // (groups, B, padded queries): sum_j dS_ij
+  Tensor mean_key;  // (groups, B, E, padded_queries): partials of sum_j P_ij key_j
+  Tensor grad_sum;  // (groups, B, padded_queries): partials of sum_j dS_ij
 };
 
-// gradient (B, rows, *S) = factor * the sum of `parts` partial results (parts, B, rows, padded), corrected if asked for.
+// gradient (B, rows, *S) = factor * the sum of partials (count, B, rows, padded), with the correction if given.
 void sum_partials(
-    const LaunchContext& context, const Tensor& partials, int parts, int padded, float factor, const Tensor& gradient,
+    const LaunchContext& context, const Tensor& partials, int count, int padded, float factor, const Tensor& gradient,
     const std::optional<QueryCorrection>& correction = std::nullopt) {
   SumPartialsParams params{};
   params.partials = static_cast<const float*>(partials.const_data_ptr());
@@ -280,8 +280,8 @@ void sum_partials(
   params.output = gradient.mutable_data_ptr();
   params.rows = static_cast<int>(gradient.size(1));
   params.rows_total = gradient.size(0) * gradient.size(1);
-  params.part_stride = params.rows_total * padded;
-  params.parts = parts;
+  params.partial_stride = params.rows_total * padded;
+  params.partial_count = count;
   params.columns = static_cast<int>(positions_of(gradient));
   params.padded = padded;
   params.row_blocks = ceil_div(params.columns, kRowThreads);
@@ -295,7 +295,7 @@ void sum_partials(
   });
 }
 
-// False where no tile fits.
+// Returns false if no tile fits.
 template <class Mma>
 bool value_gradient_mma(const BackwardCall& call, const AlignedOperands& operands) {
   const PositionSizes& sizes = call.sizes;
@@ -322,7 +322,7 @@ bool value_gradient_mma(const BackwardCall& call, const AlignedOperands& operand
   return true;
 }
 
-// False where no tile fits.
+// Returns false if no tile fits.
 template <class Mma>
 bool query_key_gradient_mma(const BackwardCall& call, const AlignedOperands& operands) {
   const PositionSizes& sizes = call.sizes;
@@ -348,8 +348,8 @@ bool query_key_gradient_mma(const BackwardCall& call, const AlignedOperands& ope
   params.grad_output = operands.grad_output.operand;
   params.logsumexp = float_data(call.logsumexp);
   params.delta = float_data(call.delta);
-  params.grad_query = float_data(query_partials);
-  params.grad_key = float_data(key_partials);
+  params.grad_query_partials = float_data(query_partials);
+  params.grad_key_partials = float_data(key_partials);
   params.padded_queries = plan.padded_queries;
   params.padded_keys = plan.padded_keys;
   params.scale = static_cast<float>(call.scale);
@@ -364,8 +364,8 @@ bool query_key_gradient_mma(const BackwardCall& call, const AlignedOperands& ope
     correction = QueryCorrection{
         allocate(call.grad_query, query_sizes, ScalarType::Float),
         allocate(call.grad_query, {plan.groups, sizes.batch, plan.padded_queries}, ScalarType::Float)};
-    params.mean_key = float_data(correction->mean_key);
-    params.grad_sum = float_data(correction->grad_sum);
+    params.mean_key_partials = float_data(correction->mean_key);
+    params.grad_sum_partials = float_data(correction->grad_sum);
   }
   launch_query_key_gradient<Mma>(params, context.limits, context.stream);
   sum_partials(context, query_partials, plan.groups, plan.padded_queries, params.scale, call.grad_query, correction);
@@ -373,7 +373,7 @@ bool query_key_gradient_mma(const BackwardCall& call, const AlignedOperands& ope
   return true;
 }
 
-// ---- operators -------------------------------------------------------------------------------------------------------
+// ---- operators ------------------------------------------------------------------------------------------------------
 
 Forward position_attention(const Tensor& query, const Tensor& key, const Tensor& value, double scale, bool with_low) {
   const PositionSizes sizes = check_position_attention(query, key, value, scale);
@@ -405,7 +405,7 @@ Backward position_attention_backward(
   context.position_count("query", sizes.queries);
   context.position_count("key", sizes.keys);
   const Tensor grad_query = allocate_like(query), grad_key = allocate_like(key), grad_value = allocate_like(value);
-  if (sizes.batch == 0 || sizes.queries == 0) {  // without queries the gradients of key and value are zero
+  if (sizes.batch == 0 || sizes.queries == 0) {  // no queries: the gradients of key and value are zero
     Tensor zero_key = grad_key, zero_value = grad_value;
     torch::stable::zero_(zero_key);
     torch::stable::zero_(zero_value);

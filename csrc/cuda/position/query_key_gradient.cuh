@@ -1,19 +1,20 @@
-// The gradients of query and key on tensor cores, together: both need dS = P (dP - delta), and dP = grad_output^T value
-// contracts over all value channels, most of the work, so it is made once.
+// The gradients of query and key on tensor cores, in one kernel. Both need dS = P (dP - delta), the gradient of the
+// energies, and dP = grad_output^T value contracts over all value channels: most of the work, and it is done only once.
 //
-// A block takes kQueries x kKeys tiles of the map: key blocks of its group in the inner loop, query blocks of its range
-// in the outer one. Per tile:
-//   1. dP, contracted over C; grad_output and value come in chunks of 32 channels through a ring of kStages,
-//   2. S from the query and key tiles, P = exp(scale S - logsumexp), dS = P (dP - delta) into shared memory,
+// A block processes kQueries x kKeys tiles of the attention map: the outer loop is over the query blocks of its range,
+// the inner loop over the key blocks of its group. For each tile it computes
+//   1. dP, contracted over C, with grad_output and value in chunks of 32 channels through a ring of kStages,
+//   2. the energies from the query and key tiles, P = exp(energy - logsumexp), and dS, which goes to shared memory,
 //   3. grad_query^T (E x kQueries) += key dS^T and grad_key^T (E x kKeys) += query dS.
-// grad_query stays in registers over the inner loop where E <= 64. What does not stay (grad_key, and grad_query of a
-// larger E) is added to a float32 partial result in global memory that only this block touches: no atomics, and the
-// same sum in every run. The value gradient is a weighted sum of its own (weighted_sum.cuh): kept here, its C x keys
-// accumulators would leave no registers, and making the scores twice costs E of 3 E + 2 C.
+// For E <= 64 grad_query stays in registers during the inner loop. The other sums, grad_key and for larger E
+// grad_query, are float32 partials in global memory. Only this block accesses them: no atomics, and the same result in
+// every run. grad_value has its own kernel (weighted_sum.cuh): its C x keys accumulators would leave no registers here,
+// and computing the energies twice costs E of 3 E + 2 C.
 //
 // An error of delta is the same for all keys of a query, so it does not average out in grad_query (docs/decisions.md).
-// 16-bit types get a delta from the output before it was rounded. For float32 the block also sums mean_key, sum_j P_ij
-// key_j, and grad_sum, sum_j dS_ij, which is 0 but for errors of delta; sum_partials_kernel takes their product off.
+// For 16-bit types, delta is computed from the output before rounding. For float32, the block also computes mean_key =
+// sum_j P_ij key_j and grad_sum = sum_j dS_ij, which is 0 except for errors of delta; sum_partials_kernel subtracts
+// their product from grad_query.
 #pragma once
 
 #include <cstdint>
@@ -29,47 +30,50 @@
 
 namespace segattn::cuda {
 
-// kKeepsQueryGradient: for E <= kGradientRows, grad_query's tile stays in registers.
+// Where a block accumulates grad_query: in registers, for E <= kGradientRows, or in global memory, for any E.
+enum class QueryGradientSums { kRegisters, kGlobalMemory };
+
 template <
-    class Mma_, int kQueries_, int kKeys_, int kQueryWarps_, int kKeyWarps_, int kStages_, bool kKeepsQueryGradient_>
+    class Mma_, int kQueries_, int kKeys_, int kQueryWarps_, int kKeyWarps_, int kStages_, QueryGradientSums kSums_>
 struct QueryKeyGradientTraits {
   using Mma = Mma_;
   using Element = typename Mma::Element;
   static constexpr int kQueries = kQueries_;
   static constexpr int kKeys = kKeys_;
   static constexpr int kStages = kStages_;
-  static constexpr bool kKeepsQueryGradient = kKeepsQueryGradient_;
-  static constexpr int kQueryWarps = kQueryWarps_;  // of the map's tile
+  static constexpr bool kKeepsQueryGradient = kSums_ == QueryGradientSums::kRegisters;
+  static constexpr int kQueryWarps = kQueryWarps_;  // of the tile of the attention map
   static constexpr int kKeyWarps = kKeyWarps_;
   static constexpr int kWarps = kQueryWarps * kKeyWarps;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kWarpQueries = kQueries / kQueryWarps;
   static constexpr int kWarpKeys = kKeys / kKeyWarps;
-  static constexpr int kChunk = 32;         // value channels a stage
-  static constexpr int kGradientRows = 64;  // key channels of the gradients made at a time
-  static constexpr bool kCentres = sizeof(Element) == 4;
-  static constexpr int kRowWarps = 2;  // warps over those, the others over positions
+  static constexpr int kChunk = 32;         // value channels of a stage
+  static constexpr int kGradientRows = 64;  // key channels of the gradients computed at a time
+  static constexpr bool kCorrectsQueryGradient = sizeof(Element) == 4;
+  static constexpr int kRowWarps = 2;  // warps along the gradient rows; kColumnWarps along positions
   static constexpr int kColumnWarps = kWarps / kRowWarps;
 
   static_assert(kWarpQueries % 16 == 0 && kWarpKeys % 16 == 0, "warp tiles consist of mma tiles");
-  static_assert(kWarpQueries * kWarpKeys <= 64 * 32, "dP and S of a warp's tile take 64 registers a thread each");
+  static_assert(
+      kWarpQueries * kWarpKeys <= 64 * 32, "dP and the energies of a warp's tile take 64 registers a thread each");
   static_assert(
       kQueries / kColumnWarps % 16 == 0 && kKeys / kColumnWarps % 16 == 0, "gradient tiles consist of mma tiles");
-  static_assert(kStages >= 2, "a copy is under way while another stage is multiplied");
+  static_assert(kStages >= 2, "one stage is copied while another is multiplied");
 
   using QueryTile = SharedTile<Element, kQueries>;  // rows are channels
   using KeyTile = SharedTile<Element, kKeys>;       // rows are channels; of dS, queries
 
-  static constexpr __host__ __device__ int embedding_rows(int key_channels) {
+  static constexpr __host__ __device__ int key_channel_rows(int key_channels) {
     return kKeepsQueryGradient ? kGradientRows : round_up(key_channels, kGradientRows);
   }
   static constexpr int kStageBytes = QueryTile::bytes(kChunk) + KeyTile::bytes(kChunk);
   static constexpr int kGradientBytes = KeyTile::bytes(kQueries);  // dS, [query][key]
-  // kCentres: P, like dS, and each key warp's share of grad_sum
-  static constexpr int kCentreBytes = kCentres ? kGradientBytes + 4 * kKeyWarps * kQueries : 0;
+  // P, laid out like dS, and each key warp's partial of grad_sum
+  static constexpr int kCorrectionBytes = kCorrectsQueryGradient ? kGradientBytes + 4 * kKeyWarps * kQueries : 0;
   static constexpr __host__ __device__ int shared_bytes(int key_channels) {
-    return QueryTile::bytes(embedding_rows(key_channels)) + KeyTile::bytes(embedding_rows(key_channels)) +
-        kStages * kStageBytes + kGradientBytes + kCentreBytes + 2 * kQueries * 4;
+    return QueryTile::bytes(key_channel_rows(key_channels)) + KeyTile::bytes(key_channel_rows(key_channels)) +
+        kStages * kStageBytes + kGradientBytes + kCorrectionBytes + 2 * kQueries * 4;
   }
 };
 
@@ -90,14 +94,14 @@ struct QueryKeyGradient {
   unsigned char* query_shared;
   unsigned char* key_shared;
   unsigned char* ring_shared;
-  unsigned char* gradient_shared;
-  unsigned char* weight_shared;  // kCentres
-  float* grad_sum_shared;        // kCentres: [kKeyWarps][kQueries]
-  float* logsumexp_shared;       // [kQueries]
-  float* delta_shared;           // [kQueries]
+  unsigned char* gradient_shared;  // dS, [query][key]
+  unsigned char* weight_shared;    // kCorrectsQueryGradient: P, [query][key]
+  float* grad_sum_shared;          // kCorrectsQueryGradient: [kKeyWarps][kQueries]
+  float* logsumexp_shared;         // [kQueries]
+  float* delta_shared;             // [kQueries]
   int64_t sample;
   int group, range;
-  int embedding_rows, chunks;
+  int key_channel_rows, chunks;
   int first_query_block, end_query_block, first_key_block, end_key_block;
 
   __device__ __forceinline__ GlobalMatrix<Element> matrix(const Operand& operand, int rows, int columns) const {
@@ -105,16 +109,16 @@ struct QueryKeyGradient {
         static_cast<const Element*>(operand.data) + sample * operand.batch_stride, operand.row_stride, rows, columns};
   }
   __device__ __forceinline__ float* grad_query() const {
-    return p.grad_query + (group * p.batch + sample) * p.key_channels * p.padded_queries;
+    return p.grad_query_partials + (group * p.batch + sample) * p.key_channels * p.padded_queries;
   }
   __device__ __forceinline__ float* mean_key() const {
-    return p.mean_key + (group * p.batch + sample) * p.key_channels * p.padded_queries;
+    return p.mean_key_partials + (group * p.batch + sample) * p.key_channels * p.padded_queries;
   }
   __device__ __forceinline__ float* grad_key() const {
-    return p.grad_key + (range * p.batch + sample) * p.key_channels * p.padded_keys;
+    return p.grad_key_partials + (range * p.batch + sample) * p.key_channels * p.padded_keys;
   }
 
-  // The ring's next chunk to copy: all chunks of all tiles, in the order they are multiplied.
+  // The next chunk to copy into the ring. Copies run through all chunks of all tiles in the order of multiplication.
   int copy_query_block, copy_key_block, copy_chunk, copy_slot;
 
   float grad_query_sums[kRowTiles][kQueryTiles][4];
@@ -155,8 +159,11 @@ struct QueryKeyGradient {
     }
   }
 
-  // A partial result's tile: rows are key channels [row, row + kRowTiles 16), columns [column, ...).
-  template <bool kStore, int kColumns>
+  enum class Transfer { kLoad, kStore };
+
+  // Moves a tile between registers and a partial in global memory: key channels [row, row + 16 kRowTiles), positions
+  // [column, ...).
+  template <Transfer kTransfer, int kColumns>
   __device__ __forceinline__ void move_partial(
       float (&d)[kRowTiles][kColumns][4], float* partial, int padded, int row, int column) {
     const int lane = lane_index();
@@ -166,13 +173,13 @@ struct QueryKeyGradient {
       for (int h = 0; h < 2; ++h) {
         const int channel = row + 16 * i + lane / 4 + 8 * h;
         if (channel < p.key_channels) {
-          float* at = partial + static_cast<int64_t>(channel) * padded + column + lane % 4 * 2;
+          float* address = partial + static_cast<int64_t>(channel) * padded + column + lane % 4 * 2;
 #pragma unroll
           for (int j = 0; j < kColumns; ++j) {
-            if constexpr (kStore) {
-              *reinterpret_cast<float2*>(at + 8 * j) = make_float2(d[i][j][2 * h], d[i][j][2 * h + 1]);
+            if constexpr (kTransfer == Transfer::kStore) {
+              *reinterpret_cast<float2*>(address + 8 * j) = make_float2(d[i][j][2 * h], d[i][j][2 * h + 1]);
             } else {
-              const float2 pair = *reinterpret_cast<const float2*>(at + 8 * j);
+              const float2 pair = *reinterpret_cast<const float2*>(address + 8 * j);
               d[i][j][2 * h] = pair.x;
               d[i][j][2 * h + 1] = pair.y;
             }
@@ -191,7 +198,8 @@ struct QueryKeyGradient {
     return warp_index() % Traits::kColumnWarps * (columns / Traits::kColumnWarps);
   }
 
-  // Rows of a query block; both are 0 past the end, where the scores are 0 as well: weights stay finite and unused.
+  // logsumexp and delta of a query block. Both are 0 past the end, where the energies are 0 too: weights stay finite
+  // there and are not used.
   __device__ __forceinline__ void load_statistics(int query_block) {
     for (int i = static_cast<int>(threadIdx.x); i < Traits::kQueries; i += Traits::kThreads) {
       const int position = query_block * Traits::kQueries + i;
@@ -199,17 +207,17 @@ struct QueryKeyGradient {
       logsumexp_shared[i] = inside ? p.logsumexp[sample * p.queries + position] : 0.0f;
       delta_shared[i] = inside ? p.delta[sample * p.queries + position] : 0.0f;
     }
-    if constexpr (Traits::kCentres) {
+    if constexpr (Traits::kCorrectsQueryGradient) {
       for (int i = static_cast<int>(threadIdx.x); i < Traits::kKeyWarps * Traits::kQueries; i += Traits::kThreads) {
         grad_sum_shared[i] = 0.0f;
       }
     }
   }
 
-  // dP becomes dS, in registers, then in shared memory. Queries past the end have grad_output and delta 0, hence dS 0;
-  // keys past the end are cut off.
-  __device__ __forceinline__ void store_score_gradient(
-      const float (&scores)[kM][kN][4], const float (&products)[kM][kN][4], int key_block) {
+  // Turns q.k (`energies`) and dP into dS and stores it in shared memory. Queries past the end have grad_output and
+  // delta 0, hence dS 0; for keys past the end dS is set to 0.
+  __device__ __forceinline__ void store_energy_gradient(
+      const float (&energies)[kM][kN][4], const float (&weight_gradients)[kM][kN][4], int key_block) {
     const int lane = lane_index();
     const KeyTile tile(gradient_shared), weight_tile(weight_shared);
     const int keys_left = p.keys - key_block * Traits::kKeys;
@@ -226,18 +234,18 @@ struct QueryKeyGradient {
           float weight[2], gradient[2];
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
-            weight[c] = ptx::exp2_approx((scores[i][j][2 * h + c] * p.scale - row_logsumexp) * kLog2E);
-            gradient[c] = column + c < keys_left ? weight[c] * (products[i][j][2 * h + c] - row_delta) : 0.0f;
+            weight[c] = ptx::exp2_approx((energies[i][j][2 * h + c] * p.scale - row_logsumexp) * kLog2E);
+            gradient[c] = column + c < keys_left ? weight[c] * (weight_gradients[i][j][2 * h + c] - row_delta) : 0.0f;
           }
           store_pair(tile.at(row, column), gradient[0], gradient[1]);
-          if constexpr (Traits::kCentres) {  // past the end the weight may be infinite, and the key is 0
+          if constexpr (Traits::kCorrectsQueryGradient) {  // past the end the key is 0, but the weight can be infinite
             store_pair(
                 weight_tile.at(row, column), column < keys_left ? weight[0] : 0.0f,
                 column + 1 < keys_left ? weight[1] : 0.0f);
             row_sum += gradient[0] + gradient[1];
           }
         }
-        if constexpr (Traits::kCentres) {
+        if constexpr (Traits::kCorrectsQueryGradient) {
           row_sum += __shfl_xor_sync(0xffffffffu, row_sum, 1);
           row_sum += __shfl_xor_sync(0xffffffffu, row_sum, 2);
           if (lane % 4 == 0) {
@@ -248,7 +256,8 @@ struct QueryKeyGradient {
     }
   }
 
-  // Adds one tile's shares. Partial results start with the block's first query block (grad_key) and key block.
+  // Adds a tile's contribution to the gradients. A partial of grad_key starts at the block's first query block, the
+  // others at its first key block.
   __device__ __forceinline__ void add_gradients(int query_block, int key_block) {
     const QueryTile query_tile(query_shared);
     const KeyTile key_tile(key_shared), gradient_tile(gradient_shared);
@@ -258,41 +267,42 @@ struct QueryKeyGradient {
       clear(sums);
       const int column = key_block * Traits::kKeys + key_column;
       if (query_block > first_query_block) {
-        move_partial<false>(sums, grad_key(), p.padded_keys, row, column);
+        move_partial<Transfer::kLoad>(sums, grad_key(), p.padded_keys, row, column);
       }
       multiply_tiles<Mma, Major::kRow, Major::kRow, 1>(
           sums, query_tile, row, gradient_tile, key_column, 0, Traits::kQueries);
-      move_partial<true>(sums, grad_key(), p.padded_keys, row, column);
+      move_partial<Transfer::kStore>(sums, grad_key(), p.padded_keys, row, column);
       if constexpr (!Traits::kKeepsQueryGradient) {
         clear(grad_query_sums);
         if (key_block > first_key_block) {
-          move_partial<false>(
+          move_partial<Transfer::kLoad>(
               grad_query_sums, grad_query(), p.padded_queries, row, query_block * Traits::kQueries + query_column);
         }
       }
       multiply_tiles<Mma, Major::kRow, Major::kColumn, 1>(
           grad_query_sums, key_tile, row, gradient_tile, query_column, 0, Traits::kKeys);
       if constexpr (!Traits::kKeepsQueryGradient) {
-        move_partial<true>(
+        move_partial<Transfer::kStore>(
             grad_query_sums, grad_query(), p.padded_queries, row, query_block * Traits::kQueries + query_column);
       }
-      if constexpr (Traits::kCentres) {
+      if constexpr (Traits::kCorrectsQueryGradient) {
         const int mean_column = query_block * Traits::kQueries + query_column;
         float means[kRowTiles][kQueryTiles][4];
         clear(means);
         if (key_block > first_key_block) {
-          move_partial<false>(means, mean_key(), p.padded_queries, row, mean_column);
+          move_partial<Transfer::kLoad>(means, mean_key(), p.padded_queries, row, mean_column);
         }
         multiply_tiles<Mma, Major::kRow, Major::kColumn, 1>(
             means, key_tile, row, KeyTile(weight_shared), query_column, 0, Traits::kKeys);
-        move_partial<true>(means, mean_key(), p.padded_queries, row, mean_column);
+        move_partial<Transfer::kStore>(means, mean_key(), p.padded_queries, row, mean_column);
       }
     }
   }
 
-  // The group's share of a query block's grad_sum; the key warps' shares in their order.
+  // Stores the group's partial of grad_sum for a query block: the sum over the key warps, in order.
   __device__ __forceinline__ void store_grad_sum(int query_block) const {
-    float* target = p.grad_sum + (group * p.batch + sample) * p.padded_queries + query_block * Traits::kQueries;
+    float* target =
+        p.grad_sum_partials + (group * p.batch + sample) * p.padded_queries + query_block * Traits::kQueries;
     for (int i = static_cast<int>(threadIdx.x); i < Traits::kQueries; i += Traits::kThreads) {
       float sum = 0.0f;
 #pragma unroll
@@ -304,19 +314,20 @@ struct QueryKeyGradient {
   }
 
   __device__ __forceinline__ QueryKeyGradient(const QueryKeyGradientParams& params, unsigned char* shared) : p(params) {
-    embedding_rows = Traits::embedding_rows(p.key_channels);
+    key_channel_rows = Traits::key_channel_rows(p.key_channels);
     query_shared = shared;
-    key_shared = query_shared + QueryTile::bytes(embedding_rows);
-    ring_shared = key_shared + KeyTile::bytes(embedding_rows);
+    key_shared = query_shared + QueryTile::bytes(key_channel_rows);
+    ring_shared = key_shared + KeyTile::bytes(key_channel_rows);
     gradient_shared = ring_shared + Traits::kStages * Traits::kStageBytes;
     weight_shared = gradient_shared + Traits::kGradientBytes;
-    grad_sum_shared = reinterpret_cast<float*>(weight_shared + (Traits::kCentres ? Traits::kGradientBytes : 0));
-    logsumexp_shared = reinterpret_cast<float*>(gradient_shared + Traits::kGradientBytes + Traits::kCentreBytes);
+    grad_sum_shared =
+        reinterpret_cast<float*>(weight_shared + (Traits::kCorrectsQueryGradient ? Traits::kGradientBytes : 0));
+    logsumexp_shared = reinterpret_cast<float*>(gradient_shared + Traits::kGradientBytes + Traits::kCorrectionBytes);
     delta_shared = logsumexp_shared + Traits::kQueries;
   }
 
   __device__ __forceinline__ void run() {
-    // Blocks that run together share a query range, whose grad_output they take from L2 at about the same time.
+    // Blocks that run together share a query range, whose grad_output they read from L2 at about the same time.
     int64_t block = blockIdx.x;
     group = static_cast<int>(block % p.groups);
     block /= p.groups;
@@ -342,49 +353,49 @@ struct QueryKeyGradient {
     for (int query_block = first_query_block; query_block < end_query_block; ++query_block) {
       clear(grad_query_sums);
       for (int key_block = first_key_block; key_block < end_key_block; ++key_block) {
-        __syncthreads();  // the previous tile's query, key and dS are no longer read
+        __syncthreads();  // the last tile's query, key and dS are no longer read
         if (key_block == first_key_block) {
           copy_tile_async<Traits::kThreads>(
-              QueryTile(query_shared), matrix(p.query, p.key_channels, p.queries), 0, embedding_rows,
+              QueryTile(query_shared), matrix(p.query, p.key_channels, p.queries), 0, key_channel_rows,
               query_block * Traits::kQueries);
           load_statistics(query_block);
         }
-        // These copies join the group of the next chunk; they have arrived when that is waited for.
+        // These copies join the commit group of the next chunk and arrive with it.
         copy_tile_async<Traits::kThreads>(
-            KeyTile(key_shared), matrix(p.key, p.key_channels, p.keys), 0, embedding_rows, key_block * Traits::kKeys);
+            KeyTile(key_shared), matrix(p.key, p.key_channels, p.keys), 0, key_channel_rows, key_block * Traits::kKeys);
 
-        float products[kM][kN][4];
-        clear(products);
+        float weight_gradients[kM][kN][4];
+        clear(weight_gradients);
         for (int chunk = 0; chunk < chunks; ++chunk) {
           ptx::cp_async_wait<Traits::kStages - 2>();
-          __syncthreads();  // this chunk is there, the previous one is no longer read
+          __syncthreads();  // this chunk has arrived, and the last one is no longer read
           copy_next_chunk();
           ptx::cp_async_commit();
           multiply_tiles<Mma, Major::kColumn, Major::kRow, 2>(
-              products, QueryTile(slot(current_slot)), warp_query(),
+              weight_gradients, QueryTile(slot(current_slot)), warp_query(),
               KeyTile(slot(current_slot) + QueryTile::bytes(Traits::kChunk)), warp_key(), 0, Traits::kChunk);
           current_slot = current_slot + 1 == Traits::kStages ? 0 : current_slot + 1;
         }
-        if (chunks < Traits::kStages) {  // the group that query and key joined has not been waited for
+        if (chunks < Traits::kStages) {  // no wait above has covered the group of query and key
           ptx::cp_async_wait<0>();
           __syncthreads();
         }
 
-        float scores[kM][kN][4];
-        clear(scores);
+        float energies[kM][kN][4];
+        clear(energies);
         multiply_tiles<Mma, Major::kColumn, Major::kRow, 1>(
-            scores, QueryTile(query_shared), warp_query(), KeyTile(key_shared), warp_key(), 0,
+            energies, QueryTile(query_shared), warp_query(), KeyTile(key_shared), warp_key(), 0,
             round_up(p.key_channels, Mma::kStep));
-        store_score_gradient(scores, products, key_block);
+        store_energy_gradient(energies, weight_gradients, key_block);
         __syncthreads();
         add_gradients(query_block, key_block);
       }
       if constexpr (Traits::kKeepsQueryGradient) {
-        move_partial<true>(
+        move_partial<Transfer::kStore>(
             grad_query_sums, grad_query(), p.padded_queries, warp_row(),
             query_block * Traits::kQueries + warp_column(Traits::kQueries));
       }
-      if constexpr (Traits::kCentres) {
+      if constexpr (Traits::kCorrectsQueryGradient) {
         store_grad_sum(query_block);
       }
     }

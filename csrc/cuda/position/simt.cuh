@@ -1,7 +1,8 @@
-// Position attention without tensor cores: float64 everywhere, every type on processors before sm_80, and channel
-// counts the tensor-core kernels have no room for. One kernel, four sums of the same form (SimtParams): the block owns 32
-// positions, goes over all streamed positions 32 at a time, makes their 32 x 32 weights and adds values times weights.
-// query and key gradient each recompute the weights: 1.6 times the backward's least work, and no partial results.
+// Position attention without tensor cores: float64 on every device, every type before sm_80, and channel counts that no
+// tensor-core tile has room for. One kernel computes four sums of the same form (SimtParams): a block owns 32
+// positions, steps through all streamed positions 32 at a time, computes their 32 x 32 weights and adds values times
+// weights. The query and key gradients each recompute the weights: 1.6 times the least work of the backward pass, but
+// no partials.
 #pragma once
 
 #include <cstdint>
@@ -15,23 +16,23 @@
 
 namespace segattn::cuda {
 
-// Compute time is bound by shared memory and FMAs; the tiles are the largest whose shared memory is under 48 KB.
+// Shared memory and FMAs bound the time. The tiles are the largest that take less than 48 KB of shared memory.
 template <class T, PositionSum kSum_>
 struct SimtTraits {
   using Element = T;
   using Real = Accumulator<T>;
   static constexpr PositionSum kSum = kSum_;
   static constexpr int kThreads = 256;
-  static constexpr int kTile = 32;          // owned positions, streamed positions and contraction of one step
-  static constexpr int kPitch = kTile + 1;  // no bank is met twice down a column
+  static constexpr int kTile = 32;          // owned positions, streamed positions, and contraction of one step
+  static constexpr int kPitch = kTile + 1;  // a column has no bank conflicts
   static constexpr int kChannels = sizeof(Real) == 8 ? 128 : 256;
   static constexpr int kRowGroups = kThreads / 8;  // a thread has 4 positions of every 32nd channel
   static constexpr int kRows = kChannels / kRowGroups;
   static constexpr bool kForward = kSum == PositionSum::kForward;
   static constexpr bool kNeedsProduct = kSum == PositionSum::kQueryGradient || kSum == PositionSum::kKeyGradient;
   static constexpr bool kOwnsQueries = kForward || kSum == PositionSum::kQueryGradient;
-  static constexpr bool kCentres = kSum == PositionSum::kQueryGradient && std::is_same_v<T, float>;
-  static_assert(kChannels >= 2 * kTile, "the two contraction tiles lie where the values come later");
+  static constexpr bool kCorrectsQueryGradient = kSum == PositionSum::kQueryGradient && std::is_same_v<T, float>;
+  static_assert(kChannels >= 2 * kTile, "the two contraction tiles share their memory with the values");
   static constexpr size_t kSharedBytes = sizeof(Real) * (kChannels * kPitch + kTile * kPitch + 8 * kTile + 8 * kTile);
   static_assert(kSharedBytes <= 48 * 1024, "fits every processor without an opt-in");
 };
@@ -44,14 +45,14 @@ struct SimtSum {
   static constexpr int kPitch = Traits::kPitch;
 
   const SimtParams& p;
-  Real* values_shared;   // [kChannels][kPitch]; before that the two contraction tiles [kTile][kPitch]
+  Real* values_shared;   // [kChannels][kPitch]; during a contraction its two tiles [kTile][kPitch]
   Real* weights_shared;  // [kTile streamed][kPitch]: weight of owned position i at [j][i]
   Real* maxima;          // [8][kTile]
   Real* partial_sums;    // [8][kTile]
   int64_t sample;
   int first_owned, first_channel;
 
-  // Base e, not 2: the change of base would cost float64 a rounding of every score.
+  // Base e, not 2: in float64 the change of base would round every energy once more.
   __device__ __forceinline__ static Real exponential(Real x) {
     if constexpr (sizeof(Real) == 8) {
       return exp(x);
@@ -64,7 +65,7 @@ struct SimtSum {
     return static_cast<const Element*>(operand.data) + sample * operand.batch_stride;
   }
 
-  // tile[row][column] = operand(first_row + row, first_column + column), zeros beyond its edges
+  // tile[row][column] = operand(first_row + row, first_column + column), 0 past its edges
   __device__ __forceinline__ void load(
       Real* tile, int tile_rows, const Operand& operand, int first_row, int rows, int first_column, int columns) {
     const int column = static_cast<int>(threadIdx.x) % kTile;
@@ -124,30 +125,30 @@ struct SimtSum {
     const Real* delta = static_cast<const Real*>(p.delta) + sample * queries;
 
     Real sums[Traits::kRows][4] = {};
-    Real highest = -INFINITY, weight_sum = 0;  // of owned position `lane`, the same in every warp
-    Real grad_sum = 0;                         // kCentres: of owned position `lane`, the warp's share of the sum of dS
+    Real max_energy = -INFINITY, weight_sum = 0;  // of owned position `lane`, the same in every warp
+    Real grad_sum = 0;  // kCorrectsQueryGradient: of owned position `lane`, the warp's partial sum of dS
     for (int streamed = 0; streamed < p.streamed_positions; streamed += kTile) {
-      Real weights[4], gradients[4];
+      Real weights[4], gradients[4];  // first q.k and dP, then turned into the weights in place
       contract(weights, p.owned, p.streamed, p.key_channels, streamed);
       if constexpr (Traits::kNeedsProduct) {
         contract(gradients, p.left, p.right, p.value_channels, streamed);
       }
       Real factor = 1;
       if constexpr (Traits::kForward) {
-        Real own = -INFINITY;
+        Real warp_max = -INFINITY;
 #pragma unroll
         for (int jj = 0; jj < 4; ++jj) {
           weights[jj] = streamed + 4 * warp + jj < p.streamed_positions ? weights[jj] * scale : -INFINITY;
-          own = fmax(own, weights[jj]);
+          warp_max = fmax(warp_max, weights[jj]);
         }
-        maxima[warp * kTile + lane] = own;
+        maxima[warp * kTile + lane] = warp_max;
         __syncthreads();
-        const Real before = highest;
+        const Real before = max_energy;
 #pragma unroll
         for (int w = 0; w < 8; ++w) {
-          highest = fmax(highest, maxima[w * kTile + lane]);
+          max_energy = fmax(max_energy, maxima[w * kTile + lane]);
         }
-        const Real shift = highest == -INFINITY ? Real(0) : highest;
+        const Real shift = max_energy == -INFINITY ? Real(0) : max_energy;
         factor = exponential(before - shift);
         Real sum = 0;
 #pragma unroll
@@ -174,11 +175,11 @@ struct SimtSum {
 #pragma unroll
       for (int jj = 0; jj < 4; ++jj) {
         weights_shared[(4 * warp + jj) * kPitch + lane] = weights[jj];
-        if constexpr (Traits::kCentres) {
+        if constexpr (Traits::kCorrectsQueryGradient) {
           grad_sum += weights[jj];
         }
       }
-      __syncthreads();  // weights and sums are there; the contraction tiles are no longer read
+      __syncthreads();  // weights and sums are written, and the contraction tiles no longer read
       if constexpr (Traits::kForward) {
         weight_sum *= factor;
 #pragma unroll
@@ -214,7 +215,7 @@ struct SimtSum {
       }
     }
 
-    if constexpr (Traits::kCentres) {
+    if constexpr (Traits::kCorrectsQueryGradient) {
       partial_sums[warp * kTile + lane] = grad_sum;
       __syncthreads();
       grad_sum = 0;
@@ -228,7 +229,7 @@ struct SimtSum {
       factor = Real(1) / weight_sum;
       if (channel_block == 0 && warp == 0 && first_owned + lane < p.owned_positions) {
         static_cast<Real*>(p.logsumexp)[sample * queries + first_owned + lane] =
-            highest + (sizeof(Real) == 8 ? log(weight_sum) : logf(weight_sum));
+            max_energy + (sizeof(Real) == 8 ? log(weight_sum) : logf(weight_sum));
       }
     } else if constexpr (Traits::kSum == PositionSum::kValueGradient) {
       factor = 1;
@@ -236,21 +237,22 @@ struct SimtSum {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const Real f = __shfl_sync(0xffffffffu, factor, column_group + i);
-      const Real column_grad_sum = Traits::kCentres ? __shfl_sync(0xffffffffu, grad_sum, column_group + i) : Real(0);
+      const Real column_grad_sum =
+          Traits::kCorrectsQueryGradient ? __shfl_sync(0xffffffffu, grad_sum, column_group + i) : Real(0);
       const int position = first_owned + column_group + i;
 #pragma unroll
       for (int r = 0; r < Traits::kRows; ++r) {
         const int channel = first_channel + row_group + r * Traits::kRowGroups;
         if (channel < p.out_channels && position < p.owned_positions) {
-          const int64_t at = (sample * p.out_channels + channel) * p.owned_positions + position;
-          if constexpr (Traits::kCentres) {
-            sums[r][i] -= column_grad_sum * static_cast<const Real*>(p.mean_key)[at];
+          const int64_t element = (sample * p.out_channels + channel) * p.owned_positions + position;
+          if constexpr (Traits::kCorrectsQueryGradient) {
+            sums[r][i] -= column_grad_sum * static_cast<const Real*>(p.mean_key)[element];
           }
           const Element result = from_accumulator<Element>(sums[r][i] * f);
-          static_cast<Element*>(p.output)[at] = result;
+          static_cast<Element*>(p.output)[element] = result;
           if constexpr (Traits::kForward && sizeof(Element) == 2) {
             if (p.output_low != nullptr) {
-              static_cast<Element*>(p.output_low)[at] =
+              static_cast<Element*>(p.output_low)[element] =
                   from_accumulator<Element>(sums[r][i] * f - to_accumulator(result));
             }
           }

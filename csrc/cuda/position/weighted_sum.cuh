@@ -1,17 +1,17 @@
-// Position attention on tensor cores: a weighted sum over all positions, with the weights made on the way.
+// Position attention on tensor cores: a weighted sum over all positions, with the weights computed on the fly.
 //
-// A block owns kOwned positions and kChannels value channels and streams the other side past them, 64 bytes of
-// positions a step. Per step every warp
-//   1. multiplies scores of the *next* step for its own 16 positions (S = owned^T streamed, contraction over E),
-//   2. adds values * weights^T of this step to its 64 positions x 32..64 channels of the output,
-//   3. turns the scores into weights (online softmax) and puts them into shared memory for the next step,
-// so that the exponentials of a step run beside its matrix products and a step has one barrier. The output is computed
-// as O^T = V P^T: channels-first operands and results need no transposition anywhere.
-// A warp tile of 64 x 64 reads 128 bytes of shared memory for each mma; a warp that kept P in registers would own 16
-// positions x all channels and read 256, which is more than an SM delivers while the tensor cores run at full rate.
+// A block owns kOwned positions and kChannels value channels and streams the other side, 64 bytes of positions a step.
+// In every step each warp
+//   1. computes the energies of the *next* step for its own 16 positions (owned^T streamed, contracted over E),
+//   2. adds values * weights^T of this step to its output tile, 64 positions x 32..64 channels,
+//   3. turns the energies into weights (online softmax) and stores them in shared memory for the next step.
+// The exponentials of a step thus overlap its matrix products, and a step has one barrier. The output is computed as
+// O^T = V P^T, so channels-first operands and results need no transposition.
+// A warp tile of 64 x 64 reads 128 bytes of shared memory per mma. With P in registers, a warp would own 16 positions x
+// all channels and read 256, more than an SM delivers with the tensor cores at full rate.
 //
-// weighted_sum_traits.cuh has the shape of a block, weighted_sum_softmax.cuh steps 1 and 3, weighted_sum_epilogue.cuh the
-// way from the accumulators to the result; here is the pipeline that joins them.
+// weighted_sum_traits.cuh has the shape of a block, weighted_sum_softmax.cuh steps 1 and 3, weighted_sum_epilogue.cuh
+// the stores of the result. This file has the pipeline that joins them.
 #pragma once
 
 #include <cstdint>
@@ -30,20 +30,20 @@
 namespace segattn::cuda {
 
 template <class Traits_, PositionSum kSum>
-struct WeightedSum : WeightedSumWeights<Traits_, kSum> {
-  using Weights = WeightedSumWeights<Traits_, kSum>;
+struct WeightedSum : WeightedSumSoftmax<Traits_, kSum> {
+  using Softmax = WeightedSumSoftmax<Traits_, kSum>;
   using Traits = Traits_;
   using Mma = typename Traits::Mma;
   using Element = typename Traits::Element;
   using StreamedTile = typename Traits::StreamedTile;
-  using Weights::changed, Weights::embedding_rows, Weights::end_step, Weights::factors, Weights::first_step;
-  using Weights::load_owned_fragments, Weights::make_weights, Weights::multiply_scores, Weights::owned_shared;
-  using Weights::p, Weights::row_max, Weights::row_sum, Weights::store_weights, Weights::streamed_logsumexp;
-  using Weights::streamed_shared, Weights::weight_shared;
+  using Softmax::compute_energies, Softmax::compute_weights, Softmax::end_step, Softmax::factors, Softmax::first_step;
+  using Softmax::key_channel_rows, Softmax::load_owned_fragments, Softmax::owned_shared, Softmax::p, Softmax::rescales;
+  using Softmax::row_max, Softmax::row_sum, Softmax::store_weights, Softmax::streamed_logsumexp;
+  using Softmax::streamed_shared, Softmax::weight_shared;
 
   unsigned char* value_shared;
-  WeightedSumBlock* place;
-  // This thread's share of the next streamed tile and the next values to copy: both walk along the positions.
+  WeightedSumBlock* block_shared;
+  // This thread's source in the next streamed tile and the next value tile. Both advance along the positions.
   const Element* next_streamed;
   const Element* next_values;
   WeightedSumAccumulators<Traits> sums;
@@ -52,8 +52,8 @@ struct WeightedSum : WeightedSumWeights<Traits_, kSum> {
     if (step < end_step) {
       const int slot = (step - first_step) % Traits::kStages;
       copy_share_async<Traits::kThreads>(
-          StreamedTile(streamed_shared + slot * StreamedTile::bytes(embedding_rows)), next_streamed,
-          p.streamed.row_stride, embedding_rows, p.key_channels, p.streamed_positions - step * Traits::kStreamed);
+          StreamedTile(streamed_shared + slot * StreamedTile::bytes(key_channel_rows)), next_streamed,
+          p.streamed.row_stride, key_channel_rows, p.key_channels, p.streamed_positions - step * Traits::kStreamed);
       next_streamed += Traits::kStreamed;
     }
   }
@@ -63,19 +63,19 @@ struct WeightedSum : WeightedSumWeights<Traits_, kSum> {
       const int slot = (step - first_step) % Traits::kStages;
       copy_share_async<Traits::kThreads>(
           StreamedTile(value_shared + slot * Traits::kValueBytes), next_values, p.values.row_stride, Traits::kChannels,
-          p.value_channels - place->first_channel, p.streamed_positions - step * Traits::kStreamed);
+          p.value_channels - block_shared->first_channel, p.streamed_positions - step * Traits::kStreamed);
       next_values += Traits::kStreamed;
     }
   }
 
-  // Brings what was summed so far to the maximum that `step`'s weights are relative to.
+  // Rescales the sums to the maximum that the weights of `step` are relative to.
   __device__ __forceinline__ void rescale_sums(int step) {
-    bool any_changed = false;
+    bool any_rescale = false;
 #pragma unroll
     for (int i = 0; i < Traits::kWarpOwned / 16; ++i) {
-      any_changed |= changed[step % 2 * Traits::kWarps + Traits::warp_first_owned() / 16 + i] != 0;
+      any_rescale |= rescales[step % 2 * Traits::kWarps + Traits::warp_first_owned() / 16 + i] != 0;
     }
-    if (any_changed) {
+    if (any_rescale) {
       multiply_sums(factors + step % 2 * Traits::kOwned);
     }
   }
@@ -97,8 +97,8 @@ struct WeightedSum : WeightedSumWeights<Traits_, kSum> {
   }
 
   __device__ __forceinline__ void multiply_values(int step, int k, int k_end) {
-    if (place->first_channel + Traits::warp_first_channel() >= p.value_channels) {
-      return;  // the last channel block may have nothing for some warps
+    if (block_shared->first_channel + Traits::warp_first_channel() >= p.value_channels) {
+      return;  // the last channel block can leave warps without channels
     }
     const StreamedTile value_tile(value_shared + (step - first_step) % Traits::kStages * Traits::kValueBytes);
     const StreamedTile weight_tile(weight_shared + step % 2 * Traits::kWeightBytes);
@@ -106,10 +106,10 @@ struct WeightedSum : WeightedSumWeights<Traits_, kSum> {
         sums, value_tile, Traits::warp_first_channel(), weight_tile, Traits::warp_first_owned(), k, k_end);
   }
 
-  // kForward: divides by the sums of weights and leaves the log-sum-exp.
+  // kForward: divides by the sums of the weights and stores logsumexp.
   __device__ __forceinline__ void normalize() {
-    const int lane = lane_index(), first_owned = place->first_owned;
-    float* logsumexp = p.logsumexp + (place->split * p.batch + place->sample) * p.owned_positions;
+    const int lane = lane_index(), first_owned = block_shared->first_owned;
+    float* logsumexp = p.logsumexp + (block_shared->split * p.batch + block_shared->sample) * p.owned_positions;
     __syncthreads();  // every warp has read the factors of the last step
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -119,7 +119,7 @@ struct WeightedSum : WeightedSumWeights<Traits_, kSum> {
       const int row = 16 * warp_index() + lane / 4 + 8 * h;
       if (lane % 4 == 0) {
         factors[row] = 1.0f / sum;
-        if (place->channel_block == 0 && first_owned + row < p.owned_positions) {
+        if (block_shared->channel_block == 0 && first_owned + row < p.owned_positions) {
           logsumexp[first_owned + row] = row_max[h] + logf(sum);
         }
       }
@@ -128,30 +128,30 @@ struct WeightedSum : WeightedSumWeights<Traits_, kSum> {
     multiply_sums(factors);
   }
 
-  __device__ __forceinline__ WeightedSum(const WeightedSumParams& params, unsigned char* shared) : Weights(params) {
-    embedding_rows = Traits::embedding_rows(p.key_channels);
+  __device__ __forceinline__ WeightedSum(const WeightedSumParams& params, unsigned char* shared) : Softmax(params) {
+    key_channel_rows = Traits::key_channel_rows(p.key_channels);
     owned_shared = shared;
     streamed_shared = owned_shared + Traits::owned_bytes(p.key_channels);
     value_shared = streamed_shared + Traits::kStages * Traits::streamed_bytes(p.key_channels);
     weight_shared = value_shared + Traits::kStages * Traits::kValueBytes;
     factors = reinterpret_cast<float*>(weight_shared + 2 * Traits::kWeightBytes);
-    changed = reinterpret_cast<int*>(factors + 2 * Traits::kOwned);
-    place = reinterpret_cast<WeightedSumBlock*>(changed + 2 * Traits::kWarps);
+    rescales = reinterpret_cast<int*>(factors + 2 * Traits::kOwned);
+    block_shared = reinterpret_cast<WeightedSumBlock*>(rescales + 2 * Traits::kWarps);
   }
 
   __device__ __forceinline__ void run() {
-    // Blocks that run together read the same streamed positions: channel blocks first, then owned blocks.
-    int64_t block = blockIdx.x;
-    const int channel_block = static_cast<int>(block % p.channel_blocks);
-    block /= p.channel_blocks;
-    const int owned_block = static_cast<int>(block % p.owned_blocks);
-    block /= p.owned_blocks;
-    const int split = static_cast<int>(block % p.splits);
-    const int64_t sample = block / p.splits;
+    // Channel blocks first, then owned blocks: blocks that run together read the same streamed positions.
+    int64_t index = blockIdx.x;
+    const int channel_block = static_cast<int>(index % p.channel_blocks);
+    index /= p.channel_blocks;
+    const int owned_block = static_cast<int>(index % p.owned_blocks);
+    index /= p.owned_blocks;
+    const int split = static_cast<int>(index % p.splits);
+    const int64_t sample = index / p.splits;
 
     const int first_owned = owned_block * Traits::kOwned, first_channel = channel_block * Traits::kChannels;
     if (threadIdx.x == 0) {
-      *place = {sample, split, channel_block, first_owned, first_channel};
+      *block_shared = {sample, split, channel_block, first_owned, first_channel};
     }
     __syncthreads();
     streamed_logsumexp = p.logsumexp + sample * p.streamed_positions;
@@ -177,8 +177,9 @@ struct WeightedSum : WeightedSumWeights<Traits_, kSum> {
       }
     }
 
-    // Copy group n brings the streamed tile of step n and the values of step n - 1: what the loop below takes at once.
-    copy_tile_async<Traits::kThreads>(typename Traits::OwnedTile(owned_shared), owned, 0, embedding_rows, first_owned);
+    // Copy group n holds the streamed tile of step n and the values of step n - 1, which one iteration below consumes.
+    copy_tile_async<Traits::kThreads>(
+        typename Traits::OwnedTile(owned_shared), owned, 0, key_channel_rows, first_owned);
     copy_streamed(first_step);
     ptx::cp_async_commit();
 #pragma unroll
@@ -190,26 +191,26 @@ struct WeightedSum : WeightedSumWeights<Traits_, kSum> {
     ptx::cp_async_wait<Traits::kStages - 1>();
     __syncthreads();
     load_owned_fragments();
-    multiply_scores(first_step);
-    make_weights(first_step);
+    compute_energies(first_step);
+    compute_weights(first_step);
     store_weights(first_step);
 
     for (int step = first_step; step < end_step; ++step) {
       ptx::cp_async_wait<Traits::kStages - 2>();
-      __syncthreads();  // this step's tiles and weights are there, the previous step's are no longer read
+      __syncthreads();  // this step's tiles and weights have arrived, and the last step's are no longer read
       copy_streamed(step + Traits::kStages);
       copy_values(step + Traits::kStages - 1);
       ptx::cp_async_commit();
       const bool more = step + 1 < end_step;
       if (more) {
-        multiply_scores(step + 1);
+        compute_energies(step + 1);
       }
       if constexpr (kSum == PositionSum::kForward) {
         rescale_sums(step);
       }
       multiply_values(step, 0, Traits::kStreamed / 2);
       if (more) {
-        make_weights(step + 1);
+        compute_weights(step + 1);
         store_weights(step + 1);
       }
       multiply_values(step, Traits::kStreamed / 2, Traits::kStreamed);
@@ -224,25 +225,27 @@ struct WeightedSum : WeightedSumWeights<Traits_, kSum> {
         for (int j = 0; j < Traits::kOwnedTiles; ++j) {
 #pragma unroll
           for (int c = 0; c < 4; ++c) {
-            sums[i][j][c] *= Weights::kWeightUnit;
+            sums[i][j][c] *= Softmax::kWeightUnit;
           }
         }
       }
     }
-    const WeightedSumBlock at = *place;
-    const int64_t map = static_cast<int64_t>(p.value_channels) * p.owned_positions;
+    const WeightedSumBlock block = *block_shared;
+    const int64_t sample_elements = static_cast<int64_t>(p.value_channels) * p.owned_positions;
     if (p.splits > 1) {
-      store_sums<Traits>(static_cast<float*>(p.output) + (at.split * p.batch + at.sample) * map, sums, p, at);
+      store_sums<Traits>(
+          static_cast<float*>(p.output) + (block.split * p.batch + block.sample) * sample_elements, sums, p, block);
     } else if constexpr (sizeof(Element) == 2) {
-      store_sums_by_rows<Traits, false>(static_cast<Element*>(p.output) + at.sample * map, owned_shared, sums, p, at);
+      store_sums_by_rows<Traits, SumPart::kRounded>(
+          static_cast<Element*>(p.output) + block.sample * sample_elements, owned_shared, sums, p, block);
       if constexpr (kSum == PositionSum::kForward) {
         if (p.output_low != nullptr) {
-          store_sums_by_rows<Traits, true>(
-              static_cast<Element*>(p.output_low) + at.sample * map, owned_shared, sums, p, at);
+          store_sums_by_rows<Traits, SumPart::kRoundingError>(
+              static_cast<Element*>(p.output_low) + block.sample * sample_elements, owned_shared, sums, p, block);
         }
       }
     } else {
-      store_sums<Traits>(static_cast<Element*>(p.output) + at.sample * map, sums, p, at);
+      store_sums<Traits>(static_cast<Element*>(p.output) + block.sample * sample_elements, sums, p, block);
     }
   }
 };

@@ -1,4 +1,4 @@
-// The end of position attention's weighted sum (weighted_sum.cuh): the accumulators become rows of the result.
+// The epilogue of position attention's weighted sum (weighted_sum.cuh): stores the accumulators as rows of the result.
 #pragma once
 
 #include <cstdint>
@@ -12,22 +12,23 @@
 
 namespace segattn::cuda {
 
-// map: the sample's output, (C, owned_positions). Straight from the accumulators, a channel's 8 positions at a time:
-// for float32 these are whole sectors.
+// output: the sample's, (C, owned_positions). Stores straight from the accumulators, 8 positions of a channel at a
+// time: for float32 these are whole sectors.
 template <class Traits, class Out>
 __device__ __forceinline__ void store_sums(
-    Out* map, const WeightedSumAccumulators<Traits>& sums, const WeightedSumParams& p, const WeightedSumBlock& at) {
+    Out* output, const WeightedSumAccumulators<Traits>& sums, const WeightedSumParams& p,
+    const WeightedSumBlock& block) {
   const int lane = lane_index();
 #pragma unroll
   for (int i = 0; i < Traits::kChannelTiles; ++i) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int channel = at.first_channel + Traits::warp_first_channel() + 16 * i + lane / 4 + 8 * h;
+      const int channel = block.first_channel + Traits::warp_first_channel() + 16 * i + lane / 4 + 8 * h;
       if (channel < p.value_channels) {
-        Out* row = map + static_cast<int64_t>(channel) * p.owned_positions;
+        Out* row = output + static_cast<int64_t>(channel) * p.owned_positions;
 #pragma unroll
         for (int j = 0; j < Traits::kOwnedTiles; ++j) {
-          const int position = at.first_owned + Traits::warp_first_owned() + 8 * j + lane % 4 * 2;
+          const int position = block.first_owned + Traits::warp_first_owned() + 8 * j + lane % 4 * 2;
           const float low = sums[i][j][2 * h], high = sums[i][j][2 * h + 1];
           const bool both = position + 1 < p.owned_positions;
           if (both && reinterpret_cast<uintptr_t>(row + position) % (2 * sizeof(Out)) == 0) {
@@ -46,41 +47,43 @@ __device__ __forceinline__ void store_sums(
   }
 }
 
-// x as an Element, or (kLow) what that rounding takes from it.
-template <class Element, bool kLow>
+// The sum rounded to the element type, or the error of that rounding (output_low).
+enum class SumPart { kRounded, kRoundingError };
+
+// The part of x to store. For kRounded the store itself rounds.
+template <class Element, SumPart kPart>
 __device__ __forceinline__ float part_of_sum(float x) {
-  return kLow ? x - to_accumulator(from_accumulator<Element>(x)) : x;
+  return kPart == SumPart::kRoundingError ? x - to_accumulator(from_accumulator<Element>(x)) : x;
 }
 
-// The same for 16 bits, by way of shared memory: 8 positions are but half a sector there, and unaligned rows would take
-// 2-byte stores. A warp writes whole rows in 4-byte stores, from their first 4-byte boundary on. kLow: writes what
-// rounding takes from the sums.
-template <class Traits, bool kLow>
+// store_sums for 16-bit types, through shared memory: 8 positions are only half a sector, and unaligned rows would take
+// 2-byte stores. A warp writes whole rows in 4-byte stores, starting at their first 4-byte boundary.
+template <class Traits, SumPart kPart>
 __device__ __forceinline__ void store_sums_by_rows(
-    typename Traits::Element* map, unsigned char* shared, const WeightedSumAccumulators<Traits>& sums,
-    const WeightedSumParams& p, const WeightedSumBlock& at) {
+    typename Traits::Element* output, unsigned char* shared, const WeightedSumAccumulators<Traits>& sums,
+    const WeightedSumParams& p, const WeightedSumBlock& block) {
   using Element = typename Traits::Element;
   constexpr int kPitch = Traits::kOutputPitch;
   const int lane = lane_index();
   Element* tile = reinterpret_cast<Element*>(shared);
-  __syncthreads();  // every warp is done with what lies there
+  __syncthreads();  // no warp reads the previous contents any more
 #pragma unroll
   for (int i = 0; i < Traits::kChannelTiles; ++i) {
 #pragma unroll
     for (int j = 0; j < Traits::kOwnedTiles; ++j) {
       Element* corner = tile + (Traits::warp_first_channel() + 16 * i + lane / 4) * kPitch +
           Traits::warp_first_owned() + 8 * j + lane % 4 * 2;
-      const auto part = part_of_sum<Element, kLow>;
+      const auto part = part_of_sum<Element, kPart>;
       store_pair(corner, part(sums[i][j][0]), part(sums[i][j][1]));
       store_pair(corner + 8 * kPitch, part(sums[i][j][2]), part(sums[i][j][3]));
     }
   }
   __syncthreads();
-  const int positions = min(Traits::kOwned, p.owned_positions - at.first_owned);
-  const int channels = min(Traits::kChannels, p.value_channels - at.first_channel);
+  const int positions = min(Traits::kOwned, p.owned_positions - block.first_owned);
+  const int channels = min(Traits::kChannels, p.value_channels - block.first_channel);
   for (int channel = warp_index(); channel < channels; channel += Traits::kWarps) {
     const Element* from = tile + channel * kPitch;
-    Element* row = map + static_cast<int64_t>(at.first_channel + channel) * p.owned_positions + at.first_owned;
+    Element* row = output + static_cast<int64_t>(block.first_channel + channel) * p.owned_positions + block.first_owned;
     const int before = reinterpret_cast<uintptr_t>(row) / 2 % 2;  // elements before the boundary
     if (before != 0 && lane == 0) {
       row[0] = from[0];

@@ -1,5 +1,6 @@
-// The weights of position attention's weighted sum (weighted_sum.cuh): every warp makes the scores of its own 16
-// positions with a step's streamed positions, turns them into weights and leaves these in shared memory for all warps.
+// The weights of position attention's weighted sum (weighted_sum.cuh). In every step, a warp computes the energies of
+// its own 16 positions with the streamed positions, turns them into weights and stores these in shared memory for all
+// warps.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,15 +15,15 @@
 namespace segattn::cuda {
 
 template <class Traits_, PositionSum kSum>
-struct WeightedSumWeights {
+struct WeightedSumSoftmax {
   using Traits = Traits_;
   using Mma = typename Traits::Mma;
   using StreamedTile = typename Traits::StreamedTile;
-  static constexpr int kScoreTiles = Traits::kStreamed / 8;
-  // Weights may reach e^5.5 = 245 before the accumulators are rescaled to the new maximum: after the first few steps
-  // they almost never are, and a float16 weight stays finite.
+  static constexpr int kEnergyTiles = Traits::kStreamed / 8;
+  // The accumulators are rescaled to a new maximum only if weights would exceed e^5.5 = 245. This almost never happens
+  // after the first few steps, and float16 weights stay finite.
   static constexpr float kRescaleAbove = 5.5f;
-  // The value gradient's weights are about 1 / positions: multiplied by 2^10 they are normal numbers in float16.
+  // The weights of the value gradient are about 1 / positions. A factor of 2^10 makes them normal numbers in float16.
   static constexpr int kWeightExponent = 10;
   static constexpr float kWeightUnit = 1.0f / (1 << kWeightExponent);
 
@@ -30,17 +31,17 @@ struct WeightedSumWeights {
   unsigned char* owned_shared;
   unsigned char* streamed_shared;
   unsigned char* weight_shared;
-  float* factors;  // [2][kOwned]: by what the step's new maximum scales what was summed before
-  int* changed;    // [2][kWarps]: whether any of a warp's 16 factors is not 1
+  float* factors;  // [2][kOwned]: the factor that rescales earlier sums to the step's maximum
+  int* rescales;   // [2][kWarps]: whether any of a warp's 16 factors is not 1
   const float* streamed_logsumexp;
-  int embedding_rows;
+  int key_channel_rows;
   int first_step, end_step;
 
-  typename Mma::A owned_fragments[Traits::kScoreSteps > 0 ? Traits::kScoreSteps : 1];
-  float scores[1][kScoreTiles][4];
-  float row_max[2], row_sum[2];  // of rows g and g + 8 of the warp's 16 positions
+  typename Mma::A owned_fragments[Traits::kResidentSteps > 0 ? Traits::kResidentSteps : 1];
+  float energies[1][kEnergyTiles][4];  // q.k, then the energies, then the weights, all in place
+  float row_max[2], row_sum[2];        // of rows g and g + 8 of the warp's 16 positions
 
-  __device__ __forceinline__ explicit WeightedSumWeights(const WeightedSumParams& params) : p(params) {
+  __device__ __forceinline__ explicit WeightedSumSoftmax(const WeightedSumParams& params) : p(params) {
     row_max[0] = row_max[1] = -INFINITY;
     row_sum[0] = row_sum[1] = 0.0f;
   }
@@ -48,107 +49,107 @@ struct WeightedSumWeights {
   __device__ __forceinline__ void load_owned_fragments() {
     const typename Traits::OwnedTile tile(owned_shared);
 #pragma unroll
-    for (int k = 0; k < Traits::kScoreSteps; ++k) {
+    for (int k = 0; k < Traits::kResidentSteps; ++k) {
       Mma::load_a_column(owned_fragments[k], tile, 16 * warp_index(), k * Mma::kStep);
     }
   }
 
-  __device__ __forceinline__ void multiply_scores(int step) {
+  __device__ __forceinline__ void compute_energies(int step) {
     const StreamedTile tile(
-        streamed_shared + (step - first_step) % Traits::kStages * StreamedTile::bytes(embedding_rows));
+        streamed_shared + (step - first_step) % Traits::kStages * StreamedTile::bytes(key_channel_rows));
 #pragma unroll
-    for (int j = 0; j < kScoreTiles; ++j) {
+    for (int j = 0; j < kEnergyTiles; ++j) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        scores[0][j][c] = 0.0f;
+        energies[0][j][c] = 0.0f;
       }
     }
-    if constexpr (Traits::kScoreSteps > 0) {
+    if constexpr (Traits::kResidentSteps > 0) {
 #pragma unroll
-      for (int k = 0; k < Traits::kScoreSteps; ++k) {
+      for (int k = 0; k < Traits::kResidentSteps; ++k) {
         if (k * Mma::kStep < p.key_channels) {
 #pragma unroll
-          for (int j = 0; j < kScoreTiles; j += 2) {
+          for (int j = 0; j < kEnergyTiles; j += 2) {
             typename Mma::B b;
             Mma::load_b_row(b, tile, k * Mma::kStep, 8 * j);
-            Mma::multiply(scores[0][j], owned_fragments[k], b, 0);
-            Mma::multiply(scores[0][j + 1], owned_fragments[k], b, 1);
+            Mma::multiply(energies[0][j], owned_fragments[k], b, 0);
+            Mma::multiply(energies[0][j + 1], owned_fragments[k], b, 1);
           }
         }
       }
     } else {
       multiply_tiles<Mma, Major::kColumn, Major::kRow, 1>(
-          scores, typename Traits::OwnedTile(owned_shared), 16 * warp_index(), tile, 0, 0, embedding_rows);
+          energies, typename Traits::OwnedTile(owned_shared), 16 * warp_index(), tile, 0, 0, key_channel_rows);
     }
   }
 
-  // Scores become weights, in registers; positions past the end weigh nothing. The change to base 2 comes after the
-  // subtraction: before it, its rounding error would grow with the scores.
-  __device__ __forceinline__ void make_weights(int step) {
+  // Turns q.k into weights, in registers; positions past the end have weight 0. The change to base 2 follows the
+  // subtraction: before it, the rounding error would grow with the energies.
+  __device__ __forceinline__ void compute_weights(int step) {
     const int column = step * Traits::kStreamed + lane_index() % 4 * 2;
     const bool edge = (step + 1) * Traits::kStreamed > p.streamed_positions;
 #pragma unroll
-    for (int j = 0; j < kScoreTiles; ++j) {
+    for (int j = 0; j < kEnergyTiles; ++j) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        float& s = scores[0][j][c];
-        s *= p.scale;
+        float& energy = energies[0][j][c];
+        energy *= p.scale;
         if (edge && column + 8 * j + c % 2 >= p.streamed_positions) {
-          s = -INFINITY;
+          energy = -INFINITY;
         }
       }
     }
     if constexpr (kSum == PositionSum::kForward) {
-      softmax_step(step);
+      online_softmax(step);
     } else {
 #pragma unroll
-      for (int j = 0; j < kScoreTiles; ++j) {
+      for (int j = 0; j < kEnergyTiles; ++j) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           const int position = min(column + 8 * j + c, p.streamed_positions - 1);
           const float shift = streamed_logsumexp[position];
-          scores[0][j][c] = ptx::exp2_approx((scores[0][j][c] - shift) * kLog2E + kWeightExponent);
-          scores[0][j][c + 2] = ptx::exp2_approx((scores[0][j][c + 2] - shift) * kLog2E + kWeightExponent);
+          energies[0][j][c] = ptx::exp2_approx((energies[0][j][c] - shift) * kLog2E + kWeightExponent);
+          energies[0][j][c + 2] = ptx::exp2_approx((energies[0][j][c + 2] - shift) * kLog2E + kWeightExponent);
         }
       }
     }
   }
 
-  __device__ __forceinline__ void softmax_step(int step) {
+  __device__ __forceinline__ void online_softmax(int step) {
     const int lane = lane_index();
-    bool any_changed = false;
+    bool any_rescale = false;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float highest = -INFINITY;
+      float step_max = -INFINITY;
 #pragma unroll
-      for (int j = 0; j < kScoreTiles; ++j) {
-        highest = fmaxf(highest, fmaxf(scores[0][j][2 * h], scores[0][j][2 * h + 1]));
+      for (int j = 0; j < kEnergyTiles; ++j) {
+        step_max = fmaxf(step_max, fmaxf(energies[0][j][2 * h], energies[0][j][2 * h + 1]));
       }
-      highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
-      highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
+      step_max = fmaxf(step_max, __shfl_xor_sync(0xffffffffu, step_max, 1));
+      step_max = fmaxf(step_max, __shfl_xor_sync(0xffffffffu, step_max, 2));
       const float before = row_max[h];
-      row_max[h] = highest > before + kRescaleAbove ? highest : before;
-      // all scores so far are -inf: any finite shift gives weights of zero, -inf itself would give NaN
+      row_max[h] = step_max > before + kRescaleAbove ? step_max : before;
+      // While all energies are -inf, any finite shift gives weights of 0; -inf itself would give NaN.
       const float shift = row_max[h] == -INFINITY ? 0.0f : row_max[h];
       const float factor = ptx::exp2_approx((before - shift) * kLog2E);
       float sum = 0.0f;
 #pragma unroll
-      for (int j = 0; j < kScoreTiles; ++j) {
+      for (int j = 0; j < kEnergyTiles; ++j) {
 #pragma unroll
         for (int c = 2 * h; c < 2 * h + 2; ++c) {
-          scores[0][j][c] = ptx::exp2_approx((scores[0][j][c] - shift) * kLog2E);
-          sum += scores[0][j][c];
+          energies[0][j][c] = ptx::exp2_approx((energies[0][j][c] - shift) * kLog2E);
+          sum += energies[0][j][c];
         }
       }
       row_sum[h] = row_sum[h] * factor + sum;
-      any_changed |= factor != 1.0f;
+      any_rescale |= factor != 1.0f;
       if (lane % 4 == 0) {
         factors[step % 2 * Traits::kOwned + 16 * warp_index() + lane / 4 + 8 * h] = factor;
       }
     }
-    any_changed = __any_sync(0xffffffffu, any_changed);
+    any_rescale = __any_sync(0xffffffffu, any_rescale);
     if (lane == 0) {
-      changed[step % 2 * Traits::kWarps + warp_index()] = any_changed && step > first_step;
+      rescales[step % 2 * Traits::kWarps + warp_index()] = any_rescale && step > first_step;
     }
   }
 
@@ -157,9 +158,9 @@ struct WeightedSumWeights {
     const StreamedTile tile(weight_shared + step % 2 * Traits::kWeightBytes);
     const int row = 16 * warp_index() + lane / 4;
 #pragma unroll
-    for (int j = 0; j < kScoreTiles; ++j) {
-      store_pair(tile.at(row, 8 * j + lane % 4 * 2), scores[0][j][0], scores[0][j][1]);
-      store_pair(tile.at(row + 8, 8 * j + lane % 4 * 2), scores[0][j][2], scores[0][j][3]);
+    for (int j = 0; j < kEnergyTiles; ++j) {
+      store_pair(tile.at(row, 8 * j + lane % 4 * 2), energies[0][j][0], energies[0][j][1]);
+      store_pair(tile.at(row + 8, 8 * j + lane % 4 * 2), energies[0][j][2], energies[0][j][3]);
     }
   }
 };

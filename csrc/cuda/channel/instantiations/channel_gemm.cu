@@ -14,8 +14,8 @@ void launch_gram(const GramParams& params, cudaStream_t stream) {
 }
 
 template <class T>
-void launch_channel_combine(const ChannelCombineParams& params, int64_t batch, cudaStream_t stream) {
-  using Traits = CombineTraits<Mma16<T>>;
+void launch_input_gradient(const InputGradientParams& params, int64_t batch, cudaStream_t stream) {
+  using Traits = InputGradientTraits<Mma16<T>>;
   const int64_t blocks = batch * params.channel_tiles * params.position_tiles;
   SEGATTN_LAUNCH(
       (channel_combine_kernel<Traits>), dim3(grid_blocks(blocks)), dim3(Traits::kThreads), Traits::kSharedBytes, stream,
@@ -24,7 +24,7 @@ void launch_channel_combine(const ChannelCombineParams& params, int64_t batch, c
 
 template void launch_gram<__half>(const GramParams&, cudaStream_t);
 template void launch_gram<__nv_bfloat16>(const GramParams&, cudaStream_t);
-template void launch_channel_combine<__half>(const ChannelCombineParams&, int64_t, cudaStream_t);
-template void launch_channel_combine<__nv_bfloat16>(const ChannelCombineParams&, int64_t, cudaStream_t);
+template void launch_input_gradient<__half>(const InputGradientParams&, int64_t, cudaStream_t);
+template void launch_input_gradient<__nv_bfloat16>(const InputGradientParams&, int64_t, cudaStream_t);
 
 }  // namespace segattn::cuda

@@ -1,7 +1,7 @@
 #include "cuda/common/launch.cuh"
 #include "cuda/common/math.h"
+#include "cuda/position/launch.h"
 #include "cuda/position/simt.cuh"
-#include "cuda/position/simt_launch.h"
 
 namespace segattn::cuda {
 
