@@ -1,9 +1,9 @@
 // Criss-cross attention on CUDA, host side: checks the arguments, allocates and launches.
 //
 // Every operator runs the same kernels over the columns of the image and then over its rows, with different strides
-// (params.h). The second direction also reads the results of the first. That is cheaper for rows: the sectors of a strip
-// of 8 columns are two to three times the bytes it needs, those of a row hardly more. An image of one row has no columns:
-// each would hold only the query itself.
+// (params.h). The second direction also reads the results of the first. That is cheaper for rows: the sectors of a
+// strip of 8 columns are two to three times the bytes it needs, those of a row hardly more. An image of one row has no
+// columns: each would hold only the query itself.
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>
@@ -31,7 +31,7 @@ LineFeatures features(const Tensor& tensor, Direction direction) {
       tensor.stride(direction == Direction::kColumns ? 3 : 2),
       tensor.stride(direction == Direction::kColumns ? 2 : 3),
       static_cast<int>(tensor.size(1)),
-      0};
+      false};
   f.paired = f.line_stride == 1 && tensor.size(direction == Direction::kColumns ? 3 : 2) % 2 == 0 &&
       f.position_stride % 2 == 0 && f.channel_stride % 2 == 0 && f.batch_stride % 2 == 0 &&
       reinterpret_cast<uintptr_t>(f.data) % 4 == 0;

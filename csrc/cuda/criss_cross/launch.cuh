@@ -25,12 +25,11 @@ inline void split_channels(LineSumParams& params, int64_t groups, int recompute_
 // of each image row.
 template <class Arithmetic>
 int preferred_pairs(const LineFeatures& features, int lines) {
-  const bool columns = features.line_stride < features.position_stride;
-  return std::min(columns ? kMaxPairs<Arithmetic, StripShape> : 1, lines > 4 ? 4 : lines > 2 ? 2 : 1);
+  return std::min(lines_innermost(features) ? kMaxPairs<Arithmetic, StripShape> : 1, lines > 4 ? 4 : lines > 2 ? 2 : 1);
 }
 
-// Wide tiles save reads. float64 has no registers for them. Without tensor cores the products take longer than the reads
-// they would save.
+// Wide tiles save reads. float64 has no registers for them. Without tensor cores the products take longer than the
+// reads they would save.
 template <class Arithmetic>
 constexpr bool kSupportsWideTiles = Arithmetic::kTensorCores;
 // Whether the lines are longer than a strip tile and fit in one wide tile.
@@ -88,8 +87,8 @@ void launch_line_product(LineProductParams params, const DeviceLimits& limits, c
 }
 
 // Chooses pairs of lines, owned positions and positions per pass. Returns the number of blocks for one channel group.
-// Until the weights fit, reduces the owned positions first (down to 16), then the lines per block. Several passes are the
-// last resort: every pass after the first reads the output and writes it again.
+// Until the weights fit, reduces the owned positions first (down to 16), then the lines per block. Several passes are
+// the last resort: every pass after the first reads the output and writes it again.
 template <class Arithmetic, LineOwner kOwner>
 int64_t partition_sums(LineSumParams& params, const DeviceLimits& limits) {
   Lines& lines = params.lines;
@@ -123,8 +122,7 @@ void launch_line_sum(LineSumParams params, const DeviceLimits& limits, cudaStrea
   int64_t blocks = partition_sums<Arithmetic, kOwner>(params, limits);
   const int64_t target_blocks = 2 * limits.multiprocessors;
   if (kWeight == LineWeight::kGradient) {
-    // Computing the weights is nearly all of the work: splitting the owned positions splits it, channel groups would
-    // not.
+    // Nearly all of the work is computing the weights, which every channel group would repeat: split owned positions.
     while (blocks < target_blocks && lines.owned >= 32) {
       blocks = partition_lines(lines, lines.pairs, lines.owned / 2);
     }
@@ -141,8 +139,7 @@ void launch_line_sum(LineSumParams params, const DeviceLimits& limits, cudaStrea
       params);
 }
 
-// Chooses pairs of lines and owned queries whose weights fit. Returns the number of blocks; 0 if those of 16 queries do
-// not.
+// Chooses pairs of lines and owned queries whose weights fit. Returns the number of blocks, 0 if 16 queries do not fit.
 template <class Arithmetic>
 int64_t partition_attention(Lines& lines, const LineFeatures& output, const DeviceLimits& limits) {
   for (int pairs = preferred_pairs<Arithmetic>(output, lines.count); pairs >= 1; pairs /= 2) {

@@ -66,13 +66,14 @@ __device__ __forceinline__ T* line_data(const LineFeatures& f, const LineWindow&
 }
 
 // Whether neighbouring lines, not positions, are adjacent in memory: true for columns of a contiguous tensor.
-__device__ __forceinline__ bool lines_innermost(const LineFeatures& f) {
-  return f.line_stride < f.position_stride;
+template <class Strided>
+__host__ __device__ __forceinline__ bool lines_innermost(const Strided& strided) {
+  return strided.line_stride < strided.position_stride;
 }
 
-// The words of a tile that a thread copies: one plane and position, and every kLinesPerPlane-th channel. A block has one
-// thread per line and position: one per plane and position in 32- and 64-bit types, two in 16-bit types. Neighbouring
-// threads access neighbouring addresses in global memory.
+// The words of a tile that a thread copies: one plane and position, and every kLinesPerPlane-th channel. A block has
+// one thread per line and position: one per plane and position in 32- and 64-bit types, two in 16-bit types.
+// Neighbouring threads access neighbouring addresses in global memory.
 template <class T, class Shape>
 struct WordIndex {
   int plane, position, line, channel;

@@ -164,13 +164,13 @@ struct LineWeights {
   // Copies the given weights to shared memory. Neighbouring threads read neighbouring addresses.
   __device__ __forceinline__ void copy_given_weights() {
     __syncthreads();
-    const bool lines_innermost = p.given.line_stride < p.given.position_stride;
+    const bool lines_are_innermost = lines_innermost(p.given);
     const int lines = 2 * p.lines.pairs, per_key = lines * p.weight_rows, total = p.weight_columns * per_key;
     const T* data = static_cast<const T*>(p.given.data) + block.window.sample * p.given.batch_stride;
     for (int item = static_cast<int>(threadIdx.x); item < total; item += static_cast<int>(blockDim.x)) {
       const int column = item / per_key, rest = item - column * per_key;
-      const int local = lines_innermost ? rest % lines : rest / p.weight_rows;
-      const int row = lines_innermost ? rest / lines : rest - local * p.weight_rows;
+      const int local = lines_are_innermost ? rest % lines : rest / p.weight_rows;
+      const int row = lines_are_innermost ? rest / lines : rest - local * p.weight_rows;
       const int line = block.window.first_line + local, q = first_query + row, k = first_key + column;
       T weight = from_accumulator<T>(0);
       if (q < p.lines.length && k < p.lines.length && line < block.window.line_end && !(p.lines.skips_self && q == k)) {
@@ -197,8 +197,8 @@ struct LineWeights {
   template <int kRows, int kTiles>
   using Sums = Real[2][kRows][2 * kTiles][4];
 
-  // sums += values * weights over the staged positions, of which `positions` exist. The first is position `offset` of the
-  // weights.
+  // sums += values * weights over the staged positions, of which `positions` exist. The first is position `offset` of
+  // the weights.
   template <LineOwner kOwner, int kRows, int kTiles>
   __device__ __forceinline__ void add_staged(Real (&sums)[2][kRows][2 * kTiles][4], int offset, int positions) {
     const auto values = block.tile(block.staging, 16 * kRows);

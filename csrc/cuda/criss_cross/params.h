@@ -18,7 +18,7 @@ struct LineFeatures {
   int64_t line_stride;
   int64_t position_stride;
   int channels;
-  int paired;  // 16-bit types: lines 2i and 2i + 1 both exist and share an aligned 32-bit word
+  bool paired;  // 16-bit types: lines 2i and 2i + 1 both exist and share an aligned 32-bit word
 };
 
 // One direction of an affinity or attention tensor (B, H + W - 1, H, W): an entry for each query and each key of its
@@ -44,10 +44,10 @@ struct LineScalars {
 // The lines of a batch and their partition into blocks.
 struct Lines {
   int64_t batch;
-  int count;       // lines per sample
-  int length;      // positions per line
-  int skips_self;  // columns: the query's own position already counts in its row
-  int pairs;       // pairs of lines per block
+  int count;        // lines per sample
+  int length;       // positions per line
+  bool skips_self;  // columns: the query's own position already counts in its row
+  int pairs;        // pairs of lines per block
   int line_blocks;
   int owned;  // positions owned by a block
   int owned_blocks;
@@ -60,7 +60,7 @@ struct LineStatisticsParams {
   LineFeatures key;    // (B, E, lines, length)
   LineScalars logsumexp;
   double scale;
-  int accumulate;  // merges with the other direction's logsumexp, which `logsumexp` holds
+  bool accumulate;  // merges with the other direction's logsumexp, which `logsumexp` holds
 };
 
 // affinity[q, k] = query_side[:, q] . key_side[:, k]
@@ -108,7 +108,7 @@ struct LineSumParams {
   double scale;
   int weight_rows;         // queries of the weights in shared memory
   int weight_columns;      // their keys, a multiple of 16
-  int accumulate;          // adds to the other direction's result, which `output` holds
+  bool accumulate;         // adds to the other direction's result, which `output` holds
   int positions_per_pass;  // contracted positions whose weights are in shared memory at once: all or a multiple of 64
   int channel_groups;      // blocks that share the channels of the output
   int channels_per_group;  // a multiple of kLineChannels
