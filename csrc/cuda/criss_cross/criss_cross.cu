@@ -126,10 +126,10 @@ void sum(const Call& call, LineSumParams params, const Tensor& values, const Ten
 
 // output (B, C, H, W) = values (B, C, H, W) summed over both directions by given weights (B, H + W - 1, H, W).
 template <LineOwner kOwner>
-void sum_given(const Call& call, const Tensor& weights, const Tensor& values, const Tensor& output) {
+void sum_with_given_weights(const Call& call, const Tensor& weights, const Tensor& values, const Tensor& output) {
   call.for_each_direction([&](Direction direction) {
     LineSumParams params{};
-    params.given = line_affinity(weights, direction);
+    params.given_weights = line_affinity(weights, direction);
     sum<LineWeight::kGiven, kOwner>(call, params, values, output, direction);
   });
 }
@@ -148,8 +148,8 @@ Pair criss_cross_affinity_backward(const Tensor& grad_affinity, const Tensor& qu
   const LaunchContext context("criss_cross_affinity_backward", query);
   const Call call{context, sizes};
   const Tensor grad_query = allocate_like(query), grad_key = allocate_like(key);
-  sum_given<LineOwner::kQueries>(call, grad_affinity, key, grad_query);
-  sum_given<LineOwner::kKeys>(call, grad_affinity, query, grad_key);
+  sum_with_given_weights<LineOwner::kQueries>(call, grad_affinity, key, grad_query);
+  sum_with_given_weights<LineOwner::kKeys>(call, grad_affinity, query, grad_key);
   return {grad_query, grad_key};
 }
 
@@ -158,7 +158,7 @@ Tensor criss_cross_aggregation(const Tensor& attention, const Tensor& value) {
   const LaunchContext context("criss_cross_aggregation", value);
   const Call call{context, sizes};
   const Tensor output = allocate_like(value);
-  sum_given<LineOwner::kQueries>(call, attention, value, output);
+  sum_with_given_weights<LineOwner::kQueries>(call, attention, value, output);
   return output;
 }
 
@@ -168,7 +168,7 @@ Pair criss_cross_aggregation_backward(const Tensor& grad_output, const Tensor& a
   const Call call{context, sizes};
   const Tensor grad_attention = allocate_like(attention), grad_value = allocate_like(value);
   products(call, grad_output, value, grad_attention);
-  sum_given<LineOwner::kKeys>(call, attention, grad_output, grad_value);
+  sum_with_given_weights<LineOwner::kKeys>(call, attention, grad_output, grad_value);
   return {grad_attention, grad_value};
 }
 

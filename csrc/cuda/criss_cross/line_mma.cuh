@@ -1,6 +1,6 @@
-// The arithmetics of the criss-cross kernels. A warp multiplies tiles of two lines at once: with tensor cores for
-// 16-bit types, TF32 and 3xTF32, with fused multiply-adds otherwise. All use mma's accumulator layout: g = lane / 4, t
-// = lane % 4; d[0], d[1] = (g, 2t), (g, 2t + 1); d[2], d[3] = (g + 8, 2t), (g + 8, 2t + 1).
+// The arithmetic policies of the criss-cross kernels. A warp multiplies tiles of two lines at once: with tensor cores for
+// 16-bit types, TF32 and 3xTF32, with fused multiply-adds otherwise. All use mma's accumulator layout, with
+// g = lane / 4 and t = lane % 4: d[0], d[1] = (g, 2t), (g, 2t + 1); d[2], d[3] = (g + 8, 2t), (g + 8, 2t + 1).
 //
 // Feature tiles are [plane][channel][position]. 16-bit elements of two neighbouring lines share a 32-bit word, the even
 // line in the low half. Column strips then need no transpose: a load of two words holds two neighbouring positions of
@@ -304,8 +304,8 @@ struct LineSimt {
   }
 };
 
-// Whether the architecture being compiled uses this arithmetic: the host code launches fused multiply-adds only for
-// float64 and before sm_80 (choose_arithmetic). The other kernels are empty.
+// Whether kernels with this arithmetic have a body on the architecture being compiled. The host code launches fused
+// multiply-adds only for float64 and before sm_80 (choose_arithmetic).
 template <class Arithmetic>
 constexpr bool kLineCompiled =
 #ifdef __CUDA_ARCH__

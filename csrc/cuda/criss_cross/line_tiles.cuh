@@ -23,7 +23,7 @@ using WideShape = LineShape<8>;   // one pair, lines of up to 128 positions in o
 constexpr int kLineChannels = 32;     // channels of a tile of values, and of their weighted sum
 constexpr int kProductChannels = 16;  // channels of the two tiles of a product of features
 // Four pairs of columns are 16 consecutive bytes of a row in 16-bit types, where the weights of twice as many lines
-// would not fit in shared memory, and 32 bytes in wider types. Register-bound arithmetics have fewer pairs: they need
+// would not fit in shared memory, and 32 bytes in wider types. Register-bound policies have fewer pairs: they need
 // more than the 128 registers per thread that blocks of 512 threads allow.
 template <class Arithmetic, class Shape>
 constexpr int kMaxPairs = Shape::kWarps == 8 ? 1

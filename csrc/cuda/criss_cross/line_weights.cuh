@@ -164,9 +164,9 @@ struct LineWeights {
   // Copies the given weights to shared memory. Neighbouring threads read neighbouring addresses.
   __device__ __forceinline__ void copy_given_weights() {
     __syncthreads();
-    const bool lines_are_innermost = lines_innermost(p.given);
+    const bool lines_are_innermost = lines_innermost(p.given_weights);
     const int lines = 2 * p.lines.pairs, per_key = lines * p.weight_rows, total = p.weight_columns * per_key;
-    const T* data = static_cast<const T*>(p.given.data) + block.window.sample * p.given.batch_stride;
+    const T* data = static_cast<const T*>(p.given_weights.data) + block.window.sample * p.given_weights.batch_stride;
     for (int item = static_cast<int>(threadIdx.x); item < total; item += static_cast<int>(blockDim.x)) {
       const int column = item / per_key, rest = item - column * per_key;
       const int local = lines_are_innermost ? rest % lines : rest / p.weight_rows;
@@ -174,8 +174,10 @@ struct LineWeights {
       const int line = block.window.first_line + local, q = first_query + row, k = first_key + column;
       T weight = from_accumulator<T>(0);
       if (q < p.lines.length && k < p.lines.length && line < block.window.line_end && !(p.lines.skips_self && q == k)) {
-        const int channel = p.given.first_channel + k - (p.lines.skips_self && k > q);
-        weight = data[channel * p.given.channel_stride + line * p.given.line_stride + q * p.given.position_stride];
+        const int channel = p.given_weights.first_channel + k - (p.lines.skips_self && k > q);
+        weight = data
+            [channel * p.given_weights.channel_stride + line * p.given_weights.line_stride +
+             q * p.given_weights.position_stride];
       }
       weights_of(local)[row * pitch() + column] = weight;
     }

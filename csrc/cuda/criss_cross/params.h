@@ -22,7 +22,7 @@ struct LineFeatures {
 };
 
 // One direction of an affinity or attention tensor (B, H + W - 1, H, W): an entry for each query and each key of its
-// line. Key k is channel first_channel + k. Columns skip the query's own position: there, keys after it are channel
+// line. Key k is channel first_channel + k. Columns skip the query's own position: key k after it is channel
 // first_channel + k - 1.
 struct LineAffinity {
   void* data;
@@ -73,7 +73,7 @@ struct LineProductParams {
 
 // The weight of query q and key k of a line in line_sum_kernel:
 enum class LineWeight {
-  kGiven,     // given[q, k]
+  kGiven,     // given_weights[q, k]
   kSoftmax,   // p = exp(scale * query_q . key_k - logsumexp_q)
   kGradient,  // scale * p * (grad_output_q . value_k - delta_q), the gradient of the energy
 };
@@ -95,8 +95,8 @@ enum class LineOwner { kQueries, kKeys };
 //   mean_key                 query   kSoftmax            key
 struct LineSumParams {
   Lines lines;
-  LineAffinity given;  // kGiven
-  LineFeatures query;  // kSoftmax, kGradient
+  LineAffinity given_weights;  // kGiven
+  LineFeatures query;          // kSoftmax, kGradient
   LineFeatures key;
   LineFeatures grad_output;  // kGradient
   LineFeatures value;
