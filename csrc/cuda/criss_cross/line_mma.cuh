@@ -1,4 +1,4 @@
-// The arithmetic policies of the criss-cross kernels. A warp multiplies tiles of two lines at once: with tensor cores for
+// Arithmetic policies of the criss-cross kernels. A warp multiplies tiles of two lines at once: with tensor cores for
 // 16-bit types, TF32 and 3xTF32, with fused multiply-adds otherwise. All use mma's accumulator layout, with
 // g = lane / 4 and t = lane % 4: d[0], d[1] = (g, 2t), (g, 2t + 1); d[2], d[3] = (g + 8, 2t), (g + 8, 2t + 1).
 //
