@@ -1,5 +1,7 @@
-"""The CUDA kernels of criss-cross attention, emulated: what the operator suite cannot see. Work and traffic against the
-arithmetic of docs/results.md, the paths a problem or a device chooses, and the builds that look for faults."""
+"""The CUDA kernels of criss-cross attention, emulated: properties that the operator suite does not cover.
+
+Work and traffic against the arithmetic of docs/results.md, the kernels chosen for a shape and a device, and the
+race and address-sanitizer builds."""
 
 import functools
 import math
@@ -17,18 +19,18 @@ from ..tolerance import assert_as_exact_as_eager
 OPERATORS = torch.ops.segattn_emulated
 RESULTS = ("output", "logsumexp", "grad_query", "grad_key", "grad_value")
 SIDE = 97
-PAIRS = SIDE * SIDE * (2 * SIDE - 1)  # of a query and a position it sees, at 97 x 97
+PAIRS = SIDE * SIDE * (2 * SIDE - 1)  # pairs of a query and a position it attends to, at 97 x 97
 
 
-def inputs(embedding, channels, height, width, dtype, batch=1, seed=0):
-    """query, key, value and grad_output"""
+def inputs(key_channels, value_channels, height, width, dtype, batch=1, seed=0):
+    """Random query, key, value and grad_output."""
     generator = torch.Generator().manual_seed(seed)
-    sizes = (embedding, embedding, channels, channels)
+    sizes = (key_channels, key_channels, value_channels, value_channels)
     return [torch.randn((batch, c, height, width), generator=generator).to(dtype) for c in sizes]
 
 
 def run(query, key, value, grad_output, scale=0.5):
-    """output, logsumexp and the three gradients"""
+    """output, logsumexp and the three gradients of the kernels."""
     output, logsumexp = OPERATORS.criss_cross_attention(query, key, value, scale)
     return (
         output,
@@ -58,7 +60,7 @@ def kernels(emulator):
 
 
 def launched(emulator):
-    """Names without namespace and template arguments"""
+    """The kernels' names without namespace and template arguments, in launch order."""
     return [re.search(r"\w+_kernel", r["kernel"])[0] for r in emulator.report()]
 
 
@@ -69,10 +71,10 @@ def total(emulator, what):
 # ---- work and traffic ------------------------------------------------------------------------------------------------
 
 
-def launch_both(emulator, embedding, channels, backward, side=SIDE):
-    """One pass over a square, alone on one multiprocessor: no work is done twice to fill others."""
+def launch_both_directions(emulator, key_channels, value_channels, backward, side=SIDE):
+    """One pass over a square image on one multiprocessor, where no work is repeated to occupy more of them."""
     emulator.set_device(90, 1)
-    query, key, value, grad_output = inputs(embedding, channels, side, side, torch.bfloat16)
+    query, key, value, grad_output = inputs(key_channels, value_channels, side, side, torch.bfloat16)
     emulator.reset()
     if backward:
         logsumexp = torch.zeros(1, side, side)
@@ -81,64 +83,75 @@ def launch_both(emulator, embedding, channels, backward, side=SIDE):
         OPERATORS.criss_cross_attention(query, key, value, 1.0)
 
 
-def forward_work(embedding, channels):
-    """Lines of 97 are computed as 112, and the 97 of them as 98 (pairs of rows) and 104 (strips of 8 columns)."""
-    return 2 * (98 + 104) * 112**2 * (embedding + channels)
+def forward_work(key_channels, value_channels):
+    """mma operations. 97 positions round up to 112, 97 rows to 98 (pairs), and 97 columns to 104 (strips of 8)."""
+    return 2 * (98 + 104) * 112**2 * (key_channels + value_channels)
 
 
-def backward_work(embedding, channels):
-    """Weights and the mean key; weights again, their gradient, and three sums. Sums take 32 channels at a time."""
-    return 2 * (98 + 104) * 112**2 * (2 * embedding + 3 * math.ceil(embedding / 32) * 32 + 2 * channels)
+def backward_work(key_channels, value_channels):
+    """Weights twice (for the mean key and for the gradients), energy gradients, and four sums: mean key, value, query
+    and key gradient. Sums of E channels are computed for a multiple of 32."""
+    return 2 * (98 + 104) * 112**2 * (2 * key_channels + 3 * math.ceil(key_channels / 32) * 32 + 2 * value_channels)
 
 
 @pytest.mark.parametrize(("work", "backward", "products"), [(forward_work, 0, (1, 1)), (backward_work, 1, (5, 2))])
 def test_work(emulator, work, backward, products):
-    launch_both(emulator, 16, 32, backward)
+    launch_both_directions(emulator, 16, 32, backward)
     assert total(emulator, lambda launch: launch["mma_flops"]) == work(16, 32)
     assert work(64, 512) <= 1.41 * 2 * PAIRS * (products[0] * 64 + products[1] * 512)
 
 
 @functools.cache
-def once(side, run, item=2):
-    """Bytes of one access to every element of a side x side map, asked for and in 32-byte sectors, when an instruction
-    takes `run` elements of a row. A mean over 16 maps, one behind the other: a map starts anywhere in a sector."""
+def bytes_per_access(side, run, item=2):
+    """Bytes requested and bytes of 32-byte sectors for one access to every element of a side x side channel, when an
+    instruction covers `run` elements of a row. Averaged over 16 consecutive channels: each starts anywhere in a
+    sector."""
     starts = [(first, x) for first in range(0, 16 * side * side, side) for x in range(0, side, run)]
     pieces = [(item * (first + x), item * (first + min(x + run, side)) - 1) for first, x in starts]
     return item * side * side, sum(32 * (last // 32 - first // 32 + 1) for first, last in pieces) / 16
 
 
-# elements of a row that one instruction takes: a strip's, a warp's, a tile's, all
+# elements of a row that one instruction covers: of a strip, a warp, a tile, a whole row
 STRIP, WARP, TILE, ROW = 8, 32, 64, 128
 
 
-def forward_accesses(embedding, channels):
-    """How often each kind of access goes over so many channels, sides of 65 to 128. Columns take query and key once for
-    each of their two tiles, rows, in one tile, once; the values are read once by either; columns write their result,
-    rows read it and write the sum."""
+def forward_accesses(key_channels, value_channels):
+    """(elements per instruction, channels, number of accesses) by launch, for sides of 65 to 128.
+
+    Columns read query and key once for each of their two tiles; rows, in one tile, once. Both read the values once.
+    Columns write their result, rows read it and write the sum."""
     return {
-        "columns": [(STRIP, embedding, 2 * 2), (STRIP, channels, 1 + 1)],
-        "rows": [(WARP, embedding, 2), (WARP, channels, 1), (ROW, channels, 1 + 1)],
+        "columns": [(STRIP, key_channels, 2 * 2), (STRIP, value_channels, 1 + 1)],
+        "rows": [(WARP, key_channels, 2), (WARP, value_channels, 1), (ROW, value_channels, 1 + 1)],
     }
 
 
-def backward_accesses(embedding, channels):
-    """The mean key takes query and key twice for the weights, in tiles of 64 in either direction, and key once more.
-    Columns take query and key twice for the weights and once for their gradients; grad_output once for the value
-    gradient, twice with the values for the energies' gradient. Rows take query and key twice, grad_output and value
-    once. Columns write the mean key and the gradients, rows read them and write the sums."""
+def backward_accesses(key_channels, value_channels):
+    """As in forward_accesses.
+
+    The mean key reads query and key twice for the weights, in tiles of 64 in both directions, and key once more.
+    Columns read query and key twice for the weights and once for their gradients, grad_output once for the value
+    gradient, and grad_output and value twice for the energy gradients. Rows read query and key twice, grad_output and
+    value once. Columns write the mean key and the gradients, rows read them and write the sums."""
     return {
-        "mean key, columns": [(STRIP, embedding, 2 * 2 + 1 + 1)],
-        "columns": [(STRIP, embedding, 2 * (2 + 1) + 2), (STRIP, channels, 1 + 2 + 2 + 1)],
-        "mean key, rows": [(WARP, embedding, 2 * 2 + 1), (TILE, embedding, 2)],
-        "rows": [(WARP, embedding, 2 * 2), (WARP, channels, 2), (ROW, embedding, 2 * 2), (ROW, channels, 2)],
+        "mean key, columns": [(STRIP, key_channels, 2 * 2 + 1 + 1)],
+        "columns": [(STRIP, key_channels, 2 * (2 + 1) + 2), (STRIP, value_channels, 1 + 2 + 2 + 1)],
+        "mean key, rows": [(WARP, key_channels, 2 * 2 + 1), (TILE, key_channels, 2)],
+        "rows": [
+            (WARP, key_channels, 2 * 2),
+            (WARP, value_channels, 2),
+            (ROW, key_channels, 2 * 2),
+            (ROW, value_channels, 2),
+        ],
     }
 
 
 def scalar_traffic(backward, side):
-    """logsumexp and delta, by launch: bytes, bytes of sectors. Forward: columns write, rows read and write, a thread a
-    query. Backward: the four threads of a query read both, columns once for each of two tiles of keys; for the mean key
-    they read logsumexp, once a tile in either direction. One of the four writes the sum of the energies' gradients in
-    columns and adds to it in rows."""
+    """Bytes and bytes of sectors of logsumexp, delta and grad_sum, by launch.
+
+    Forward: one thread per query; columns write logsumexp, rows read and write it. Backward: the four threads of a
+    query read logsumexp and delta, columns once for each of two tiles of keys. The mean key reads logsumexp once per
+    tile in both directions. One of the four threads writes grad_sum in columns and adds to it in rows."""
     positions, row = side * side, sectors_of_scalars(side)
     if backward:
         return {
@@ -151,7 +164,7 @@ def scalar_traffic(backward, side):
 
 
 def sectors_of_scalars(side):
-    """A row's float32 numbers, eight at a time."""
+    """Bytes of sectors of one float32 per position, read in rows of eight at a time."""
     pieces = [(y * side + x, y * side + min(x + 8, side) - 1) for y in range(side) for x in range(0, side, 8)]
     return sum(32 * (4 * last // 32 - 4 * first // 32 + 1) for first, last in pieces)
 
@@ -159,38 +172,38 @@ def sectors_of_scalars(side):
 @pytest.mark.parametrize("side", [SIDE, 96])
 @pytest.mark.parametrize(("accesses", "backward"), [(forward_accesses, False), (backward_accesses, True)])
 def test_traffic(traced, accesses, backward, side):
-    """Bytes and sectors of every line kernel, exactly, where rows start anywhere and where they start on 32 bytes."""
-    launch_both(traced, 16, 32, backward, side)
+    """Bytes and sectors of every line kernel, exactly: rows start anywhere at side 97 and on 32 bytes at side 96."""
+    launch_both_directions(traced, 16, 32, backward, side)
     launches = [r for r in traced.report() if "line_" in r["kernel"]]
     scalars = scalar_traffic(backward, side)
     for launch, (direction, kinds) in zip(launches, accesses(16, 32).items(), strict=True):
         for unit in (0, 1):
-            features = sum(times * channels * once(side, run)[unit] for run, channels, times in kinds)
+            features = sum(times * channels * bytes_per_access(side, run)[unit] for run, channels, times in kinds)
             counted = sum(global_bytes(launch, sectors=bool(unit)).values())
             assert counted == features + scalars[direction][unit], (direction, unit)
 
 
 @pytest.mark.parametrize(
-    ("accesses", "others", "least", "ratios"),
+    ("accesses", "others", "minimum", "ratios"),
     [
         (forward_accesses, 0, 2 * 64 + 2 * 512, (2.56, 5.27)),
         (backward_accesses, 2 * 512 + 3 * 64, 4 * 64 + 4 * 512, (3.56, 7.55)),
     ],
 )
-def test_documented_traffic(accesses, others, least, ratios):
-    """What docs/results.md says of C = 512, E = 64 at 97 x 97, in units of the least. delta_kernel takes two maps
-    of C channels, the correction of grad_query three of E."""
+def test_documented_traffic(accesses, others, minimum, ratios):
+    """The traffic in docs/results.md for C = 512, E = 64 at 97 x 97, relative to the minimum. delta_kernel accesses
+    two feature maps of C channels, the correction of grad_query three of E."""
     for unit in (0, 1):
         kinds = [kind for direction in accesses(64, 512).values() for kind in direction]
-        counted = sum(times * channels * once(SIDE, run)[unit] for run, channels, times in kinds)
-        assert abs((counted / (2 * SIDE**2) + others) / least - ratios[unit]) < 0.01
+        counted = sum(times * channels * bytes_per_access(SIDE, run)[unit] for run, channels, times in kinds)
+        assert abs((counted / (2 * SIDE**2) + others) / minimum - ratios[unit]) < 0.01
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_bank_conflicts(traced, dtype):
     OPERATORS._set_allow_tf32(True)
     run(*inputs(16, 32, 20, 97, dtype))
-    limit = 1.1 if dtype == torch.bfloat16 else 1.3  # TF32: the keys' weights, two rows of one bank
+    limit = 1.1 if dtype == torch.bfloat16 else 1.3  # TF32: load_b_keys reads two rows with the same banks
     for launch in traced.report():
         if "line_" in launch["kernel"]:
             assert conflicts(launch) <= limit, launch["kernel"]
@@ -204,7 +217,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 3e-2, to
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("architecture", [75, 80, 86, 90])
 def test_every_device(emulator, architecture, dtype):
-    """Before sm_80 every type takes fused multiply-adds; the blocks fit each device's shared memory."""
+    """Blocks fit the shared memory of every device. Before sm_80 every type uses fused multiply-adds."""
     emulator.set_device(architecture)
     assert worst_error(inputs(12, 40, 9, 70, dtype)) < TOLERANCE[dtype]
     simt = architecture < 80 or dtype == torch.float64
@@ -214,9 +227,9 @@ def test_every_device(emulator, architecture, dtype):
 @pytest.mark.parametrize(
     ("architecture", "dtype", "height", "width"),
     [
-        (90, torch.bfloat16, 3, 300),  # longer than a block's owned positions
+        (90, torch.bfloat16, 3, 300),  # longer than the owned positions of a block
         (86, torch.float16, 260, 2),
-        (86, torch.bfloat16, 2, 1700),  # no room for all weights: parts
+        (86, torch.bfloat16, 2, 1700),  # all weights do not fit: several passes
         (75, torch.float64, 2, 400),
         (75, torch.float32, 500, 2),
     ],
@@ -236,11 +249,11 @@ def test_gradients_in_one_kernel_where_the_weights_fit(emulator):
     assert any("line_sum_kernel" in k for k in names)  # the rows
 
 
-def test_channels_are_shared_out_where_lines_are_few(emulator):
+def test_channels_are_split_where_lines_are_few(emulator):
     tensors = inputs(8, 256, 5, 20, torch.float16)
     OPERATORS.criss_cross_attention(*tensors[:3], 1.0)
     grids = [r["grid"] for r in emulator.report() if "line_attention" in r["kernel"]]
-    assert grids[0][0] == 3 * 8 and grids[1][0] == 3 * 8  # blocks of lines, groups of 32 channels
+    assert grids[0][0] == 3 * 8 and grids[1][0] == 3 * 8  # blocks of lines x groups of 32 channels
     assert worst_error(tensors) < TOLERANCE[torch.float16]
 
 
@@ -258,9 +271,8 @@ def test_forward_in_one_kernel_a_direction_where_the_weights_fit(emulator):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_later_keys_weigh_most(emulator, dtype):
-    """Each tile of a column's keys has higher scores than those before: their weights are lowered again. And the other
-    way round."""
+def test_energies_that_rise_or_fall_along_a_column(emulator, dtype):
+    """Energies that rise from one tile of keys to the next rescale all earlier weights; falling ones rescale none."""
     for height, rise in ((150, 0.2), (150, -0.2), (70, 2.0)):
         query, key, value, grad_output = inputs(4, 6, height, 5, dtype)
         query, key = query.abs(), key.abs() * 0.1
@@ -278,8 +290,8 @@ def test_any_layout(emulator, dtype, shape):
     expected = run(*tensors)
     transposed = [t.mT.contiguous().mT for t in tensors]
     channels_last = [t.to(memory_format=torch.channels_last) for t in tensors]
-    cut = [torch.nn.functional.pad(t, (1, 2, 0, 1))[:, :, : shape[0], 1 : 1 + shape[1]] for t in tensors]
-    for layout in (transposed, channels_last, cut):
+    sliced = [torch.nn.functional.pad(t, (1, 2, 0, 1))[:, :, : shape[0], 1 : 1 + shape[1]] for t in tensors]
+    for layout in (transposed, channels_last, sliced):
         for got, want in zip(run(*layout), expected, strict=True):
             assert torch.equal(got, want)
 
@@ -287,8 +299,8 @@ def test_any_layout(emulator, dtype, shape):
 @pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize(("channels", "height", "width"), [(512, 2, 97), (16, 1, 600)])
 def test_float32_sums(emulator, architecture, channels, height, width):
-    """Sums over DANet's channels, and over a line so long that tensor cores, which cut their sums off, lose too much of
-    it in one accumulator. Values are features after a ReLU."""
+    """Sums over as many channels as DANet's, and over a line too long for one tensor-core accumulator, whose additions
+    truncate. Values are non-negative, as after a ReLU."""
     emulator.set_device(architecture)
     query, key, value, grad_output = inputs(8, channels, height, width, torch.float32)
     tensors = (query, key, value.relu(), grad_output)
@@ -316,9 +328,9 @@ def test_any_schedule_gives_the_same_bits(emulator, dtype):
 
 
 def test_offsets_beyond_int32(emulator):
-    """Two samples 2^31 elements apart in memory nobody touches in between."""
+    """Two samples 2^31 elements apart, with untouched memory in between."""
     if os.environ.get("SEGATTN_EMULATOR_VARIANT") == "asan":
-        pytest.skip("the sanitizer's shadow would touch it")
+        pytest.skip("the sanitizer's shadow memory would touch the memory in between")
     tensors = inputs(8, 16, 6, 10, torch.bfloat16, batch=2)
     far = []
     for t in tensors[:3]:
@@ -333,12 +345,12 @@ def test_float64_gradients(emulator):
     assert torch.autograd.gradcheck(lambda *t: OPERATORS.criss_cross_attention(*t, 0.7)[0], leaves, fast_mode=True)
 
 
-# ---- builds that look for faults -------------------------------------------------------------------------------------
+# ---- instrumented builds --------------------------------------------------------------------------------------------
 
 
 def test_race_build(emulator):
-    """Shared-memory races fail; memory accesses are counted."""
-    run_in("race", __file__, "traffic or conflicts or long_lines or gradients or same_bits or later_keys")
+    """Fails on races in shared memory; also counts memory accesses."""
+    run_in("race", __file__, "traffic or conflicts or long_lines or gradients or same_bits or rise_or_fall")
 
 
 def test_asan_build(emulator):

@@ -1,7 +1,7 @@
-"""What only a device can show: streams with memory that is used again, CUDA graphs, a second device, TF32's rounding.
+"""Properties that need a device: streams and memory reuse, CUDA graphs, a second device, TF32 rounding.
 
-The same code runs over the CPU kernels and the emulator, with torch.cpu's streams, which do nothing, and a graph that
-calls its function again: there it shows that the tests themselves work."""
+The tests also run on the CPU kernels and the emulator, with torch.cpu's streams, which do nothing, and a graph that
+calls its function again. There they only check the test code itself."""
 
 import math
 
@@ -19,23 +19,23 @@ CASES = [
 ]
 FIRST_CASES = [pytest.param(family, family.cases[0], id=family.operator) for family in FAMILIES]
 DTYPE = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=lambda d: str(d).removeprefix("torch."))
-DELAY_CYCLES = 40_000_000  # about 20 ms: far longer than the host needs for what it enqueues meanwhile
+DELAY_CYCLES = 40_000_000  # about 20 ms, far longer than the host takes to enqueue a test's work
 
 
 @pytest.fixture
 def streams(kernels):
-    """Streams and synchronisation of the device: torch.cuda, or torch.cpu with the same names."""
+    """The module with the device's streams and synchronisation: torch.cuda, or torch.cpu, which has the same names."""
     return getattr(torch, kernels.device)
 
 
 def delay(kernels) -> None:
-    """Keeps the current stream behind the host, so that what does not wait for it comes too early."""
+    """Delays the current stream, so that work which does not wait for it runs too early."""
     if kernels.device == "cuda":
         torch.cuda._sleep(DELAY_CYCLES)
 
 
 def results(family: Family, case: Case, inputs: list, grad_output=None) -> list[torch.Tensor]:
-    """The output and the gradient of every input; of a fixed random grad_output if none is given."""
+    """The output and the gradient of every input, for a fixed random grad_output if none is given."""
     leaves = [t.detach().requires_grad_() for t in inputs]
     output = family.function(*leaves, *case.scalars)
     if grad_output is None:
@@ -50,9 +50,9 @@ def grad_output_like(output: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 def prepared(kernels, family, case, dtype):
-    """(inputs, grad_output, expected results) on the device, all there."""
+    """(inputs, grad_output, expected results), all computed and on the device."""
     if case.large and kernels.device != "cuda":
-        pytest.skip("large for more launches at once, which only a device has")
+        pytest.skip("the large case is for overlapping launches, which need a device")
     inputs = family.make(case, dtype, kernels.device)
     grad_output = grad_output_like(family.function(*inputs, *case.scalars))
     expected = results(family, case, inputs, grad_output)
@@ -61,7 +61,7 @@ def prepared(kernels, family, case, dtype):
 
 
 def spoiled(tensors) -> list[torch.Tensor]:
-    """NaN in memory of the same sizes: that of freed tensors, if the allocator has any for this stream."""
+    """Tensors of the same sizes filled with NaN. The allocator reuses memory freed on this stream for them, if any."""
     return [torch.full_like(t, math.nan) for t in tensors]
 
 
@@ -74,8 +74,8 @@ class TestStreams:
     @DTYPE
     @pytest.mark.parametrize(("family", "case"), CASES)
     def test_a_stream_that_lags_behind(self, kernels, streams, family, case, dtype, prepared):
-        """Inputs arrive on the stream long after the call returned, and their memory is written again after it: a
-        launch on another stream reads NaN or overwrites what somebody else has by then."""
+        """The inputs are written on the stream long after the call returns, and their memory is reused after it. A
+        launch on another stream would read NaN or overwrite reused memory."""
         inputs, grad_output, expected = prepared
         side = streams.Stream()
         got = []
@@ -95,18 +95,18 @@ class TestStreams:
     @DTYPE
     @pytest.mark.parametrize(("family", "case"), CASES)
     def test_inputs_of_another_stream(self, kernels, streams, family, case, dtype, prepared):
-        """Inputs come from the default stream and are given back there while the side stream still waits."""
+        """The inputs are allocated on the default stream and freed there while the side stream is still delayed."""
         inputs, grad_output, expected = prepared
         side = streams.Stream()
-        lent = [t.clone() for t in inputs]
+        borrowed = [t.clone() for t in inputs]
         side.wait_stream(streams.current_stream())
         with streams.stream(side):
             delay(kernels)
-            got = results(family, case, lent, grad_output)
-        if kernels.device == "cuda":  # what PyTorch asks of whoever uses memory on another stream than its own
-            for t in lent:
+            got = results(family, case, borrowed, grad_output)
+        if kernels.device == "cuda":  # PyTorch requires this for memory used on a stream other than its own
+            for t in borrowed:
                 t.record_stream(side)
-        del lent
+        del borrowed
         spoiled([*inputs, *inputs])
         streams.synchronize()
         assert_same_bits(got, expected)
@@ -114,7 +114,7 @@ class TestStreams:
     @DTYPE
     @pytest.mark.parametrize(("family", "case"), FIRST_CASES)
     def test_the_backward_runs_on_the_forwards_stream(self, kernels, streams, family, case, dtype, prepared):
-        """Autograd goes back to the forward's stream in a thread of its own, whatever the caller's stream is."""
+        """Autograd runs the backward on the forward's stream, in its own thread, whatever the caller's stream is."""
         inputs, grad_output, expected = prepared
         side = streams.Stream()
         leaves = [t.detach().requires_grad_() for t in inputs]
@@ -127,7 +127,7 @@ class TestStreams:
 
 
 def capture(kernels, function):
-    """(results of ``function``, what computes them again in place): a CUDA graph, elsewhere another call."""
+    """(results of ``function``, a function that recomputes them in place): a CUDA graph, or another call on the CPU."""
     if kernels.device != "cuda":
         captured = function()
 
@@ -150,7 +150,7 @@ def capture(kernels, function):
 @DTYPE
 @pytest.mark.parametrize(("family", "case"), CASES)
 def test_forward_and_backward_in_a_graph(kernels, streams, family, case, dtype, prepared):
-    """Captured once, replayed with other numbers, while the memory around is used for other things."""
+    """Captured once and replayed with other inputs while other memory is reused."""
     inputs, grad_output, expected = prepared
     other = [t.flip(0, -1) * 0.75 for t in inputs]
     expected_of_other = results(family, case, other, grad_output)
@@ -187,12 +187,12 @@ def test_another_device_than_the_current_one(kernels, family, case, dtype, prepa
 
 @pytest.fixture
 def choose_products(kernels):
-    """Says how float32 matrices are multiplied, in either of torch's two ways; as before afterwards."""
+    """Sets the precision of float32 matrix products by either of torch's two settings; restores it afterwards."""
     settings = torch.backends.cuda.matmul
     before = settings.fp32_precision
 
     def follow():
-        if kernels.name == "emulated":  # for CPU tensors no setting of CUDA is looked up
+        if kernels.name == "emulated":  # calls with CPU tensors do not read the CUDA settings
             _precision.follow_tf32_setting(kernels.namespace)
 
     def choose(way: str, tf32: bool) -> None:
@@ -210,7 +210,7 @@ def choose_products(kernels):
 @pytest.mark.parametrize("way", ["allow_tf32", "fp32_precision"])
 @pytest.mark.parametrize(("family", "case"), FIRST_CASES)
 def test_tf32_is_used_where_torch_allows_it(kernels, choose_products, family, case, way):
-    """Errors of float32's size unless TF32 is allowed; then of TF32's, in the output and in the gradients."""
+    """Output and gradients have float32's error unless TF32 is allowed, and TF32's error if it is."""
     inputs = family.make(case, torch.float32, kernels.device)
     exact_inputs = [t.double().cpu() for t in inputs]
     leaves = [t.requires_grad_() for t in exact_inputs]
@@ -228,6 +228,6 @@ def test_tf32_is_used_where_torch_allows_it(kernels, choose_products, family, ca
         ]
         coarse = tf32 and kernels.device == "cuda" or tf32 and follows
         assert max(errors) < (5e-3 if coarse else 3e-6), errors
-        if tf32 and follows:  # (channel attention multiplies float32 by torch.bmm, which may decide otherwise)
+        if tf32 and follows:  # channel attention uses torch.bmm for float32, which may choose otherwise
             assert errors[0] > 2e-5, errors
             assert max(errors[1:]) > 2e-5, errors

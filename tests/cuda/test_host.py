@@ -1,6 +1,7 @@
-"""Host code of the CUDA kernels, all families, emulated: batches beyond a grid's second dimension, devices the library
-was not built for, launches that fail, and that nothing waits for the device, so that calls can be captured in a graph.
-"""
+"""Host code of all CUDA operator families, emulated.
+
+Batches beyond the limit of a grid's second dimension, devices that the library was not built for, failing launches, and
+no waiting for the device, so that calls can be captured in a graph."""
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import segattn_ops
 from ..emulated import register_backend
 from ..families import BY_OPERATOR, FAMILIES, Case
 
-# A few positions, odd ones, that take every family's kernels forward and backward.
+# A small odd number of positions that runs every family's kernels, forward and backward.
 SMALL = {family.operator: family.cases[0] for family in FAMILIES}
 ONE_POSITION = {
     "position_attention": Case(((1, 2, 1), (1, 2, 1), (1, 3, 1)), 1.0),
@@ -48,15 +49,15 @@ def small_call(operator, dtype):
 
 @pytest.fixture(params=["bfloat16", "float16", "3xtf32", "tf32", "float64"])
 def products(request, emulator):
-    """The dtype of a call's tensors, and its float32 products as named: every set of kernels there is."""
+    """The dtype of a call's tensors, with the float32 products set as named: covers every set of kernels."""
     torch.ops.segattn_emulated._set_allow_tf32(request.param == "tf32")
     return torch.float32 if request.param.endswith("tf32") else getattr(torch, request.param)
 
 
 @OPERATOR
 def test_batches_beyond_65535(emulator, operator):
-    """More samples than the y and z dimensions of a grid can count: the first and the last ones are right. (Nothing
-    else runs: 65,538 samples of position attention, forward and backward, took 161 s.)"""
+    """More samples than the y and z dimensions of a grid allow: the first and the last are correct. Only the blocks at
+    the ends run, since all 65,538 samples of position attention, forward and backward, took 161 s."""
     case = ONE_POSITION[operator]
     three = [torch.cat([t, 2 * t, 3 * t]) for t in BY_OPERATOR[operator].make(case, torch.float32)]
     expected = forward_and_backward(operator, three, case.scalars)
@@ -73,7 +74,7 @@ def test_batches_beyond_65535(emulator, operator):
 
 @pytest.mark.parametrize("name", ["query", "key"])
 def test_more_positions_than_kernels_count(name):
-    """Kernels count positions in int: 2^31 of them are refused before anything is allocated."""
+    """Kernels index positions with int: 2^31 positions are an error, raised before anything is allocated."""
     one = torch.zeros(1, 1, 1)
     many = one.expand(1, 1, 2**31)
     arguments = (many, one, one) if name == "query" else (one, many, many)
@@ -94,9 +95,9 @@ def test_a_device_the_library_was_not_built_for(emulator, operator):
     assert emulator.report() == []
 
 
-def test_code_of_an_older_architecture_counts_not_the_device(emulator):
-    """Code for sm_75 runs on sm_75 and newer of its generation, code for sm_80 on sm_86; before sm_80 there are no
-    tensor-core kernels, whatever the device could do."""
+def test_the_compiled_architecture_decides_on_tensor_cores(emulator):
+    """sm_86 runs code for sm_80, with tensor cores. Code for architectures before sm_80 has no tensor-core kernels,
+    whatever the device supports."""
     for device, built, tensor_cores in ((86, [75, 80], True), (75, [70, 75], False), (90, [80, 90], True)):
         emulator.set_device(device)
         emulator.set_built_architectures(built)
@@ -120,7 +121,7 @@ def test_a_failed_launch_names_its_kernel(emulator, operator, dtype):
         assert torch.equal(a, b)
 
 
-# What may be called while a stream is captured, and does not wait.
+# Calls of the CUDA runtime that are allowed during stream capture and do not wait for the device.
 HARMLESS = {
     "cudaGetDevice",
     "cudaDeviceGetAttribute",
@@ -128,8 +129,8 @@ HARMLESS = {
     "cudaFuncSetAttribute",
     "cudaGetLastError",
 }
-# Operators of torch that the host code and autograd call: allocations, views, device work; none reads a number
-# back. (A copy between types and one to the host have the same name, aten::_to_copy.)
+# Operators of torch that the host code and autograd may call: allocations, views and device work. None reads a value
+# back, except that aten::_to_copy is also the name of a copy to the host.
 HARMLESS_TORCH = {
     "aten::new_empty", "aten::empty", "aten::empty_like", "aten::empty_strided", "aten::contiguous", "aten::clone",
     "aten::copy_", "aten::to", "aten::_to_copy", "aten::view", "aten::transpose", "aten::as_strided", "aten::bmm",
@@ -141,8 +142,8 @@ HARMLESS_TORCH = {
 @OPERATOR
 @pytest.mark.parametrize("architecture", [75, 90])
 def test_nothing_waits_for_the_device(emulator, operator, products, architecture):
-    """No synchronisation, no copy to the host, no memory but that of torch's allocator: calls can be captured in a CUDA
-    graph, and overlap with the host."""
+    """No synchronisation, no copy to the host, and all memory from torch's allocator: calls can be captured in a CUDA
+    graph and overlap with the host."""
     emulator.set_device(architecture)
     call = small_call(operator, products)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -156,8 +157,8 @@ def test_nothing_waits_for_the_device(emulator, operator, products, architecture
 @OPERATOR
 @pytest.mark.parametrize("architecture", [75, 90])
 def test_launches_go_to_the_current_stream(emulator, operator, products, architecture):
-    """Every launch is on the stream that is PyTorch's current one at that time, in the forward and in the backward, and
-    none is on the default stream, number 0."""
+    """Forward and backward launch every kernel on the stream that is current in PyTorch at the time of the call, and
+    none on the default stream 0."""
     emulator.set_device(architecture)
     case = SMALL[operator]
     leaves = [t.requires_grad_() for t in BY_OPERATOR[operator].make(case, products)]

@@ -1,6 +1,8 @@
-"""What the compiler makes of the CUDA kernels, all of them, wherever nvcc is: no spills, tensor cores used, blocks that
-fit a multiprocessor, and the table in docs/cuda_resources.md true. For sm_80, the tightest in registers, the sources
-are compiled; for the architectures of the library that was built, what it holds is read."""
+"""Compiled resources of all CUDA kernels: no spills, tensor cores used, blocks that fit a multiprocessor, and an
+up-to-date table in docs/cuda_resources.md. Needs nvcc but no device.
+
+For sm_80, the tightest in registers, the sources are compiled. For the architectures of the built library, its machine
+code is read."""
 
 import re
 
@@ -35,15 +37,15 @@ def test_nothing_spills(compiled):
 
 
 def test_tensor_cores_do_the_products(compiled):
-    """mma in every kernel whose arithmetic is called so, and in no other."""
+    """mma instructions in every kernel whose arithmetic is named Mma16 or Tf32, and in no other."""
     for kernel in compiled:
         wanted = re.search(r"Mma16|Tf32", kernel.name) is not None
         assert (kernel.tensor_core_instructions > 0) == wanted, kernel
 
 
 def test_blocks_fit(compiled, launches):
-    """A multiprocessor takes at least one block of each launch; of position attention's small tiles, four warps each,
-    two."""
+    """A multiprocessor holds at least one block of every launch, and two of position attention's small tiles of four
+    warps."""
     launched = [(k, launches[k.name, k.architecture]) for k in compiled if (k.name, k.architecture) in launches]
     assert len(launched) > 80
     for kernel, launch in launched:
@@ -52,8 +54,8 @@ def test_blocks_fit(compiled, launches):
         assert blocks >= 1 + small, kernel
 
 
-def test_table_is_true(compiled, launches):
-    """The table's kernels are those of the source; with the compiler that made it, the figures too."""
+def test_table_is_up_to_date(compiled, launches):
+    """The table lists the kernels of the source. Its figures are compared if the same compiler produced it."""
     text = cuda_resources.TABLE.read_text()
     lines = [[c.strip() for c in line.strip("|").split(" | ")] for line in text.splitlines() if line.startswith("| ")]
     head, *body = lines
@@ -62,7 +64,7 @@ def test_table_is_true(compiled, launches):
     again = "; run `python -m benchmarks.cuda_resources`"
     for kernel in compiled:
         if "__half" in kernel.name and kernel.name.replace("__half", "bfloat16") in cells:
-            continue  # the table leaves the twin out
+            continue  # the table omits float16, the twin of bfloat16
         assert kernel.name in cells, f"{kernel.name} is not in the table{again}"
         if same_compiler:
             expected = cuda_resources.cell(kernel, launches.get((kernel.name, kernel.architecture)))

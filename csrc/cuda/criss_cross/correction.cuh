@@ -1,7 +1,7 @@
-// The query gradient's last step. delta comes from an output that is rounded to its dtype; its error is common to all keys
-// of a query and leaves in grad_query a multiple of the query's mean key, which does not average out. In exact arithmetic
-// the sum of a query's energy gradients is zero, so that grad_query - sum * mean key is the same gradient, and in it that
-// error cancels.
+// The last step of the query gradient. delta is computed from an output rounded to its dtype. Its error is the same for
+// all keys of a query, so it adds a multiple of the query's mean key to grad_query and does not average out. In exact
+// arithmetic the energy gradients of a query sum to zero: grad_query - sum * mean_key is the same gradient, and there
+// the error cancels.
 #pragma once
 
 #include <cstdint>
@@ -13,13 +13,13 @@
 namespace segattn::cuda {
 
 constexpr int kCorrectionThreads = 256;
-constexpr int kCorrectionChannels = 16;  // of a thread, which reads its query's sum once
+constexpr int kCorrectionChannels = 16;  // per thread, which reads its query's sum once
 
 // grad_query[b, e, i] -= grad_sum[b, i] * mean_key[b, e, i]; all contiguous
 struct QueryCorrectionParams {
   void* grad_query;      // (B, E, N)
   const void* mean_key;  // (B, E, N), sum_j p_ij key_j over row and column; its rounding only scales the correction
-  const void* grad_sum;  // (B, N), accumulator type: of the energies' gradients over row and column
+  const void* grad_sum;  // (B, N), accumulator type: sum of the energy gradients over row and column
   int64_t positions;     // N
   int channels;          // E
   int position_blocks;   // of kCorrectionThreads

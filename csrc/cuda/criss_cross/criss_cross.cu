@@ -1,9 +1,9 @@
 // Criss-cross attention on CUDA, host side: checks the arguments, allocates and launches.
 //
-// Every operator runs once for the columns of the image and once for its rows, by the same kernels with other strides
-// (params.h). Columns run first and write the results, rows add to them: a strip of 8 columns touches two to three times
-// the bytes it needs in sectors, a row hardly more than its own, and the second direction reads the results again. An
-// image of one row has no columns: each would hold only the query itself.
+// Every operator runs the same kernels over the columns of the image and then over its rows, with different strides
+// (params.h). The second direction also reads the results of the first. That is cheaper for rows: the sectors of a
+// strip of 8 columns are two to three times the bytes it needs, those of a row hardly more. An image of one row has no
+// columns: each would hold only the query itself.
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>
@@ -31,7 +31,7 @@ LineFeatures features(const Tensor& tensor, Direction direction) {
       tensor.stride(direction == Direction::kColumns ? 3 : 2),
       tensor.stride(direction == Direction::kColumns ? 2 : 3),
       static_cast<int>(tensor.size(1)),
-      0};
+      false};
   f.paired = f.line_stride == 1 && tensor.size(direction == Direction::kColumns ? 3 : 2) % 2 == 0 &&
       f.position_stride % 2 == 0 && f.channel_stride % 2 == 0 && f.batch_stride % 2 == 0 &&
       reinterpret_cast<uintptr_t>(f.data) % 4 == 0;
@@ -39,7 +39,7 @@ LineFeatures features(const Tensor& tensor, Direction direction) {
 }
 
 // tensor (B, H + W - 1, H, W)
-LineMap map_of(const Tensor& tensor, Direction direction) {
+LineAffinity line_affinity(const Tensor& tensor, Direction direction) {
   const LineFeatures f = features(tensor, direction);
   return {f.data,        f.batch_stride,    f.channel_stride,
           f.line_stride, f.position_stride, direction == Direction::kColumns ? static_cast<int>(tensor.size(3)) : 0};
@@ -66,7 +66,7 @@ struct Call {
   CrissCrossSizes sizes;
 
   bool has_columns() const { return sizes.height > 1; }
-  // Whether `direction` adds to the results of the other one.
+  // Whether `direction` adds to the results of the other direction.
   bool accumulates(Direction direction) const { return direction == Direction::kRows && has_columns(); }
 
   // visit(Direction), columns first.
@@ -99,14 +99,14 @@ struct Call {
   }
 };
 
-// affinity (B, H + W - 1, H, W) of query_side and key_side, both (B, any channels, H, W).
+// affinity (B, H + W - 1, H, W) = products of query_side and key_side, both (B, any number of channels, H, W).
 void products(const Call& call, const Tensor& query_side, const Tensor& key_side, const Tensor& affinity) {
   call.for_each_direction([&](Direction direction) {
     LineProductParams params{};
     params.lines = lines_of(call.sizes, direction);
     params.query_side = features(query_side, direction);
     params.key_side = features(key_side, direction);
-    params.map = map_of(affinity, direction);
+    params.affinity = line_affinity(affinity, direction);
     call.with_arithmetic(
         [&]<class Arithmetic>() { launch_line_product<Arithmetic>(params, call.context.limits, call.context.stream); });
   });
@@ -124,12 +124,12 @@ void sum(const Call& call, LineSumParams params, const Tensor& values, const Ten
   });
 }
 
-// The same over both directions by given weights (B, H + W - 1, H, W).
+// output (B, C, H, W) = values (B, C, H, W) summed over both directions by given weights (B, H + W - 1, H, W).
 template <LineOwner kOwner>
-void sum_given(const Call& call, const Tensor& weights, const Tensor& values, const Tensor& output) {
+void sum_with_given_weights(const Call& call, const Tensor& weights, const Tensor& values, const Tensor& output) {
   call.for_each_direction([&](Direction direction) {
     LineSumParams params{};
-    params.map = map_of(weights, direction);
+    params.given_weights = line_affinity(weights, direction);
     sum<LineWeight::kGiven, kOwner>(call, params, values, output, direction);
   });
 }
@@ -148,8 +148,8 @@ Pair criss_cross_affinity_backward(const Tensor& grad_affinity, const Tensor& qu
   const LaunchContext context("criss_cross_affinity_backward", query);
   const Call call{context, sizes};
   const Tensor grad_query = allocate_like(query), grad_key = allocate_like(key);
-  sum_given<LineOwner::kQueries>(call, grad_affinity, key, grad_query);
-  sum_given<LineOwner::kKeys>(call, grad_affinity, query, grad_key);
+  sum_with_given_weights<LineOwner::kQueries>(call, grad_affinity, key, grad_query);
+  sum_with_given_weights<LineOwner::kKeys>(call, grad_affinity, query, grad_key);
   return {grad_query, grad_key};
 }
 
@@ -158,7 +158,7 @@ Tensor criss_cross_aggregation(const Tensor& attention, const Tensor& value) {
   const LaunchContext context("criss_cross_aggregation", value);
   const Call call{context, sizes};
   const Tensor output = allocate_like(value);
-  sum_given<LineOwner::kQueries>(call, attention, value, output);
+  sum_with_given_weights<LineOwner::kQueries>(call, attention, value, output);
   return output;
 }
 
@@ -168,11 +168,11 @@ Pair criss_cross_aggregation_backward(const Tensor& grad_output, const Tensor& a
   const Call call{context, sizes};
   const Tensor grad_attention = allocate_like(attention), grad_value = allocate_like(value);
   products(call, grad_output, value, grad_attention);
-  sum_given<LineOwner::kKeys>(call, attention, grad_output, grad_value);
+  sum_with_given_weights<LineOwner::kKeys>(call, attention, grad_output, grad_value);
   return {grad_attention, grad_value};
 }
 
-// Whether the weights of a query for its whole column, and for its whole row, fit shared memory.
+// Whether shared memory holds the weights of whole columns and of whole rows.
 bool fits_in_one_kernel(const Call& call, const Tensor& output) {
   bool fits = true;
   call.for_each_direction([&](Direction direction) {
@@ -184,12 +184,12 @@ bool fits_in_one_kernel(const Call& call, const Tensor& output) {
   return fits;
 }
 
-// One kernel a direction. The blocks that share the queries of a row all read the logsumexp of the columns while one of
-// them writes the final logsumexp, so the former has memory of its own.
-void attend(
+// One kernel per direction. The blocks of all channel groups read the logsumexp of the columns while one of them writes
+// the final logsumexp of the same queries, so the two are separate tensors.
+void attend_in_one_kernel(
     const Call& call, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output,
     const Tensor& logsumexp, double scale) {
-  const Tensor of_columns = call.has_columns() ? allocate_like(logsumexp) : logsumexp;
+  const Tensor column_logsumexp = call.has_columns() ? allocate_like(logsumexp) : logsumexp;
   call.for_each_direction([&](Direction direction) {
     LineAttentionParams params{};
     params.lines = lines_of(call.sizes, direction);
@@ -197,8 +197,8 @@ void attend(
     params.key = features(key, direction);
     params.values = features(value, direction);
     params.output = features(output, direction);
-    params.logsumexp = scalars(direction == Direction::kColumns ? of_columns : logsumexp, direction);
-    params.other = scalars(of_columns, direction);
+    params.logsumexp = scalars(direction == Direction::kColumns ? column_logsumexp : logsumexp, direction);
+    params.other_logsumexp = scalars(column_logsumexp, direction);
     params.scale = scale;
     params.accumulate = call.accumulates(direction);
     call.with_arithmetic([&]<class Arithmetic>() {
@@ -207,8 +207,8 @@ void attend(
   });
 }
 
-// For long lines: the logsumexp over both directions first, then sums by the final weights.
-void attend_in_parts(
+// Long lines: first logsumexp over both directions, then sums by the final weights.
+void attend_in_passes(
     const Call& call, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output,
     const Tensor& logsumexp, double scale) {
   call.for_each_direction([&](Direction direction) {
@@ -218,7 +218,7 @@ void attend_in_parts(
     params.key = features(key, direction);
     params.logsumexp = scalars(logsumexp, direction);
     params.scale = scale;
-    params.merges = call.accumulates(direction);
+    params.accumulate = call.accumulates(direction);
     call.with_arithmetic([&]<class Arithmetic>() {
       launch_line_statistics<Arithmetic>(params, call.context.limits, call.context.stream);
     });
@@ -241,9 +241,9 @@ Pair criss_cross_attention(const Tensor& query, const Tensor& key, const Tensor&
   const Tensor logsumexp =
       allocate(query, {sizes.batch, sizes.height, sizes.width}, accumulation_dtype(query.scalar_type()));
   if (fits_in_one_kernel(call, output)) {
-    attend(call, query, key, value, output, logsumexp, scale);
+    attend_in_one_kernel(call, query, key, value, output, logsumexp, scale);
   } else {
-    attend_in_parts(call, query, key, value, output, logsumexp, scale);
+    attend_in_passes(call, query, key, value, output, logsumexp, scale);
   }
   return {output, logsumexp};
 }
@@ -297,11 +297,11 @@ Triple criss_cross_attention_backward(
     params.grad_query = features(grad_query, direction);
     params.grad_key = features(grad_key, direction);
     params.grad_value = features(grad_value, direction);
-    // A launch of its own: another sum in line_backward_kernel spills registers.
+    // A separate launch: another sum in line_backward_kernel spills registers.
     sum<LineWeight::kSoftmax, LineOwner::kQueries>(call, params, key, mean_key, direction);
     bool launched = false;
     call.with_arithmetic([&]<class Arithmetic>() {
-      launched = launch_line_backward<Arithmetic>(params, call.context.limits, call.context.stream);
+      launched = try_launch_line_backward<Arithmetic>(params, call.context.limits, call.context.stream);
     });
     if (launched) {
       return;

@@ -1,5 +1,5 @@
-// Criss-cross attention over one direction in one kernel, where a query's weights for its whole line fit shared memory.
-// The first direction leaves its own normalised result and log-sum-exp, the second merges its own with them.
+// Criss-cross attention over one direction in one kernel, for lines whose weights fit in shared memory. The first
+// direction writes its own normalised result and logsumexp; the second merges its own with them.
 #pragma once
 
 #include "cuda/criss_cross/line_weights.cuh"
@@ -25,34 +25,35 @@ struct LineAttention {
     return Weights::shared_bytes(pairs, queries, keys) + 2 * sizeof(Real) * 2 * pairs * queries;
   }
 
-  // visit(line, half, query, its index among the factors) for the lane's queries, where there is such a line and query
+  // visit(line, half, query, index into the factors) for those of the lane's queries that the block owns.
   template <class Visit>
-  __device__ __forceinline__ void for_own_queries(int query0, const Visit& visit) const {
+  __device__ __forceinline__ void for_owned_queries(int query0, const Visit& visit) const {
     weights.for_queries(query0, [&](int line, int q, int half) {
-      if (q < weights.block.owned_end() && weights.inside(line, q)) {
-        visit(line, half, q, (2 * weights.block.pair() + line) * p.map_rows + q - weights.first_query);
+      if (q < weights.block.owned_end() && weights.query_exists(line, q)) {
+        visit(line, half, q, (2 * weights.block.pair() + line) * p.weight_rows + q - weights.first_query);
       }
     });
   }
 
-  // The warp's queries from query0 on: weights exp(score - highest), the factors that sums by them take, log-sum-exp.
-  // Between two tiles of keys, highest and sum are where the factors will be: products leave no registers for them.
-  __device__ __forceinline__ void make_weights(int query0) {
+  // For the warp's queries from query0 on: the weights exp(energy - max_energy), the factors of their sums, and
+  // logsumexp. The products leave no registers for max_energy and sum: between two tiles of keys both are kept in the
+  // factors' memory.
+  __device__ __forceinline__ void compute_weights(int query0) {
     const auto& block = weights.block;
     for (int key0 = 0; key0 < p.lines.length; key0 += Shape::kTile) {
-      typename Weights::Scores d;
+      typename Weights::Products d;
       block.multiply_features(d, p.query, p.key, query0, key0);
       LineSoftmax<Arithmetic, Shape> softmax(block, static_cast<Real>(p.scale));
       if (key0 > 0) {
-        for_own_queries(query0, [&](int line, int half, int, int at) {
-          softmax.highest[line][half] = weights.factors(0)[at];
-          softmax.sum[line][half] = opaque(lane_index()) % 4 == 0 ? weights.factors(1)[at] : Real(0);
+        for_owned_queries(query0, [&](int line, int half, int, int at) {
+          softmax.max_energy[line][half] = weights.own_factors()[at];
+          softmax.sum[line][half] = rematerialize(lane_index()) % 4 == 0 ? weights.other_factors()[at] : Real(0);
         });
       }
-      // The weights of earlier keys are where this lane has put them: nobody else reads them yet.
-      softmax.take(d, query0, key0, [&](int line, int half, Real factor) {
-        for (int k = 2 * (opaque(lane_index()) % 4); k < key0; k += 8) {
-          if (T* element = weights.map_element(line, softmax.query(query0, half), k)) {
+      // A lane rescales only weights that it stored itself, and no other lane reads them yet: no barrier.
+      softmax.update(d, query0, key0, [&](int line, int half, Real factor) {
+        for (int k = 2 * (rematerialize(lane_index()) % 4); k < key0; k += 8) {
+          if (T* element = weights.weight_at(line, softmax.query(query0, half), k)) {
             store_pair(element, to_accumulator(element[0]) * factor, to_accumulator(element[1]) * factor);
           }
         }
@@ -62,20 +63,21 @@ struct LineAttention {
           store_pair(element, d[line][j][2 * half], d[line][j][2 * half + 1]);
         });
       });
-      softmax.add_lanes();
-      __syncwarp();  // all four lanes of a query have read what the first now replaces
-      if (opaque(lane_index()) % 4 == 0) {
-        for_own_queries(query0, [&](int line, int half, int q, int at) {
+      softmax.reduce_lanes();
+      __syncwarp();  // all four lanes of a query have read what its first lane overwrites
+      if (rematerialize(lane_index()) % 4 == 0) {
+        for_owned_queries(query0, [&](int line, int half, int q, int at) {
           if (key0 + Shape::kTile < p.lines.length) {
-            weights.factors(0)[at] = softmax.highest[line][half];
-            weights.factors(1)[at] = softmax.sum[line][half];
+            weights.own_factors()[at] = softmax.max_energy[line][half];
+            weights.other_factors()[at] = softmax.sum[line][half];
             return;
           }
-          const auto meeting = softmax.merged(line, half, p.accumulate ? block.scalar(p.other, line, q) : nullptr);
-          weights.factors(0)[at] = meeting.factor;
-          weights.factors(1)[at] = meeting.other_factor;
-          if (weights.group() == 0) {
-            *block.scalar(p.logsumexp, line, q) = meeting.logsumexp;
+          const auto merged =
+              softmax.merge(line, half, p.accumulate ? block.scalar(p.other_logsumexp, line, q) : nullptr);
+          weights.own_factors()[at] = merged.factor;
+          weights.other_factors()[at] = merged.other_factor;
+          if (weights.channel_group() == 0) {
+            *block.scalar(p.logsumexp, line, q) = merged.logsumexp;
           }
         });
       }
@@ -83,10 +85,10 @@ struct LineAttention {
   }
 
   __device__ __forceinline__ void run() {
-    for (int q = 0; q < p.map_rows; q += Shape::kTile) {
-      make_weights(weights.first_query + q);
+    for (int q = 0; q < p.weight_rows; q += Shape::kTile) {
+      compute_weights(weights.first_query + q);
     }
-    weights.template apply<LineOwner::kQueries, MergeScale::kFactors>(
+    weights.template sum_values<LineOwner::kQueries, MergeScale::kFactors>(
         p.values, p.output, 0, p.lines.length, p.accumulate);
   }
 };

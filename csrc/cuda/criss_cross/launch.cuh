@@ -1,4 +1,4 @@
-// How the lines are cut into blocks, and the launches.
+// Partition of the lines into blocks, and the launches (launch.h).
 #pragma once
 
 #include <algorithm>
@@ -6,36 +6,39 @@
 #include "cuda/criss_cross/backward.cuh"
 #include "cuda/criss_cross/forward.cuh"
 #include "cuda/criss_cross/launch.h"
-#include "cuda/criss_cross/scores.cuh"
+#include "cuda/criss_cross/logsumexp.cuh"
+#include "cuda/criss_cross/products.cuh"
 #include "cuda/criss_cross/weighted_sum.cuh"
 
 namespace segattn::cuda {
 
-// Every group of channels computes the weights again, which costs as much as summing `recompute_cost` channels.
-inline void share_channels(LineSumParams& params, int64_t groups, int recompute_cost) {
+// Splits the output channels into groups of one block each. Every group recomputes the weights, which costs as much as
+// summing `recompute_cost` channels.
+inline void split_channels(LineSumParams& params, int64_t groups, int recompute_cost) {
   const int channels = params.values.channels;
   groups = std::clamp<int64_t>(groups, 1, std::max(1, channels / recompute_cost));
   params.channels_per_group = ceil_div(ceil_div(channels, groups), kLineChannels) * kLineChannels;
   params.channel_groups = ceil_div(channels, params.channels_per_group);
 }
 
-// Rows: one pair, so that as many blocks as possible share the work. Columns: as many neighbours as a block can have.
+// Rows: one pair, for as many blocks as possible. Columns: as many neighbours as a block can have, to read longer runs
+// of each image row.
 template <class Arithmetic>
 int preferred_pairs(const LineFeatures& features, int lines) {
-  const bool columns = features.line_stride < features.position_stride;
-  return std::min(columns ? kMaxPairs<Arithmetic, StripShape> : 1, lines > 4 ? 4 : lines > 2 ? 2 : 1);
+  return std::min(lines_innermost(features) ? kMaxPairs<Arithmetic, StripShape> : 1, lines > 4 ? 4 : lines > 2 ? 2 : 1);
 }
 
-// Whether the lines are whole in wide tiles, and in no others. float64 has no registers for such tiles, and where there
-// are no tensor cores the products take longer than the reads that wide tiles save.
+// Wide tiles save reads. float64 has no registers for them. Without tensor cores the products take longer than the
+// reads they would save.
 template <class Arithmetic>
-constexpr bool kWideTiles = Arithmetic::kTensorCores;
-inline bool wants_wide_tiles(const Lines& lines) {
+constexpr bool kSupportsWideTiles = Arithmetic::kTensorCores;
+// Whether the lines are longer than a strip tile and fit in one wide tile.
+inline bool fit_one_wide_tile(const Lines& lines) {
   return lines.pairs == 1 && lines.owned_blocks == 1 && lines.length > StripShape::kTile &&
       lines.length <= WideShape::kTile;
 }
 
-inline int64_t cut_lines(Lines& lines, int pairs, int owned) {
+inline int64_t partition_lines(Lines& lines, int pairs, int owned) {
   lines.pairs = pairs;
   lines.line_blocks = ceil_div(lines.count, 2 * pairs);
   lines.owned_blocks = ceil_div(lines.length, owned);
@@ -49,15 +52,15 @@ dim3 line_threads(const Lines& lines) {
 }
 
 template <class Arithmetic>
-size_t stage_bytes(int pairs) {
+size_t staging_bytes(int pairs) {
   return LineWeights<Arithmetic, StripShape>::shared_bytes(pairs, 0, 0);
 }
 
-// For the kernels without a map tile: 64 queries a block.
+// For the kernels without weights in shared memory: 64 queries per block.
 template <class Arithmetic>
-int64_t cut_products(Lines& lines, const LineFeatures& features, const DeviceLimits& limits) {
+int64_t partition_products(Lines& lines, const LineFeatures& features, const DeviceLimits& limits) {
   int pairs = preferred_pairs<Arithmetic>(features, lines.count);
-  while (pairs > 1 && stage_bytes<Arithmetic>(pairs) > static_cast<size_t>(limits.shared_bytes)) {
+  while (pairs > 1 && staging_bytes<Arithmetic>(pairs) > static_cast<size_t>(limits.shared_bytes)) {
     pairs /= 2;
   }
   lines.pairs = pairs;
@@ -69,84 +72,86 @@ int64_t cut_products(Lines& lines, const LineFeatures& features, const DeviceLim
 
 template <class Arithmetic>
 void launch_line_statistics(LineStatisticsParams params, const DeviceLimits& limits, cudaStream_t stream) {
-  const int64_t blocks = cut_products<Arithmetic>(params.lines, params.query, limits);
+  const int64_t blocks = partition_products<Arithmetic>(params.lines, params.query, limits);
   SEGATTN_LAUNCH(
       (line_statistics_kernel<Arithmetic>), dim3(grid_blocks(blocks)), line_threads<StripShape>(params.lines),
-      stage_bytes<Arithmetic>(params.lines.pairs), stream, params);
+      staging_bytes<Arithmetic>(params.lines.pairs), stream, params);
 }
 
 template <class Arithmetic>
 void launch_line_product(LineProductParams params, const DeviceLimits& limits, cudaStream_t stream) {
-  const int64_t blocks = cut_products<Arithmetic>(params.lines, params.query_side, limits);
+  const int64_t blocks = partition_products<Arithmetic>(params.lines, params.query_side, limits);
   SEGATTN_LAUNCH(
       (line_product_kernel<Arithmetic>), dim3(grid_blocks(blocks)), line_threads<StripShape>(params.lines),
-      stage_bytes<Arithmetic>(params.lines.pairs), stream, params);
+      staging_bytes<Arithmetic>(params.lines.pairs), stream, params);
 }
 
-// Chooses pairs of lines, owned positions and parts; returns the blocks, channel groups not counted. Better few lines a
-// block than few owned positions, and better few owned positions than parts, which meet in the output.
+// Chooses pairs of lines, owned positions and positions per pass. Returns the number of blocks for one channel group.
+// Until the weights fit, reduces the owned positions first (down to 16), then the lines per block. Several passes are
+// the last resort: every pass after the first reads the output and writes it again.
 template <class Arithmetic, LineOwner kOwner>
-int64_t cut_sums(LineSumParams& params, const DeviceLimits& limits) {
+int64_t partition_sums(LineSumParams& params, const DeviceLimits& limits) {
   Lines& lines = params.lines;
-  const size_t room = static_cast<size_t>(limits.shared_bytes);
-  const int least = std::min(lines.length, 16);
-  const auto bytes = [](int pairs, int owned, int part) {
+  const size_t capacity = static_cast<size_t>(limits.shared_bytes);
+  const int min_owned = std::min(lines.length, 16);
+  const auto bytes = [](int pairs, int owned, int contracted) {
     return LineWeights<Arithmetic, StripShape>::shared_bytes(
-        pairs, kOwner == LineOwner::kKeys ? part : owned, kOwner == LineOwner::kKeys ? owned : part);
+        pairs, kOwner == LineOwner::kKeys ? contracted : owned, kOwner == LineOwner::kKeys ? owned : contracted);
   };
   constexpr int kTile = StripShape::kTile;
-  for (params.part = lines.length; params.part > 0; params.part = (params.part - 1) / kTile * kTile) {
+  for (params.positions_per_pass = lines.length; params.positions_per_pass > 0;
+       params.positions_per_pass = (params.positions_per_pass - 1) / kTile * kTile) {
     for (int pairs = preferred_pairs<Arithmetic>(params.output, lines.count); pairs >= 1; pairs /= 2) {
       int owned = std::min(lines.length, kMaxOwned);
-      while (owned >= least && bytes(pairs, owned, params.part) > room) {
+      while (owned >= min_owned && bytes(pairs, owned, params.positions_per_pass) > capacity) {
         --owned;
       }
-      if (owned >= least) {
-        return cut_lines(lines, pairs, owned);
+      if (owned >= min_owned) {
+        return partition_lines(lines, pairs, owned);
       }
     }
   }
   throw std::runtime_error(
       "segattn_ops: the criss-cross kernels need " + std::to_string(bytes(1, 16, kTile)) +
-      " bytes of shared memory, this device has " + std::to_string(room));
+      " bytes of shared memory, this device has " + std::to_string(capacity));
 }
 
 template <class Arithmetic, LineWeight kWeight, LineOwner kOwner>
 void launch_line_sum(LineSumParams params, const DeviceLimits& limits, cudaStream_t stream) {
   Lines& lines = params.lines;
-  int64_t blocks = cut_sums<Arithmetic, kOwner>(params, limits);
-  const int64_t wanted = 2 * limits.multiprocessors;
+  int64_t blocks = partition_sums<Arithmetic, kOwner>(params, limits);
+  const int64_t target_blocks = 2 * limits.multiprocessors;
   if (kWeight == LineWeight::kGradient) {
-    // making the weights is nearly all of the work: it is shared out by owned positions
-    while (blocks < wanted && lines.owned >= 32) {
-      blocks = cut_lines(lines, lines.pairs, lines.owned / 2);
+    // Nearly all of the work is computing the weights, which every channel group would repeat: split owned positions.
+    while (blocks < target_blocks && lines.owned >= 32) {
+      blocks = partition_lines(lines, lines.pairs, lines.owned / 2);
     }
   }
   const int recompute_cost =
       kWeight == LineWeight::kSoftmax ? std::max(params.query.channels, kLineChannels) : kLineChannels;
-  share_channels(params, kWeight == LineWeight::kGradient ? 1 : ceil_div(wanted, blocks), recompute_cost);
-  params.map_rows = kOwner == LineOwner::kKeys ? params.part : lines.owned;
-  params.map_columns = round_up(kOwner == LineOwner::kKeys ? lines.owned : params.part, 16);
+  split_channels(params, kWeight == LineWeight::kGradient ? 1 : ceil_div(target_blocks, blocks), recompute_cost);
+  params.weight_rows = kOwner == LineOwner::kKeys ? params.positions_per_pass : lines.owned;
+  params.weight_columns = round_up(kOwner == LineOwner::kKeys ? lines.owned : params.positions_per_pass, 16);
   SEGATTN_LAUNCH(
       (line_sum_kernel<Arithmetic, kWeight, kOwner>), dim3(grid_blocks(blocks * params.channel_groups)),
       line_threads<StripShape>(lines),
-      LineWeights<Arithmetic, StripShape>::shared_bytes(lines.pairs, params.map_rows, params.map_columns), stream,
+      LineWeights<Arithmetic, StripShape>::shared_bytes(lines.pairs, params.weight_rows, params.weight_columns), stream,
       params);
 }
 
-// Pairs of lines and owned queries whose weights fit; 0 blocks where 16 queries' do not.
+// Chooses pairs of lines and owned queries whose weights fit. Returns the number of blocks, 0 if 16 queries do not fit.
 template <class Arithmetic>
-int64_t cut_attention(Lines& lines, const LineFeatures& output, const DeviceLimits& limits) {
+int64_t partition_attention(Lines& lines, const LineFeatures& output, const DeviceLimits& limits) {
   for (int pairs = preferred_pairs<Arithmetic>(output, lines.count); pairs >= 1; pairs /= 2) {
     int owned = std::min(lines.length, kMaxOwned);
-    const int least = std::min(lines.length, 16);
-    while (owned >= least &&
+    const int min_owned = std::min(lines.length, 16);
+    while (owned >= min_owned &&
            LineAttention<Arithmetic, StripShape>::shared_bytes(pairs, owned, lines.length) >
                static_cast<size_t>(limits.shared_bytes)) {
       --owned;
     }
-    if (owned >= least) {
-      return cut_lines(lines, pairs, owned);
+    if (owned >= min_owned) {
+      return partition_lines(lines, pairs, owned);
     }
   }
   return 0;
@@ -154,29 +159,30 @@ int64_t cut_attention(Lines& lines, const LineFeatures& output, const DeviceLimi
 
 template <class Arithmetic>
 bool line_attention_fits(Lines lines, const LineFeatures& output, const DeviceLimits& limits) {
-  return cut_attention<Arithmetic>(lines, output, limits) > 0;
+  return partition_attention<Arithmetic>(lines, output, limits) > 0;
 }
 
-// 97 x 97: rows in wide tiles read query and key once; a block of 256 threads then has a multiprocessor's registers.
+// At 97 x 97, rows in wide tiles read query and key once. A block of 256 threads then takes the registers of a whole
+// multiprocessor, so the target is one block per multiprocessor instead of two.
 template <class Arithmetic>
 void launch_line_attention(LineAttentionParams params, const DeviceLimits& limits, cudaStream_t stream) {
   Lines& lines = params.lines;
-  const int64_t blocks = cut_attention<Arithmetic>(lines, params.output, limits);
+  const int64_t blocks = partition_attention<Arithmetic>(lines, params.output, limits);
   const int recompute_cost = std::max(params.query.channels, kLineChannels);
-  params.part = lines.length;
-  params.map_rows = lines.owned;
-  params.map_columns = round_up(lines.length, 16);
-  if constexpr (kWideTiles<Arithmetic>) {
+  params.positions_per_pass = lines.length;
+  params.weight_rows = lines.owned;
+  params.weight_columns = round_up(lines.length, 16);
+  if constexpr (kSupportsWideTiles<Arithmetic>) {
     const size_t bytes = LineAttention<Arithmetic, WideShape>::shared_bytes(1, lines.length, lines.length);
-    if (wants_wide_tiles(lines) && bytes <= static_cast<size_t>(limits.shared_bytes)) {
-      share_channels(params, limits.multiprocessors / blocks, recompute_cost);
+    if (fit_one_wide_tile(lines) && bytes <= static_cast<size_t>(limits.shared_bytes)) {
+      split_channels(params, limits.multiprocessors / blocks, recompute_cost);
       SEGATTN_LAUNCH(
           (line_attention_kernel<Arithmetic, WideShape>), dim3(grid_blocks(blocks * params.channel_groups)),
           line_threads<WideShape>(lines), bytes, stream, params);
       return;
     }
   }
-  share_channels(params, ceil_div(2 * limits.multiprocessors, blocks), recompute_cost);
+  split_channels(params, ceil_div(2 * limits.multiprocessors, blocks), recompute_cost);
   SEGATTN_LAUNCH(
       (line_attention_kernel<Arithmetic, StripShape>), dim3(grid_blocks(blocks * params.channel_groups)),
       line_threads<StripShape>(lines),
@@ -184,31 +190,31 @@ void launch_line_attention(LineAttentionParams params, const DeviceLimits& limit
 }
 
 template <class Arithmetic>
-bool launch_line_backward(LineBackwardParams params, const DeviceLimits& limits, cudaStream_t stream) {
+bool try_launch_line_backward(LineBackwardParams params, const DeviceLimits& limits, cudaStream_t stream) {
   Lines& lines = params.lines;
-  const size_t room = static_cast<size_t>(limits.shared_bytes);
+  const size_t capacity = static_cast<size_t>(limits.shared_bytes);
   const auto bytes = [&](int pairs) {
     return LineWeights<Arithmetic, StripShape>::shared_bytes(pairs, lines.length, lines.length);
   };
   int pairs = preferred_pairs<Arithmetic>(params.value, lines.count);
-  while (pairs > 1 && bytes(pairs) > room) {
+  while (pairs > 1 && bytes(pairs) > capacity) {
     pairs /= 2;
   }
-  if (lines.length > kMaxOwned || bytes(pairs) > room) {
+  if (lines.length > kMaxOwned || bytes(pairs) > capacity) {
     return false;
   }
-  int64_t blocks = cut_lines(lines, pairs, lines.length);
-  while (pairs > 1 && blocks < limits.multiprocessors) {  // narrower strips, but on more multiprocessors
+  int64_t blocks = partition_lines(lines, pairs, lines.length);
+  while (pairs > 1 && blocks < limits.multiprocessors) {  // narrower strips, on more multiprocessors
     pairs /= 2;
-    blocks = cut_lines(lines, pairs, lines.length);
+    blocks = partition_lines(lines, pairs, lines.length);
   }
-  params.map_rows = lines.length;
-  params.map_columns = round_up(lines.length, 16);
+  params.weight_rows = lines.length;
+  params.weight_columns = round_up(lines.length, 16);
   params.channel_groups = 1;
   params.channels_per_group = std::max(params.query.channels, params.value.channels);
-  if constexpr (kWideTiles<Arithmetic>) {
+  if constexpr (kSupportsWideTiles<Arithmetic>) {
     const size_t wide_bytes = LineWeights<Arithmetic, WideShape>::shared_bytes(1, lines.length, lines.length);
-    if (wants_wide_tiles(lines) && wide_bytes <= room) {
+    if (fit_one_wide_tile(lines) && wide_bytes <= capacity) {
       SEGATTN_LAUNCH(
           (line_backward_kernel<Arithmetic, WideShape>), dim3(grid_blocks(blocks)), line_threads<WideShape>(lines),
           wide_bytes, stream, params);
@@ -230,7 +236,7 @@ bool launch_line_backward(LineBackwardParams params, const DeviceLimits& limits,
   template void launch_line_product<Arithmetic>(LineProductParams, const DeviceLimits&, cudaStream_t);       \
   template bool line_attention_fits<Arithmetic>(Lines, const LineFeatures&, const DeviceLimits&);            \
   template void launch_line_attention<Arithmetic>(LineAttentionParams, const DeviceLimits&, cudaStream_t);   \
-  template bool launch_line_backward<Arithmetic>(LineBackwardParams, const DeviceLimits&, cudaStream_t);     \
+  template bool try_launch_line_backward<Arithmetic>(LineBackwardParams, const DeviceLimits&, cudaStream_t); \
   SEGATTN_INSTANTIATE_LINE_SUM(Arithmetic, kGiven, kQueries)                                                 \
   SEGATTN_INSTANTIATE_LINE_SUM(Arithmetic, kGiven, kKeys)                                                    \
   SEGATTN_INSTANTIATE_LINE_SUM(Arithmetic, kSoftmax, kQueries)                                               \

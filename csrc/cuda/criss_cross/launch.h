@@ -1,5 +1,6 @@
-// The launches of the criss-cross kernels, instantiated by one file an arithmetic (LineMma16<T>, LineTf32<1 or 3>,
-// LineSimt<T>). They cut the lines into blocks: of `lines`, batch, count, length and skips_self are given.
+// Launches of the criss-cross kernels. One file per arithmetic (LineMma16<T>, LineTf32<1 or 3>, LineSimt<T>)
+// instantiates them. They partition the lines into blocks: of `lines`, the caller sets batch, count, length and
+// skips_self.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,15 +19,16 @@ void launch_line_product(LineProductParams params, const DeviceLimits& limits, c
 template <class Arithmetic, LineWeight kWeight, LineOwner kOwner>
 void launch_line_sum(LineSumParams params, const DeviceLimits& limits, cudaStream_t stream);
 
-// whether the weights of 16 whole lines' queries fit shared memory, as launch_line_attention needs
+// Whether shared memory holds the weights of 16 queries of a line for all of its keys, as launch_line_attention
+// requires.
 template <class Arithmetic>
 bool line_attention_fits(Lines lines, const LineFeatures& output, const DeviceLimits& limits);
 
 template <class Arithmetic>
 void launch_line_attention(LineAttentionParams params, const DeviceLimits& limits, cudaStream_t stream);
 
-// false, and nothing launched, where the weights of whole lines do not fit shared memory
+// Returns false and launches nothing if the weights of whole lines do not fit in shared memory.
 template <class Arithmetic>
-bool launch_line_backward(LineBackwardParams params, const DeviceLimits& limits, cudaStream_t stream);
+bool try_launch_line_backward(LineBackwardParams params, const DeviceLimits& limits, cudaStream_t stream);
 
 }  // namespace segattn::cuda

@@ -1,5 +1,6 @@
-// Criss-cross attention: what all kernels share. A block takes up to four pairs of neighbouring lines (rows, or columns).
-// An image's lines are independent but for the log-sum-exp that rows and columns share.
+// The part of a block in every criss-cross kernel: its lines, its owned positions, and products of staged feature
+// tiles. A block has up to four pairs of neighbouring lines (rows or columns). The lines of an image are independent
+// except for the logsumexp that rows and columns share.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +20,7 @@ __device__ __forceinline__ double line_exp(double x) {
   return exp(x);
 }
 
-// Keeps the compiler from working on several of float64's long exponentials at once, for which there are no registers.
+// Keeps the compiler from interleaving float64 exponentials, which would spill registers.
 __device__ __forceinline__ void serialize(float&) {}
 __device__ __forceinline__ void serialize(double& sum) {
 #ifdef __CUDA_ARCH__
@@ -29,7 +30,6 @@ __device__ __forceinline__ void serialize(double& sum) {
 #endif
 }
 
-// What every kernel of the family shares: who this thread is, where its block is, the staging memory.
 template <class Arithmetic, class Shape_>
 struct LineBlock {
   using Shape = Shape_;
@@ -38,15 +38,15 @@ struct LineBlock {
   using Real = typename Arithmetic::Real;
   using Tile = PairTile<T, Shape::kPitch>;
   static constexpr int kTile = Shape::kTile;
-  using Scores = Real[2][kTile / 8][4];  // of a warp's 16 queries and a tile of keys: [line][8 keys][element]
+  using Products = Real[2][kTile / 8][4];  // of a warp's 16 queries and a tile of keys: [line][8 keys][element]
 
   const Lines& lines;
-  Word* stage;  // 2^plane_bits planes of kLineChannels, or two tiles of kProductChannels
+  Word* staging;  // 2^plane_bits planes of kLineChannels, or two tiles of kProductChannels
   LineWindow window;
   int owned_begin;
 
-  __device__ __forceinline__ LineBlock(const Lines& lines_, Word* stage_, int channel_groups)
-      : lines(lines_), stage(stage_) {
+  __device__ __forceinline__ LineBlock(const Lines& lines_, Word* staging_, int channel_groups)
+      : lines(lines_), staging(staging_) {
     int block = static_cast<int>(blockIdx.x) / channel_groups;
     owned_begin = block % lines.owned_blocks * lines.owned;
     block /= lines.owned_blocks;
@@ -56,10 +56,12 @@ struct LineBlock {
     window.sample = block / lines.line_blocks;
   }
 
-  // this warp's pair of lines, and its number among the pair's warps
-  static __device__ __forceinline__ int pair() { return opaque(warp_index()) / Shape::kWarps; }
-  static __device__ __forceinline__ int rank() { return opaque(warp_index()) % Shape::kWarps; }
-  __device__ __forceinline__ int owned_end() const { return min(opaque(owned_begin) + lines.owned, lines.length); }
+  // the warp's pair of lines, and its rank among the warps of that pair
+  static __device__ __forceinline__ int pair() { return rematerialize(warp_index()) / Shape::kWarps; }
+  static __device__ __forceinline__ int rank() { return rematerialize(warp_index()) % Shape::kWarps; }
+  __device__ __forceinline__ int owned_end() const {
+    return min(rematerialize(owned_begin) + lines.owned, lines.length);
+  }
   __device__ __forceinline__ int plane() const { return pair() * 2 / kLinesPerPlane<T>; }
   __device__ __forceinline__ int first_line() const { return window.first_line + 2 * pair(); }
   __device__ __forceinline__ Tile tile(const Word* words, int channels) const {
@@ -67,15 +69,15 @@ struct LineBlock {
     return {words + plane() * words_per_plane, words_per_plane};
   }
 
-  // where the second of two tiles of kProductChannels is staged
-  __device__ __forceinline__ Word* right_stage() const {
-    return stage + (plane_words<Shape>(window.plane_bits, kProductChannels) << window.plane_bits);
+  // the second of two staged tiles of kProductChannels
+  __device__ __forceinline__ Word* right_staging() const {
+    return staging + (plane_words<Shape>(window.plane_bits, kProductChannels) << window.plane_bits);
   }
 
-  // d += left . right for the warp's queries and a tile of keys, over the kProductChannels channels staged
-  __device__ __forceinline__ void multiply_staged(Scores& d, int queries, int keys) const {
-    const Tile left = tile(stage, kProductChannels);
-    const Tile right = tile(right_stage(), kProductChannels);
+  // d += left . right for the warp's queries and a tile of keys, over the kProductChannels staged channels
+  __device__ __forceinline__ void multiply_staged(Products& d, int queries, int keys) const {
+    const Tile left = tile(staging, kProductChannels);
+    const Tile right = tile(right_staging(), kProductChannels);
     if (16 * rank() >= queries) {
       return;
     }
@@ -98,16 +100,16 @@ struct LineBlock {
     }
   }
 
-  // Stages left's queries from first_query and right's keys from first_key, of kProductChannels channels.
+  // Stages kProductChannels channels of left from first_query on, and of right from first_key on.
   __device__ __forceinline__ void load_product(
       const LineFeatures& left, const LineFeatures& right, int channel, int first_query, int first_key) const {
     __syncthreads();
-    load_line_tile<T, Shape, kProductChannels>(stage, left, window, channel, first_query, lines.length);
-    load_line_tile<T, Shape, kProductChannels>(right_stage(), right, window, channel, first_key, lines.length);
+    load_line_tile<T, Shape, kProductChannels>(staging, left, window, channel, first_query, lines.length);
+    load_line_tile<T, Shape, kProductChannels>(right_staging(), right, window, channel, first_key, lines.length);
     __syncthreads();
   }
 
-  static __device__ __forceinline__ void clear(Scores& d) {
+  static __device__ __forceinline__ void clear(Products& d) {
 #pragma unroll
     for (int i = 0; i < 2 * (kTile / 8) * 4; ++i) {
       d[i / (kTile / 2)][i / 4 % (kTile / 8)][i % 4] = 0;
@@ -116,7 +118,7 @@ struct LineBlock {
 
   // d = left(:, q) . right(:, k) for the warp's 16 queries from first_query + 16 rank and a tile of keys from first_key
   __device__ __forceinline__ void multiply_features(
-      Scores& d, const LineFeatures& left, const LineFeatures& right, int first_query, int first_key) const {
+      Products& d, const LineFeatures& left, const LineFeatures& right, int first_query, int first_key) const {
     clear(d);
     for (int channel = 0; channel < left.channels; channel += kProductChannels) {
       load_product(left, right, channel, first_query, first_key);
@@ -129,8 +131,8 @@ struct LineBlock {
         position * s.position_stride;
   }
 
-  // whether query q of the pair's line sees key k in this line
-  __device__ __forceinline__ bool sees(int line, int q, int k) const {
+  // Whether query q attends to key k in the given line of the pair; false beyond the edges.
+  __device__ __forceinline__ bool attends(int line, int q, int k) const {
     return q < lines.length && k < lines.length && first_line() + line < window.line_end &&
         !(lines.skips_self && q == k);
   }

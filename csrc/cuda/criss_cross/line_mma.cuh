@@ -1,15 +1,14 @@
-// How a warp multiplies pieces of two lines at once: tensor cores for 16-bit, TF32 and 3xTF32, fused multiply-adds for
-// everything else. All share one layout of the accumulators, mma's: g = lane / 4, t = lane % 4; d[0], d[1] = (g, 2t),
-// (g, 2t + 1); d[2], d[3] = (g + 8, 2t), (g + 8, 2t + 1).
+// Arithmetic policies of the criss-cross kernels. A warp multiplies tiles of two lines at once: with tensor cores for
+// 16-bit types, TF32 and 3xTF32, with fused multiply-adds otherwise. All use mma's accumulator layout, with
+// g = lane / 4 and t = lane % 4: d[0], d[1] = (g, 2t), (g, 2t + 1); d[2], d[3] = (g + 8, 2t), (g + 8, 2t + 1).
 //
 // Feature tiles are [plane][channel][position]. 16-bit elements of two neighbouring lines share a 32-bit word, the even
-// line in the low half: a column strip then needs no transposing, since a load of two words gives both lines' pairs of
-// neighbouring positions. A plane is such a pair of lines, or a single line of wider elements. Map tiles are
-// [line][query][key].
+// line in the low half. Column strips then need no transpose: a load of two words holds two neighbouring positions of
+// both lines. A plane is such a pair of lines, or one line of wider elements. Weight tiles are [line][query][key].
 //
-// Which element of the contraction takes which place in a fragment is free as long as both operands agree. Contracted
-// channels are taken t, t + 4 where mma says 2t, 2t + 1, and contracted positions of 32-bit elements 2t, 2t + 1 where it
-// says t, t + 4: with rows of 8 (mod 16) words no load meets a bank conflict.
+// The order of the contraction within a fragment is free as long as both operands agree. Contracted channels are loaded
+// as t, t + 4 where mma defines 2t, 2t + 1, and contracted positions of 32-bit elements as 2t, 2t + 1 where it defines
+// t, t + 4. With rows of 8 (mod 16) words no load has bank conflicts.
 #pragma once
 
 #include <cstdint>
@@ -40,11 +39,11 @@ using LineWord = typename LineWordOf<T>::type;
 template <class T>
 constexpr int kLinesPerPlane = sizeof(T) == 2 ? 2 : 1;
 
-// One warp's view of two lines' features in shared memory: row c of line l at words(l) + c * pitch.
+// The feature tiles of a warp's two lines in shared memory.
 template <class T, int kPitch>
 struct PairTile {
-  const LineWord<T>* words;  // of the pair's first plane
-  int plane_words;           // from plane to plane; one plane for 16-bit types
+  const LineWord<T>* words;  // the pair's first plane
+  int plane_words;           // distance of two planes; in 16-bit types the pair is one plane
 
   __device__ __forceinline__ const LineWord<T>* at(int line, int channel, int position) const {
     return words + (kLinesPerPlane<T> == 1 ? line * plane_words : 0) + channel * kPitch + position;
@@ -57,8 +56,8 @@ struct LineMma16 {
   using Element = T;
   using Real = float;
   static constexpr bool kTensorCores = true;
-  static constexpr bool kRegisterBound = false;  // for registers
-  static constexpr int kStep = 16;               // contraction of one product
+  static constexpr bool kRegisterBound = false;
+  static constexpr int kStep = 16;  // contraction of one product
   struct A {
     uint32_t r[4];
   };
@@ -104,17 +103,18 @@ struct LineMma16 {
     }
   }
 
-  // contraction: keys (columns of the map) from k; columns of the product: 16 queries from q, those past last_query
-  // repeat it
-  static __device__ __forceinline__ void load_b_queries(B& b, const T* map, int pitch, int k, int q, int last_query) {
+  // contraction: keys (columns of the weights) from k; columns of the product: 16 queries from q, clamped to last_query
+  static __device__ __forceinline__ void load_b_queries(
+      B& b, const T* weights, int pitch, int k, int q, int last_query) {
     const int lane = lane_index();
-    ptx::ldmatrix_x4(b.r, map + min(q + lane % 8 + lane / 16 * 8, last_query) * pitch + k + lane / 8 % 2 * 8);
+    ptx::ldmatrix_x4(b.r, weights + min(q + lane % 8 + lane / 16 * 8, last_query) * pitch + k + lane / 8 % 2 * 8);
   }
 
-  // contraction: queries (rows of the map) from q, where those past last_query meet zeros; columns: 16 keys from k
-  static __device__ __forceinline__ void load_b_keys(B& b, const T* map, int pitch, int q, int k, int last_query) {
+  // contraction: queries (rows of the weights) from q, clamped to last_query: the values of those past it are zero;
+  // columns of the product: 16 keys from k
+  static __device__ __forceinline__ void load_b_keys(B& b, const T* weights, int pitch, int q, int k, int last_query) {
     const int lane = lane_index();
-    ptx::ldmatrix_x4_trans(b.r, map + min(q + lane % 16, last_query) * pitch + k + lane / 16 * 8);
+    ptx::ldmatrix_x4_trans(b.r, weights + min(q + lane % 16, last_query) * pitch + k + lane / 16 * 8);
   }
 
   static __device__ __forceinline__ void multiply(float (&d)[4], const A& a, const B& b, int half) {
@@ -123,7 +123,7 @@ struct LineMma16 {
   }
 };
 
-// Tensor cores for float32: operands rounded to TF32 (kProducts = 1), or float32's accuracy from three products.
+// Tensor cores, float32: one product of operands rounded to TF32, or three products with the accuracy of float32.
 template <int kProducts>
 struct LineTf32 {
   using Element = float;
@@ -177,21 +177,22 @@ struct LineTf32 {
   }
 
   static __device__ __forceinline__ void load_b_queries(
-      B& b, const float* map, int pitch, int k, int q, int last_query) {
+      B& b, const float* weights, int pitch, int k, int q, int last_query) {
     const int g = lane_index() / 4, t = lane_index() % 4;
-    const float2 left = *reinterpret_cast<const float2*>(map + min(q + g, last_query) * pitch + k + 2 * t);
-    const float2 right = *reinterpret_cast<const float2*>(map + min(q + g + 8, last_query) * pitch + k + 2 * t);
+    const float2 left = *reinterpret_cast<const float2*>(weights + min(q + g, last_query) * pitch + k + 2 * t);
+    const float2 right = *reinterpret_cast<const float2*>(weights + min(q + g + 8, last_query) * pitch + k + 2 * t);
     const uint32_t words[4] = {
         __float_as_uint(left.x), __float_as_uint(left.y), __float_as_uint(right.x), __float_as_uint(right.y)};
     Mma::split(b.r, words);
   }
 
-  static __device__ __forceinline__ void load_b_keys(B& b, const float* map, int pitch, int q, int k, int last_query) {
+  static __device__ __forceinline__ void load_b_keys(
+      B& b, const float* weights, int pitch, int q, int k, int last_query) {
     const int g = lane_index() / 4, t = lane_index() % 4;
     uint32_t words[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      words[i] = __float_as_uint(map[min(q + 2 * t + i % 2, last_query) * pitch + k + g + i / 2 * 8]);
+      words[i] = __float_as_uint(weights[min(q + 2 * t + i % 2, last_query) * pitch + k + g + i / 2 * 8]);
     }
     Mma::split(b.r, words);
   }
@@ -201,7 +202,7 @@ struct LineTf32 {
   }
 };
 
-// Fused multiply-adds in the accumulator's type: float64 everywhere, all types on processors before sm_80.
+// Fused multiply-adds in the accumulator type: float64 on every device, all types on devices before sm_80.
 template <class T>
 struct LineSimt {
   using Element = T;
@@ -213,7 +214,7 @@ struct LineSimt {
     Real r[2][kStep];  // rows g and g + 8
   };
   struct B {
-    Real r[2][2][kStep];  // columns 2t and 2t + 1, of either half
+    Real r[2][2][kStep];  // columns 2t and 2t + 1 of either half
   };
 
   static __device__ __forceinline__ Real element(const LineWord<T>* word, int line) {
@@ -264,11 +265,12 @@ struct LineSimt {
     }
   }
 
-  static __device__ __forceinline__ void load_b_queries(B& b, const T* map, int pitch, int k, int q, int last_query) {
+  static __device__ __forceinline__ void load_b_queries(
+      B& b, const T* weights, int pitch, int k, int q, int last_query) {
     const int t = lane_index() % 4;
 #pragma unroll
     for (int column = 0; column < 4; ++column) {
-      const T* row = map + min(q + 2 * t + column % 2 + column / 2 * 8, last_query) * pitch + k;
+      const T* row = weights + min(q + 2 * t + column % 2 + column / 2 * 8, last_query) * pitch + k;
 #pragma unroll
       for (int i = 0; i < kStep; ++i) {
         b.r[column / 2][column % 2][i] = to_accumulator(row[i]);
@@ -276,14 +278,14 @@ struct LineSimt {
     }
   }
 
-  static __device__ __forceinline__ void load_b_keys(B& b, const T* map, int pitch, int q, int k, int last_query) {
+  static __device__ __forceinline__ void load_b_keys(B& b, const T* weights, int pitch, int q, int k, int last_query) {
     const int t = lane_index() % 4;
 #pragma unroll
     for (int column = 0; column < 4; ++column) {
 #pragma unroll
       for (int i = 0; i < kStep; ++i) {
         b.r[column / 2][column % 2][i] =
-            to_accumulator(map[min(q + i, last_query) * pitch + k + 2 * t + column % 2 + column / 2 * 8]);
+            to_accumulator(weights[min(q + i, last_query) * pitch + k + 2 * t + column % 2 + column / 2 * 8]);
       }
     }
   }
@@ -302,8 +304,8 @@ struct LineSimt {
   }
 };
 
-// Whether the architecture being compiled runs it: the host code asks for fused multiply-adds in float64 and where there
-// are no tensor cores for these types.
+// Whether kernels with this arithmetic have a body on the architecture being compiled. The host code launches fused
+// multiply-adds only for float64 and before sm_80 (choose_arithmetic).
 template <class Arithmetic>
 constexpr bool kLineCompiled =
 #ifdef __CUDA_ARCH__

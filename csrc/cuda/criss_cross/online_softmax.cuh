@@ -1,12 +1,12 @@
-// The softmax of a warp's queries while their keys come a tile at a time, and how the two lines of a query meet.
+// Online softmax of a warp's queries over tiles of keys, and its merge with the softmax over the other direction.
 #pragma once
 
 #include "cuda/criss_cross/line_block.cuh"
 
 namespace segattn::cuda {
 
-// Of a query whose result over the other line is known: the log-sum-exp of both, and what the two weighted sums are
-// multiplied with (the other line's are exp(score - its log-sum-exp), this line's exp(score - highest)).
+// The logsumexp of a query over both directions, and the factors that bring the weighted sums of either to it. The
+// other direction's weights are exp(energy - its logsumexp), those of this line exp(energy - max_energy).
 template <class Real>
 struct MergeFactors {
   Real logsumexp;
@@ -14,55 +14,58 @@ struct MergeFactors {
   Real factor;
 };
 
-// The lane's queries are `query(first, half)` of both lines.
+// The lane's queries are `query(first_query, half)` of both lines.
 template <class Arithmetic, class Shape>
 struct LineSoftmax {
   using Block = LineBlock<Arithmetic, Shape>;
   using Real = typename Arithmetic::Real;
-  static constexpr Real kNone = -static_cast<Real>(INFINITY);
+  static constexpr Real kMinusInfinity = -static_cast<Real>(INFINITY);
 
   const Block& block;
   Real scale;
-  Real highest[2][2];  // score so far: [line][half]; the same for the four lanes of a query
-  Real sum[2][2];      // of exp(score - highest), over the lane's own keys
+  Real max_energy[2][2];  // so far: [line][half]; the same in the four lanes of a query
+  Real sum[2][2];         // of exp(energy - max_energy), over the lane's own keys
 
   __device__ __forceinline__ LineSoftmax(const Block& block_, Real scale_) : block(block_), scale(scale_) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      highest[i / 2][i % 2] = kNone;
+      max_energy[i / 2][i % 2] = kMinusInfinity;
       sum[i / 2][i % 2] = 0;
     }
   }
 
   __device__ __forceinline__ int query(int first_query, int half) const {
-    return first_query + 16 * block.rank() + opaque(lane_index()) / 4 + 8 * half;
+    return first_query + 16 * block.rank() + rematerialize(lane_index()) / 4 + 8 * half;
   }
 
-  // Takes a tile of products of query and key; d becomes exp(scale * d - highest), 0 where the query does not see the
-  // key. `lower(line, half, factor)` is called where that puts earlier keys' weights too high, by 1 / factor.
-  template <class Lower>
-  __device__ __forceinline__ void take(typename Block::Scores& d, int first_query, int first_key, const Lower& lower) {
-    const int t = opaque(lane_index()) % 4;
+  // Adds a tile of products of query and key. d becomes exp(scale * d - max_energy), or 0 where the query does not
+  // attend to the key. Where the maximum rises, rescale(line, half, factor) multiplies the weights of earlier keys by
+  // factor.
+  template <class Rescale>
+  __device__ __forceinline__ void update(
+      typename Block::Products& d, int first_query, int first_key, const Rescale& rescale) {
+    const int t = rematerialize(lane_index()) % 4;
 #pragma unroll
     for (int line = 0; line < 2; ++line) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        Real top = highest[line][half];
+        Real new_max = max_energy[line][half];
 #pragma unroll
         for (int j = 0; j < Shape::kTile / 8; ++j) {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             Real& x = d[line][j][2 * half + e];
-            x = block.sees(line, query(first_query, half), first_key + 8 * j + 2 * t + e) ? x * scale : kNone;
-            top = fmax(top, x);
+            x = block.attends(line, query(first_query, half), first_key + 8 * j + 2 * t + e) ? x * scale
+                                                                                             : kMinusInfinity;
+            new_max = fmax(new_max, x);
           }
         }
-        top = fmax(top, __shfl_xor_sync(0xffffffffu, top, 1));
-        top = fmax(top, __shfl_xor_sync(0xffffffffu, top, 2));
-        const Real shift = top == kNone ? Real(0) : top;
-        const Real factor = line_exp(highest[line][half] - shift);
-        if (first_key > 0 && top > highest[line][half]) {
-          lower(line, half, factor);
+        new_max = fmax(new_max, __shfl_xor_sync(0xffffffffu, new_max, 1));
+        new_max = fmax(new_max, __shfl_xor_sync(0xffffffffu, new_max, 2));
+        const Real shift = new_max == kMinusInfinity ? Real(0) : new_max;
+        const Real factor = line_exp(max_energy[line][half] - shift);
+        if (first_key > 0 && new_max > max_energy[line][half]) {
+          rescale(line, half, factor);
         }
         Real total = sum[line][half] * factor;
 #pragma unroll
@@ -75,17 +78,17 @@ struct LineSoftmax {
             serialize(total);
           }
         }
-        highest[line][half] = top;
+        max_energy[line][half] = new_max;
         sum[line][half] = total;
       }
     }
   }
-  __device__ __forceinline__ void take(typename Block::Scores& d, int first_query, int first_key) {
-    take(d, first_query, first_key, [](int, int, Real) {});
+  __device__ __forceinline__ void update(typename Block::Products& d, int first_query, int first_key) {
+    update(d, first_query, first_key, [](int, int, Real) {});
   }
 
-  // Sums up the four lanes of each query, in each of them.
-  __device__ __forceinline__ void add_lanes() {
+  // Leaves the sum over the four lanes of a query in each of them.
+  __device__ __forceinline__ void reduce_lanes() {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       Real& total = sum[i / 2][i % 2];
@@ -94,16 +97,16 @@ struct LineSoftmax {
     }
   }
 
-  // other: the other line's log-sum-exp, or null: there is none
-  __device__ __forceinline__ MergeFactors<Real> merged(int line, int half, const Real* other) const {
-    const Real top = highest[line][half], total = sum[line][half];
-    if (other == nullptr) {
-      return {top + log(total), 0, 1 / total};
+  // other_logsumexp: of the other direction; null if this is the first
+  __device__ __forceinline__ MergeFactors<Real> merge(int line, int half, const Real* other_logsumexp) const {
+    const Real own_max = max_energy[line][half], own_sum = sum[line][half];
+    if (other_logsumexp == nullptr) {
+      return {own_max + log(own_sum), 0, 1 / own_sum};
     }
-    const Real before = *other, common = fmax(before, top);
-    const Real theirs = line_exp(before - common), ours = line_exp(top - common);
-    const Real both = theirs + total * ours;
-    return {common + log(both), theirs / both, ours / both};
+    const Real other_max = *other_logsumexp, common_max = fmax(other_max, own_max);
+    const Real other_scale = line_exp(other_max - common_max), own_scale = line_exp(own_max - common_max);
+    const Real total = other_scale + own_sum * own_scale;
+    return {common_max + log(total), other_scale / total, own_scale / total};
   }
 };
 

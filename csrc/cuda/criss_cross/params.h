@@ -1,8 +1,7 @@
-// What the criss-cross kernels are told: plain structs, filled by the host code, copied at the launch.
+// Parameters of the criss-cross kernels: plain structs, filled by the host code and passed by value at launch.
 //
-// A line is a row or a column of the image; each position of it attends to the line's positions. Rows and columns differ
-// in the strides alone, so the same kernels serve both: what a line's index and a position's index are worth in memory
-// is in the operands. Strides are in elements and arbitrary.
+// A line is a row or a column of the image; every position attends to the positions of its line. Rows and columns
+// differ only in their strides, so the same kernels serve both directions. Strides are in elements and arbitrary.
 #pragma once
 
 #include <cstdint>
@@ -19,21 +18,22 @@ struct LineFeatures {
   int64_t line_stride;
   int64_t position_stride;
   int channels;
-  int paired;  // 16-bit: there are lines 2i + 1 for all lines 2i, their neighbours in an aligned 32-bit word
+  bool paired;  // 16-bit types: lines 2i and 2i + 1 both exist and share an aligned 32-bit word
 };
 
-// A line's map of queries and keys in CCNet's layout, (B, H + W - 1, lines, queries): key k is channel first + k, after
-// the query's own position, which columns skip, first + k - 1.
-struct LineMap {
+// One direction of an affinity or attention tensor (B, H + W - 1, H, W): an entry for each query and each key of its
+// line. Key k is channel first_channel + k. Columns skip the query's own position: key k after it is channel
+// first_channel + k - 1.
+struct LineAffinity {
   void* data;
   int64_t batch_stride;
   int64_t channel_stride;
   int64_t line_stride;
   int64_t position_stride;
-  int first;  // 0 for rows, W for columns
+  int first_channel;  // 0 for rows, W for columns
 };
 
-// A number for each query: logsumexp, delta, grad_sum. (B, lines, positions), accumulator type.
+// One number per query: logsumexp, delta or grad_sum. (B, lines, positions), accumulator type.
 struct LineScalars {
   void* data;
   int64_t batch_stride;
@@ -41,44 +41,44 @@ struct LineScalars {
   int64_t position_stride;
 };
 
-// The lines of a batch, and how they are cut into blocks.
+// The lines of a batch and their partition into blocks.
 struct Lines {
   int64_t batch;
-  int count;       // lines of a sample
-  int length;      // positions of a line
-  int skips_self;  // columns: the query's own position counts in its row
-  int pairs;       // pairs of lines a block takes
+  int count;        // lines per sample
+  int length;       // positions per line
+  bool skips_self;  // columns: the query's own position already counts in its row
+  int pairs;        // pairs of lines per block
   int line_blocks;
-  int owned;  // owned positions a block takes
+  int owned;  // positions owned by a block
   int owned_blocks;
 };
 
-// logsumexp over the line of scale * query . key
+// logsumexp over the line of the energies scale * query . key
 struct LineStatisticsParams {
   Lines lines;
   LineFeatures query;  // (B, E, lines, length)
   LineFeatures key;    // (B, E, lines, length)
   LineScalars logsumexp;
   double scale;
-  int merges;  // with what `logsumexp` holds, the other direction's
+  bool accumulate;  // merges with the other direction's logsumexp, which `logsumexp` holds
 };
 
-// map[q, k] = query_side[:, q] . key_side[:, k]
+// affinity[q, k] = query_side[:, q] . key_side[:, k]
 struct LineProductParams {
   Lines lines;
-  LineFeatures query_side;  // (B, any channels, lines, length)
-  LineFeatures key_side;    // likewise
-  LineMap map;
+  LineFeatures query_side;  // (B, any number of channels, lines, length)
+  LineFeatures key_side;    // same shape
+  LineAffinity affinity;
 };
 
-// What weighs the values in line_sum_kernel, for query q and key k of a line:
+// The weight of query q and key k of a line in line_sum_kernel:
 enum class LineWeight {
-  kGiven,     // map[q, k]
+  kGiven,     // given_weights[q, k]
   kSoftmax,   // p = exp(scale * query_q . key_k - logsumexp_q)
   kGradient,  // scale * p * (grad_output_q . value_k - delta_q), the gradient of the energy
 };
 
-// The side whose positions a block owns, and whose sums it computes.
+// The side whose positions a block owns and computes the sums of.
 enum class LineOwner { kQueries, kKeys };
 
 //   out[:, i] (+)= sum_j weight(i, j) values[:, j]
@@ -95,35 +95,35 @@ enum class LineOwner { kQueries, kKeys };
 //   mean_key                 query   kSoftmax            key
 struct LineSumParams {
   Lines lines;
-  LineMap map;         // kGiven
-  LineFeatures query;  // kSoftmax, kGradient
+  LineAffinity given_weights;  // kGiven
+  LineFeatures query;          // kSoftmax, kGradient
   LineFeatures key;
   LineFeatures grad_output;  // kGradient
   LineFeatures value;
   LineScalars logsumexp;  // kSoftmax, kGradient
-  LineScalars delta;      // kGradient: sum_c grad_output output
-  LineScalars grad_sum;   // kGradient, owner query: (+)= sum_j weight(i, j)
-  LineFeatures values;    // what is summed
+  LineScalars delta;      // kGradient: sum_c grad_output * output
+  LineScalars grad_sum;   // kGradient, LineOwner::kQueries: (+)= sum_j weight(i, j)
+  LineFeatures values;    // the summands
   LineFeatures output;
   double scale;
-  int map_rows;  // queries and keys (a multiple of 16) of the weights in shared memory
-  int map_columns;
-  int accumulate;          // adds to what `output` holds, the other direction's
-  int part;                // contracted positions whose weights shared memory holds at once: all, or a multiple of 64
-  int channel_groups;      // blocks the channels of the output are shared among
+  int weight_rows;         // queries of the weights in shared memory
+  int weight_columns;      // their keys, a multiple of 16
+  bool accumulate;         // adds to the other direction's result, which `output` holds
+  int positions_per_pass;  // contracted positions whose weights are in shared memory at once: all or a multiple of 64
+  int channel_groups;      // blocks that share the channels of the output
   int channels_per_group;  // a multiple of kLineChannels
 };
 
-// Criss-cross attention over one direction, for queries whose weights fit shared memory: query, key, values, output and
-// logsumexp are its own or, with `accumulate`, of both directions, where output holds the other's.
+// Criss-cross attention over one direction, for lines whose weights fit in shared memory. Writes the output and
+// logsumexp of this direction or, with `accumulate`, of both: `output` then holds the other direction's.
 struct LineAttentionParams : LineSumParams {
-  LineScalars other;  // `accumulate`: the other direction's log-sum-exp
+  LineScalars other_logsumexp;  // of the other direction, for `accumulate`
 };
 
-// All three gradients of criss-cross attention at once, for lines whose map fits shared memory; `values` and `output` are
-// not used.
+// All three gradients of criss-cross attention at once, for lines whose weights fit in shared memory. `values` and
+// `output` are not used.
 struct LineBackwardParams : LineSumParams {
-  LineFeatures grad_query;  // before its correction
+  LineFeatures grad_query;  // before the correction (correction.cuh)
   LineFeatures grad_key;
   LineFeatures grad_value;
 };

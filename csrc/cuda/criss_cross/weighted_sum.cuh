@@ -1,5 +1,5 @@
-// Sums over a line by weights of any kind: aggregation, all its gradients, and criss-cross attention where the weights of
-// whole lines do not fit shared memory.
+// Weighted sums over a line with any kind of weights: aggregation, the gradients of affinity and aggregation, mean_key,
+// and criss-cross attention for lines whose weights do not fit in shared memory.
 #pragma once
 
 #include "cuda/criss_cross/line_weights.cuh"
@@ -10,25 +10,25 @@ template <class Arithmetic, LineWeight kWeight, LineOwner kOwner>
 __device__ __forceinline__ void line_sum(const LineSumParams& p, LineWord<typename Arithmetic::Element>* shared) {
   LineWeights<Arithmetic, StripShape> weights(p, shared);
   const auto& block = weights.block;
-  for (int first = 0; first < p.lines.length; first += p.part) {
+  for (int first = 0; first < p.lines.length; first += p.positions_per_pass) {
     weights.first_query = kOwner == LineOwner::kKeys ? first : block.owned_begin;
     weights.first_key = kOwner == LineOwner::kKeys ? block.owned_begin : first;
     if constexpr (kWeight == LineWeight::kGiven) {
-      weights.copy_given();
+      weights.copy_given_weights();
     } else {
-      weights.for_pieces([&](int query, int key) {
-        weights.make_softmax(query, key);
+      weights.for_tiles([&](int query, int key) {
+        weights.compute_weights(query, key);
         if constexpr (kWeight == LineWeight::kGradient) {
-          weights.make_gradient(query, key);
+          weights.compute_energy_gradients(query, key);
         }
       });
     }
     if constexpr (kWeight == LineWeight::kGradient && kOwner == LineOwner::kQueries) {
-      weights.sum_gradients(p.grad_sum, p.accumulate || first > 0);
+      weights.sum_energy_gradients(p.grad_sum, p.accumulate || first > 0);
     }
-    weights.template apply<kOwner>(
-        p.values, p.output, first, min(first + p.part, p.lines.length), p.accumulate || first > 0);
-    __syncthreads();  // the next part's weights take the place of these
+    weights.template sum_values<kOwner>(
+        p.values, p.output, first, min(first + p.positions_per_pass, p.lines.length), p.accumulate || first > 0);
+    __syncthreads();  // the weights of the next pass overwrite these
   }
 }
 

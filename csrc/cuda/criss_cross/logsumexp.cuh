@@ -1,0 +1,39 @@
+// logsumexp of the lines, for lines whose weights do not fit in shared memory.
+#pragma once
+
+#include "cuda/criss_cross/online_softmax.cuh"
+
+namespace segattn::cuda {
+
+template <class Arithmetic>
+__device__ __forceinline__ void line_statistics(
+    const LineStatisticsParams& p, LineWord<typename Arithmetic::Element>* shared) {
+  using Block = LineBlock<Arithmetic, StripShape>;
+  const Block block(p.lines, shared, 1);
+  LineSoftmax<Arithmetic, StripShape> softmax(block, static_cast<typename Arithmetic::Real>(p.scale));
+  for (int first_key = 0; first_key < p.lines.length; first_key += Block::kTile) {
+    typename Block::Products d;
+    block.multiply_features(d, p.query, p.key, block.owned_begin, first_key);
+    softmax.update(d, block.owned_begin, first_key);
+  }
+  softmax.reduce_lanes();
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int line = i / 2, half = i % 2, query = softmax.query(block.owned_begin, half);
+    if (lane_index() % 4 == 0 && query < block.owned_end() && block.first_line() + line < block.window.line_end) {
+      auto* result = block.scalar(p.logsumexp, line, query);
+      *result = softmax.merge(line, half, p.accumulate ? result : nullptr).logsumexp;
+    }
+  }
+}
+
+template <class Arithmetic>
+__global__ void __launch_bounds__(kMaxLineThreads<Arithmetic, StripShape>)
+    line_statistics_kernel(const LineStatisticsParams p) {
+  if constexpr (kLineCompiled<Arithmetic>) {
+    SEGATTN_DYNAMIC_SHARED(LineWord<typename Arithmetic::Element>, shared);
+    line_statistics<Arithmetic>(p, shared);
+  }
+}
+
+}  // namespace segattn::cuda
