@@ -254,7 +254,7 @@ class PositionBackward {
       pack_a_from_steps<P>(w.correction_keys, arguments_.key + sample * e_ * m_ + first_key, m_, keys, e_);
       tile_gemm<P>(
           AOperand<P>::packed(w.correction_keys), w.queries.query, COperand<A>::row_major(w.correction_scores, columns),
-          keys, count, k_steps<P>(e_), GemmMode::store);
+          keys, count, k_steps<P>(e_), GemmMode::kStore);
       for (std::int64_t row = 0; row < keys; ++row) {
         for (std::int64_t i = 0; i < columns; i += kLane) {
           const V score = load<V>(w.correction_scores + row * columns + i);
@@ -365,10 +365,10 @@ class PositionBackward {
       bool query_started = false;
       for_each_tile(keys, kKeyUnit, kKeyTile, [&](std::int64_t first_key, std::int64_t key_count) {
         const KeyOperands<T> tile_keys = w.keys.from(first_key - keys.begin, e_, c_);
-        const auto query_mode = query_started ? GemmMode::add : GemmMode::store;
+        const auto query_mode = query_started ? GemmMode::kAdd : GemmMode::kStore;
         compute_tile(
             w, tile_keys, key_count, query_count, delta_from_tile, centres ? w.mean_keys : nullptr, query_mode);
-        const auto key_mode = keys_started ? GemmMode::add : GemmMode::store;
+        const auto key_mode = keys_started ? GemmMode::kAdd : GemmMode::kStore;
         const std::int64_t row_stride = k_steps<P>(padded_columns<P>(query_count));
         tile_gemm<P>(
             AOperand<P>::strided(w.weights_rows, 1, row_stride), w.queries.grad_transposed,
@@ -445,10 +445,10 @@ class PositionBackward {
       const std::int64_t width = panel_width<P>(queries, column);
       tile_gemm<P>(
           AOperand<P>::packed(operands.key), w.queries.query + column * k_steps<P>(e_), COperand<A>::panels(w.scores),
-          keys, width, k_steps<P>(e_), GemmMode::store);
+          keys, width, k_steps<P>(e_), GemmMode::kStore);
       tile_gemm<P>(
           AOperand<P>::packed(operands.value), w.queries.grad + column * k_steps<P>(c_),
-          COperand<A>::panels(w.weight_grads), keys, width, k_steps<P>(c_), GemmMode::store);
+          COperand<A>::panels(w.weight_grads), keys, width, k_steps<P>(c_), GemmMode::kStore);
       P* const score_grads = w.score_grads + column * k_steps<P>(keys);
       const V scale = broadcast<V>(arguments_.scale);
       for (std::int64_t row = 0; row < keys; ++row) {

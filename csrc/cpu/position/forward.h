@@ -152,12 +152,12 @@ class PositionForward {
         const std::int64_t width = panel_width<P>(queries, column);
         tile_gemm<P>(
             key_tile, packed_query + column * k_steps<P>(e_), COperand<A>::panels(scores), keys, width, k_steps<P>(e_),
-            GemmMode::store);
+            GemmMode::kStore);
         softmax_columns(scores, keys, width, maximum + column, total + column, rescale + column);
         const P* const panel = b_operand_of_panels<P>(weights, scores, keys, width);
         tile_gemm<P>(
             value_tile, panel, COperand<A>::panels(sums + column * c_), c_, width, k_steps<P>(keys),
-            first_key == 0 ? GemmMode::store : GemmMode::scale_add, rescale + column);
+            first_key == 0 ? GemmMode::kStore : GemmMode::kScaleAdd, rescale + column);
       }
     }
     finish(sample, first_query, queries, sums, maximum, total);
