@@ -243,12 +243,12 @@ class ChannelBackward {
       Residual residual = Residual::kNone) const {
     const ChannelApplication<T> application(rows, positions, samples);
     const std::int64_t most = std::max(sizes_.query_channels, sizes_.key_channels);
-    parallel_units(
-        samples * application.units(), application.scratch(most), [&](std::int64_t unit, Scratch& scratch) {
-          const auto [sample_terms, output] = job(unit / application.units());
-          application.run_unit(
-              unit % application.units(), sample_terms, residual == Residual::kFirstSource ? sample_terms[0].source : nullptr, output, scratch);
-        });
+    parallel_units(samples * application.units(), application.scratch(most), [&](std::int64_t unit, Scratch& scratch) {
+      const auto [sample_terms, output] = job(unit / application.units());
+      application.run_unit(
+          unit % application.units(), sample_terms,
+          residual == Residual::kFirstSource ? sample_terms[0].source : nullptr, output, scratch);
+    });
   }
 
   ChannelBackwardArguments<T> arguments_;

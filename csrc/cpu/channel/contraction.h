@@ -32,8 +32,7 @@ struct ContractionPlan {
     constexpr std::int64_t kUnits = 8;
     const std::int64_t widest = positions >= 2048 ? 528 : 144;
     column_blocks = std::clamp<std::int64_t>(ceil_div(columns, widest), 1, panels());
-    splits = std::clamp<std::int64_t>(
-        ceil_div(kUnits, column_blocks), 1, std::max<std::int64_t>(1, positions / 1024));
+    splits = std::clamp<std::int64_t>(ceil_div(kUnits, column_blocks), 1, std::max<std::int64_t>(1, positions / 1024));
   }
 
   std::int64_t leading_dimension() const { return padded_columns<P>(columns); }
@@ -110,9 +109,10 @@ class ChannelContraction {
         } else {
           pack_a_from_rows<P>(packed_left, left.data + position, plan_.positions, plan_.rows, count);
           tile_gemm<P>(
-              AOperand<P>::packed(packed_left), packed_right + (columns.begin - packed_columns.begin) * k_steps<P>(count),
-              COperand<A>::row_major(result + columns.begin, plan_.leading_dimension()), plan_.rows,
-              columns.size(), k_steps<P>(count), mode);
+              AOperand<P>::packed(packed_left),
+              packed_right + (columns.begin - packed_columns.begin) * k_steps<P>(count),
+              COperand<A>::row_major(result + columns.begin, plan_.leading_dimension()), plan_.rows, columns.size(),
+              k_steps<P>(count), mode);
         }
       }
     }

@@ -84,7 +84,8 @@ class ChannelForward {
 
     const ChannelApplication<T> application(sizes_.query_channels, sizes_.value_positions, samples);
     parallel_units(
-        samples * application.units(), application.scratch(sizes_.key_channels), [&](std::int64_t unit, Scratch& scratch) {
+        samples * application.units(), application.scratch(sizes_.key_channels),
+        [&](std::int64_t unit, Scratch& scratch) {
           const std::int64_t sample = unit / application.units();
           const std::int64_t value_size = sizes_.key_channels * sizes_.value_positions;
           const std::int64_t output_size = sizes_.query_channels * sizes_.value_positions;

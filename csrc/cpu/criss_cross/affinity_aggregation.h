@@ -153,8 +153,7 @@ class AffinityAggregation {
   void for_each_weight(
       const Strip& strip, std::int64_t sample, Range block, Weight* weights, A* block_weights, const Use& use) const {
     for (std::int64_t query = block.begin; query < block.end; ++query) {
-      Weight* const first =
-          weights + weights_offset(sample) + image_.width * image_.positions() + strip.offset(query);
+      Weight* const first = weights + weights_offset(sample) + image_.width * image_.positions() + strip.offset(query);
       for (std::int64_t key = 0; key < image_.height; ++key) {
         Weight* const weight = key == query ? nullptr : first + (key - (key > query ? 1 : 0)) * image_.positions();
         use(weight, strip.element(block_weights, query - block.begin, key));

@@ -126,8 +126,7 @@ class CrissCrossBackward {
     P* const packed_grads = reinterpret_cast<P*>(workspace.grads);
     row.for_each_block([&](Range block) {
       const std::int64_t queries = block.size();
-      row.dot_products(
-          arguments_.key + key_offset, arguments_.query + key_offset, sizes.key_channels, block, weights);
+      row.dot_products(arguments_.key + key_offset, arguments_.query + key_offset, sizes.key_channels, block, weights);
       row.dot_products(arguments_.value + value_offset, grad_output, sizes.value_channels, block, grads);
       differentiate_softmax(
           weights, grads, width, queries, logsumexp + block.begin, workspace.delta + block.begin, workspace.grad_sum);
@@ -148,8 +147,8 @@ class CrissCrossBackward {
       const std::int64_t transposed = kIsPair<P> ? packed_b_size<P>(queries, width) : 0;
       pack_b_from_transposed_panels<P>(packed_grads + transposed, grads, width, queries);
       row.accumulate(
-          arguments_.query + key_offset, sizes.key_channels, block, packed_grads + transposed,
-          workspace.key_sums, arguments_.grad_key + key_offset);
+          arguments_.query + key_offset, sizes.key_channels, block, packed_grads + transposed, workspace.key_sums,
+          arguments_.grad_key + key_offset);
     });
   }
 

@@ -52,7 +52,7 @@ class ColumnBackward {
     const Strip strip(image_, column, scratch.take<A>(Strip::memory_size(image_.height, queries)));
     A* const weights = scratch.take<A>(queries * Strip::stride(image_.height));  // P, [queries][keys]
     A* const grads = scratch.take<A>(queries * Strip::stride(image_.height));    // dP, then dS - s P
-    A* const grad_sums = scratch.take<A>(queries * lanes);                     // of dS over row and column
+    A* const grad_sums = scratch.take<A>(queries * lanes);                       // of dS over row and column
     A* const key_sums = scratch.take<A>(Strip::sums_size(image_.height, key_channels));
     A* const value_sums = scratch.take<A>(Strip::sums_size(image_.height, value_channels));
     const auto add = strip.adder();

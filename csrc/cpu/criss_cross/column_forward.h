@@ -54,7 +54,7 @@ class ColumnForward {
     std::int64_t sample;
     Range block;
     Strip strip;
-    A* weights;  // [queries][keys]
+    A* weights;        // [queries][keys]
     A* row_factor;     // [queries]: what the row pass's output is multiplied by
     A* column_factor;  // [queries]: what the column's sums are multiplied by
 

@@ -95,7 +95,10 @@ class ColumnStrip {
 
   // Columns [column, column + lanes) of the image, of which the last may not exist.
   ColumnStrip(ImageSize image, std::int64_t column, A* memory)
-      : image_(image), column_(column), present_(std::min<std::int64_t>(lanes, image.width - column)), memory_(memory) {}
+      : image_(image),
+        column_(column),
+        present_(std::min<std::int64_t>(lanes, image.width - column)),
+        memory_(memory) {}
 
   std::int64_t height() const { return image_.height; }
   // The offset of a position of the strip within a channel.
@@ -207,8 +210,7 @@ class ColumnStrip {
   // Of `positions` of features (channels, H, W).
   template <class Element>
   Prefetch<Element> prefetch(Element* features, std::int64_t channels, Range positions) const {
-    return {
-        features + offset(positions.begin), channels, image_.positions(), positions.size(), image_.width, present_};
+    return {features + offset(positions.begin), channels, image_.positions(), positions.size(), image_.width, present_};
   }
 
   // The sums over `steps` of features times weights, for every channel and position of `results`. With `sums` they are

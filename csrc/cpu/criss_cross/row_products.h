@@ -162,27 +162,26 @@ class RowProducts {
     const std::int64_t positions = image_.positions();
     // Whole panels of results that need no rounding are written to target directly.
     const std::int64_t whole = kInPlace ? columns / panel_columns<P> * panel_columns<P> : 0;
-    for_each_chunk(
-        features, channels, terms, [&](std::int64_t channel, std::int64_t depth, auto operand, auto& fetch) {
-          T* const out = target + channel * positions + row_ + results.begin;
-          if constexpr (kInPlace) {
-            tile_gemm<P>(
-                operand, weights, COperand<A>::row_major(out, positions), depth, whole, k_steps<P>(terms.size()),
-                GemmMode::kStore, nullptr, fetch);
-          }
-          const P* const rest = weights + whole * k_steps<P>(terms.size());
-          if constexpr (kInPlace) {
-            if (has_lone_last_column(columns)) {
-              weighted_sum_of_last_column(
-                  features + channel * positions + row_ + terms.begin, depth, terms.size(), rest, out + whole);
-              return;
-            }
-          }
-          tile_gemm<P>(
-              operand, rest, COperand<A>::panels(results_), depth, columns - whole, k_steps<P>(terms.size()), GemmMode::kStore,
-              nullptr, fetch);
-          store_panels(out + whole, positions, results_, depth, columns - whole);
-        });
+    for_each_chunk(features, channels, terms, [&](std::int64_t channel, std::int64_t depth, auto operand, auto& fetch) {
+      T* const out = target + channel * positions + row_ + results.begin;
+      if constexpr (kInPlace) {
+        tile_gemm<P>(
+            operand, weights, COperand<A>::row_major(out, positions), depth, whole, k_steps<P>(terms.size()),
+            GemmMode::kStore, nullptr, fetch);
+      }
+      const P* const rest = weights + whole * k_steps<P>(terms.size());
+      if constexpr (kInPlace) {
+        if (has_lone_last_column(columns)) {
+          weighted_sum_of_last_column(
+              features + channel * positions + row_ + terms.begin, depth, terms.size(), rest, out + whole);
+          return;
+        }
+      }
+      tile_gemm<P>(
+          operand, rest, COperand<A>::panels(results_), depth, columns - whole, k_steps<P>(terms.size()),
+          GemmMode::kStore, nullptr, fetch);
+      store_panels(out + whole, positions, results_, depth, columns - whole);
+    });
   }
 
   // Elements of `sums` for accumulate().
@@ -192,22 +191,20 @@ class RowProducts {
 
   // The same with a block of the row as terms and the whole row as results. Call it for every block in order: they are
   // added up in `sums`, and the last writes `target`. A single block does not use `sums`.
-  void accumulate(
-      const T* features, std::int64_t channels, Range block, const P* weights, A* sums, T* target) const {
+  void accumulate(const T* features, std::int64_t channels, Range block, const P* weights, A* sums, T* target) const {
     if (block_ == image_.width) {
       weighted_sum(features, channels, block, weights, {0, image_.width}, target);
       return;
     }
-    for_each_chunk(
-        features, channels, block, [&](std::int64_t channel, std::int64_t depth, auto operand, auto& fetch) {
-          A* const chunk = sums + channel / sum_channels_ * result_size();
-          tile_gemm<P>(
-              operand, weights, COperand<A>::panels(chunk), depth, image_.width, k_steps<P>(block.size()),
-              block.begin == 0 ? GemmMode::kStore : GemmMode::kAdd, nullptr, fetch);
-          if (block.end == image_.width) {
-            store_panels(target + channel * image_.positions() + row_, image_.positions(), chunk, depth, image_.width);
-          }
-        });
+    for_each_chunk(features, channels, block, [&](std::int64_t channel, std::int64_t depth, auto operand, auto& fetch) {
+      A* const chunk = sums + channel / sum_channels_ * result_size();
+      tile_gemm<P>(
+          operand, weights, COperand<A>::panels(chunk), depth, image_.width, k_steps<P>(block.size()),
+          block.begin == 0 ? GemmMode::kStore : GemmMode::kAdd, nullptr, fetch);
+      if (block.end == image_.width) {
+        store_panels(target + channel * image_.positions() + row_, image_.positions(), chunk, depth, image_.width);
+      }
+    });
   }
 
  private:
@@ -279,7 +276,8 @@ class RowProducts {
         const V factor = read_vector(column + k, count - k);
 #pragma GCC unroll 16
         for (std::int64_t r = 0; r < most; ++r) {
-          sums[r] = fma(read_vector(first + std::min(r, rows - 1) * image_.positions() + k, count - k), factor, sums[r]);
+          sums[r] =
+              fma(read_vector(first + std::min(r, rows - 1) * image_.positions() + k, count - k), factor, sums[r]);
         }
       }
       for (std::int64_t r = 0; r < rows; ++r) {
