@@ -1,12 +1,12 @@
 // Channel attention: products of channels, contracted over positions: result(m, n) = sum_p left(m, p) right(n, p).
 //
-// The positions are cut into splits, each summed into its own matrix; load_rows adds the splits in order. The cut depends
-// on the sizes alone, so the sums do not depend on the number of threads.
+// The positions are cut into splits, each summed into its own matrix; load_rows adds the splits in order. The cut
+// depends on the sizes alone, so the sums do not depend on the number of threads.
 //
-// A unit computes a block of columns (rows of `right`) of one split, kPositionBlock positions at a time: it packs `right`,
-// which transposes, and multiplies. In a symmetric product (Left::data is null: left = right) the packed panels are the A
-// operand too, so nothing is packed twice, and only the blocks on and above the diagonal are computed; load_rows mirrors
-// them.
+// A unit computes a block of columns (rows of `right`) of one split, kPositionBlock positions at a time: it packs
+// `right`, which transposes, and multiplies. In a symmetric product (Left::data is null: left = right) the packed
+// panels are the A operand too, so nothing is packed twice, and only the blocks on and above the diagonal are computed;
+// load_rows mirrors them.
 #pragma once
 
 #include <span>
@@ -149,8 +149,8 @@ class ChannelContraction {
   std::span<const Left> left_;
 };
 
-// target [rows][leading dimension] = rows [row, row + rows) of the result, splits added in order. `row` starts a panel, and
-// `rows` is at most a panel.
+// target [rows][leading dimension] = rows [row, row + rows) of the result, splits added in order. `row` starts a panel,
+// and `rows` is at most a panel.
 template <class P, class A>
 void load_rows(
     const ContractionPlan<P>& plan, const A* result, Storage storage, std::int64_t row, std::int64_t rows, A* target) {

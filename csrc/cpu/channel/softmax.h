@@ -47,8 +47,8 @@ A softmax_row(A* row, std::int64_t count, A scale) {
     most = max(most, load<V>(row + i));
   }
   const A maximum = horizontal_max(most);
-  // With a maximum of -inf the padding would become exp(-inf - -inf) = NaN. An offset of 0 gives 0 / 0 = NaN for the row's
-  // elements, as softmax does.
+  // With a maximum of -inf the padding would become exp(-inf - -inf) = NaN. An offset of 0 gives 0 / 0 = NaN for the
+  // row's elements, as softmax does.
   const V offset = broadcast<V>(maximum == -infinity ? A(0) : maximum);
   V sum{};
   for (std::int64_t i = 0; i < count; i += lanes) {

@@ -3,8 +3,8 @@
 // exp(x) = 2^n * exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2. exp(r) = 1 + r + r^2 q(r), where q is a minimax
 // polynomial with a relative error of 3.1e-9 in float and 9.9e-18 in double, below rounding.
 //
-// The relative error is at most 1.5 * eps (eps = 2^-23, 2^-52) where the result is a normal number; tests/cpu verify that
-// over the whole range. Subnormal results are flushed to 0, so exp(-inf) = 0. Overflow gives inf, and NaN stays NaN.
+// The relative error is at most 1.5 * eps (eps = 2^-23, 2^-52) where the result is a normal number; tests/cpu verify
+// that over the whole range. Subnormal results are flushed to 0, so exp(-inf) = 0. Overflow gives inf. NaN stays NaN.
 #pragma once
 
 #include <bit>

@@ -97,8 +97,8 @@ inline constexpr auto kLaneKernels = make_lane_kernels<V>(std::make_integer_sequ
 
 }  // namespace detail
 
-// C (m x n) = A (m x steps) B^T (steps x n), or C += with Accumulate::kYes. The order of a sum depends on `steps` alone.
-// meanwhile(parts) is called before each of the product's `parts` parts, to prefetch what is needed next.
+// C (m x n) = A (m x steps) B^T (steps x n), or C += with Accumulate::kYes. The order of a sum depends on `steps`
+// alone. meanwhile(parts) is called before each of the product's `parts` parts, to prefetch what is needed next.
 template <class V, class Meanwhile = DoNothing, class A = ElementOf<V>>
 void lane_product(
     const LaneOperand<A>& a, std::int64_t m, const LaneOperand<A>& b, std::int64_t n, std::int64_t steps,

@@ -6,14 +6,13 @@
 //   pack_a_from_steps   (dst, src, ld, m, k)   A(row, k)    = src[k * ld + row]      copies
 //   pack_b_from_steps   (dst, src, ld, n, k)   B(k, column) = src[k * ld + column]   copies
 //   pack_b_from_columns (dst, src, ld, n, k)   B(k, column) = src[column * ld + k]   transposes
-// k is the extent without padding. dst has packed_a_size<P>(m, k) or packed_b_size<P>(n, k) elements. B's padding columns
-// and the second half of an odd last BFloat16Pair become zeros.
+// k is the extent without padding. dst has packed_a_size<P>(m, k) or packed_b_size<P>(n, k) elements. B's padding
+// columns and the second half of an odd last BFloat16Pair become zeros.
 //
 // C panels (accumulator type, as tile_gemm writes them):
 //   pack_b_from_panels<P>(dst, panels, m, n)        BFloat16Pair: C as the B operand of a product over its m rows
-//   b_operand_of_panels<P>(dst, panels, m, n)       that operand: dst, packed; for float and double the panels themselves
-//   store_panels(dst, ld, panels, m, n, residual)   dst[row * ld + column] = C(row, column), + residual[same] if given,
-//                                                    in dst's dtype
+//   b_operand_of_panels<P>(dst, panels, m, n)       that operand: dst, packed; float, double: the panels themselves
+//   store_panels(dst, ld, panels, m, n, residual)   dst[row * ld + column] = C(row, column), + residual, like dst
 //   store_panels_transposed(dst, ld, panels, m, n)  dst[column * ld + row] = C(row, column)
 //   for_each_panel_vector(panels, m, n, use)        use(row, column, vector, count) for every vector of C
 //   transpose_2d(dst, dst_ld, src, src_ld, rows, columns)   dst[column * dst_ld + row] = src[row * src_ld + column]
@@ -97,8 +96,8 @@ inline constexpr std::int64_t panel_extent = operand == Operand::kB ? panel_colu
 template <class P, Operand operand>
 inline constexpr int pack_lanes = operand == Operand::kB ? kLanes<AccumulatorOf<P>> : kRows<P>;
 
-// Memory contiguous across the panel. Steps are processed in blocks, so that the cache lines of source and panel are used
-// completely while they are in L1.
+// Memory contiguous across the panel. Steps are processed in blocks, so that the cache lines of source and panel are
+// used completely while they are in L1.
 template <class P, Operand operand, class T>
 void pack_across(P* target, const T* source, std::int64_t ld, std::int64_t extent, std::int64_t k) {
   constexpr int n = pack_lanes<P, operand>;
@@ -180,8 +179,8 @@ void pack_along(P* target, const T* source, std::int64_t ld, std::int64_t extent
 
 }  // namespace detail
 
-// Calls use(row, column, vector, count) for every vector of C panels (m x n): C(row, column ...), `count` columns without
-// padding.
+// Calls use(row, column, vector, count) for every vector of C panels (m x n): C(row, column ...), `count` columns
+// without padding.
 template <class Accumulator, class Use>
 void for_each_panel_vector(const Accumulator* panels, std::int64_t m, std::int64_t n, const Use& use) {
   using V = Vec<Accumulator>;

@@ -90,8 +90,8 @@ void parallel_units(std::int64_t units, std::size_t scratch_bytes, const Work& w
     return;
   }
   const std::int64_t threads = std::min(units, std::max<std::int64_t>(1, thread_count()));
-  // The caller allocates for all threads. Memory that a worker allocates comes from its own glibc heap, which returns it
-  // to the system after every call (16 x 16 positions, backward: 12% of the time in page faults).
+  // The caller allocates for all threads. Memory that a worker allocates comes from its own glibc heap, which returns
+  // it to the system after every call (16 x 16 positions, backward: 12% of the time in page faults).
   const AlignedMemory memory = allocate_aligned(static_cast<std::size_t>(threads) * scratch_bytes);
   std::atomic<std::int64_t> next{0};
   const auto run = [&](std::int64_t thread) {

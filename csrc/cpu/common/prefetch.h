@@ -9,17 +9,17 @@
 
 namespace segattn::cpu {
 
-// Fetches the cache line of `address` into L2, for writing unless it is const. GCC 12 drops calls of a function that does
-// nothing but prefetch, as free of side effects; the empty assembly keeps them.
+// Fetches the cache line of `address` into L2, for writing unless it is const. GCC 12 drops calls of a function that
+// does nothing but prefetch, as free of side effects; the empty assembly keeps them.
 template <class T>
 inline void prefetch_to_l2(T* address) {
   __builtin_prefetch(address, std::is_const_v<T> ? 0 : 1, 2);
   asm volatile("");
 }
 
-// Fetches outer x inner runs of `length` elements, `outer_stride` and `inner_stride` apart. A call fetches an equal share:
-// after `calls` calls all runs have been fetched. The position is kept incrementally: divisions in each call took a tenth
-// of a product's time.
+// Fetches outer x inner runs of `length` elements, `outer_stride` and `inner_stride` apart. A call fetches an equal
+// share: after `calls` calls all runs have been fetched. The position is kept incrementally: divisions in each call
+// took a tenth of a product's time.
 template <class T>
 class Prefetch {
  public:

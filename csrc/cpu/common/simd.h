@@ -10,9 +10,9 @@
 //   widen / narrow       float16, bfloat16, float32, float64 elements in memory <-> lanes of the accumulator type
 //   transpose(rows)      square transpose in registers
 //
-// at::vec is not an option: it is part of ATen, outside the stable ABI, and costs seconds of compile time in each of the
-// four builds of every file. This source serves SSE2, AVX2, AVX-512 and NEON. Intrinsics appear only where the language
-// has no operation: float16 conversion, bfloat16 rounding, masked moves.
+// at::vec is not an option: it is part of ATen, outside the stable ABI, and costs seconds of compile time in each of
+// the four builds of every file. This source serves SSE2, AVX2, AVX-512 and NEON. Intrinsics appear only where the
+// language has no operation: float16 conversion, bfloat16 rounding, masked moves.
 #pragma once
 
 #include <cstdint>
@@ -92,8 +92,8 @@ inline std::uint64_t byte_mask(std::int64_t bytes) {
 }  // namespace detail
 #endif
 
-// The first `count` (0 .. width) elements; the other lanes are zero. Without masked moves this is a call of memcpy and a
-// load that stalls on store forwarding.
+// The first `count` (0 .. width) elements; the other lanes are zero. Without masked moves this is a call of memcpy and
+// a load that stalls on store forwarding.
 template <class V>
 inline V load_partial(const ElementOf<V>* source, std::int64_t count) {
   V result{};
@@ -290,7 +290,7 @@ inline void write_vector(T* target, Vec<AccumulatorOf<T>> vector, std::int64_t c
 
 namespace detail {
 
-// One butterfly stage: swaps the off-diagonal distance x distance blocks of `low` (row i) and `high` (row i + distance).
+// A butterfly stage: swaps the off-diagonal distance x distance blocks of `low` (row i) and `high` (row i + distance).
 template <int distance, class V, std::size_t... lane>
 inline void transpose_stage(V& low, V& high, std::index_sequence<lane...>) {
   constexpr int n = sizeof...(lane);

@@ -10,8 +10,8 @@
 // ceil(k / 2) for pairs (an odd k is padded with zeros in both operands).
 //
 // Layouts. The micro-kernel keeps kRows<P> x (kColumnVectors<P> * kLanes) sums in registers; vectors run along N.
-//   A consists of row panels of kRows rows. The panel of row r starts at element r * K_steps and is [K_steps][rows]. The
-//     last panel has only the remaining rows: A has no padding.
+//   A consists of row panels of kRows rows. The panel of row r starts at element r * K_steps and is [K_steps][rows].
+//     The last panel has only the remaining rows: A has no padding.
 //   B consists of column panels of panel_columns<P> columns. The panel of column c starts at element c * K_steps and is
 //     [K_steps][width]. The last panel is as wide as the remaining vectors, so only the last vector is padded (with
 //     zeros). padded_columns<P>(N) is the total width.
@@ -21,8 +21,8 @@
 //   pack.h packs operands. A need not be packed: `AOperand::strided` takes any (k, row) strides, for instance a tile in
 //     C panels read transposed, so that no tile is transposed in memory.
 //
-// Modes: kStore C = AB; kAdd C += AB; kScaleAdd C = C * column_scale[n] + AB (the rescaling of the online softmax, at no
-// extra pass). Sums run over k in order, in blocks of kBlockSteps, so results do not depend on the tiling of M and N.
+// Modes: kStore C = AB; kAdd C += AB; kScaleAdd C = C * column_scale[n] + AB (the rescaling of the online softmax, at
+// no extra cost). Sums run over k in order, in blocks of kBlockSteps: results do not depend on the tiling of M and N.
 //
 //   tile_gemm<P>(a, b, c, M, N, K_steps, mode, column_scale, meanwhile)
 #pragma once
@@ -55,8 +55,8 @@ using PackedOf = AccumulatorOf<T>;
 template <class P>
 inline constexpr bool kIsPair = std::is_same_v<P, BFloat16Pair>;
 
-// Registers: 24 accumulators + 3 (NEON 6) vectors of B + 1 broadcast of 32; 12 + 3 + 1 of 16. Without fused multiply-add
-// the product takes one more, hence 8 accumulators.
+// Registers: 24 accumulators + 3 (NEON 6) vectors of B + 1 broadcast of 32; 12 + 3 + 1 of 16. Without fused
+// multiply-add the product takes one more, hence 8 accumulators.
 #if defined(__AVX512F__)
 template <class P>
 inline constexpr int kRows = 8;

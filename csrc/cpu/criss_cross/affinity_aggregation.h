@@ -1,6 +1,6 @@
 // CCNet's Affinity and Aggregation and their gradients: the products of the fused kernels, with the weights of all
-// positions, (B, H + W - 1, H, W), in memory. A position's weights are those of its row, then those of its column without
-// the position itself.
+// positions, (B, H + W - 1, H, W), in memory. A position's weights are those of its row, then those of its column
+// without the position itself.
 #pragma once
 
 #include <type_traits>
@@ -21,8 +21,8 @@ class AffinityAggregation {
   AffinityAggregation(const CrissCrossSizes& sizes, std::int64_t channels)
       : image_{sizes.height, sizes.width}, batch_(sizes.batch), channels_(channels), reach_(sizes.reach()) {}
 
-  // keys, queries (B, channels, H, W) -> weights (B, H + W - 1, H, W), the dot products of each query with the keys of its
-  // row and column. Affinity: (key, query); gradient of the attention: (value, grad_output).
+  // keys, queries (B, channels, H, W) -> weights (B, H + W - 1, H, W), the dot products of each query with the keys of
+  // its row and column. Affinity: (key, query); gradient of the attention: (value, grad_output).
   void dot_products(const T* keys, const T* queries, T* weights) const {
     row_dot_products(keys, queries, weights);
     for_each_block([&](const auto& strip, std::int64_t sample, Range block, A* block_weights, A*) {
@@ -35,8 +35,8 @@ class AffinityAggregation {
     });
   }
 
-  // features (B, channels, H, W), weights (B, H + W - 1, H, W) -> result (B, channels, H, W), for each query the weighted
-  // sum of the features of its row and column. Aggregation: value; gradient of query: key.
+  // features (B, channels, H, W), weights (B, H + W - 1, H, W) -> result (B, channels, H, W), for each query the
+  // weighted sum of the features of its row and column. Aggregation: value; gradient of query: key.
   void sum_over_keys(const T* features, const T* weights, T* result) const {
     row_sum_over_keys(features, weights, result);
     for_each_block([&](const auto& strip, std::int64_t sample, Range block, A* block_weights, A*) {
@@ -147,8 +147,8 @@ class AffinityAggregation {
     for_each_strip<A>(image_, batch_, ColumnPass<Work>{*this, work});
   }
 
-  // Calls use(address in `weights` (B, H + W - 1, H, W), vector in block_weights) for every weight of a block. The address
-  // of a query's weight of itself is null: it belongs to the row.
+  // Calls use(address in `weights` (B, H + W - 1, H, W), vector in block_weights) for every weight of a block. The
+  // address of a query's weight of itself is null: it belongs to the row.
   template <class Strip, class Weight, class Use>
   void for_each_weight(
       const Strip& strip, std::int64_t sample, Range block, Weight* weights, A* block_weights, const Use& use) const {

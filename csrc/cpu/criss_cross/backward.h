@@ -5,10 +5,10 @@
 //
 // The row pass, here, writes the gradients of the rows; the column pass (column_backward.h) adds those of the columns.
 //
-// D is computed from an output that is rounded to its dtype. An error of D is the same for all keys of a query, so it does
-// not average out: it adds a multiple of the query's mean key, M = key P, to grad_query. In exact arithmetic the sum s of
-// a query's dS over its row and column is zero, so grad_query - s M is the same gradient, and in it the error cancels. The
-// row pass stores its parts of s and M; the column pass corrects with both parts.
+// D is computed from an output that is rounded to its dtype. An error of D is the same for all keys of a query, so it
+// does not average out: it adds a multiple of the query's mean key, M = key P, to grad_query. In exact arithmetic the
+// sum s of a query's dS over its row and column is zero, so grad_query - s M is the same gradient, and in it the error
+// cancels. The row pass stores its parts of s and M; the column pass corrects with both parts.
 #pragma once
 
 #include "cpu/common/exp.h"
@@ -38,8 +38,8 @@ class CrissCrossBackward {
   }
 
  private:
-  // A row's scratch memory. `weights` and `grads` are two slots of `slot` elements each: the panels in the second, their
-  // transposed or packed form in the first.
+  // A row's scratch memory. `weights` and `grads` are two slots of `slot` elements each: the panels in the second,
+  // their transposed or packed form in the first.
   struct Workspace {
     std::int64_t slot, columns;
     std::int64_t key_sums_size, value_sums_size;
@@ -152,8 +152,8 @@ class CrissCrossBackward {
     });
   }
 
-  // C panels (keys x queries): weights, from q.k to P; grads, from dP to dS. grad_sum [queries]: the sums of dS, rounded as
-  // the products use it.
+  // C panels (keys x queries): weights, from q.k to P; grads, from dP to dS. grad_sum [queries]: the sums of dS,
+  // rounded as the products use it.
   void differentiate_softmax(
       A* weights, A* grads, std::int64_t keys, std::int64_t queries, const A* logsumexp, const A* delta,
       A* grad_sum) const {

@@ -18,8 +18,8 @@ class ColumnForward {
   static constexpr std::int64_t kLane = kLanes<A>;
 
  public:
-  // On entry output is the attention over rows alone, logsumexp the rows' maximum energy, and row_total (B, H, W) the rows'
-  // sum of exp(energy - maximum).
+  // On entry output is the attention over rows alone, logsumexp the rows' maximum energy, and row_total (B, H, W) the
+  // rows' sum of exp(energy - maximum).
   ColumnForward(const CrissCrossForwardArguments<T>& arguments, const A* row_total)
       : arguments_(arguments), image_{arguments.sizes.height, arguments.sizes.width}, row_total_(row_total) {}
 

@@ -20,9 +20,9 @@ constexpr std::int64_t lane_stride(std::int64_t length, int lanes) {
   return (length | 1) * lanes;
 }
 
-// Blocks of nearly equal size of a column's queries, whose weights are held at once: at most 700 KB, which is all queries
-// of up to 105 rows of float. Every block reads the feature maps again; weights beyond L2 stream from L3. Gradients are
-// summed over blocks, so with least_blocks = 1 the cut depends on the height alone.
+// Blocks of nearly equal size of a column's queries, whose weights are held at once: at most 700 KB, which is all
+// queries of up to 105 rows of float. Every block reads the feature maps again; weights beyond L2 stream from L3.
+// Gradients are summed over blocks, so with least_blocks = 1 the cut depends on the height alone.
 template <class A>
 class QueryBlocks {
  public:
@@ -43,8 +43,8 @@ class QueryBlocks {
 template <class A>
 inline constexpr int kFewestLanes = std::min(kLanes<A>, 4);
 
-// Calls work<lanes>() with the fewest lanes that hold `columns`: the last strip of 97 columns has one column, and 4 lanes
-// cost half of 16 on Zen 4.
+// Calls work<lanes>() with the fewest lanes that hold `columns`: the last strip of 97 columns has one column, and 4
+// lanes cost half of 16 on Zen 4.
 template <class A, int lanes = kFewestLanes<A>, class Work>
 void with_lanes(std::int64_t columns, const Work& work) {
   if constexpr (lanes < kLanes<A>) {
@@ -132,8 +132,8 @@ class ColumnStrip {
     }
   }
 
-  // products [queries][keys] = sum over channels of keys * queries, for a block of queries. keys, queries: (channels, H,
-  // W).
+  // products [queries][keys] = sum over channels of keys * queries, for a block of queries.
+  // keys, queries: (channels, H, W).
   void dot_products(const T* keys, const T* queries, std::int64_t channels, Range block, A* products) const {
     const std::int64_t key_stride = stride(height());
     const std::int64_t query_stride = stride(block.size());
@@ -157,8 +157,8 @@ class ColumnStrip {
     }
   }
 
-  // Calls store_sum(address of the query in target, query, sum) for every channel and query of the block, with sum = sum
-  // over keys of weights * features. features, target: (channels, H, W).
+  // Calls store_sum(address of the query in target, query, sum) for every channel and query of the block, with sum =
+  // sum over keys of weights * features. features, target: (channels, H, W).
   template <class Store>
   void sum_over_keys(
       const T* features, std::int64_t channels, const A* weights, Range block, T* target,
@@ -168,9 +168,9 @@ class ColumnStrip {
         Sums::kComplete, store_sum);
   }
 
-  // The same for every channel and key: sums over the block's queries. Call it for every block in order. Each block calls
-  // store_sum with its own part. Where T rounds and there are several blocks, the parts are added up in `sums`, of
-  // sums_size(height, channels) elements, instead, and only the last block calls store_sum.
+  // The same for every channel and key: sums over the block's queries. Call it for every block in order. Each block
+  // calls store_sum with its own part. Where T rounds and there are several blocks, the parts are added up in `sums`,
+  // of sums_size(height, channels) elements, instead, and only the last block calls store_sum.
   template <class Store>
   void sum_over_queries(
       const T* features, std::int64_t channels, const A* weights, Range block, T* target, A* sums,

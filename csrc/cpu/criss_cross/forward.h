@@ -1,6 +1,6 @@
-// Criss-cross attention, forward. The row pass, here, writes each position's attention over its row alone, and the maximum
-// and total of its softmax. The column pass (column_forward.h) merges the attention over the column, without the position
-// itself, into it.
+// Criss-cross attention, forward. The row pass, here, writes each position's attention over its row alone, and the
+// maximum and total of its softmax. The column pass (column_forward.h) merges the attention over the column, without
+// the position itself, into it.
 #pragma once
 
 #include <limits>

@@ -1,5 +1,5 @@
-// The products of criss-cross attention along a row of a feature map (channels, H, W), whose positions are contiguous: by
-// tile_gemm, in chunks of channels, so that the operands stay in L2.
+// The products of criss-cross attention along a row of a feature map (channels, H, W), whose positions are contiguous:
+// by tile_gemm, in chunks of channels, so that the operands stay in L2.
 //
 // A row's weights are C panels (keys x queries), or B operands of tile_gemm, for a block of queries.
 #pragma once
@@ -76,8 +76,9 @@ class RowProducts {
   static constexpr std::int64_t kSumChannels = 64;
 
  public:
-  // Queries whose weights are held at once: all of a row up to 256 (256 x 256 float: 256 KB), beyond that so many that the
-  // scratch memory is linear in the width. Gradients are summed over blocks, so the size depends on the width alone.
+  // Queries whose weights are held at once: a whole row up to a width of 256 (256 x 256 float: 256 KB), fewer beyond
+  // it, which keeps the scratch memory linear in the width. Gradients are summed over blocks, so the size depends on
+  // the width alone.
   static std::int64_t query_block(std::int64_t width) {
     constexpr std::int64_t whole = 256;
     constexpr std::int64_t panel = panel_columns<P>;
@@ -116,8 +117,8 @@ class RowProducts {
   // The offset of the row within a channel.
   std::int64_t offset() const { return row_; }
 
-  // C panels (keys x queries) = sum over channels of keys * queries, for a block of queries. keys, queries: (channels, H,
-  // W).
+  // C panels (keys x queries) = sum over channels of keys * queries, for a block of queries.
+  // keys, queries: (channels, H, W).
   void dot_products(const T* keys, const T* queries, std::int64_t channels, Range block, A* panels) const {
     const std::int64_t positions = image_.positions();
     const bool lone_last = has_lone_last_column(block.size());
@@ -154,8 +155,8 @@ class RowProducts {
     }
   }
 
-  // target (channels, H, W) at `results` = sum over `terms` of features (channels, H, W) * weights, B(k = term, column =
-  // result). Both ranges are positions of the row.
+  // target (channels, H, W) at `results` = sum over `terms` of features (channels, H, W) * weights. Both ranges are
+  // positions of the row; weights is the B operand, B(k = term, column = result).
   void weighted_sum(
       const T* features, std::int64_t channels, Range terms, const P* weights, Range results, T* target) const {
     const std::int64_t columns = results.size();
@@ -208,8 +209,8 @@ class RowProducts {
   }
 
  private:
-  // Calls work(first channel, channels, A operand, prefetch of the next chunk) for every chunk of channels of `features` at
-  // the positions `terms`.
+  // Calls work(first channel, channels, A operand, prefetch of the next chunk) for every chunk of channels of
+  // `features` at the positions `terms`.
   template <class Work>
   void for_each_chunk(const T* features, std::int64_t channels, Range terms, const Work& work) const {
     const std::int64_t positions = image_.positions();
@@ -258,8 +259,8 @@ class RowProducts {
     }
   }
 
-  // target (channels) = sum over k of features (channels, count) * weights, a B operand of one column; consecutive channels
-  // are a feature map's channel apart.
+  // target (channels) = sum over k of features (channels, count) * weights, a B operand of one column; consecutive
+  // channels are a feature map's channel apart.
   void weighted_sum_of_last_column(
       const T* features, std::int64_t channels, std::int64_t count, const A* weights, T* target) const {
     constexpr int most = kRows<P>;

@@ -9,15 +9,15 @@
 //
 // An error of D is the same for all keys of a query, so it does not average out in grad_query (docs/decisions.md).
 // Therefore D is computed
-//   where one tile has all keys: from the tile's own P and dP;
-//   else, for 16-bit types: from output + output_low, where output_low is the rounding error of output;
-//   else, for float32: from output. Afterwards s M is subtracted from grad_query, where s is the sum of dS over the keys,
+//   * from the tile's own P and dP, where one tile has all keys;
+//   * from output + output_low, where output_low is the rounding error of output, for 16-bit types;
+//   * from output, for float32. Afterwards s M is subtracted from grad_query, where s is the sum of dS over the keys,
 //     0 but for errors of D, and M = sum_j P_ij key_j is the query's mean key;
-//   else, for float64: from output. Its rounding error has no effect in practice.
+//   * from output, for float64, whose rounding error has no effect in practice.
 //
-// The logsumexp is rounded. Where it is large, exp(energy - logsumexp) has an error of eps * logsumexp / 2, which shows in
-// a nearly one-hot softmax (eager divides by the sum, so its error cancels). There the sum of the weights is recomputed,
-// and its logarithm, a number near 0, is subtracted from the exponent too.
+// The logsumexp is rounded. Where it is large, exp(energy - logsumexp) has an error of eps * logsumexp / 2, which shows
+// in a nearly one-hot softmax (eager divides by the sum, so its error cancels). There the sum of the weights is
+// recomputed, and its logarithm, a number near 0, is subtracted from the exponent too.
 #pragma once
 
 #include <algorithm>
@@ -100,8 +100,8 @@ class PositionBackward {
 
  private:
   // Memory that the units of some samples share. Sums are in accumulator precision: grad_query in panels of tiles of
-  // columns, grad_key and grad_value transposed, in panels of tiles of keys. The sums of position i start at element i *
-  // channels of its sample (and replica).
+  // columns, grad_key and grad_value transposed, in panels of tiles of keys. The sums of position i start at element
+  // i * channels of its sample (and replica).
   struct Shared {
     std::int64_t first_sample;
     A *delta, *correction;  // (samples, N), written by the first unit of a query group
@@ -237,8 +237,8 @@ class PositionBackward {
     }
   }
 
-  // tile.correction = log(sum over keys of exp(energy - logsumexp)) where any logsumexp of the tile is large, else 0, for
-  // `count` queries, whose operands and logsumexp are in w and tile.
+  // tile.correction = log(sum over keys of exp(energy - logsumexp)) where any logsumexp of the tile is large, else 0,
+  // for `count` queries, whose operands and logsumexp are in w and tile.
   void compute_correction(std::int64_t sample, std::int64_t count, const Workspace& w, const Tile& tile) const {
     const std::int64_t columns = padded_columns<P>(count);
     std::fill_n(tile.correction, columns, A(0));
@@ -358,8 +358,8 @@ class PositionBackward {
         tile.add_query_gradient(key_operands, key_tile.size(), query_count, query_mode);
         query_mode = GemmMode::kAdd;
       });
-      // First the sums of a key group, then those of the groups: dS has either sign, so the rounding of large partial sums
-      // grows with the number of additions.
+      // First the sums of a key group, then those of the groups: dS has either sign, so the rounding of large partial
+      // sums grows with the number of additions.
       if (shared.grad_query != nullptr) {
         const std::int64_t offset = unit.sample * query_sums_size() + query_tile.begin * e_;
         const std::int64_t size = e_ * padded_columns<P>(query_count);

@@ -1,13 +1,13 @@
-// The cut of position attention's backward pass into work units: no atomic sums, and a fixed order of every sum, whatever
-// the number of threads.
+// The cut of position attention's backward pass into work units: no atomic sums, and a fixed order of every sum,
+// whatever the number of threads.
 //
-// Keys and queries are cut into groups; unit (key group, query group) adds to the gradients of both. In step t key group g
-// meets query group (g + t) mod steps. The units of one step have different groups, and the units of one group run one
-// after another, so every sum has one order. A unit starts when the previous units of both its groups are done. There is
-// no barrier between steps, and the memory for sums does not grow with the number of threads.
+// Keys and queries are cut into groups; unit (key group, query group) adds to the gradients of both. In step t key
+// group g meets query group (g + t) mod steps. The units of one step have different groups, and the units of one group
+// run one after another, so every sum has one order. A unit starts when the previous units of both its groups are done.
+// There is no barrier between steps, and the memory for sums does not grow with the number of threads.
 //
-// With fewer than kParallelGroups key groups (ANN's 110 keys), the query groups are distributed over replicas, each with
-// its own sums of grad_key and grad_value, which are added in order at the end.
+// With fewer than kParallelGroups key groups (ANN's 110 keys), the query groups are distributed over replicas, each
+// with its own sums of grad_key and grad_value, which are added in order at the end.
 #pragma once
 
 #include <algorithm>
@@ -95,8 +95,8 @@ class PositionSchedule {
 
   // The target size of a group: packing then takes 1.6% of the time of the products.
   static constexpr std::int64_t kGroup = 600;
-  // grad_output is packed twice per key group, so small feature maps are cut along the queries instead (N = 1024, C = 512,
-  // one thread: 16.3 ms with key groups of 128, 14.4 ms with 256).
+  // grad_output is packed twice per key group, so small feature maps are cut along the queries instead (N = 1024,
+  // C = 512, one thread: 16.3 ms with key groups of 128, 14.4 ms with 256).
   static constexpr std::int64_t kSmallestKeyGroup = 256;
   static constexpr std::int64_t kSmallestGroup = 64;
   // Up to this many keys are one group and one tile, which then has the complete sums over keys.

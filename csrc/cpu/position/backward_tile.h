@@ -56,8 +56,8 @@ class PositionBackwardTile {
         4 * scratch_bytes<A>(queries) + (kCentres ? 2 : 1) * scratch_bytes<A>(sizes.key_channels * queries);
   }
 
-  // Computes P and dS. With DeltaSource::kTile also delta; else, where kCentres, adds the tile's part to grad_sum and, in
-  // `mode`, to mean_keys.
+  // Computes P and dS. With DeltaSource::kTile also delta; else, where kCentres, adds the tile's part to grad_sum and,
+  // in `mode`, to mean_keys.
   void differentiate(
       const KeyOperands<T>& key_operands, std::int64_t keys, const QueryOperands<T>& query_operands,
       std::int64_t queries, DeltaSource delta_source, GemmMode mode) const {
@@ -167,9 +167,10 @@ class PositionBackwardTile {
     }
   }
 
-  // panel_delta = scale * mean of dP by P, over the keys of one column panel of `width`. The sum of the weights is 1 but
-  // for the rounding of the logsumexp; without the division, that rounding would leave a sum of energy gradients. For
-  // float the mean is subtracted from dP, and panel_delta is of the rest: rounding the whole mean would leave as much.
+  // panel_delta = scale * mean of dP weighted by P, over the keys of one column panel of `width`. The division by the
+  // sum of the weights, which differs from 1 by the rounding of the logsumexp, keeps the sum of the energy gradients 0.
+  // For float the mean is subtracted from dP and panel_delta is the mean of the rest, because the rounding of the whole
+  // mean would leave a sum of that size too.
   void compute_delta(std::int64_t keys, std::int64_t width, A* panel_delta) const {
     for (std::int64_t i = 0; i < width; i += kLane) {
       V sum{}, total{};

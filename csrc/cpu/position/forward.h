@@ -1,11 +1,11 @@
 // Position attention, forward: online softmax over tiles of keys. Nothing of size queries x keys is stored.
 //
-// Tiles are transposed, key^T query: rows are keys, queries are along vector lanes. So the softmax runs down the columns
-// lane by lane, its result is the B operand of output += value P^T, and value needs no transpose in memory.
+// Tiles are transposed, key^T query: rows are keys, queries are along vector lanes. So the softmax runs down the
+// columns lane by lane, its result is the B operand of output += value P^T, and value needs no transpose in memory.
 //
-// Keys and values are packed once, O(keys) memory. A work unit is a block of up to kBlockVectors vectors of queries, which
-// passes over all keys with its output sums in L2. A query's result depends neither on the cut into blocks nor on the
-// thread.
+// Keys and values are packed once, O(keys) memory. A work unit is a block of up to kBlockVectors vectors of queries,
+// which passes over all keys with its output sums in L2. A query's result depends neither on the cut into blocks nor on
+// the thread.
 #pragma once
 
 #include <cmath>
@@ -160,8 +160,8 @@ class PositionForward {
     store_results(sample, block, sums, maximum, total);
   }
 
-  // products (keys x width, one panel), from q.k to exp(energy - maximum). Updates the running maximum and total of each
-  // column; rescale is the factor of sums with the old maximum.
+  // products (keys x width, one panel), from q.k to exp(energy - maximum). Updates the running maximum and total of
+  // each column; rescale is the factor of sums with the old maximum.
   void softmax_columns(A* products, std::int64_t keys, std::int64_t width, A* maximum, A* total, A* rescale) const {
     const V scale = broadcast<V>(arguments_.scale);
     for (std::int64_t i = 0; i < width; i += kLane) {
@@ -170,8 +170,8 @@ class PositionForward {
       for (std::int64_t j = 0; j < keys; ++j) {
         new_maximum = max(new_maximum, load<V>(products + j * width + i) * scale);
       }
-      // While all energies are -inf, so is the maximum. -inf - -inf would make the sums NaN; an offset of 0 gives weights
-      // of 0.
+      // While all energies are -inf, so is the maximum. -inf - -inf would make the sums NaN; an offset of 0 gives
+      // weights of 0.
       const V offset = select(new_maximum == -std::numeric_limits<A>::infinity(), V{}, new_maximum);
       V sum{};
       for (std::int64_t j = 0; j < keys; ++j) {

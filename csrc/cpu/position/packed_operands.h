@@ -4,8 +4,8 @@
 //   grad_value^T += P^T grad_output^T      A: the tile, strided, B: grad_output (transposed)
 //   grad_key^T   += dS^T query^T           A: the tile, strided, B: query (transposed)
 //   grad_query   += key dS^T               A: key (transposed),  B: the tile
-// Ranges start at multiples of 16 positions and are packed tile by tile. The operands of position i start at element i *
-// channels of each array (pairs: half of that), so a tile's operands are found by its first position.
+// Ranges start at multiples of 16 positions and are packed tile by tile. The operands of position i start at element
+// i * channels of each array (pairs: half of that), so a tile's operands are found by its first position.
 #pragma once
 
 #include "checks/position.h"
