@@ -126,7 +126,7 @@ def test_criss_cross_work_is_the_arithmetic(multiply_adds, dtype, size, padding)
 @pytest.mark.parametrize("shape", [(1, 3, 5, 300, 6), (1, 3, 5, 7, 600), (1, 2, 3, 1, 257), (1, 2, 3, 129, 1)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_long_lines_go_in_blocks_of_queries(shape, dtype):
-    """Beyond 105 rows or 256 columns the weights are computed in blocks of queries, and gradients summed over blocks."""
+    """Beyond 105 rows or 256 columns weights are computed in blocks of queries, and gradients summed over blocks."""
     batch, e, c, height, width = shape
     inputs = [torch.randn(batch, n, height, width).to(dtype) for n in (e, e, c)]
     grad = torch.randn(batch, c, height, width).to(dtype)

@@ -151,7 +151,7 @@ def test_energies_of_minus_infinity():
 @pytest.mark.parametrize("queries", [20, 21])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_keys_of_minus_infinity_have_no_gradient(dtype, queries):
-    """Their weights are 0. The padding of an odd number of queries is 0, and 0 * -inf = NaN must not reach a gradient."""
+    """Their weights are 0. An odd number of queries is padded with 0, and 0 * -inf = NaN must not reach a gradient."""
     query, key, value, grad_output = position_inputs((1, 4, 8, queries, 150), dtype)
     query = query.abs()
     key[:, :, 100:] = -float("inf")
@@ -173,8 +173,8 @@ def test_keys_of_minus_infinity_have_no_gradient(dtype, queries):
     ids=str,
 )
 def test_position_work(library, shape, overhead, dtype):
-    """Multiply-adds, padding included, against NM(E + C) forward and NM(3E + 2C) backward. float32 adds NME for the mean
-    keys where the keys are more than one tile."""
+    """Multiply-adds, padding included, against NM(E + C) forward and NM(3E + 2C) backward. float32 adds NME for the
+    mean keys where the keys are more than one tile."""
     query, key, value, grad_output = position_inputs(shape, dtype)
     _, e, c, n, m = shape
     library.segattn_cpu_take_multiply_adds()

@@ -74,7 +74,7 @@ def test_a_step_of_the_micro_kernel(disassembled, element, multiply):
     assert products == steps * rows * vectors
     assert not [line for line in loop if re.match(r"v?addss|v?addsd", line)]
     fused = name != "baseline"
-    # Without fused multiply-add a product is a copy, a multiplication and an addition; a broadcast a load and a shuffle.
+    # Without FMA a product is a copy, a multiplication and an addition; a broadcast is a load and a shuffle.
     arithmetic = products if fused else 3 * products
     broadcasts = steps * rows if fused else 2 * steps * rows
     assert len(loop) <= arithmetic + broadcasts + steps * (vectors + 8)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-CSRC = Path(__file__).parents[2] / "csrc"
-BACKENDS = ("cpu", "cuda")
+ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "csrc"
+TREES = ("cpu", "cuda")
 FAMILIES = ("position", "criss_cross", "channel")
 FILES = {
     path.relative_to(CSRC).as_posix(): path.read_text()
@@ -19,6 +20,9 @@ TORCH = ("torch/", "ATen/", "c10/")
 # csrc/cpu reach torch through these and through `checks` and registration.h.
 CPU_FILES_THAT_INCLUDE_TORCH = ["cpu/common/parallel.h", "cpu/common/simd.h", "cpu/common/tensors.h"]
 CPU_FILES_THAT_NAME_TORCH = ["cpu/common/parallel.h", "cpu/common/tensors.h"]
+
+# The files that, in an emulated build, include headers of tests/emulator/include.
+FILES_THAT_INCLUDE_THE_EMULATOR = ["cuda/common/device.cu", "cuda/common/launch.cuh", "cuda/common/ptx.cuh"]
 
 
 def includes(file: str, brackets: str) -> list[str]:
@@ -34,24 +38,26 @@ def files_below(folder: str) -> list[str]:
     return [file for file in FILES if file.startswith(folder + "/")]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_folder_for_each_family(backend):
-    assert {file.split("/")[1] for file in files_below(backend)} == {*FAMILIES, "common"}
+@pytest.mark.parametrize("tree", TREES)
+def test_a_folder_for_each_family(tree):
+    assert {file.split("/")[1] for file in files_below(tree)} == {*FAMILIES, "common"}
 
 
 def test_own_headers_are_included_by_their_path_below_csrc():
-    assert not [(file, path) for file in FILES for path in includes(file, '""') if path not in FILES]
+    others = [(file, path) for file in FILES for path in includes(file, '""') if path not in FILES]
+    assert [file for file, _ in others] == FILES_THAT_INCLUDE_THE_EMULATOR
+    assert all((ROOT / "tests" / "emulator" / "include" / path).is_file() for _, path in others)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("folder", [*FAMILIES, "common"])
-def test_a_family_includes_itself_and_what_all_share(backend, folder):
-    """Allowed are the folder itself, its backend's `common`, `checks`, and headers in csrc itself. So no family includes
-    another one, `common` includes no family, and no backend includes the other."""
-    allowed = (f"{backend}/{folder}/", f"{backend}/common/", "checks/")
+def test_a_family_includes_itself_and_what_all_share(tree, folder):
+    """Allowed are the folder itself, its tree's `common`, `checks`, and the headers at the top of csrc. No family
+    includes another one, `common` includes no family, and neither tree includes the other."""
+    allowed = (f"{tree}/{folder}/", f"{tree}/common/", "checks/")
     violations = [
         (file, path)
-        for file in files_below(f"{backend}/{folder}")
+        for file in files_below(f"{tree}/{folder}")
         for path in includes(file, '""')
         if "/" in path and not path.startswith(allowed)
     ]
