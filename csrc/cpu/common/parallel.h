@@ -7,12 +7,12 @@
 //       units depends on the problem's sizes alone. Units start in order, so a unit may wait for an earlier one. work
 //       must not throw.
 //   Scratch::take<T>(count)
-//       The next `count` elements (uninitialised, 64-byte aligned) of the thread's scratch memory, all of which is free
+//       The next `count` elements (uninitialized, 64-byte aligned) of the thread's scratch memory, all of which is free
 //       again at the start of a unit. Throws beyond scratch_bytes.
 //   scratch_bytes<T>(count)
 //       What take<T>(count) consumes. A unit's scratch_bytes is the sum over its calls of take.
 //   Buffer<T>(count)
-//       An aligned, uninitialised array shared by all threads of an op (packed operands, partial sums).
+//       An aligned, uninitialized array shared by all threads of an op (packed operands, partial sums).
 //   thread_count()
 //       Threads of torch's pool.
 #pragma once

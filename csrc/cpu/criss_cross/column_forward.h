@@ -74,7 +74,7 @@ class ColumnForward {
       strip.dot_products(
           arguments.key + key_offset, arguments.query + key_offset, arguments.sizes.key_channels, block, weights);
       for (std::int64_t i = 0; i < block.size(); ++i) {
-        normalise(i);
+        normalize(i);
       }
       strip.sum_over_keys(
           arguments.value + value_offset, arguments.sizes.value_channels, weights, block,
@@ -86,7 +86,7 @@ class ColumnForward {
     }
 
     // The products of a query become exponentials of energies. Its maximum and total are merged with the row's.
-    void normalise(std::int64_t query) const {
+    void normalize(std::int64_t query) const {
       const V scale = broadcast<V>(pass.arguments_.scale);
       const V lowest = broadcast<V>(-std::numeric_limits<A>::infinity());
       A* const row = strip.element(weights, query, 0);

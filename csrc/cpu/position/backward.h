@@ -105,7 +105,7 @@ class PositionBackward {
   struct Shared {
     std::int64_t first_sample;
     A *delta, *correction;  // (samples, N), written by the first unit of a query group
-    A* grad_query;          // null, as mean_keys, where a query group has one unit
+    A* grad_query;          // null where a query group has one unit; mean_keys is then unused
     A* mean_keys;           // M, laid out like grad_query
     A* grad_sum;            // (samples, N), s
     A *grad_key, *grad_value;
@@ -121,7 +121,7 @@ class PositionBackward {
   };
 
   // Sums of E x queries: grad_query and, where s M is subtracted, M.
-  static constexpr std::int64_t kQuerySums = Tile::kCentres ? 2 : 1;
+  static constexpr std::int64_t kQuerySums = Tile::kSubtractsMeanKeys ? 2 : 1;
   std::int64_t query_sums_size() const { return panels_size<P>(e_, n_); }
   std::int64_t key_sums_size() const { return m_ * (padded_columns<P>(e_) + padded_columns<P>(c_)); }
   std::int64_t operands_size() const { return KeyOperands<T>::size(m_, sizes_) + QueryOperands<T>::size(n_, sizes_); }
@@ -132,7 +132,7 @@ class PositionBackward {
     return m_ <= PositionSchedule::kOneGroup ? DeltaSource::kTile : DeltaSource::kOutput;
   }
   // The delta of a tile has no error that is common to its keys.
-  bool subtracts_mean_keys() const { return Tile::kCentres && delta_source() == DeltaSource::kOutput; }
+  bool subtracts_mean_keys() const { return Tile::kSubtractsMeanKeys && delta_source() == DeltaSource::kOutput; }
   // With one key group, each query group has one unit, which completes and stores its gradient.
   static bool keeps_query_sums(const PositionSchedule& schedule) { return schedule.key_groups > 1; }
 

@@ -27,8 +27,8 @@ class PositionBackwardTile {
  public:
   static constexpr std::int64_t kKeys = 128;
   static constexpr std::int64_t kQueries = 4 * panel_columns<P>;
-  // Whether s M is subtracted from grad_query.
-  static constexpr bool kCentres = std::is_same_v<T, float>;
+  // Whether s M is subtracted from grad_query where D comes from the output: for float.
+  static constexpr bool kSubtractsMeanKeys = std::is_same_v<T, float>;
 
   // Of the tile's queries. grad_query and mean_keys are sums over the tiles of a unit, in C panels (E x queries).
   A *logsumexp, *correction, *delta;
@@ -48,16 +48,16 @@ class PositionBackwardTile {
     delta = scratch.take<A>(queries);
     grad_sum = scratch.take<A>(queries);
     grad_query = scratch.take<A>(sizes.key_channels * queries);
-    mean_keys = kCentres ? scratch.take<A>(sizes.key_channels * queries) : nullptr;
+    mean_keys = kSubtractsMeanKeys ? scratch.take<A>(sizes.key_channels * queries) : nullptr;
   }
 
   static std::size_t scratch(const PositionSizes& sizes, std::int64_t keys, std::int64_t queries) {
     return 2 * scratch_bytes<A>(keys * panel_columns<P>) + 3 * scratch_bytes<P>(k_steps<P>(keys * queries)) +
-        4 * scratch_bytes<A>(queries) + (kCentres ? 2 : 1) * scratch_bytes<A>(sizes.key_channels * queries);
+        4 * scratch_bytes<A>(queries) + (kSubtractsMeanKeys ? 2 : 1) * scratch_bytes<A>(sizes.key_channels * queries);
   }
 
-  // Computes P and dS. With DeltaSource::kTile also delta; else, where kCentres, adds the tile's part to grad_sum and,
-  // in `mode`, to mean_keys.
+  // Computes P and dS. With DeltaSource::kTile also delta; else, where kSubtractsMeanKeys, adds the tile's part to
+  // grad_sum and, in `mode`, to mean_keys.
   void differentiate(
       const KeyOperands<T>& key_operands, std::int64_t keys, const QueryOperands<T>& query_operands,
       std::int64_t queries, DeltaSource delta_source, GemmMode mode) const {
@@ -85,7 +85,7 @@ class PositionBackwardTile {
       if (delta_source == DeltaSource::kTile) {
         compute_delta(keys, width, delta + column);
       }
-      if constexpr (kCentres) {
+      if constexpr (kSubtractsMeanKeys) {
         if (delta_source == DeltaSource::kOutput) {
           tile_gemm<P>(
               AOperand<P>::packed(key_operands.key_transposed), weights_, COperand<A>::panels(mean_keys + column * e),
@@ -115,7 +115,7 @@ class PositionBackwardTile {
           clear_padding_query(keys, queries, columns);
         }
       }
-      if constexpr (kCentres) {
+      if constexpr (kSubtractsMeanKeys) {
         if (delta_source == DeltaSource::kOutput) {
           add_rows(energy_grads, keys, width, grad_sum + column);
         }
@@ -181,13 +181,13 @@ class PositionBackwardTile {
       }
       const auto mean_of = [&](V weighted) { return select(total > V{}, weighted / total, V{}); };
       V mean = mean_of(sum);
-      if constexpr (kCentres) {
+      if constexpr (kSubtractsMeanKeys) {
         V rest{};
         for (std::int64_t row = 0; row < keys; ++row) {
           A* const grad = weight_grads_ + row * width + i;
-          const V centred = load<V>(grad) - mean;
-          store(grad, centred);
-          rest = fma(load<V>(weights_ + row * width + i), centred, rest);
+          const V grad_rest = load<V>(grad) - mean;
+          store(grad, grad_rest);
+          rest = fma(load<V>(weights_ + row * width + i), grad_rest, rest);
         }
         mean = mean_of(rest);
       }
