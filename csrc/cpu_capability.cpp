@@ -1,5 +1,5 @@
-// Tells which of the CPU libraries this processor can run: 0 baseline, 1 AVX2, 2 AVX-512, 3 AVX-512 with BF16
-// dot products. A plain C function, asked before any kernel library is loaded (segattn_ops/_library.py).
+// The best CPU library for this processor: 0 baseline, 1 AVX2, 2 AVX-512, 3 AVX-512 with BF16 dot products. A plain C
+// function, because segattn_ops/_library.py calls it before it loads a kernel library.
 
 extern "C" __attribute__((visibility("default"))) int segattn_cpu_capability() {
 #if defined(__x86_64__)

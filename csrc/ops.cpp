@@ -1,14 +1,15 @@
-// Every operator's schema. Shapes: B samples, E query/key channels, C value channels, *S the spatial sizes of the
-// queries, *T those of the keys and values. logsumexp is float32, or float64 where the inputs are.
+// The schemas of all operators. Shapes: B samples, E key channels (of query and key), C value channels, *S the spatial
+// sizes of the queries, *T those of the keys and values. logsumexp is float64 for float64 inputs, else float32.
 #include "registration.h"
 
 SEGATTN_LIBRARY(SEGATTN_NAMESPACE, m) {
-  // query (B, E, *S), key (B, E, *T), value (B, C, *T) -> output (B, C, *S), logsumexp (B, *S), output_low: for 16-bit
-  // types and with_low what rounding took from the output, rounded itself, (B, C, *S); else empty, (B, 0, *S)
+  // query (B, E, *S), key (B, E, *T), value (B, C, *T) -> output (B, C, *S), logsumexp (B, *S), output_low: the
+  // rounding error of output, itself rounded, (B, C, *S), for 16-bit types and with_low; else empty, (B, 0, *S)
   m.def(
       "position_attention(Tensor query, Tensor key, Tensor value, float scale, bool with_low=False)"
       " -> (Tensor output, Tensor logsumexp, Tensor output_low)");
-  // Without output_low, grad_query of 16-bit types carries the rounding of the output (docs/decisions.md).
+  // grad_output, output, output_low (B, C, *S), logsumexp (B, *S) -> gradients of query, key and value.
+  // Without output_low, the rounding of output is an error of grad_query for 16-bit types (docs/decisions.md).
   m.def(
       "position_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output,"
       " Tensor logsumexp, float scale, Tensor? output_low=None)"
@@ -21,10 +22,10 @@ SEGATTN_LIBRARY(SEGATTN_NAMESPACE, m) {
   m.def(
       "channel_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, float scale)"
       " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
-  // input (B, C, *S) as query, key and value at once -> output (B, C, *S), logsumexp (B, C): the energy is
-  // symmetric, which halves the work. With gamma (B, C), in logsumexp's dtype: gamma * attention + input
+  // input (B, C, *S), which is query, key and value -> output (B, C, *S), logsumexp (B, C). The energy is symmetric, so
+  // half of it is computed. With gamma (B, C), in logsumexp's dtype: output = gamma * attention + input
   m.def("channel_self_attention(Tensor input, float scale, Tensor? gamma=None) -> (Tensor output, Tensor logsumexp)");
-  // grad_gamma (B, C), whether there is a gamma or not
+  // grad_input (B, C, *S), grad_gamma (B, C); grad_gamma is computed without a gamma too
   m.def(
       "channel_self_attention_backward(Tensor grad_output, Tensor input, float scale, Tensor? gamma=None)"
       " -> (Tensor grad_input, Tensor grad_gamma)");

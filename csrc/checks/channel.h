@@ -1,4 +1,4 @@
-// What channel attention accepts; called first by the CPU and the CUDA host code.
+// The arguments of channel attention. The CPU and the CUDA host code call these checks first.
 #pragma once
 
 #include <optional>
@@ -9,9 +9,9 @@ namespace segattn {
 
 struct ChannelSizes {
   int64_t batch;            // B
-  int64_t query_channels;   // C, rows of the attention
-  int64_t key_channels;     // K, columns of the attention
-  int64_t query_positions;  // S, contracted in the energy
+  int64_t query_channels;   // C, rows of the attention map
+  int64_t key_channels;     // K, columns of the attention map
+  int64_t query_positions;  // S, summed over in the energy
   int64_t value_positions;  // T, positions of value and output
 };
 

@@ -1,5 +1,5 @@
-// The rules every op checks its arguments by. A broken rule throws std::runtime_error, a RuntimeError in Python,
-// that names op, argument, rule and the value got. segattn_ops/ops/_check.py says the same in the same words.
+// The rules by which the ops check their arguments. A violation throws std::runtime_error (RuntimeError in Python) that
+// names op, argument, rule and actual value. segattn_ops/ops/_check.py has the same rules and messages.
 #pragma once
 
 #include <cmath>
@@ -22,7 +22,7 @@ struct Argument {
   const Tensor& tensor;
 };
 
-// STD_TORCH_CHECK would put the place in this source before the sentence; the caller has no use for it.
+// Not STD_TORCH_CHECK, which puts this source location before the message.
 template <typename... Parts>
 [[noreturn]] void fail(std::string_view op, const Parts&... parts) {
   std::ostringstream message;
@@ -55,7 +55,7 @@ inline bool is_16_bit(ScalarType dtype) {
   return dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
 }
 
-// Float64 for float64 inputs, float32 for all others: the dtype of accumulation and of logsumexp.
+// The dtype of accumulation and of logsumexp: float64 for float64 inputs, else float32.
 inline ScalarType accumulation_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
@@ -65,7 +65,7 @@ inline std::string name_of(const torch::stable::Device& device) {
   return device.is_cpu() || !device.has_index() ? name : name + ":" + std::to_string(device.index());
 }
 
-// "[97, 97]": the sizes from dimension `first` on
+// The sizes from dimension `first` on, as "[97, 97]"
 inline std::string shape_of(const Tensor& tensor, int64_t first = 0) {
   std::string text = "[";
   for (int64_t d = first; d < tensor.dim(); ++d) {
@@ -74,7 +74,7 @@ inline std::string shape_of(const Tensor& tensor, int64_t first = 0) {
   return text + "]";
 }
 
-// Product of the sizes from dimension `first` on: the number of positions.
+// The product of the sizes from dimension `first` on: by default the number of positions of a feature map
 inline int64_t positions_of(const Tensor& tensor, int64_t first = 2) {
   int64_t positions = 1;
   for (int64_t d = first; d < tensor.dim(); ++d) {
@@ -126,7 +126,7 @@ inline void check_feature_map(std::string_view op, const Argument& argument) {
   }
 }
 
-// (batch, channels, height, width), neither height nor width zero
+// (batch, channels, height, width), height and width at least 1
 inline void check_image(std::string_view op, const Argument& argument) {
   if (argument.tensor.dim() != 4) {
     fail(
@@ -175,7 +175,7 @@ inline void check_spatial(std::string_view op, const Argument& argument, const A
   }
 }
 
-// The shape must be that of `like`, in every dimension.
+// All sizes, as opposed to those of check_batch, check_channels, check_spatial.
 inline void check_shape(std::string_view op, const Argument& argument, const Argument& like) {
   if (shape_of(argument.tensor) != shape_of(like.tensor)) {
     fail(

@@ -1,4 +1,4 @@
-// What the criss-cross ops accept; called first by the CPU and the CUDA host code.
+// The arguments of the criss-cross ops. The CPU and the CUDA host code call these checks first.
 #pragma once
 
 #include "checks/check.h"
@@ -12,10 +12,10 @@ struct CrissCrossSizes {
   int64_t height;          // H
   int64_t width;           // W
 
-  int64_t reach() const { return height + width - 1; }  // positions a query sees: its row and its column
+  int64_t reach() const { return height + width - 1; }  // positions of a query's row and column
 };
 
-// A map with one channel for every position of the row and the column: (B, H + W - 1, H, W)
+// (B, H + W - 1, H, W): one channel for each position of the row and the column
 inline void check_reach(std::string_view op, const Argument& argument, const CrissCrossSizes& sizes) {
   check_image(op, argument);
   if (argument.tensor.size(1) != sizes.reach()) {

@@ -1,4 +1,4 @@
-// What position attention accepts; called first by the CPU and the CUDA host code.
+// The arguments of position attention. The CPU and the CUDA host code call these checks first.
 #pragma once
 
 #include <optional>
@@ -37,7 +37,7 @@ inline PositionSizes check_position_attention(
   return {query.size(0), query.size(1), value.size(1), positions_of(query), positions_of(key)};
 }
 
-// Channels of output_low: what position_attention returns besides output where the backward pass will want it.
+// Channels of output_low: C where the op returns the rounding error of output for the backward pass, else 0
 inline int64_t low_channels(const Tensor& value, bool with_low) {
   return with_low && is_16_bit(value.scalar_type()) ? value.size(1) : 0;
 }

@@ -1,4 +1,4 @@
-"""The CPU kernels of criss-cross and channel attention from within: threads, work done, memory, long lines."""
+"""Internals of the CPU kernels of criss-cross and channel attention: threads, work, memory, long lines."""
 
 import ctypes
 import subprocess
@@ -30,7 +30,7 @@ def threads():
 
 @pytest.fixture(scope="module")
 def multiply_adds():
-    """The multiply-adds that the micro-kernels did for a call, padding included."""
+    """The multiply-adds of a call, padding included."""
     library = ctypes.CDLL(str(_library._path(f"_cpu_{CONFIG['instruction_set']}")))
     take = library.segattn_cpu_take_multiply_adds
     take.restype = ctypes.c_int64
@@ -43,13 +43,13 @@ def multiply_adds():
     return of
 
 
-def maps(*channels: int, height: int, width: int, dtype: torch.dtype) -> list[torch.Tensor]:
+def feature_maps(*channels: int, height: int, width: int, dtype: torch.dtype) -> list[torch.Tensor]:
     return [torch.randn(1, c, height, width).to(dtype) for c in channels]
 
 
 def run_criss_cross(height: int, width: int, dtype: torch.dtype) -> list[torch.Tensor]:
     torch.manual_seed(1)
-    q, k, v, grad = maps(12, 12, 37, 37, height=height, width=width, dtype=dtype)
+    q, k, v, grad = feature_maps(12, 12, 37, 37, height=height, width=width, dtype=dtype)
     output, logsumexp = OPERATORS.criss_cross_attention(q, k, v, 0.5)
     grads = OPERATORS.criss_cross_attention_backward(grad, q, k, v, output, logsumexp, 0.5)
     affinity = OPERATORS.criss_cross_affinity(q, k)
@@ -61,7 +61,7 @@ def run_criss_cross(height: int, width: int, dtype: torch.dtype) -> list[torch.T
 
 def run_channel(height: int, width: int, dtype: torch.dtype) -> list[torch.Tensor]:
     torch.manual_seed(1)
-    q, k, v, grad = maps(90, 75, 75, 90, height=height, width=width, dtype=dtype)
+    q, k, v, grad = feature_maps(90, 75, 75, 90, height=height, width=width, dtype=dtype)
     output, logsumexp = OPERATORS.channel_attention(q, k, v, -0.1)
     results = [output, logsumexp]
     results += OPERATORS.channel_attention_backward(grad, q, k, v, -0.1)
@@ -78,7 +78,7 @@ def run_channel(height: int, width: int, dtype: torch.dtype) -> list[torch.Tenso
     [(run_criss_cross, 35, 150), (run_criss_cross, 20, 16), (run_criss_cross, 1, 16), (run_channel, 43, 51)],
 )
 def test_bitwise_equal_for_every_thread_count(threads, run, height, width, dtype):
-    """Work units must not depend on the threads wherever a sum runs across them, and no sum may start early."""
+    """Where a sum runs across work units, the cut must not depend on the threads, nor may a sum start early."""
     results = []
     for count in (1, 2, 3, 2):
         threads(count)
@@ -89,7 +89,7 @@ def test_bitwise_equal_for_every_thread_count(threads, run, height, width, dtype
 
 
 def test_self_attention_computes_half_of_the_energy(multiply_adds):
-    """C = 240, N = 2000. One input: half the energy and the application; blocks on the diagonal, 48 wide, are whole."""
+    """C = 240, N = 2000. One input computes half of the energy, in whole blocks of 48 on the diagonal."""
     x = torch.randn(1, 240, 2000)
     product = 240 * 240 * 2000
     forward = multiply_adds(OPERATORS.channel_self_attention, x, -0.01)
@@ -110,9 +110,9 @@ def test_self_attention_computes_half_of_the_energy(multiply_adds):
     ],
 )
 def test_criss_cross_work_is_the_arithmetic(multiply_adds, dtype, size, padding):
-    """N (H + W) positions by E + C forward, by 3 E + 2 C backward, and N W by E for the rows' mean key. The 97th column
-    takes 4 lanes, not 16, and the 97th position of a row is not padded to a vector (but, of rounded results, it is)."""
-    q, k, v, grad = maps(32, 32, 64, 64, height=size, width=size, dtype=dtype)
+    """N (H + W) pairs times E + C forward, times 3 E + 2 C backward, plus N W E for the rows' mean key. The 97th column
+    takes 4 lanes, not 16. The 97th position of a row is padded to a vector only where results are rounded."""
+    q, k, v, grad = feature_maps(32, 32, 64, 64, height=size, width=size, dtype=dtype)
     output, logsumexp = OPERATORS.criss_cross_attention(q, k, v, 1.0)
     pairs = 2 * size**3
     forward = multiply_adds(OPERATORS.criss_cross_attention, q, k, v, 1.0)
@@ -126,7 +126,7 @@ def test_criss_cross_work_is_the_arithmetic(multiply_adds, dtype, size, padding)
 @pytest.mark.parametrize("shape", [(1, 3, 5, 300, 6), (1, 3, 5, 7, 600), (1, 2, 3, 1, 257), (1, 2, 3, 129, 1)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_long_lines_go_in_blocks_of_queries(shape, dtype):
-    """Beyond 105 rows or 256 columns the weights of a line are made block by block and gradients summed over blocks."""
+    """Beyond 105 rows or 256 columns weights are computed in blocks of queries, and gradients summed over blocks."""
     batch, e, c, height, width = shape
     inputs = [torch.randn(batch, n, height, width).to(dtype) for n in (e, e, c)]
     grad = torch.randn(batch, c, height, width).to(dtype)
@@ -158,7 +158,7 @@ def run(x, q):
     output, logsumexp = operators.channel_self_attention(x, -1.0)
     return output, operators.channel_self_attention_backward(x, x, -1.0)
 
-run(x[:, :, :4, :4], q[:, :, :4, :4])  # code and threads are there
+run(x[:, :, :4, :4], q[:, :, :4, :4])  # loads the code and starts the threads
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 result = run(x, q)
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -170,15 +170,15 @@ print((after - before) * 1024 - sum(t.nbytes for t in kept))
 @pytest.mark.parametrize(
     "op, channels, height, width, limit",
     [
-        # The map of H + W - 1 channels would take 170 MB here, the gradients and the output take 42.
+        # The weights, H + W - 1 channels, would take 170 MB; gradients and output take 42.
         ("criss_cross", 64, 192, 384, 40),
         ("criss_cross", 64, 97, 97, 12),
-        # N is 512 times C: a temporary of the size of the input would take 32 MB.
+        # N is 512 times C: a temporary of the input's size would take 32 MB.
         ("channel_self", 128, 256, 256, 8),
     ],
 )
 def test_extra_memory_is_bounded(op, channels, height, width, limit):
-    """MiB beyond inputs, output and gradients, over forward and backward on two threads."""
+    """The peak in MiB beyond inputs, output and gradients, of forward and backward on two threads."""
     command = [sys.executable, "-c", PEAK, op, str(channels), str(height), str(width)]
     extra = int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
     assert extra <= limit * 2**20

@@ -1,4 +1,4 @@
-"""The CPU kernels from within: exp, work done, memory, threads, every instruction set this processor runs."""
+"""Internals of the CPU kernels: exp, work, memory, threads, every instruction set that this processor supports."""
 
 import ctypes
 import os
@@ -48,7 +48,7 @@ def vector_exp(library: ctypes.CDLL, x: numpy.ndarray) -> numpy.ndarray:
 
 
 def arguments_over_the_range(dtype: type, count: int) -> numpy.ndarray:
-    """Arguments whose exp is a normal number: evenly in the bit pattern (every exponent alike) and evenly in value."""
+    """Arguments whose exp is a normal number, spaced evenly in the bit pattern (all exponents) and in value."""
     info = numpy.finfo(dtype)
     lowest, highest = dtype(numpy.log(info.tiny)), dtype(numpy.log(info.max))
     bits = numpy.int32 if dtype is numpy.float32 else numpy.int64
@@ -98,8 +98,8 @@ def position_forward_backward(query, key, value, grad_output, scale=0.3):
 @pytest.mark.parametrize(
     "shape",
     [
-        *[(1, 24, 40, 1999, 1500), (1, 16, 33, 1500, 110), (3, 8, 20, 97, 50)],  # packed once for all units
-        *[(1, 16, 520, 1500, 1100), (1, 300, 300, 1800, 110)],  # packed unit by unit
+        *[(1, 24, 40, 1999, 1500), (1, 16, 33, 1500, 110), (3, 8, 20, 97, 50)],  # operands shared by all units
+        *[(1, 16, 520, 1500, 1100), (1, 300, 300, 1800, 110)],  # operands packed by each unit
     ],
     ids=str,
 )
@@ -118,7 +118,7 @@ def test_position_is_bitwise_equal_for_every_number_of_threads(threads, shape, d
     "shape", [(2, 8, 16, 35, 35), (1, 33, 70, 200, 110), (1, 16, 40, 700, 333), (1, 9, 520, 1500, 1100)], ids=str
 )
 def test_position_against_float64_autograd(shape, dtype):
-    """Run for every instruction set below, so it stands here beside the op suite."""
+    """tests/ops compares too; this test runs for every instruction set (test_instruction_set)."""
     query, key, value, grad_output = position_inputs(shape, dtype)
 
     def autograd(dtype):
@@ -132,13 +132,13 @@ def test_position_against_float64_autograd(shape, dtype):
     for ours, eager, exact in zip(got, autograd(dtype), autograd(torch.float64), strict=True):
         error = (ours.double() - exact).abs().max()
         eager_error = (eager.double() - exact).abs().max()
-        # In float64 the exact result is eager's own: its error of 0 says nothing, so the floor carries the rounding.
+        # In float64 the exact result is eager's, whose error is then 0: the floor covers the rounding.
         floor = (64 if ours.dtype == torch.float64 else 16) * torch.finfo(ours.dtype).eps
         assert error <= 2 * eager_error + floor * exact.abs().max()
 
 
-def test_scores_of_minus_infinity(threads):
-    """A query whose scores are -inf for a whole tile of keys, and finite later, is not poisoned by -inf - -inf."""
+def test_energies_of_minus_infinity():
+    """Energies of -inf for a whole tile of keys, and finite ones later, give no NaN from -inf - -inf."""
     query, key, value, grad_output = position_inputs((1, 4, 8, 20, 400), torch.float32)
     query = query.abs()
     key[:, :, :300] = -float("inf")
@@ -150,8 +150,8 @@ def test_scores_of_minus_infinity(threads):
 
 @pytest.mark.parametrize("queries", [20, 21])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_keys_of_minus_infinity_have_no_gradient(threads, dtype, queries):
-    """They weigh nothing. The padding of an odd number of queries, 0, times -inf is NaN, which reaches no gradient."""
+def test_keys_of_minus_infinity_have_no_gradient(dtype, queries):
+    """Their weights are 0. An odd number of queries is padded with 0, and 0 * -inf = NaN must not reach a gradient."""
     query, key, value, grad_output = position_inputs((1, 4, 8, queries, 150), dtype)
     query = query.abs()
     key[:, :, 100:] = -float("inf")
@@ -166,15 +166,15 @@ def test_keys_of_minus_infinity_have_no_gradient(threads, dtype, queries):
     ("shape", "overhead"),
     [
         ((1, 64, 512, 33 * 33, 33 * 33), 1.03),  # 1089 queries are 69 vectors of 16
-        # 97 queries are 7 vectors of 16: 1.155, with pairs of keys 1.167; whole panels of 48 would be 1.48
+        # 97 queries are 7 vectors of 16: 1.155, and with pairs of keys 1.167; whole panels of 48 would take 1.48
         ((1, 64, 512, 97, 97), 1.17),
         ((1, 64, 256, 97 * 40, 110), 1.05),
     ],
     ids=str,
 )
 def test_position_work(library, shape, overhead, dtype):
-    """Multiply-adds done, padding included, against NM(E + C) forward and NM(3E + 2C) backward, to which float32 adds
-    the mean keys, NME, where the keys are more than a tile."""
+    """Multiply-adds, padding included, against NM(E + C) forward and NM(3E + 2C) backward. float32 adds NME for the
+    mean keys where the keys are more than one tile."""
     query, key, value, grad_output = position_inputs(shape, dtype)
     _, e, c, n, m = shape
     library.segattn_cpu_take_multiply_adds()
@@ -190,15 +190,15 @@ def test_position_work(library, shape, overhead, dtype):
 @pytest.mark.parametrize(
     ("shape", "key_times", "query_times"),
     [
-        ((1, 64, 512, 16 * 16, 16 * 16), 1, 1),  # a small map: once for all units
+        ((1, 64, 512, 16 * 16, 16 * 16), 1, 1),  # a small feature map: shared by all units
         ((1, 64, 512, 33 * 33, 33 * 33), 1, 1),
-        ((1, 256, 256, 97 * 40, 110), 8, 1),  # every query meets its keys in one unit
+        ((1, 256, 256, 97 * 40, 110), 8, 1),  # one key group: each query is in one unit
         ((1, 64, 512, 48 * 48, 48 * 48), 8, 8),
     ],
     ids=str,
 )
 def test_position_packing(library, shape, key_times, query_times):
-    """How often the backward pass packs its operands: of a key 2 E + C elements, of a query 2 E + 2 C."""
+    """How often the backward pass packs its operands: 2 E + C elements of a key, 2 E + 2 C of a query."""
     query, key, value, grad_output = position_inputs(shape, torch.float32)
     _, e, c, n, m = shape
     output, logsumexp, _ = torch.ops.segattn.position_attention(query, key, value, 0.1)
@@ -219,16 +219,16 @@ def forward_backward(size):
     query, key, value, grad_output = position_inputs((1, 64, 512, size, size), getattr(torch, sys.argv[1]))
     operators = torch.ops.segattn
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)  # what making the inputs left in the heap would hide as much
+        libc.malloc_trim(0)  # heap memory left by the inputs would hide the same amount
     with open("/proc/self/clear_refs", "w") as clear:
-        clear.write("5")  # the peak so far (of making the inputs) is forgotten
+        clear.write("5")  # resets the peak
     before = memory("VmRSS")
     output, logsumexp, _ = operators.position_attention(query, key, value, 0.1)
     gradients = operators.position_attention_backward(grad_output, query, key, value, output, logsumexp, 0.1)
     return memory("VmHWM") - before - sum(t.nbytes for t in (output, logsumexp, *gradients))
 
 torch.set_num_threads(2)
-forward_backward(64)  # threads and libraries are there
+forward_backward(64)  # starts the threads and loads the libraries
 print(forward_backward(97 * 97))
 """
 
@@ -236,19 +236,19 @@ print(forward_backward(97 * 97))
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak is read from Linux's /proc")
 @pytest.mark.parametrize(("dtype", "eager", "part"), [("float32", 1367, 25), ("bfloat16", 664, 15)])
 def test_position_memory(dtype, eager, part):
-    """Extra memory of forward and backward at 97 x 97, E = 64, C = 512; eager's MiB are in docs/results.md."""
+    """Extra memory of forward and backward at 97 x 97, E = 64, C = 512, at most a `part`-th of eager's, in MiB."""
     out = subprocess.run(
         [sys.executable, "-c", MEASURE_MEMORY, dtype], cwd=ROOT, capture_output=True, text=True, timeout=300, check=True
     )
     assert int(out.stdout) <= eager / part * 2**20
 
 
-@pytest.mark.skipif("SEGATTN_CPU_CAPABILITY" in os.environ, reason="one instruction set was asked for")
+@pytest.mark.skipif("SEGATTN_CPU_CAPABILITY" in os.environ, reason="SEGATTN_CPU_CAPABILITY selects one instruction set")
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 def test_instruction_set(name):
-    """This file's other tests again, in a process of their own with that instruction set's library."""
+    """Runs this file's other tests with that instruction set's library, in a separate process."""
     if name == CONFIG["instruction_set"]:
-        pytest.skip("these kernels run in this process already")
+        pytest.skip("the tests of this process use this instruction set")
     tests = ["-k", "exp or autograd or threads or infinity or work or packing", str(Path(__file__))]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],

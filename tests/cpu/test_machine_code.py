@@ -1,7 +1,7 @@
-"""The machine code of the CPU's inner loops, as built: loads and multiply-adds alone, and prefetches that are there.
+"""The machine code of the inner loops of the CPU libraries: only loads and multiply-adds, and prefetches not removed.
 
-Seconds cannot be held by a test, instructions can. Both faults this looks for had been in the libraries unnoticed: an
-addition to zero for every broadcast (AVX2 lost a quarter of its rate), and prefetches that the compiler had removed.
+A test cannot bound seconds, but it can bound instructions. Both faults were in the libraries once: an addition to zero
+for every broadcast (a quarter of the rate of AVX2), and prefetches that the compiler had removed.
 """
 
 import re
@@ -34,7 +34,7 @@ def disassembled(request) -> tuple[str, str]:
     ]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     if "file format elf64-x86-64" not in text:
-        pytest.skip("written for x86 assembly")
+        pytest.skip("reads x86 assembly")
     return request.param, text
 
 
@@ -50,7 +50,7 @@ def functions(text: str, name: str) -> list[list[tuple[int, str]]]:
 
 
 def longest_loop(code: list[tuple[int, str]], operation: str) -> list[str]:
-    """The loop with most of `operation`: what lies between a jump backwards and its target."""
+    """The loop with the most of `operation`; a loop is the code between a backward jump and its target."""
     loops = []
     for address, instruction in code:
         jump = re.match(r"j\w+\s+([0-9a-f]+)\b", instruction)
@@ -63,7 +63,7 @@ def longest_loop(code: list[tuple[int, str]], operation: str) -> list[str]:
 
 @pytest.mark.parametrize("element, multiply", [("float", r"vfmadd\w+ps|mulps"), ("double", r"vfmadd\w+pd|mulpd")])
 def test_a_step_of_the_micro_kernel(disassembled, element, multiply):
-    """One load for a vector of B, one broadcast for an element of A, a multiply-add (SSE2: two) for every sum."""
+    """One load per vector of B, one broadcast per element of A, one multiply-add (SSE2: two instructions) per sum."""
     name, text = disassembled
     rows, vectors = SHAPES[name]
     (code,) = functions(text, rf"detail::micro_kernel<{element}, {rows}, {vectors}>\(")
@@ -74,14 +74,14 @@ def test_a_step_of_the_micro_kernel(disassembled, element, multiply):
     assert products == steps * rows * vectors
     assert not [line for line in loop if re.match(r"v?addss|v?addsd", line)]
     fused = name != "baseline"
-    # Without fused multiply-add each product is copied, multiplied and added; a broadcast is a load and a shuffle.
+    # Without FMA a product is a copy, a multiplication and an addition; a broadcast is a load and a shuffle.
     arithmetic = products if fused else 3 * products
     broadcasts = steps * rows if fused else 2 * steps * rows
     assert len(loop) <= arithmetic + broadcasts + steps * (vectors + 8)
 
 
 def test_products_in_lanes_fetch_ahead(disassembled):
-    """lane_product calls a Prefetch for what is read next and one for the results' places: two instructions each."""
+    """lane_product calls a Prefetch for the next operands and one for the results: two instructions each."""
     _, text = disassembled
     code = functions(text, r"lane_product<float __vector\(\d+\), .*multiply<")
     assert code

@@ -1,12 +1,12 @@
-// Channel attention, backward. With P the attention, dA = dO value^T and dE = scale * P (dA - rowsum(P dA)):
+// Channel attention, backward. With the weights P, dP = grad_output value^T and dS = scale * P (dP - rowsum(P dP)):
 //
-//   three inputs   grad_query = dE key, grad_key = dE^T query, grad_value = P^T dO
-//   one input      grad_input = P^T dO + (dE + dE^T) input, in one pass over positions
-//   with gamma     the same with gamma P for P and gamma dA for dA, and dO added; grad_gamma = rowsum(P dA)
+//   three inputs   grad_query = dS key, grad_key = dS^T query, grad_value = P^T grad_output
+//   one input      grad_input = P^T grad_output + (dS + dS^T) input, in one pass over positions
+//   with gamma     the same with gamma P for P and gamma dP for dP, + grad_output; grad_gamma = rowsum(P dP)
 //
-// The attention is computed again from the energies, whole rows of which are at hand: with their own maximum, as in
-// the forward pass, and not from its log-sum-exp: exp(energy - logsumexp) would lose digits: CAM's energies are in the thousands, so that the
-// rounding of logsumexp alone is worth 2.4e-4 of every weight in float32.
+// The weights are recomputed from whole rows of energies with their own maximum, as in the forward pass, not as
+// exp(energy - logsumexp). DANet's energies are in the thousands, where the rounding of logsumexp alone is an error of
+// 2.4e-4 of every weight in float32.
 #pragma once
 
 #include <array>
@@ -18,14 +18,14 @@ namespace segattn::cpu {
 template <class T>
 struct ChannelBackwardArguments {
   const T* grad_output;           // (B, C, T)
-  const T* query;                 // (B, C, S); null: one input, which is key and value; T = S
+  const T* query;                 // (B, C, S); null: one input, passed as key and value, T = S
   const T* key;                   // (B, K, S)
   const T* value;                 // (B, K, T)
   T* grad_query;                  // (B, C, S); null for one input
-  T* grad_key;                    // (B, K, S), of the input where it is one
+  T* grad_key;                    // (B, K, S); for one input: its gradient
   T* grad_value;                  // (B, K, T); null for one input
-  const AccumulatorOf<T>* gamma;  // (B, C); null without
-  AccumulatorOf<T>* grad_gamma;   // (B, C), one input; null for three
+  const AccumulatorOf<T>* gamma;  // (B, C); null: no gamma
+  AccumulatorOf<T>* grad_gamma;   // (B, C); null for three inputs
   ChannelSizes sizes;
   AccumulatorOf<T> scale;
 };
@@ -53,7 +53,7 @@ class ChannelBackward {
     if (sizes_.batch == 0) {
       return;
     }
-    const std::int64_t samples = samples_at_once(sizes_.batch, sample_size);
+    const std::int64_t samples = samples_together(sizes_.batch, sample_size);
     const Buffer<A> energy(samples * energy_plan_.size());
     const Buffer<A> grad(samples * grad_plan_.size());
     const Buffer<Stored> weights(samples * matrix);
@@ -105,9 +105,9 @@ class ChannelBackward {
     });
   }
 
-  // weights: [samples][C][ld] gets P, or gamma P; the first split of grad becomes dE.
+  // weights: [samples][C][ld] = P, or gamma P. The first split of grad becomes dS.
   void differentiate(std::int64_t first, std::int64_t samples, const A* energy, A* grad, Stored* weights) const {
-    const std::int64_t row_blocks = (sizes_.query_channels + kPanel - 1) / kPanel;
+    const std::int64_t row_blocks = ceil_div(sizes_.query_channels, kPanel);
     parallel_units(samples * row_blocks, 2 * scratch_bytes<A>(kPanel * ld_), [&](std::int64_t unit, Scratch& scratch) {
       const std::int64_t sample = unit / row_blocks;
       const std::int64_t row = unit % row_blocks * kPanel;
@@ -115,8 +115,10 @@ class ChannelBackward {
       A* const row_weights = scratch.take<A>(kPanel * ld_);
       A* const row_grad = scratch.take<A>(kPanel * ld_);
       A* const grad_result = grad + sample * grad_plan_.size();
-      load_rows(energy_plan_, energy + sample * energy_plan_.size(), one_input_, row, rows, row_weights);
-      load_rows(grad_plan_, grad_result, false, row, rows, row_grad);
+      load_rows(
+          energy_plan_, energy + sample * energy_plan_.size(), one_input_ ? Storage::kUpper : Storage::kFull, row, rows,
+          row_weights);
+      load_rows(grad_plan_, grad_result, Storage::kFull, row, rows, row_grad);
       for (std::int64_t r = 0; r < rows; ++r) {
         const std::int64_t at = (first + sample) * sizes_.query_channels + row + r;
         const A gamma = arguments_.gamma == nullptr ? A(1) : arguments_.gamma[at];
@@ -135,10 +137,10 @@ class ChannelBackward {
     });
   }
 
-  // packed: [samples][3]: P^T, then dE + dE^T (one input) or dE^T and dE.
+  // packed: [samples][3]: P^T, then dS + dS^T (one input) or dS^T and dS (three).
   void pack_matrices(std::int64_t samples, const A* grad, const Stored* weights, P* packed) const {
     const std::int64_t rows_most = std::max(sizes_.query_channels, sizes_.key_channels);
-    const std::int64_t blocks = (rows_most + kPanel - 1) / kPanel;
+    const std::int64_t blocks = ceil_div(rows_most, kPanel);
     const std::int64_t widest = round_up(rows_most, kPanel);
     parallel_units(
         samples * blocks, scratch_bytes<A>(kPanel * widest) + scratch_bytes<Stored>(kPanel * widest),
@@ -151,7 +153,7 @@ class ChannelBackward {
         });
   }
 
-  // The rows [row, row + kPanel) of each packed matrix, as far as it has them.
+  // Rows [row, row + kPanel) of each packed matrix, where they exist.
   void pack_blocks(std::int64_t row, const A* grad, const Stored* weights, P* packed, Scratch& scratch) const {
     const std::int64_t channels = sizes_.query_channels;
     const std::int64_t keys = sizes_.key_channels;
@@ -208,7 +210,7 @@ class ChannelBackward {
                      {matrices + packed_size(), arguments_.key + (first + sample) * key_size(), channels}}},
                 arguments_.grad_key + (first + sample) * key_size()};
           },
-          arguments_.gamma != nullptr);
+          arguments_.gamma != nullptr ? Residual::kFirstSource : Residual::kNone);
       return;
     }
     run_application<1>(samples, keys, sizes_.value_positions, [&](std::int64_t sample) {
@@ -231,18 +233,22 @@ class ChannelBackward {
     });
   }
 
-  // job(sample) is the terms of a sample and its output; with `residual` the first term's source is added.
+  // What is added to the output of an application.
+  enum class Residual { kNone, kFirstSource };
+
+  // job(sample) returns a sample's terms and its output.
   template <std::size_t terms, class Job>
   void run_application(
-      std::int64_t samples, std::int64_t rows, std::int64_t positions, const Job& job, bool residual = false) const {
+      std::int64_t samples, std::int64_t rows, std::int64_t positions, const Job& job,
+      Residual residual = Residual::kNone) const {
     const ChannelApplication<T> application(rows, positions, samples);
     const std::int64_t most = std::max(sizes_.query_channels, sizes_.key_channels);
-    parallel_units(
-        samples * application.units(), application.scratch(std::array{most}), [&](std::int64_t unit, Scratch& scratch) {
-          const auto [sample_terms, output] = job(unit / application.units());
-          application.run_unit(
-              unit % application.units(), sample_terms, residual ? sample_terms[0].source : nullptr, output, scratch);
-        });
+    parallel_units(samples * application.units(), application.scratch(most), [&](std::int64_t unit, Scratch& scratch) {
+      const auto [sample_terms, output] = job(unit / application.units());
+      application.run_unit(
+          unit % application.units(), sample_terms,
+          residual == Residual::kFirstSource ? sample_terms[0].source : nullptr, output, scratch);
+    });
   }
 
   ChannelBackwardArguments<T> arguments_;

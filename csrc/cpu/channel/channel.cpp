@@ -1,46 +1,35 @@
 // Channel attention on the CPU: checks, outputs, dtype dispatch, registration.
 #include <optional>
 #include <tuple>
-#include <vector>
 
 #include "cpu/channel/backward.h"
+#include "cpu/channel/forward.h"
 #include "cpu/common/dispatch.h"
+#include "cpu/common/tensors.h"
 #include "registration.h"
 
 namespace segattn::cpu {
 
 namespace {
 
-template <class T>
-const T* data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-template <class T>
-T* mutable_data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-// (B, C) for query (B, C, *S): logsumexp, grad_gamma
-Tensor new_of_channels(const Tensor& query) {
-  return torch::stable::new_empty(query, query.sizes().slice(0, 2), accumulation_dtype(query.scalar_type()));
-}
-
 // query (B, C, *S), key (B, K, *S), value (B, K, *T) -> output (B, C, *T), logsumexp (B, C)
 std::tuple<Tensor, Tensor> channel_attention(Tensor query, Tensor key, Tensor value, double scale) {
   const ChannelSizes sizes = check_channel_attention(query, key, value, scale);
-  for (Tensor* tensor : {&query, &key, &value}) {
-    *tensor = torch::stable::contiguous(*tensor);
-  }
-  std::vector<std::int64_t> shape(value.sizes().begin(), value.sizes().end());
-  shape[1] = sizes.query_channels;
-  Tensor output = torch::stable::new_empty(query, shape);
-  Tensor logsumexp = new_of_channels(query);
+  make_contiguous(query, key, value);
+  Tensor output = new_feature_map(value, sizes.query_channels);
+  Tensor logsumexp = new_channel_statistics(query);
   dispatch_dtype(query.scalar_type(), [&]<class T>() {
     using A = AccumulatorOf<T>;
-    ChannelForward<T>({data<T>(query), data<T>(key), data<T>(value), mutable_data<T>(output),
-                       mutable_data<A>(logsumexp), nullptr, sizes, static_cast<A>(scale)})
-        .run();
+    const ChannelForwardArguments<T> arguments{
+        .query = data<T>(query),
+        .key = data<T>(key),
+        .value = data<T>(value),
+        .output = mutable_data<T>(output),
+        .logsumexp = mutable_data<A>(logsumexp),
+        .gamma = nullptr,
+        .sizes = sizes,
+        .scale = static_cast<A>(scale)};
+    ChannelForward<T>(arguments).run();
   });
   return {output, logsumexp};
 }
@@ -50,43 +39,47 @@ std::tuple<Tensor, Tensor> channel_attention(Tensor query, Tensor key, Tensor va
 std::tuple<Tensor, Tensor, Tensor> channel_attention_backward(
     Tensor grad_output, Tensor query, Tensor key, Tensor value, double scale) {
   const ChannelSizes sizes = check_channel_attention_backward(grad_output, query, key, value, scale);
-  for (Tensor* tensor : {&grad_output, &query, &key, &value}) {
-    *tensor = torch::stable::contiguous(*tensor);
-  }
-  Tensor grad_query = torch::stable::new_empty(query, query.sizes());
-  Tensor grad_key = torch::stable::new_empty(key, key.sizes());
-  Tensor grad_value = torch::stable::new_empty(value, value.sizes());
+  make_contiguous(grad_output, query, key, value);
+  Tensor grad_query = new_like(query);
+  Tensor grad_key = new_like(key);
+  Tensor grad_value = new_like(value);
   dispatch_dtype(query.scalar_type(), [&]<class T>() {
-    ChannelBackward<T>({data<T>(grad_output), data<T>(query), data<T>(key), data<T>(value), mutable_data<T>(grad_query),
-                        mutable_data<T>(grad_key), mutable_data<T>(grad_value), nullptr, nullptr, sizes,
-                        static_cast<AccumulatorOf<T>>(scale)})
-        .run();
+    using A = AccumulatorOf<T>;
+    const ChannelBackwardArguments<T> arguments{
+        .grad_output = data<T>(grad_output),
+        .query = data<T>(query),
+        .key = data<T>(key),
+        .value = data<T>(value),
+        .grad_query = mutable_data<T>(grad_query),
+        .grad_key = mutable_data<T>(grad_key),
+        .grad_value = mutable_data<T>(grad_value),
+        .gamma = nullptr,
+        .grad_gamma = nullptr,
+        .sizes = sizes,
+        .scale = static_cast<A>(scale)};
+    ChannelBackward<T>(arguments).run();
   });
   return {grad_query, grad_key, grad_value};
-}
-
-// gamma (B, C), contiguous, or undefined
-template <class T>
-const AccumulatorOf<T>* gamma_data(const std::optional<Tensor>& gamma) {
-  return gamma.has_value() ? data<AccumulatorOf<T>>(*gamma) : nullptr;
-}
-
-std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? std::optional(torch::stable::contiguous(*tensor)) : std::nullopt;
 }
 
 // input (B, C, *S), gamma (B, C) -> output (B, C, *S), logsumexp (B, C)
 std::tuple<Tensor, Tensor> channel_self_attention(Tensor input, double scale, std::optional<Tensor> gamma) {
   const ChannelSizes sizes = check_channel_self_attention(input, scale, gamma);
-  input = torch::stable::contiguous(input);
-  gamma = contiguous(gamma);
-  Tensor output = torch::stable::new_empty(input, input.sizes());
-  Tensor logsumexp = new_of_channels(input);
+  make_contiguous(input, gamma);
+  Tensor output = new_like(input);
+  Tensor logsumexp = new_channel_statistics(input);
   dispatch_dtype(input.scalar_type(), [&]<class T>() {
     using A = AccumulatorOf<T>;
-    ChannelForward<T>({nullptr, data<T>(input), data<T>(input), mutable_data<T>(output), mutable_data<A>(logsumexp),
-                       gamma_data<T>(gamma), sizes, static_cast<A>(scale)})
-        .run();
+    const ChannelForwardArguments<T> arguments{
+        .query = nullptr,
+        .key = data<T>(input),
+        .value = data<T>(input),
+        .output = mutable_data<T>(output),
+        .logsumexp = mutable_data<A>(logsumexp),
+        .gamma = data<A>(gamma),
+        .sizes = sizes,
+        .scale = static_cast<A>(scale)};
+    ChannelForward<T>(arguments).run();
   });
   return {output, logsumexp};
 }
@@ -95,17 +88,24 @@ std::tuple<Tensor, Tensor> channel_self_attention(Tensor input, double scale, st
 std::tuple<Tensor, Tensor> channel_self_attention_backward(
     Tensor grad_output, Tensor input, double scale, std::optional<Tensor> gamma) {
   const ChannelSizes sizes = check_channel_self_attention_backward(grad_output, input, scale, gamma);
-  grad_output = torch::stable::contiguous(grad_output);
-  input = torch::stable::contiguous(input);
-  gamma = contiguous(gamma);
-  Tensor grad_input = torch::stable::new_empty(input, input.sizes());
-  Tensor grad_gamma = new_of_channels(input);
+  make_contiguous(grad_output, input, gamma);
+  Tensor grad_input = new_like(input);
+  Tensor grad_gamma = new_channel_statistics(input);
   dispatch_dtype(input.scalar_type(), [&]<class T>() {
     using A = AccumulatorOf<T>;
-    ChannelBackward<T>({data<T>(grad_output), nullptr, data<T>(input), data<T>(input), nullptr,
-                        mutable_data<T>(grad_input), nullptr, gamma_data<T>(gamma), mutable_data<A>(grad_gamma), sizes,
-                        static_cast<A>(scale)})
-        .run();
+    const ChannelBackwardArguments<T> arguments{
+        .grad_output = data<T>(grad_output),
+        .query = nullptr,
+        .key = data<T>(input),
+        .value = data<T>(input),
+        .grad_query = nullptr,
+        .grad_key = mutable_data<T>(grad_input),
+        .grad_value = nullptr,
+        .gamma = data<A>(gamma),
+        .grad_gamma = mutable_data<A>(grad_gamma),
+        .sizes = sizes,
+        .scale = static_cast<A>(scale)};
+    ChannelBackward<T>(arguments).run();
   });
   return {grad_input, grad_gamma};
 }

@@ -1,6 +1,6 @@
-// Channel attention, forward: energies contracted over positions, softmax of their rows, application to value.
+// Channel attention, forward: energies contracted over positions, softmax of their rows, weights applied to value.
 //
-// Memory: the splits' energies and the packed attention, C x K each; nothing of the size of the feature maps.
+// Memory: the energies of the splits and the packed weights, C x K each; nothing of a feature map's size.
 #pragma once
 
 #include "checks/channel.h"
@@ -12,18 +12,18 @@ namespace segattn::cpu {
 
 template <class T>
 struct ChannelForwardArguments {
-  const T* query;                 // (B, C, S); null: the same as key
+  const T* query;                 // (B, C, S); null: key
   const T* key;                   // (B, K, S)
   const T* value;                 // (B, K, T)
   T* output;                      // (B, C, T)
   AccumulatorOf<T>* logsumexp;    // (B, C)
-  const AccumulatorOf<T>* gamma;  // (B, C): output = gamma * attention + value, C = K; null: the attention alone
+  const AccumulatorOf<T>* gamma;  // (B, C): output = gamma * attention + value, C = K; null: no gamma
   ChannelSizes sizes;
   AccumulatorOf<T> scale;
 };
 
-// How many samples go at once, when each needs `elements` elements of shared buffers.
-inline std::int64_t samples_at_once(std::int64_t batch, std::int64_t elements) {
+// How many samples are processed together, to bound the memory, if each needs `elements` elements of shared buffers.
+inline std::int64_t samples_together(std::int64_t batch, std::int64_t elements) {
   constexpr std::int64_t kLimit = std::int64_t{1} << 22;
   return std::clamp<std::int64_t>(kLimit / std::max<std::int64_t>(1, elements), 1, batch);
 }
@@ -44,19 +44,19 @@ class ChannelForward {
     if (sizes_.batch == 0) {
       return;
     }
-    const std::int64_t samples = samples_at_once(sizes_.batch, plan_.size());
+    const std::int64_t samples = samples_together(sizes_.batch, plan_.size());
     const Buffer<A> energy(samples * plan_.size());
-    const Buffer<P> attention(samples * attention_size());
+    const Buffer<P> weights(samples * weights_size());
     for (std::int64_t first = 0; first < sizes_.batch; first += samples) {
-      run_samples(first, std::min(samples, sizes_.batch - first), energy.data(), attention.data());
+      run_samples(first, std::min(samples, sizes_.batch - first), energy.data(), weights.data());
     }
   }
 
  private:
-  std::int64_t attention_size() const { return packed_a_size<P>(sizes_.query_channels, sizes_.key_channels); }
+  std::int64_t weights_size() const { return packed_a_size<P>(sizes_.query_channels, sizes_.key_channels); }
 
-  // energy: [samples][splits][C][leading dimension], attention: [samples], packed (C, K)
-  void run_samples(std::int64_t first, std::int64_t samples, A* energy, P* attention) const {
+  // energy: [samples][splits][C][leading dimension]; weights: [samples], a packed A operand (C, K) each
+  void run_samples(std::int64_t first, std::int64_t samples, A* energy, P* weights) const {
     const std::int64_t key_size = sizes_.key_channels * sizes_.query_positions;
     const std::int64_t query_size = sizes_.query_channels * sizes_.query_positions;
     parallel_units(
@@ -71,26 +71,26 @@ class ChannelForward {
         });
 
     const std::int64_t ld = plan_.leading_dimension();
-    const std::int64_t row_blocks = (sizes_.query_channels + kPanel - 1) / kPanel;
+    const std::int64_t row_blocks = ceil_div(sizes_.query_channels, kPanel);
     parallel_units(
         samples * row_blocks,
         scratch_bytes<A>(kPanel * ld) + (kIsPair<P> ? scratch_bytes<StoredOf<P>>(kPanel * ld) : 0),
         [&](std::int64_t unit, Scratch& scratch) {
           const std::int64_t sample = unit / row_blocks;
-          normalise(
+          softmax_rows(
               first + sample, unit % row_blocks * kPanel, energy + sample * plan_.size(),
-              attention + sample * attention_size(), scratch);
+              weights + sample * weights_size(), scratch);
         });
 
     const ChannelApplication<T> application(sizes_.query_channels, sizes_.value_positions, samples);
-    const std::int64_t channels[] = {sizes_.key_channels};
     parallel_units(
-        samples * application.units(), application.scratch(channels), [&](std::int64_t unit, Scratch& scratch) {
+        samples * application.units(), application.scratch(sizes_.key_channels),
+        [&](std::int64_t unit, Scratch& scratch) {
           const std::int64_t sample = unit / application.units();
           const std::int64_t value_size = sizes_.key_channels * sizes_.value_positions;
           const std::int64_t output_size = sizes_.query_channels * sizes_.value_positions;
           const ApplyTerm<T> terms[] = {
-              {attention + sample * attention_size(), arguments_.value + (first + sample) * value_size,
+              {weights + sample * weights_size(), arguments_.value + (first + sample) * value_size,
                sizes_.key_channels}};
           application.run_unit(
               unit % application.units(), terms, arguments_.gamma == nullptr ? nullptr : terms[0].source,
@@ -98,12 +98,12 @@ class ChannelForward {
         });
   }
 
-  // Rows [row, row + kPanel) of one sample's attention.
-  void normalise(std::int64_t sample, std::int64_t row, const A* energy, P* attention, Scratch& scratch) const {
+  // The weights of rows [row, row + kPanel) of one sample.
+  void softmax_rows(std::int64_t sample, std::int64_t row, const A* energy, P* weights, Scratch& scratch) const {
     const std::int64_t ld = plan_.leading_dimension();
     const std::int64_t rows = std::min(kPanel, sizes_.query_channels - row);
     A* const block = scratch.take<A>(kPanel * ld);
-    load_rows(plan_, energy, arguments_.query == nullptr, row, rows, block);
+    load_rows(plan_, energy, arguments_.query == nullptr ? Storage::kUpper : Storage::kFull, row, rows, block);
     for (std::int64_t r = 0; r < rows; ++r) {
       const std::int64_t at = sample * sizes_.query_channels + row + r;
       arguments_.logsumexp[at] = softmax_row(block + r * ld, sizes_.key_channels, arguments_.scale);
@@ -111,7 +111,7 @@ class ChannelForward {
         multiply_row(block + r * ld, sizes_.key_channels, arguments_.gamma[at]);
       }
     }
-    P* const target = attention + row * k_steps<P>(sizes_.key_channels);
+    P* const target = weights + row * k_steps<P>(sizes_.key_channels);
     if constexpr (kIsPair<P>) {
       auto* const stored = scratch.take<StoredOf<P>>(kPanel * ld);
       store_row(stored, block, rows * ld);

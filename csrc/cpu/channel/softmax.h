@@ -1,4 +1,4 @@
-// Channel attention: rows of the C x K matrices: softmax and its derivative.
+// Channel attention: softmax of the rows of C x K matrices, and its gradient.
 #pragma once
 
 #include <cmath>
@@ -9,7 +9,7 @@
 
 namespace segattn::cpu {
 
-// What a matrix is stored as to be packed into P: bfloat16 where two of them make one element.
+// The type in which a matrix is stored before it is packed into P: bfloat16 for pairs, else P.
 template <class P>
 using StoredOf = std::conditional_t<kIsPair<P>, BFloat16, P>;
 
@@ -31,45 +31,46 @@ inline ElementOf<V> horizontal_sum(V vector) {
   return result;
 }
 
-// energy [padded count] becomes softmax(scale * energy) over its first `count` elements, zero beyond. Returns the
-// log-sum-exp. energy has room for whole vectors.
+// row [padded count], from products to softmax(scale * row) over its first `count` elements, zero beyond. Returns the
+// logsumexp.
 template <class A>
-A softmax_row(A* energy, std::int64_t count, A scale) {
+A softmax_row(A* row, std::int64_t count, A scale) {
   using V = Vec<A>;
   constexpr std::int64_t lanes = kLanes<A>;
   constexpr A infinity = std::numeric_limits<A>::infinity();
   for (std::int64_t i = 0; i < count; ++i) {
-    energy[i] *= scale;
+    row[i] *= scale;
   }
-  std::fill(energy + count, energy + round_up(count, lanes), -infinity);
+  std::fill(row + count, row + round_up(count, lanes), -infinity);
   V most = broadcast<V>(-infinity);
   for (std::int64_t i = 0; i < count; i += lanes) {
-    most = max(most, load<V>(energy + i));
+    most = max(most, load<V>(row + i));
   }
   const A maximum = horizontal_max(most);
-  // -inf - -inf would be NaN in the padding; with 0 a row that is all -inf has weights 0 / 0, as everywhere.
+  // With a maximum of -inf the padding would become exp(-inf - -inf) = NaN. An offset of 0 gives 0 / 0 = NaN for the
+  // row's elements, as softmax does.
   const V offset = broadcast<V>(maximum == -infinity ? A(0) : maximum);
   V sum{};
   for (std::int64_t i = 0; i < count; i += lanes) {
-    const V weight = exp(load<V>(energy + i) - offset);
-    store(energy + i, weight);
+    const V weight = exp(load<V>(row + i) - offset);
+    store(row + i, weight);
     sum += weight;
   }
   const A total = horizontal_sum(sum);
   for (std::int64_t i = 0; i < count; i += lanes) {
-    store(energy + i, load<V>(energy + i) * (A(1) / total));
+    store(row + i, load<V>(row + i) * (A(1) / total));
   }
   return maximum + std::log(total);
 }
 
-// grad [padded count], the gradient of the weights, becomes that of the energy:
-// scale * weight * (grad - sum of weight * grad). Returns that sum.
+// grad [padded count], from the gradient of the weights to that of the products:
+// scale * weight * (grad - sum of weight * grad). Returns the sum.
 template <class A>
 A softmax_row_backward(const A* weights, A* grad, std::int64_t count, A scale) {
   using V = Vec<A>;
   constexpr std::int64_t lanes = kLanes<A>;
   V products{};
-  for (std::int64_t i = 0; i < count; i += lanes) {  // beyond `count` both are zero
+  for (std::int64_t i = 0; i < count; i += lanes) {  // the padding is zero
     products = fma(load<V>(weights + i), load<V>(grad + i), products);
   }
   const A dot = horizontal_sum(products);

@@ -1,12 +1,14 @@
 // From a tensor's dtype to a template argument.
 #pragma once
 
+#include <stdexcept>
+
 #include "checks/check.h"
 #include "cpu/common/simd.h"
 
 namespace segattn::cpu {
 
-// Calls use.operator()<T>() with the element type of `dtype`, which the checks have found to be one of the four.
+// Calls use.operator()<T>() with the element type of `dtype`, which the op's checks have accepted.
 template <class Use>
 void dispatch_dtype(ScalarType dtype, const Use& use) {
   switch (dtype) {

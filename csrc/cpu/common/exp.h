@@ -1,11 +1,10 @@
-// exp in vector lanes.
+// exp of vector lanes.
 //
-// exp(x) = 2^n * exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2; exp(r) = 1 + r + r^2 q(r), q a minimax
-// polynomial (fitted for this file; its relative error is 3.1e-9 in float, 9.9e-18 in double: below rounding).
+// exp(x) = 2^n * exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2. exp(r) = 1 + r + r^2 q(r), where q is a minimax
+// polynomial with a relative error of 3.1e-9 in float and 9.9e-18 in double, below rounding.
 //
-// Bound, held by tests/cpu/test_kernels.py over the whole range: relative error at most 1.5 * eps (eps = 2^-23, 2^-52)
-// where the result is a normal number. Results that would be subnormal are 0, so exp(-inf) = 0; exp(+inf) = inf,
-// arguments whose exp overflows give inf, and NaN stays NaN.
+// The relative error is at most 1.5 * eps (eps = 2^-23, 2^-52) where the result is a normal number; tests/cpu verify
+// that over the whole range. Subnormal results are flushed to 0, so exp(-inf) = 0. Overflow gives inf. NaN stays NaN.
 #pragma once
 
 #include <bit>
@@ -25,7 +24,7 @@ template <>
 struct ExpConstants<float> {
   using Bits = std::int32_t;
   static constexpr int mantissa_bits = 23;
-  static constexpr float round_magic = 0x1.8p23f;  // adding it rounds to an integer and leaves that in the low bits
+  static constexpr float round_magic = 0x1.8p23f;  // x + round_magic holds round(x) in its low bits
   static constexpr float inverse_ln2 = 0x1.715476p+0f;
   static constexpr float ln2_high = 0x1.62e4p-1f;  // 15 bits: n * ln2_high is exact for |n| < 2^9
   static constexpr float ln2_low = 0x1.7f7d1cp-20f;
@@ -67,7 +66,7 @@ inline V exp(V x) {
     q = fma(q, r, broadcast<V>(coefficient));
   }
   const V fraction = fma(q, r * r, r) + T(1);
-  // Times 2^n by adding n to the exponent field: unlike a factor 2^n this holds for n = 128 (1024) too.
+  // Adding n to the exponent field multiplies by 2^n. A factor 2^n would overflow for n = 128 (double: 1024).
   const B exponent = bit_cast_vector<B>(shifted) - std::bit_cast<typename C::Bits>(C::round_magic);
   V result = bit_cast_vector<V>(bit_cast_vector<B>(fraction) + (exponent << C::mantissa_bits));
   result = select(x < C::smallest, V{}, result);

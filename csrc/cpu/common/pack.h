@@ -1,24 +1,20 @@
 // Packing for tile_gemm.h: tensors in memory (any dtype) <-> packed A and B operands and C panels.
 //
-// Operand element (row, k) of A, (k, column) of B. `ld` is the distance, in elements, between consecutive indices of
-// the other dimension; the contiguous one is in the name:
+// Operand element (row, k) of A, (k, column) of B. The name says which index is contiguous in memory; `ld` is the
+// distance, in elements, between consecutive values of the other:
 //   pack_a_from_rows    (dst, src, ld, m, k)   A(row, k)    = src[row * ld + k]      transposes
 //   pack_a_from_steps   (dst, src, ld, m, k)   A(row, k)    = src[k * ld + row]      copies
 //   pack_b_from_steps   (dst, src, ld, n, k)   B(k, column) = src[k * ld + column]   copies
 //   pack_b_from_columns (dst, src, ld, n, k)   B(k, column) = src[column * ld + k]   transposes
-// k is the true extent. dst needs packed_a_size<P>(m, k) or packed_b_size<P>(n, k) elements; B's padding columns and the
-// second half of an odd last BFloat16Pair are written as zeros.
+// k is the extent without padding. dst has packed_a_size<P>(m, k) or packed_b_size<P>(n, k) elements. B's padding
+// columns and the second half of an odd last BFloat16Pair become zeros.
 //
 // C panels (accumulator type, as tile_gemm writes them):
-//   pack_b_from_panels<P>(dst, panels, m, n)        C as the B operand of a product over its m rows (float, double: it
-//                                                    is one already, only BFloat16Pair needs this)
-//   b_operand_of_panels<P>(dst, panels, m, n)       that operand: dst, packed, or for float and double the panels
-//   pack_strided_a_from_panels(dst, panel, count)    `count` (even) consecutive accumulators to count / 2 pairs along a
-//                                                    row: with AOperand::strided a product over C's columns
-//   store_panels(dst, ld, panels, m, n)             dst[row * ld + column] = C(row, column) in dst's dtype; with a sixth
-//                                                    argument, residual, C(row, column) + residual[row * ld + column]
+//   pack_b_from_panels<P>(dst, panels, m, n)        BFloat16Pair: C as the B operand of a product over its m rows
+//   b_operand_of_panels<P>(dst, panels, m, n)       that operand: dst, packed; float, double: the panels themselves
+//   store_panels(dst, ld, panels, m, n, residual)   dst[row * ld + column] = C(row, column), + residual, like dst
 //   store_panels_transposed(dst, ld, panels, m, n)  dst[column * ld + row] = C(row, column)
-//   add_panels_transposed(dst, ld, panels, m, n)    dst[column * ld + row] += C(row, column), dst float or double
+//   for_each_panel_vector(panels, m, n, use)        use(row, column, vector, count) for every vector of C
 //   transpose_2d(dst, dst_ld, src, src_ld, rows, columns)   dst[column * dst_ld + row] = src[row * src_ld + column]
 #pragma once
 
@@ -44,11 +40,14 @@ constexpr std::int64_t panels_size(std::int64_t m, std::int64_t n) {
 
 namespace detail {
 
+// The operand that is packed: they differ in the extent and the padding of their panels.
+enum class Operand { kA, kB };
+
 template <class P>
 using LaneOf = std::conditional_t<kIsPair<P>, std::uint32_t, P>;
 
-// `count` (<= n) operand elements of one k step: memory contiguous across the operand's rows or columns.
-// `next` is the following k (pairs only), null at an odd end.
+// `count` (<= n) rows or columns of one k step, contiguous in memory. `next`: the same of the following k (pairs only),
+// null at an odd end.
 template <class P, int n, class T>
 inline VecN<LaneOf<P>, n> load_across(const T* source, const T* next, std::int64_t count) {
   if constexpr (kIsPair<P>) {
@@ -65,7 +64,7 @@ inline VecN<LaneOf<P>, n> load_across(const T* source, const T* next, std::int64
   }
 }
 
-// n consecutive k steps of one row or column, memory contiguous along k; `count` elements are there.
+// n consecutive k steps of one row or column, contiguous in memory; `count` elements exist.
 template <class P, int n, class T>
 inline VecN<LaneOf<P>, n> load_along(const T* source, std::int64_t count) {
   if constexpr (kIsPair<P>) {
@@ -81,35 +80,35 @@ inline VecN<LaneOf<P>, n> load_along(const T* source, std::int64_t count) {
   }
 }
 
-// Rows of a panel that starts at `first`: A keeps what is left, B pads to whole vectors.
-template <class P, bool is_b>
+// Rows or columns of the panel that starts at `first`: A does not pad, B pads to whole vectors.
+template <class P, Operand operand>
 constexpr std::int64_t width_of_panel(std::int64_t extent, std::int64_t first) {
-  if constexpr (is_b) {
+  if constexpr (operand == Operand::kB) {
     return panel_width<P>(extent, first);
   } else {
     return std::min<std::int64_t>(kRows<P>, extent - first);
   }
 }
 
-template <class P, bool is_b>
-inline constexpr std::int64_t panel_extent = is_b ? panel_columns<P> : kRows<P>;
+template <class P, Operand operand>
+inline constexpr std::int64_t panel_extent = operand == Operand::kB ? panel_columns<P> : kRows<P>;
 
-template <class P, bool is_b>
-inline constexpr int pack_lanes = is_b ? kLanes<AccumulatorOf<P>> : kRows<P>;
+template <class P, Operand operand>
+inline constexpr int pack_lanes = operand == Operand::kB ? kLanes<AccumulatorOf<P>> : kRows<P>;
 
-// Memory contiguous across the panel. Steps go in blocks, so that the lines of source and panel are used up while
-// they are in the first-level cache.
-template <class P, bool is_b, class T>
+// Memory contiguous across the panel. Steps are processed in blocks, so that the cache lines of source and panel are
+// used completely while they are in L1.
+template <class P, Operand operand, class T>
 void pack_across(P* target, const T* source, std::int64_t ld, std::int64_t extent, std::int64_t k) {
-  constexpr int n = pack_lanes<P, is_b>;
+  constexpr int n = pack_lanes<P, operand>;
   constexpr std::int64_t per_step = kIsPair<P> ? 2 : 1;
   constexpr std::int64_t block = 16;
   count_packed(extent * k);
   const std::int64_t steps = k_steps<P>(k);
   for (std::int64_t first_step = 0; first_step < steps; first_step += block) {
     const std::int64_t last_step = std::min(steps, first_step + block);
-    for (std::int64_t first = 0; first < extent; first += panel_extent<P, is_b>) {
-      const std::int64_t width = width_of_panel<P, is_b>(extent, first);
+    for (std::int64_t first = 0; first < extent; first += panel_extent<P, operand>) {
+      const std::int64_t width = width_of_panel<P, operand>(extent, first);
       for (std::int64_t step = first_step; step < last_step; ++step) {
         const T* row = source + step * per_step * ld + first;
         const T* next = kIsPair<P> && step * 2 + 1 < k ? row + ld : nullptr;
@@ -129,15 +128,15 @@ void pack_across(P* target, const T* source, std::int64_t ld, std::int64_t exten
 }
 
 // Memory contiguous along k: n x n blocks are transposed in registers.
-template <class P, bool is_b, class T>
+template <class P, Operand operand, class T>
 void pack_along(P* target, const T* source, std::int64_t ld, std::int64_t extent, std::int64_t k) {
-  constexpr int n = pack_lanes<P, is_b>;
+  constexpr int n = pack_lanes<P, operand>;
   constexpr std::int64_t per_step = kIsPair<P> ? 2 : 1;
   using V = VecN<LaneOf<P>, n>;
   count_packed(extent * k);
   const std::int64_t steps = k_steps<P>(k);
-  for (std::int64_t first = 0; first < extent; first += panel_extent<P, is_b>) {
-    const std::int64_t width = width_of_panel<P, is_b>(extent, first);
+  for (std::int64_t first = 0; first < extent; first += panel_extent<P, operand>) {
+    const std::int64_t width = width_of_panel<P, operand>(extent, first);
     for (std::int64_t i = 0; i < width; i += n) {
       const std::int64_t rows = std::min<std::int64_t>(n, extent - first - i);
       const std::int64_t stored = std::min<std::int64_t>(n, width - i);
@@ -178,7 +177,10 @@ void pack_along(P* target, const T* source, std::int64_t ld, std::int64_t extent
   }
 }
 
-// Calls use(row, first_column, vector, count) for every vector of C panels; `count` true columns are in it.
+}  // namespace detail
+
+// Calls use(row, column, vector, count) for every vector of C panels (m x n): C(row, column ...), `count` columns
+// without padding.
 template <class Accumulator, class Use>
 void for_each_panel_vector(const Accumulator* panels, std::int64_t m, std::int64_t n, const Use& use) {
   using V = Vec<Accumulator>;
@@ -194,60 +196,27 @@ void for_each_panel_vector(const Accumulator* panels, std::int64_t m, std::int64
   }
 }
 
-// Transposes C panels block by block; emit(column, first_row, vector of rows, count of rows).
-template <class Accumulator, class Emit>
-void for_each_panel_column(const Accumulator* panels, std::int64_t m, std::int64_t n, const Emit& emit) {
-  using V = Vec<Accumulator>;
-  constexpr int lanes = kLanes<Accumulator>;
-  for (std::int64_t first = 0; first < n; first += panel_columns<Accumulator>) {
-    const std::int64_t width = panel_width<Accumulator>(n, first);
-    for (std::int64_t i = 0; i < width; i += lanes) {
-      const std::int64_t columns = std::min<std::int64_t>(lanes, n - first - i);
-      for (std::int64_t row = 0; row < m; row += lanes) {
-        const std::int64_t rows = std::min<std::int64_t>(lanes, m - row);
-        const Accumulator* block = panels + first * m + row * width + i;
-        V vectors[lanes];
-#pragma GCC unroll 16
-        for (int r = 0; r < lanes; ++r) {
-          vectors[r] = r < rows ? load<V>(block + r * width) : V{};
-        }
-        transpose(vectors);
-        Accumulator buffer[lanes][lanes];
-#pragma GCC unroll 16
-        for (int c = 0; c < lanes; ++c) {
-          store(buffer[c], vectors[c]);
-        }
-        for (std::int64_t c = 0; c < columns; ++c) {
-          emit(first + i + c, row, load<V>(buffer[c]), rows);
-        }
-      }
-    }
-  }
-}
-
-}  // namespace detail
-
 template <class P, class T>
 void pack_a_from_rows(P* target, const T* source, std::int64_t ld, std::int64_t m, std::int64_t k) {
-  detail::pack_along<P, false>(target, source, ld, m, k);
+  detail::pack_along<P, detail::Operand::kA>(target, source, ld, m, k);
 }
 
 template <class P, class T>
 void pack_a_from_steps(P* target, const T* source, std::int64_t ld, std::int64_t m, std::int64_t k) {
-  detail::pack_across<P, false>(target, source, ld, m, k);
+  detail::pack_across<P, detail::Operand::kA>(target, source, ld, m, k);
 }
 
 template <class P, class T>
 void pack_b_from_steps(P* target, const T* source, std::int64_t ld, std::int64_t n, std::int64_t k) {
-  detail::pack_across<P, true>(target, source, ld, n, k);
+  detail::pack_across<P, detail::Operand::kB>(target, source, ld, n, k);
 }
 
 template <class P, class T>
 void pack_b_from_columns(P* target, const T* source, std::int64_t ld, std::int64_t n, std::int64_t k) {
-  detail::pack_along<P, true>(target, source, ld, n, k);
+  detail::pack_along<P, detail::Operand::kB>(target, source, ld, n, k);
 }
 
-// Rounds row pairs (2s, 2s + 1) of C panels to the pairs of step s; lanes stay where they are.
+// Rounds rows 2s and 2s + 1 of C panels to the pairs of step s; lanes do not move.
 template <class P>
 void pack_b_from_panels(P* target, const float* panels, std::int64_t m, std::int64_t n) {
   static_assert(kIsPair<P>, "C panels of float and double are B operands already");
@@ -279,61 +248,48 @@ const P* b_operand_of_panels(P* target, const AccumulatorOf<P>* panels, std::int
   }
 }
 
-inline void pack_strided_a_from_panels(BFloat16Pair* target, const float* panel, std::int64_t count) {
-  constexpr int lanes = kLanes<float>;
-  auto* out = reinterpret_cast<BFloat16*>(target);
-  for (std::int64_t i = 0; i < count; i += lanes) {
-    narrow<lanes>(out + i, load<Vec<float>>(panel + i));
-  }
-}
-
 template <class T>
 void store_panels(
     T* target, std::int64_t ld, const AccumulatorOf<T>* panels, std::int64_t m, std::int64_t n,
     const T* residual = nullptr) {
-  constexpr int lanes = kLanes<AccumulatorOf<T>>;
-  detail::for_each_panel_vector(
-      panels, m, n, [&](std::int64_t row, std::int64_t column, auto vector, std::int64_t count) {
-        if (residual != nullptr) {
-          const T* const at = residual + row * ld + column;
-          vector += read_vector(at, count);
-        }
-        if (count == lanes) {
-          narrow<lanes>(target + row * ld + column, vector);
-        } else {
-          narrow_partial<lanes>(target + row * ld + column, vector, count);
-        }
-      });
+  for_each_panel_vector(panels, m, n, [&](std::int64_t row, std::int64_t column, auto vector, std::int64_t count) {
+    if (residual != nullptr) {
+      vector += read_vector(residual + row * ld + column, count);
+    }
+    write_vector(target + row * ld + column, vector, count);
+  });
 }
 
 template <class T>
 void store_panels_transposed(
     T* target, std::int64_t ld, const AccumulatorOf<T>* panels, std::int64_t m, std::int64_t n) {
-  constexpr int lanes = kLanes<AccumulatorOf<T>>;
-  detail::for_each_panel_column(
-      panels, m, n, [&](std::int64_t column, std::int64_t row, auto vector, std::int64_t count) {
-        if (count == lanes) {
-          narrow<lanes>(target + column * ld + row, vector);
-        } else {
-          narrow_partial<lanes>(target + column * ld + row, vector, count);
+  using A = AccumulatorOf<T>;
+  using V = Vec<A>;
+  constexpr int lanes = kLanes<A>;
+  for (std::int64_t first = 0; first < n; first += panel_columns<A>) {
+    const std::int64_t width = panel_width<A>(n, first);
+    for (std::int64_t i = 0; i < width; i += lanes) {
+      const std::int64_t columns = std::min<std::int64_t>(lanes, n - first - i);
+      for (std::int64_t row = 0; row < m; row += lanes) {
+        const std::int64_t rows = std::min<std::int64_t>(lanes, m - row);
+        const A* const block = panels + first * m + row * width + i;
+        V vectors[lanes];
+#pragma GCC unroll 16
+        for (int r = 0; r < lanes; ++r) {
+          vectors[r] = r < rows ? load<V>(block + r * width) : V{};
         }
-      });
-}
-
-template <class Accumulator>
-void add_panels_transposed(
-    Accumulator* target, std::int64_t ld, const Accumulator* panels, std::int64_t m, std::int64_t n) {
-  constexpr int lanes = kLanes<Accumulator>;
-  using V = Vec<Accumulator>;
-  detail::for_each_panel_column(
-      panels, m, n, [&](std::int64_t column, std::int64_t row, auto vector, std::int64_t count) {
-        Accumulator* out = target + column * ld + row;
-        if (count == lanes) {
-          store(out, load<V>(out) + vector);
-        } else {
-          store_partial(out, load_partial<V>(out, count) + vector, count);
+        transpose(vectors);
+        A buffer[lanes][lanes];
+#pragma GCC unroll 16
+        for (int c = 0; c < lanes; ++c) {
+          store(buffer[c], vectors[c]);
         }
-      });
+        for (std::int64_t c = 0; c < columns; ++c) {
+          write_vector(target + (first + i + c) * ld + row, load<V>(buffer[c]), rows);
+        }
+      }
+    }
+  }
 }
 
 template <class T>

@@ -1,18 +1,20 @@
 // Threads and scratch memory.
 //
 //   parallel_units(units, scratch_bytes, work)
-//       calls work(unit, scratch) once for every unit in [0, units), on all threads of torch's pool. Threads take the
-//       next free unit, so slow cores do less. What a unit computes must not depend on which thread runs it nor on
-//       the number of threads: then results are bitwise equal for every thread count. Choose the cut into units by
-//       the sizes of the problem alone wherever a sum runs across units. Units start in order, so a unit may wait for
-//       an earlier one; work must not throw.
+//       Calls work(unit, scratch) once for every unit in [0, units), on all threads of torch's pool. Each thread takes
+//       the next free unit, so slower cores do fewer. Results must be bitwise equal for every thread count: what a unit
+//       computes depends neither on the thread nor on their number, and where a sum runs across units, the cut into
+//       units depends on the problem's sizes alone. Units start in order, so a unit may wait for an earlier one. work
+//       must not throw.
 //   Scratch::take<T>(count)
-//       the next `count` elements (uninitialised, 64-byte aligned) of the thread's part of the call's scratch memory. A
-//       unit starts with the whole part free again. Asking for more than scratch_bytes in all throws.
+//       The next `count` elements (uninitialized, 64-byte aligned) of the thread's scratch memory, all of which is free
+//       again at the start of a unit. Throws beyond scratch_bytes.
 //   scratch_bytes<T>(count)
-//       what take<T>(count) uses up: sum these to get the scratch_bytes of a unit.
+//       What take<T>(count) consumes. A unit's scratch_bytes is the sum over its calls of take.
 //   Buffer<T>(count)
-//       one aligned, uninitialised array shared by all threads of an op (packed operands, partial sums).
+//       An aligned, uninitialized array shared by all threads of an op (packed operands, partial sums).
+//   thread_count()
+//       Threads of torch's pool.
 #pragma once
 
 #include <algorithm>
@@ -25,11 +27,12 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include "cpu/common/math.h"
 #include "cpu/common/work_counter.h"
 
 namespace segattn::cpu {
 
-inline constexpr std::size_t kAlignment = 64;
+inline constexpr std::int64_t kAlignment = 64;
 
 struct AlignedDelete {
   void operator()(std::byte* memory) const { ::operator delete(memory, std::align_val_t{kAlignment}); }
@@ -42,7 +45,7 @@ inline AlignedMemory allocate_aligned(std::size_t bytes) {
 
 template <class T>
 constexpr std::size_t scratch_bytes(std::int64_t count) {
-  return (static_cast<std::size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
+  return static_cast<std::size_t>(round_up(count * static_cast<std::int64_t>(sizeof(T)), kAlignment));
 }
 
 class Scratch {
@@ -77,15 +80,18 @@ class Buffer {
   AlignedMemory memory_;
 };
 
+inline std::int64_t thread_count() {
+  return static_cast<std::int64_t>(torch::stable::get_num_threads());
+}
+
 template <class Work>
 void parallel_units(std::int64_t units, std::size_t scratch_bytes, const Work& work) {
   if (units <= 0) {
     return;
   }
-  const std::int64_t threads =
-      std::min(units, std::max<std::int64_t>(1, static_cast<std::int64_t>(torch::stable::get_num_threads())));
-  // The caller takes the memory of all threads: a worker's own would come from glibc's heap of that thread, which gives
-  // it back to the system after every call (16 x 16 positions, backward: 12% of the time on page faults).
+  const std::int64_t threads = std::min(units, std::max<std::int64_t>(1, thread_count()));
+  // The caller allocates for all threads. Memory that a worker allocates comes from its own glibc heap, which returns
+  // it to the system after every call (16 x 16 positions, backward: 12% of the time in page faults).
   const AlignedMemory memory = allocate_aligned(static_cast<std::size_t>(threads) * scratch_bytes);
   std::atomic<std::int64_t> next{0};
   const auto run = [&](std::int64_t thread) {
@@ -100,7 +106,7 @@ void parallel_units(std::int64_t units, std::size_t scratch_bytes, const Work& w
     run(0);
     return;
   }
-  // One iteration a thread; torch may hand several to one thread, or run all serially inside another parallel region.
+  // One iteration per thread. torch may give several to one thread, or run all serially in a nested parallel region.
   torch::stable::parallel_for(0, threads, 1, [&](std::int64_t begin, std::int64_t end) {
     for (; begin < end; ++begin) {
       run(begin);

@@ -1,22 +1,25 @@
-// Fetching ahead, between the parts of a product, what the processor does not see coming: stretches of a map's rows.
+// Software prefetch between the parts of a product, for accesses that the hardware prefetchers do not predict: runs of
+// a feature map's rows.
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 
+#include "cpu/common/math.h"
+
 namespace segattn::cpu {
 
-// The line of `address` into the second-level cache, to be written if it is not const. GCC 12 takes a function that does
-// nothing but prefetch for one without effects and drops its calls; the empty assembly keeps them.
+// Fetches the cache line of `address` into L2, for writing unless it is const. GCC 12 drops calls of a function that
+// does nothing but prefetch, as free of side effects; the empty assembly keeps them.
 template <class T>
 inline void prefetch_to_l2(T* address) {
   __builtin_prefetch(address, std::is_const_v<T> ? 0 : 1, 2);
   asm volatile("");
 }
 
-// Runs of `length` elements, `inner` of them `inner_stride` apart, and that `outer` times, `outer_stride` apart. Each call
-// fetches a share of them, so that all have been fetched after so many calls as it says there will be. It counts along:
-// divisions in each call took a tenth of the time of a product.
+// Fetches outer x inner runs of `length` elements, `outer_stride` and `inner_stride` apart. A call fetches an equal
+// share: after `calls` calls all runs have been fetched. The position is kept incrementally: divisions in each call
+// took a tenth of a product's time.
 template <class T>
 class Prefetch {
  public:
@@ -33,7 +36,7 @@ class Prefetch {
   void operator()(std::int64_t calls) {
     constexpr std::int64_t line = 64 / static_cast<std::int64_t>(sizeof(T));
     if (share_ == 0) {
-      share_ = (left_ + calls - 1) / calls;
+      share_ = ceil_div(left_, calls);
     }
     const std::int64_t count = left_ < share_ ? left_ : share_;
     left_ -= count;
@@ -57,7 +60,7 @@ class Prefetch {
   std::int64_t share_ = 0;
 };
 
-// For a product with nothing to do between its parts.
+// For a product without prefetch.
 struct DoNothing {
   void operator()(std::int64_t) const {}
 };

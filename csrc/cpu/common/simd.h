@@ -1,18 +1,18 @@
 // SIMD layer of the CPU kernels: GCC/Clang vector extensions, one native register wide.
 //
-//   Vec<T>            kLanes<T> lanes of float, double, int32_t, ... (64 bytes with AVX-512, 32 with AVX2, else 16)
-//   VecN<T, n>        n lanes; the compiler splits what is wider than a register
-//   load / store      unaligned; load_partial / store_partial touch only the first `count` elements
-//   broadcast<T>(x)   one value in all lanes; + - * / and comparisons are the language's own operators
-//   fma(a, b, c)      a * b + c, fused where the processor fuses
-//   max(a, b)         NaN in `b` stays (a > b ? a : b)
+//   Vec<T>               kLanes<T> lanes of float, double, int32_t, ... (64 bytes with AVX-512, 32 with AVX2, else 16)
+//   VecN<T, n>           n lanes; the compiler splits vectors wider than a register
+//   load / store         unaligned; load_partial / store_partial access only the first `count` elements
+//   broadcast<V>(x)      one value in all lanes; + - * / and comparisons are the language's operators
+//   fma(a, b, c)         a * b + c, fused where the processor has FMA
+//   max(a, b)            a > b ? a : b, so a NaN in `b` is kept
 //   select(mask, a, b)   lane-wise mask ? a : b
-//   widen / narrow    float16, bfloat16, float32, float64 elements in memory <-> lanes of the accumulator type
-//   exp(x)            see exp.h
+//   widen / narrow       float16, bfloat16, float32, float64 elements in memory <-> lanes of the accumulator type
+//   transpose(rows)      square transpose in registers
 //
-// Why not at::vec: it is ATen's, not part of the stable ABI (torch/headeronly carries only its half conversions),
-// and costs seconds of compile time in each of the four builds of every file. The same source here serves SSE2,
-// AVX2, AVX-512 and NEON; what the language cannot say (float16 conversion, bfloat16 rounding) is in this file.
+// at::vec is not an option: it is part of ATen, outside the stable ABI, and costs seconds of compile time in each of
+// the four builds of every file. This source serves SSE2, AVX2, AVX-512 and NEON. Intrinsics appear only where the
+// language has no operation: float16 conversion, bfloat16 rounding, masked moves.
 #pragma once
 
 #include <cstdint>
@@ -51,7 +51,7 @@ inline constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
 template <class T>
 using Vec = VecN<T, kLanes<T>>;
 
-// Type in which sums are kept: float64 for float64, float32 for all else.
+// The type of sums: double for double, float for every other T.
 template <class T>
 using AccumulatorOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -84,7 +84,7 @@ inline To bit_cast_vector(From value) {
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
 namespace detail {
 
-// A bit for each of `bytes` (0 .. 64) bytes.
+// The lowest `bytes` (0 .. 64) bits.
 inline std::uint64_t byte_mask(std::int64_t bytes) {
   return bytes == 0 ? 0 : ~std::uint64_t{0} >> (64 - bytes);
 }
@@ -92,8 +92,8 @@ inline std::uint64_t byte_mask(std::int64_t bytes) {
 }  // namespace detail
 #endif
 
-// First `count` (0 .. width) elements; the other lanes are zero. Where there are no masked moves this is a call of memcpy
-// and a load that waits for its stores.
+// The first `count` (0 .. width) elements; the other lanes are zero. Without masked moves this is a call of memcpy and
+// a load that stalls on store forwarding.
 template <class V>
 inline V load_partial(const ElementOf<V>* source, std::int64_t count) {
   V result{};
@@ -135,10 +135,10 @@ inline void store_partial(ElementOf<V>* target, V value, std::int64_t count) {
 
 template <class V>
 inline V broadcast(ElementOf<V> value) {
-  return value - V{};  // exact, and known to be: 0 + value would have to turn -0 into 0, an addition for each broadcast
+  return value - V{};  // folds to a broadcast; value + V{} does not, as it turns -0 into 0
 }
 
-// GCC and Clang contract a * b + c of one expression at their default -ffp-contract.
+// GCC and Clang contract a * b + c within an expression at their default -ffp-contract.
 template <class V>
 inline V fma(V a, V b, V c) {
   return a * b + c;
@@ -154,7 +154,7 @@ inline V select(M mask, V a, V b) {
   return mask ? a : b;
 }
 
-// ---- elements of any supported dtype <-> lanes of the accumulator type ------------------------------------
+// ---- Elements of any supported dtype <-> lanes of the accumulator type ------------------------------------
 
 namespace detail {
 
@@ -203,7 +203,7 @@ inline VecN<std::uint16_t, n> half_bits(VecN<float, n> value) {
 
 }  // namespace detail
 
-// Bits of the bfloat16 nearest to each lane (ties to even; NaN stays NaN) in the low half of 32-bit lanes.
+// The bits of each lane rounded to bfloat16 (to nearest, ties to even; NaN stays NaN), in the low half of 32-bit lanes.
 template <int n>
 inline VecN<std::uint32_t, n> bfloat16_bits(VecN<float, n> value) {
   using U = VecN<std::uint32_t, n>;
@@ -244,20 +244,20 @@ inline VecN<BitsOf<T>, n> narrow_bits(VecN<AccumulatorOf<T>, n> value) {
 
 }  // namespace detail
 
-// n elements at `source` as float (double for double) lanes.
+// n elements of any dtype as accumulator lanes.
 template <int n, class T>
 inline VecN<AccumulatorOf<T>, n> widen(const T* source) {
   return detail::widen_bits<T, n>(load<VecN<detail::BitsOf<T>, n>>(source));
 }
 
-// The first `count`; the other lanes are zero.
+// The first `count` elements; the other lanes are zero.
 template <int n, class T>
 inline VecN<AccumulatorOf<T>, n> widen_partial(const T* source, std::int64_t count) {
   using Bits = detail::BitsOf<T>;
   return detail::widen_bits<T, n>(load_partial<VecN<Bits, n>>(reinterpret_cast<const Bits*>(source), count));
 }
 
-// Rounds n accumulator lanes to T (nearest, ties to even) and stores them.
+// Rounds n accumulator lanes to T (to nearest, ties to even) and stores them.
 template <int n, class T>
 inline void narrow(T* target, VecN<AccumulatorOf<T>, n> value) {
   store(target, detail::narrow_bits<T, n>(value));
@@ -268,18 +268,29 @@ inline void narrow_partial(T* target, VecN<AccumulatorOf<T>, n> value, std::int6
   store_partial(reinterpret_cast<detail::BitsOf<T>*>(target), detail::narrow_bits<T, n>(value), count);
 }
 
-// A vector of elements, or its first `count`, where fewer than a vector are left.
+// A vector of elements, of which only the first `count` are read if `count` is less than a vector.
 template <class T>
 inline Vec<AccumulatorOf<T>> read_vector(const T* source, std::int64_t count) {
   constexpr int n = kLanes<AccumulatorOf<T>>;
   return count >= n ? widen<n>(source) : widen_partial<n>(source, count);
 }
 
-// ---- square transposes in registers -------------------------------------------------------------------------
+// The counterpart: writes only the first `count` elements if `count` is less than a vector.
+template <class T>
+inline void write_vector(T* target, Vec<AccumulatorOf<T>> vector, std::int64_t count) {
+  constexpr int n = kLanes<AccumulatorOf<T>>;
+  if (count >= n) {
+    narrow<n>(target, vector);
+  } else {
+    narrow_partial<n>(target, vector, count);
+  }
+}
+
+// ---- Square transposes in registers -------------------------------------------------------------------------
 
 namespace detail {
 
-// One butterfly stage: swaps the off-diagonal distance x distance blocks of `low` (row i) and `high` (row i + distance).
+// A butterfly stage: swaps the off-diagonal distance x distance blocks of `low` (row i) and `high` (row i + distance).
 template <int distance, class V, std::size_t... lane>
 inline void transpose_stage(V& low, V& high, std::index_sequence<lane...>) {
   constexpr int n = sizeof...(lane);
@@ -304,7 +315,7 @@ inline void transpose_stages(V (&rows)[n]) {
 
 }  // namespace detail
 
-// rows[i][j] becomes rows[j][i]; n (4, 8 or 16) rows of n lanes.
+// Swaps rows[i][j] and rows[j][i]; n (4, 8 or 16) rows of n lanes.
 template <class V, int n>
 inline void transpose(V (&rows)[n]) {
   static_assert(kWidthOf<V> == n);

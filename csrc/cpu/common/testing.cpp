@@ -1,4 +1,4 @@
-// Plain C functions for tests/cpu/test_kernels.py, which reaches into the loaded library through ctypes.
+// Plain C functions that tests/cpu call through ctypes.
 #include "cpu/common/exp.h"
 #include "cpu/common/work_counter.h"
 
@@ -20,7 +20,7 @@ void exp_of_array(const T* source, T* target, std::int64_t count) {
 
 }  // namespace segattn::cpu
 
-// Multiply-adds of the tile products since the last call.
+// Multiply-adds of tile_gemm and lane_product since the last call.
 SEGATTN_TEST_FUNCTION std::int64_t segattn_cpu_take_multiply_adds() {
   return segattn::cpu::total_multiply_adds.exchange(0, std::memory_order_relaxed);
 }

@@ -1,28 +1,28 @@
-// Register-blocked tile GEMM: C[M x N] (+)= A[M x K] B[K x N] on packed operands in L1/L2-sized buffers.
-// The same micro-kernels serve every op of the CPU backend.
+// Register-blocked tile GEMM: C[M x N] (+)= A[M x K] B[K x N] on packed operands in buffers of L1 or L2 size.
+// The micro-kernels serve every op of the CPU backend.
 //
 // Packed element P    of dtype            accumulator
-//   float             float32, float16,   float         (16-bit inputs are widened when packed,
-//                     bfloat16                           where the processor has no vdpbf16ps)
+//   float             float32, float16,   float         (without vdpbf16ps, 16-bit inputs are widened when packed)
+//                     bfloat16
 //   double            float64             double
 //   BFloat16Pair      bfloat16            float         two consecutive k in one 32-bit element (AVX-512 BF16 only)
-// PackedOf<T> is the element to pack dtype T into. The K index of a packed operand counts elements: k_steps<P>(k) =
-// k, or ceil(k / 2) for pairs (an odd k is padded with a zero, on both sides).
+// PackedOf<T> is the packed element of dtype T. The K index of a packed operand counts elements, k_steps<P>(k): k, or
+// ceil(k / 2) for pairs (an odd k is padded with zeros in both operands).
 //
-// Shapes. The micro-kernel holds kRows<P> x (kColumnVectors<P> * kLanes) sums in registers: vectors run along N.
-//   A is cut into row panels of kRows rows; panel p starts at element p * kRows * K_steps and holds [K_steps][rows],
-//     rows = kRows but for the last panel, which has just the rows that are left: no padding, no waste.
-//   B is cut into column panels of panel_columns<P> columns; panel p starts at element p * panel_columns * K_steps and
-//     holds [K_steps][width], width = panel_columns but for the last panel, which is as wide as the vectors left over
-//     need: only the last vector is padded (with zeros). padded_columns<P>(N) is the total width.
-//   C is row-major with a row stride (`row_major`; rows must have room for padded_columns), or in the panels of a B
-//     operand with K = M (`panels`): so the result of one product is the B operand of the next (after
-//     pack_b_from_panels for BFloat16Pair; for float and double it is one already).
-//   pack.h makes packed operands. An A operand need not be packed: any (k, row) strides will do (`AOperand::strided`),
-//     for instance a tile held in C panels, read transposed: then nothing has to be transposed in memory.
+// Layouts. The micro-kernel keeps kRows<P> x (kColumnVectors<P> * kLanes) sums in registers; vectors run along N.
+//   A consists of row panels of kRows rows. The panel of row r starts at element r * K_steps and is [K_steps][rows].
+//     The last panel has only the remaining rows: A has no padding.
+//   B consists of column panels of panel_columns<P> columns. The panel of column c starts at element c * K_steps and is
+//     [K_steps][width]. The last panel is as wide as the remaining vectors, so only the last vector is padded (with
+//     zeros). padded_columns<P>(N) is the total width.
+//   C is row-major with a row stride (`row_major`; rows hold padded_columns elements), or in the panels of a B operand
+//     with K = M (`panels`), so that the result of one product is the B operand of the next (float, double: as it is;
+//     BFloat16Pair: after pack_b_from_panels).
+//   pack.h packs operands. A need not be packed: `AOperand::strided` takes any (k, row) strides, for instance a tile in
+//     C panels read transposed, so that no tile is transposed in memory.
 //
-// Modes: store C = AB; add C += AB; scale_add C = C * column_scale[n] + AB (the rescaling of the online softmax for free).
-// Sums run over k in order, in blocks of kBlockSteps, whatever the panel: a result does not depend on the tiling of M and N.
+// Modes: kStore C = AB; kAdd C += AB; kScaleAdd C = C * column_scale[n] + AB (the rescaling of the online softmax, at
+// no extra cost). Sums run over k in order, in blocks of kBlockSteps: results do not depend on the tiling of M and N.
 //
 //   tile_gemm<P>(a, b, c, M, N, K_steps, mode, column_scale, meanwhile)
 #pragma once
@@ -30,8 +30,10 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
+#include "cpu/common/math.h"
 #include "cpu/common/prefetch.h"
 #include "cpu/common/simd.h"
 #include "cpu/common/work_counter.h"
@@ -53,8 +55,8 @@ using PackedOf = AccumulatorOf<T>;
 template <class P>
 inline constexpr bool kIsPair = std::is_same_v<P, BFloat16Pair>;
 
-// 24 accumulators + 3 (NEON 6) B vectors + 1 broadcast of 32 registers; 12 + 3 + 1 of 16; without fused multiply-add the
-// product needs a register of its own.
+// Registers: 24 accumulators + 3 (NEON 6) vectors of B + 1 broadcast of 32; 12 + 3 + 1 of 16. Without fused
+// multiply-add the product takes one more, hence 8 accumulators.
 #if defined(__AVX512F__)
 template <class P>
 inline constexpr int kRows = 8;
@@ -77,22 +79,18 @@ template <class P>
 inline constexpr int kColumnVectors = 2;
 #endif
 
-// Block of k for which a B panel (48 columns of float: 24 KB) stays in a first-level cache of 32 KB.
+// The block of k for which a B panel (48 columns of float: 24 KB) fits a 32 KB L1.
 inline constexpr std::int64_t kBlockSteps = 128;
 
 template <class P>
 inline constexpr std::int64_t panel_columns = kColumnVectors<P> * kLanes<AccumulatorOf<P>>;
 
-// Channel attention packs A from blocks of as many rows as a panel has columns.
+// Channel attention packs A in blocks of panel_columns rows, which must be whole row panels.
 static_assert(panel_columns<float> % kRows<float> == 0 && panel_columns<double> % kRows<double> == 0);
-
-constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
 
 template <class P>
 constexpr std::int64_t k_steps(std::int64_t k) {
-  return kIsPair<P> ? (k + 1) / 2 : k;
+  return kIsPair<P> ? ceil_div(k, 2) : k;
 }
 
 template <class P>
@@ -100,7 +98,7 @@ constexpr std::int64_t padded_columns(std::int64_t columns) {
   return round_up(columns, kLanes<AccumulatorOf<P>>);
 }
 
-// Width of the column panel that starts at `first_column`.
+// The width of the column panel that starts at `first_column`.
 template <class P>
 constexpr std::int64_t panel_width(std::int64_t columns, std::int64_t first_column) {
   return std::min(panel_columns<P>, padded_columns<P>(columns) - first_column);
@@ -127,7 +125,7 @@ struct COperand {
   static COperand row_major(Accumulator* data, std::int64_t row_stride) { return {data, row_stride}; }
 };
 
-enum class GemmMode { store, add, scale_add };
+enum class GemmMode { kStore, kAdd, kScaleAdd };
 
 namespace detail {
 
@@ -136,14 +134,14 @@ struct MicroKernelArguments {
   using Accumulator = AccumulatorOf<P>;
   std::int64_t steps;
   const P* a;
-  const P* next_a;         // the row panel that comes next, fetched into the first-level cache meanwhile
-  std::int64_t next_step;  // elements of it for a step
+  const P* next_a;         // the next row panel, prefetched into L1
+  std::int64_t next_step;  // its elements to advance per step
   std::int64_t a_step, a_row;
   const P* b;  // [steps][vectors]
   Accumulator* c;
   std::int64_t c_row;
   GemmMode mode;
-  const Accumulator* column_scale;  // [vectors], for scale_add
+  const Accumulator* column_scale;  // [vectors], for kScaleAdd
 };
 
 inline void multiply_add(Vec<float>& sum, float a, Vec<float> b) {
@@ -179,7 +177,7 @@ void micro_kernel(const MicroKernelArguments<P>& arguments) {
   const P* next_a = arguments.next_a;
   const std::int64_t next_step = arguments.next_step;
   const std::int64_t a_row = arguments.a_row;
-  // The hardware does not fetch ahead across pages, and a panel of A fills one; C comes from the second-level cache.
+  // C is in L2, and the hardware prefetcher does not cross pages, each of which a panel of A fills.
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 16
@@ -208,12 +206,12 @@ void micro_kernel(const MicroKernelArguments<P>& arguments) {
   }
 #pragma GCC unroll 16
   for (int v = 0; v < vectors; ++v) {
-    const V scale = arguments.mode == GemmMode::scale_add ? load<V>(arguments.column_scale + v * lanes)
+    const V scale = arguments.mode == GemmMode::kScaleAdd ? load<V>(arguments.column_scale + v * lanes)
                                                           : broadcast<V>(Accumulator(1));
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
       Accumulator* target = arguments.c + r * arguments.c_row + v * lanes;
-      store(target, arguments.mode == GemmMode::store ? sum[r][v] : fma(load<V>(target), scale, sum[r][v]));
+      store(target, arguments.mode == GemmMode::kStore ? sum[r][v] : fma(load<V>(target), scale, sum[r][v]));
     }
   }
 }
@@ -234,8 +232,8 @@ inline constexpr auto kMicroKernels =
 
 }  // namespace detail
 
-// a: M x K, packed or strided; b: K x N in column panels; c: M x N; column_scale: [padded_columns(N)] for scale_add.
-// meanwhile(parts) is called before each micro-kernel, to fetch what is needed next.
+// a: M x K, packed or strided; b: K x N in column panels; c: M x N; column_scale: [padded_columns(N)] for kScaleAdd.
+// meanwhile(parts) is called before each of the `parts` micro-kernels, to prefetch what is needed next.
 template <class P, class Meanwhile = DoNothing>
 void tile_gemm(
     AOperand<P> a, const P* b, COperand<AccumulatorOf<P>> c, std::int64_t m, std::int64_t n, std::int64_t steps,
@@ -243,12 +241,12 @@ void tile_gemm(
   using Accumulator = AccumulatorOf<P>;
   constexpr std::int64_t lanes = kLanes<Accumulator>;
   count_multiply_adds(m * padded_columns<P>(n) * steps * (kIsPair<P> ? 2 : 1));
-  const std::int64_t parts = std::max<std::int64_t>(1, (steps + kBlockSteps - 1) / kBlockSteps) *
-      ((n + panel_columns<P> - 1) / panel_columns<P>)*((m + kRows<P> - 1) / kRows<P>);
+  const std::int64_t parts =
+      std::max<std::int64_t>(1, ceil_div(steps, kBlockSteps)) * ceil_div(n, panel_columns<P>) * ceil_div(m, kRows<P>);
   detail::MicroKernelArguments<P> arguments{};
   for (std::int64_t first_step = 0; first_step == 0 || first_step < steps; first_step += kBlockSteps) {
     arguments.steps = std::min(kBlockSteps, steps - first_step);
-    arguments.mode = first_step == 0 ? mode : GemmMode::add;
+    arguments.mode = first_step == 0 ? mode : GemmMode::kAdd;
     for (std::int64_t column = 0; column < n; column += panel_columns<P>) {
       const std::int64_t width = panel_width<P>(n, column);
       arguments.b = b + column * steps + first_step * width;
@@ -268,8 +266,7 @@ void tile_gemm(
           arguments.a_step = a.step_stride;
           arguments.a_row = a.row_stride;
           arguments.next_a = arguments.a + rows * a.row_stride;
-          arguments.next_step =
-              a.step_stride == 1 ? 0 : rows;  // rows that lie one behind the other, but for whole maps
+          arguments.next_step = a.step_stride == 1 ? 0 : rows;  // row-major: only the first line of the next rows
         }
         arguments.c = c_panel + row * arguments.c_row;
         meanwhile(parts);

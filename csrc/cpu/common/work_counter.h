@@ -1,6 +1,6 @@
-// Counts the multiply-adds that tile_gemm and lane_product really do, padding included, and the elements that pack.h
-// packs from tensors, so that tests can hold the work of an op against its arithmetic without a clock. A thread counts
-// for itself; parallel_units adds up when the thread is done.
+// Counts the multiply-adds that tile_gemm and lane_product execute, padding included, and the elements that pack.h
+// packs from tensors. Tests compare the counts with an op's arithmetic, which needs no clock. Each thread counts for
+// itself; parallel_units adds its counts to the totals when the thread is done.
 #pragma once
 
 #include <atomic>

@@ -1,10 +1,15 @@
-// What the passes of criss-cross attention read and write.
+// The tensors and sizes of criss-cross attention's passes.
 #pragma once
 
 #include "checks/criss_cross.h"
 #include "cpu/common/simd.h"
 
 namespace segattn::cpu {
+
+struct ImageSize {
+  std::int64_t height, width;
+  std::int64_t positions() const { return height * width; }
+};
 
 template <class T>
 struct CrissCrossForwardArguments {

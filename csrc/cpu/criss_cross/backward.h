@@ -1,14 +1,14 @@
-// Criss-cross attention, backward, with the forward's log-sum-exp and D = sum_c grad_output * output for both branches:
+// Criss-cross attention, backward. With the forward's logsumexp and D = sum_c grad_output * output (delta):
 //
 //   P = exp(scale * key . query - logsumexp), dP = value . grad_output, dS = scale * P * (dP - D)
 //   grad_value = grad_output P^T, grad_query = key dS, grad_key = query dS^T
 //
-// along rows, which write the gradients, then along columns, which add to them.
+// The row pass, here, writes the gradients of the rows; the column pass (column_backward.h) adds those of the columns.
 //
-// D comes from an output that is rounded to its dtype. An error of D is common to all keys of a query: it leaves in
-// grad_query a multiple of the query's mean key, M = key P, that does not average out. In exact arithmetic the sum S of
-// a query's dS over its row and column is zero, so grad_query - S M is the same gradient, and in it that error cancels.
-// The row pass keeps its part of S and M, the column pass corrects with both parts.
+// D is computed from an output that is rounded to its dtype. An error of D is the same for all keys of a query, so it
+// does not average out: it adds a multiple of the query's mean key, M = key P, to grad_query. In exact arithmetic the
+// sum s of a query's dS over its row and column is zero, so grad_query - s M is the same gradient, and in it the error
+// cancels. The row pass stores its parts of s and M; the column pass corrects with both parts.
 #pragma once
 
 #include "cpu/common/exp.h"
@@ -27,10 +27,10 @@ class CrissCrossBackward {
  public:
   explicit CrissCrossBackward(const CrissCrossBackwardArguments<T>& arguments)
       : arguments_(arguments),
-        map_{arguments.sizes.height, arguments.sizes.width},
-        delta_(arguments.sizes.batch * map_.positions()),
-        grad_sum_(arguments.sizes.batch * map_.positions()),
-        mean_key_(arguments.sizes.batch * arguments.sizes.key_channels * map_.positions()) {}
+        image_{arguments.sizes.height, arguments.sizes.width},
+        delta_(arguments.sizes.batch * image_.positions()),
+        grad_sum_(arguments.sizes.batch * image_.positions()),
+        mean_key_(arguments.sizes.batch * arguments.sizes.key_channels * image_.positions()) {}
 
   void run() const {
     run_rows();
@@ -38,25 +38,26 @@ class CrissCrossBackward {
   }
 
  private:
-  // A row's memory. Weights take a slot of `slot` elements; transposed they go to the slot before their own.
+  // A row's scratch memory. `weights` and `grads` are two slots of `slot` elements each: the panels in the second,
+  // their transposed or packed form in the first.
   struct Workspace {
     std::int64_t slot, columns;
     std::int64_t key_sums_size, value_sums_size;
-    A* weights = nullptr;   // P, then P^T
-    A* grads = nullptr;     // dP, dS, dS^T
+    A* weights = nullptr;   // P and P^T
+    A* grads = nullptr;     // dP, then dS, and dS^T
     A* delta = nullptr;     // of the row
     A* grad_sum = nullptr;  // of a block of queries
     A* key_sums = nullptr;
     A* value_sums = nullptr;
 
-    Workspace(MapSizes map, const CrissCrossSizes& sizes, const RowProducts<T>& products)
-        : columns(padded_columns<P>(map.width)),
+    Workspace(ImageSize image, const CrissCrossSizes& sizes, const RowProducts<T>& products)
+        : columns(padded_columns<P>(image.width)),
           key_sums_size(products.sums_size(sizes.key_channels)),
           value_sums_size(products.sums_size(sizes.value_channels)) {
-      const std::int64_t transposed = packed_b_size<P>(map.width, products.block());
+      const std::int64_t transposed = packed_b_size<P>(image.width, products.block());
       slot = std::max(
-          panels_size<P>(map.width, products.block()),
-          kIsPair<P> ? packed_b_size<P>(products.block(), map.width) + transposed : transposed);
+          panels_size<P>(image.width, products.block()),
+          kIsPair<P> ? packed_b_size<P>(products.block(), image.width) + transposed : transposed);
     }
 
     std::size_t scratch() const {
@@ -76,10 +77,10 @@ class CrissCrossBackward {
 
   void run_rows() const {
     const CrissCrossSizes& sizes = arguments_.sizes;
-    const RowProducts<T> products(map_, std::max(sizes.key_channels, sizes.value_channels));
-    const Workspace shared(map_, sizes, products);
+    const RowProducts<T> products(image_, std::max(sizes.key_channels, sizes.value_channels));
+    const Workspace shared(image_, sizes, products);
     for_each_row(
-        map_, sizes.batch, products, shared.scratch(),
+        image_, sizes.batch, products, shared.scratch(),
         [&](std::int64_t sample, const RowProducts<T>& row, Scratch& scratch) {
           Workspace workspace = shared;
           workspace.take(scratch);
@@ -88,70 +89,71 @@ class CrissCrossBackward {
         });
   }
 
-  // D of the row's positions, kept for the column pass.
+  // D of the row's positions, stored for the column pass too.
   void compute_delta(std::int64_t sample, const RowProducts<T>& row, A* delta) const {
     constexpr std::int64_t kAhead = 4;
-    const std::int64_t positions = map_.positions();
+    const std::int64_t positions = image_.positions();
     const std::int64_t channels = arguments_.sizes.value_channels;
-    std::fill_n(delta, padded_columns<P>(map_.width), A(0));
+    std::fill_n(delta, padded_columns<P>(image_.width), A(0));
     for (std::int64_t c = 0; c < channels; ++c) {
       const std::int64_t offset = (sample * channels + c) * positions + row.offset();
       if (c + kAhead < channels) {
-        Prefetch(arguments_.grad_output + offset + kAhead * positions, 1, 0, 1, 0, map_.width)(1);
-        Prefetch(arguments_.output + offset + kAhead * positions, 1, 0, 1, 0, map_.width)(1);
+        Prefetch(arguments_.grad_output + offset + kAhead * positions, 1, 0, 1, 0, image_.width)(1);
+        Prefetch(arguments_.output + offset + kAhead * positions, 1, 0, 1, 0, image_.width)(1);
       }
-      for (std::int64_t x = 0; x < map_.width; x += kLane) {
-        const std::int64_t n = std::min(kLane, map_.width - x);
+      for (std::int64_t x = 0; x < image_.width; x += kLane) {
+        const std::int64_t n = std::min(kLane, image_.width - x);
         store(
             delta + x,
             fma(read_vector(arguments_.grad_output + offset + x, n), read_vector(arguments_.output + offset + x, n),
                 load<V>(delta + x)));
       }
     }
-    std::copy_n(delta, map_.width, delta_.data() + sample * positions + row.offset());
+    std::copy_n(delta, image_.width, delta_.data() + sample * positions + row.offset());
   }
 
   void differentiate(std::int64_t sample, const RowProducts<T>& row, const Workspace& workspace) const {
     const CrissCrossSizes& sizes = arguments_.sizes;
-    const std::int64_t width = map_.width;
-    const std::int64_t key_offset = sample * sizes.key_channels * map_.positions();
-    const std::int64_t value_offset = sample * sizes.value_channels * map_.positions();
+    const std::int64_t width = image_.width;
+    const std::int64_t key_offset = sample * sizes.key_channels * image_.positions();
+    const std::int64_t value_offset = sample * sizes.value_channels * image_.positions();
     const T* const grad_output = arguments_.grad_output + value_offset;
-    const A* const logsumexp = arguments_.logsumexp + sample * map_.positions() + row.offset();
+    const A* const logsumexp = arguments_.logsumexp + sample * image_.positions() + row.offset();
     A* const weights = workspace.weights + workspace.slot;
     A* const grads = workspace.grads + workspace.slot;
     // Elements of P and A have the same size.
     P* const transposed_weights = reinterpret_cast<P*>(workspace.weights);
     P* const packed_grads = reinterpret_cast<P*>(workspace.grads);
-    for (std::int64_t first = 0; first < width; first += row.block()) {
-      const std::int64_t queries = std::min(row.block(), width - first);
-      row.score(
-          arguments_.key + key_offset, arguments_.query + key_offset, sizes.key_channels, first, queries, weights);
-      row.score(arguments_.value + value_offset, grad_output, sizes.value_channels, first, queries, grads);
+    row.for_each_block([&](Range block) {
+      const std::int64_t queries = block.size();
+      row.dot_products(arguments_.key + key_offset, arguments_.query + key_offset, sizes.key_channels, block, weights);
+      row.dot_products(arguments_.value + value_offset, grad_output, sizes.value_channels, block, grads);
       differentiate_softmax(
-          weights, grads, width, queries, logsumexp + first, workspace.delta + first, workspace.grad_sum);
-      std::copy_n(workspace.grad_sum, queries, grad_sum_.data() + sample * map_.positions() + row.offset() + first);
+          weights, grads, width, queries, logsumexp + block.begin, workspace.delta + block.begin, workspace.grad_sum);
+      std::copy_n(
+          workspace.grad_sum, queries, grad_sum_.data() + sample * image_.positions() + row.offset() + block.begin);
 
       const auto sum_keys = [&](const A* panels, P* packed, T* target) {
         const P* const operand = b_operand_of_panels<P>(packed, panels, width, queries);
-        row.apply(
-            arguments_.key + key_offset, sizes.key_channels, 0, width, operand, first, queries, target + key_offset);
+        row.weighted_sum(
+            arguments_.key + key_offset, sizes.key_channels, {0, width}, operand, block, target + key_offset);
       };
       sum_keys(weights, transposed_weights, mean_key_.data());
       pack_b_from_transposed_panels<P>(transposed_weights, weights, width, queries);
       row.accumulate(
-          grad_output, sizes.value_channels, first, queries, transposed_weights, workspace.value_sums,
+          grad_output, sizes.value_channels, block, transposed_weights, workspace.value_sums,
           arguments_.grad_value + value_offset);
       sum_keys(grads, packed_grads, arguments_.grad_query);
       const std::int64_t transposed = kIsPair<P> ? packed_b_size<P>(queries, width) : 0;
       pack_b_from_transposed_panels<P>(packed_grads + transposed, grads, width, queries);
       row.accumulate(
-          arguments_.query + key_offset, sizes.key_channels, first, queries, packed_grads + transposed,
-          workspace.key_sums, arguments_.grad_key + key_offset);
-    }
+          arguments_.query + key_offset, sizes.key_channels, block, packed_grads + transposed, workspace.key_sums,
+          arguments_.grad_key + key_offset);
+    });
   }
 
-  // weights (keys x queries): energies to P; grads: dP to dS; grad_sum [queries]: sums of dS as the products take it.
+  // C panels (keys x queries): weights, from q.k to P; grads, from dP to dS. grad_sum [queries]: the sums of dS,
+  // rounded as the products use it.
   void differentiate_softmax(
       A* weights, A* grads, std::int64_t keys, std::int64_t queries, const A* logsumexp, const A* delta,
       A* grad_sum) const {
@@ -185,10 +187,10 @@ class CrissCrossBackward {
   }
 
   CrissCrossBackwardArguments<T> arguments_;
-  MapSizes map_;
-  Buffer<A> delta_;     // (B, H, W)
-  Buffer<A> grad_sum_;  // (B, H, W): S of the rows
-  Buffer<T> mean_key_;  // (B, E, H, W): M of the rows; a rounding of it only scales the correction
+  ImageSize image_;
+  Buffer<A> delta_;     // (B, H, W), D
+  Buffer<A> grad_sum_;  // (B, H, W), the rows' part of s
+  Buffer<T> mean_key_;  // (B, E, H, W), the rows' part of M; its rounding only scales the correction
 };
 
 }  // namespace segattn::cpu

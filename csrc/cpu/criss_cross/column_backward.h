@@ -1,4 +1,4 @@
-// Criss-cross attention, backward, the column pass: adds the columns' part to the gradients that the row pass has written.
+// Criss-cross attention, backward, the column pass: adds the columns' part to the gradients that the row pass wrote.
 #pragma once
 
 #include "cpu/common/exp.h"
@@ -8,12 +8,12 @@
 
 namespace segattn::cpu {
 
-// What the row pass leaves to the column pass.
+// Statistics of the row pass, symbols as in backward.h.
 template <class T>
 struct RowBackwardResults {
-  const AccumulatorOf<T>* delta;     // (B, H, W): D
-  const AccumulatorOf<T>* grad_sum;  // (B, H, W): sums of dS over rows
-  const T* mean_key;                 // (B, E, H, W): key P over rows
+  const AccumulatorOf<T>* delta;     // (B, H, W), D
+  const AccumulatorOf<T>* grad_sum;  // (B, H, W), the rows' part of s
+  const T* mean_key;                 // (B, E, H, W), the rows' part of M
 };
 
 template <class T>
@@ -21,20 +21,20 @@ class ColumnBackward {
   using A = AccumulatorOf<T>;
 
  public:
-  // The gradients hold those of the rows alone.
+  // On entry the gradients are those of the rows alone.
   ColumnBackward(const CrissCrossBackwardArguments<T>& arguments, const RowBackwardResults<T>& rows)
-      : arguments_(arguments), map_{arguments.sizes.height, arguments.sizes.width}, rows_(rows) {}
+      : arguments_(arguments), image_{arguments.sizes.height, arguments.sizes.width}, rows_(rows) {}
 
-  void run() const { for_each_strip<A>(map_, arguments_.sizes.batch, *this); }
+  void run() const { for_each_strip<A>(image_, arguments_.sizes.batch, *this); }
 
   template <int lanes>
   std::size_t scratch() const {
     using Strip = ColumnStrip<T, lanes>;
-    const std::int64_t queries = QueryBlocks<A>(map_.height).most_queries();
-    return scratch_bytes<A>(Strip::memory_size(map_.height, queries)) +
-        2 * scratch_bytes<A>(queries * Strip::stride(map_.height)) + scratch_bytes<A>(queries * lanes) +
-        scratch_bytes<A>(Strip::sums_size(map_.height, arguments_.sizes.key_channels)) +
-        scratch_bytes<A>(Strip::sums_size(map_.height, arguments_.sizes.value_channels));
+    const std::int64_t queries = QueryBlocks<A>(image_.height).most_queries();
+    return scratch_bytes<A>(Strip::memory_size(image_.height, queries)) +
+        2 * scratch_bytes<A>(queries * Strip::stride(image_.height)) + scratch_bytes<A>(queries * lanes) +
+        scratch_bytes<A>(Strip::sums_size(image_.height, arguments_.sizes.key_channels)) +
+        scratch_bytes<A>(Strip::sums_size(image_.height, arguments_.sizes.value_channels));
   }
 
   template <int lanes>
@@ -42,27 +42,27 @@ class ColumnBackward {
     using Strip = ColumnStrip<T, lanes>;
     const std::int64_t key_channels = arguments_.sizes.key_channels;
     const std::int64_t value_channels = arguments_.sizes.value_channels;
-    const std::int64_t key_offset = sample * key_channels * map_.positions();
-    const std::int64_t value_offset = sample * value_channels * map_.positions();
+    const std::int64_t key_offset = sample * key_channels * image_.positions();
+    const std::int64_t value_offset = sample * value_channels * image_.positions();
     const T* const query = arguments_.query + key_offset;
     const T* const key = arguments_.key + key_offset;
     const T* const grad_output = arguments_.grad_output + value_offset;
-    const QueryBlocks<A> blocks(map_.height);
+    const QueryBlocks<A> blocks(image_.height);
     const std::int64_t queries = blocks.most_queries();
-    const Strip strip(map_, column, scratch.take<A>(Strip::memory_size(map_.height, queries)));
-    A* const weights = scratch.take<A>(queries * Strip::stride(map_.height));  // P, [queries][keys]
-    A* const grads = scratch.take<A>(queries * Strip::stride(map_.height));    // dP, then dS
-    A* const grad_sums = scratch.take<A>(queries * lanes);                     // of dS over row and column
-    A* const key_sums = scratch.take<A>(Strip::sums_size(map_.height, key_channels));
-    A* const value_sums = scratch.take<A>(Strip::sums_size(map_.height, value_channels));
+    const Strip strip(image_, column, scratch.take<A>(Strip::memory_size(image_.height, queries)));
+    A* const weights = scratch.take<A>(queries * Strip::stride(image_.height));  // P, [queries][keys]
+    A* const grads = scratch.take<A>(queries * Strip::stride(image_.height));    // dP, then dS - s P
+    A* const grad_sums = scratch.take<A>(queries * lanes);                       // of dS over row and column
+    A* const key_sums = scratch.take<A>(Strip::sums_size(image_.height, key_channels));
+    A* const value_sums = scratch.take<A>(Strip::sums_size(image_.height, value_channels));
     const auto add = strip.adder();
     for (std::int64_t index = 0; index < blocks.count(); ++index) {
-      const Stretch block = blocks[index];
-      strip.score(arguments_.value + value_offset, grad_output, value_channels, block, grads);
-      strip.score(key, query, key_channels, block, weights);
-      for (std::int64_t i = 0; i < block.count; ++i) {
+      const Range block = blocks[index];
+      strip.dot_products(arguments_.value + value_offset, grad_output, value_channels, block, grads);
+      strip.dot_products(key, query, key_channels, block, weights);
+      for (std::int64_t i = 0; i < block.size(); ++i) {
         const auto sum =
-            differentiate(strip, sample, block.first + i, strip.element(weights, i, 0), strip.element(grads, i, 0));
+            differentiate(strip, sample, block.begin + i, strip.element(weights, i, 0), strip.element(grads, i, 0));
         store(grad_sums + i * lanes, sum);
       }
       strip.sum_over_queries(
@@ -71,7 +71,7 @@ class ColumnBackward {
           key, key_channels, grads, block, arguments_.grad_query + key_offset,
           [&](T* grad_query, std::int64_t position, typename Strip::V sum) {
             const auto mean_key = strip.read(rows_.mean_key + (grad_query - arguments_.grad_query));
-            const auto grad_sum = load<typename Strip::V>(grad_sums + (position - block.first) * lanes);
+            const auto grad_sum = load<typename Strip::V>(grad_sums + (position - block.begin) * lanes);
             strip.write(grad_query, fma(-grad_sum, mean_key, strip.read(grad_query) + sum));
           });
       strip.sum_over_queries(query, key_channels, grads, block, arguments_.grad_key + key_offset, key_sums, add);
@@ -79,17 +79,17 @@ class ColumnBackward {
   }
 
  private:
-  // Of one query: energies become P, the gradients dP become dS - S P, with S = sum over row and column of dS. Times
-  // the keys that is the column's part of grad_query - S M. Returns S.
+  // One query: weights, from q.k to P; grads, from dP to dS - s P, which times the keys is the column's part of
+  // grad_query - s M. Returns s.
   template <class Strip>
   Strip::V differentiate(const Strip& strip, std::int64_t sample, std::int64_t query, A* weights, A* grads) const {
     using V = Strip::V;
-    const std::int64_t at = sample * map_.positions() + strip.offset(query);
+    const std::int64_t at = sample * image_.positions() + strip.offset(query);
     const V scale = broadcast<V>(arguments_.scale);
     const V logsumexp = strip.read(arguments_.logsumexp + at);
     const V delta = strip.read(rows_.delta + at);
     V sum = strip.read(rows_.grad_sum + at);
-    for (std::int64_t j = 0; j < map_.height; ++j) {
+    for (std::int64_t j = 0; j < image_.height; ++j) {
       A* const weight_at = weights + j * kWidthOf<V>;
       A* const grad_at = grads + j * kWidthOf<V>;
       const V weight = j == query ? V{} : exp(fma(load<V>(weight_at), scale, -logsumexp));
@@ -98,7 +98,7 @@ class ColumnBackward {
       store(grad_at, grad);
       sum += grad;
     }
-    for (std::int64_t j = 0; j < map_.height; ++j) {
+    for (std::int64_t j = 0; j < image_.height; ++j) {
       A* const grad_at = grads + j * kWidthOf<V>;
       store(grad_at, fma(-sum, load<V>(weights + j * kWidthOf<V>), load<V>(grad_at)));
     }
@@ -106,7 +106,7 @@ class ColumnBackward {
   }
 
   CrissCrossBackwardArguments<T> arguments_;
-  MapSizes map_;
+  ImageSize image_;
   RowBackwardResults<T> rows_;
 };
 

@@ -1,5 +1,5 @@
-// Criss-cross attention, forward, the column pass: adds the columns' part, the position itself left out, to what the row
-// pass has written, by the total of both.
+// Criss-cross attention, forward, the column pass: merges the attention over a position's column, without the position
+// itself, into the row pass's output.
 #pragma once
 
 #include <cmath>
@@ -18,26 +18,26 @@ class ColumnForward {
   static constexpr std::int64_t kLane = kLanes<A>;
 
  public:
-  // The output holds that of the rows alone, logsumexp the rows' maximum, row_total (B, H, W) the rows' total of
-  // exponentials.
+  // On entry output is the attention over rows alone, logsumexp the rows' maximum energy, and row_total (B, H, W) the
+  // rows' sum of exp(energy - maximum).
   ColumnForward(const CrissCrossForwardArguments<T>& arguments, const A* row_total)
-      : arguments_(arguments), map_{arguments.sizes.height, arguments.sizes.width}, row_total_(row_total) {}
+      : arguments_(arguments), image_{arguments.sizes.height, arguments.sizes.width}, row_total_(row_total) {}
 
   void run() const {
     using Strip = ColumnStrip<T, kLane>;
-    const std::int64_t strips = (map_.width + kLane - 1) / kLane;
+    const std::int64_t strips = ceil_div(image_.width, kLane);
     const std::int64_t units = std::max<std::int64_t>(1, strips * arguments_.sizes.batch);
-    // No result depends on the cut: a query's sums are its own. Threads that work on blocks of one strip share its values.
-    const auto threads = static_cast<std::int64_t>(torch::stable::get_num_threads());
-    const QueryBlocks<A> blocks(map_.height, (4 * threads + units - 1) / units);
+    // Results do not depend on the cut: each query has its own sums. Threads with blocks of the same strip share its
+    // values in the cache.
+    const QueryBlocks<A> blocks(image_.height, ceil_div(4 * thread_count(), units));
     const std::int64_t queries = blocks.most_queries();
-    const std::size_t scratch_size = scratch_bytes<A>(Strip::memory_size(map_.height, queries)) +
-        scratch_bytes<A>(queries * Strip::stride(map_.height)) + 2 * scratch_bytes<A>(queries * kLane);
+    const std::size_t scratch_size = scratch_bytes<A>(Strip::memory_size(image_.height, queries)) +
+        scratch_bytes<A>(queries * Strip::stride(image_.height)) + 2 * scratch_bytes<A>(queries * kLane);
     parallel_units(
         strips * arguments_.sizes.batch * blocks.count(), scratch_size, [&](std::int64_t unit, Scratch& scratch) {
           const std::int64_t block = unit % blocks.count();
           const std::int64_t column = unit / blocks.count() % strips * kLane;
-          with_lanes<A>(std::min(kLane, map_.width - column), [&]<int lanes>() {
+          with_lanes<A>(std::min(kLane, image_.width - column), [&]<int lanes>() {
             Unit<lanes>(*this, unit / blocks.count() / strips, column, blocks[block], scratch).run();
           });
         });
@@ -52,52 +52,52 @@ class ColumnForward {
 
     const ColumnForward& pass;
     std::int64_t sample;
-    Stretch block;
+    Range block;
     Strip strip;
-    A* weights;  // [queries][keys]
-    A* share;    // [queries]: of the rows' result in that of both
-    A* factor;   // [queries]: of the columns' exponentials
+    A* weights;        // [queries][keys]
+    A* row_factor;     // [queries]: what the row pass's output is multiplied by
+    A* column_factor;  // [queries]: what the column's sums are multiplied by
 
-    Unit(const ColumnForward& pass_, std::int64_t sample_, std::int64_t column, Stretch block_, Scratch& scratch)
+    Unit(const ColumnForward& pass_, std::int64_t sample_, std::int64_t column, Range block_, Scratch& scratch)
         : pass(pass_),
           sample(sample_),
           block(block_),
-          strip(pass_.map_, column, scratch.take<A>(Strip::memory_size(pass_.map_.height, block_.count))),
-          weights(scratch.take<A>(block.count * Strip::stride(pass_.map_.height))),
-          share(scratch.take<A>(block.count * lanes)),
-          factor(scratch.take<A>(block.count * lanes)) {}
+          strip(pass_.image_, column, scratch.take<A>(Strip::memory_size(pass_.image_.height, block_.size()))),
+          weights(scratch.take<A>(block.size() * Strip::stride(pass_.image_.height))),
+          row_factor(scratch.take<A>(block.size() * lanes)),
+          column_factor(scratch.take<A>(block.size() * lanes)) {}
 
     void run() const {
       const CrissCrossForwardArguments<T>& arguments = pass.arguments_;
-      const std::int64_t key_offset = sample * arguments.sizes.key_channels * pass.map_.positions();
-      const std::int64_t value_offset = sample * arguments.sizes.value_channels * pass.map_.positions();
-      strip.score(
+      const std::int64_t key_offset = sample * arguments.sizes.key_channels * pass.image_.positions();
+      const std::int64_t value_offset = sample * arguments.sizes.value_channels * pass.image_.positions();
+      strip.dot_products(
           arguments.key + key_offset, arguments.query + key_offset, arguments.sizes.key_channels, block, weights);
-      for (std::int64_t i = 0; i < block.count; ++i) {
-        normalise(i);
+      for (std::int64_t i = 0; i < block.size(); ++i) {
+        normalize(i);
       }
       strip.sum_over_keys(
           arguments.value + value_offset, arguments.sizes.value_channels, weights, block,
           arguments.output + value_offset, [&](T* output, std::int64_t query, V sum) {
-            const std::int64_t at = (query - block.first) * lanes;
-            const V columns = sum * load<V>(factor + at);
-            strip.write(output, fma(strip.read(output), load<V>(share + at), columns));
+            const std::int64_t at = (query - block.begin) * lanes;
+            const V columns = sum * load<V>(column_factor + at);
+            strip.write(output, fma(strip.read(output), load<V>(row_factor + at), columns));
           });
     }
 
-    // The scores of a query become exponentials; its maximum and total meet those of the row.
-    void normalise(std::int64_t query) const {
+    // The products of a query become exponentials of energies. Its maximum and total are merged with the row's.
+    void normalize(std::int64_t query) const {
       const V scale = broadcast<V>(pass.arguments_.scale);
       const V lowest = broadcast<V>(-std::numeric_limits<A>::infinity());
       A* const row = strip.element(weights, query, 0);
-      const std::int64_t self = block.first + query;
+      const std::int64_t self = block.begin + query;
       V most = lowest;
       for (std::int64_t j = 0; j < strip.height(); ++j) {
-        const V score = load<V>(row + j * lanes) * scale;
-        store(row + j * lanes, score);
-        most = j == self ? most : max(most, score);
+        const V energy = load<V>(row + j * lanes) * scale;
+        store(row + j * lanes, energy);
+        most = j == self ? most : max(most, energy);
       }
-      // A column of nothing but -inf (H = 1) has weights of 0, not of exp(-inf - -inf) = NaN.
+      // If all energies are -inf (H = 1), the weights are 0, not exp(-inf - -inf) = NaN.
       const V offset = select(most == lowest, V{}, most);
       V total{};
       for (std::int64_t j = 0; j < strip.height(); ++j) {
@@ -105,7 +105,7 @@ class ColumnForward {
         store(row + j * lanes, weight);
         total += weight;
       }
-      const std::int64_t at = sample * pass.map_.positions() + strip.offset(self);
+      const std::int64_t at = sample * pass.image_.positions() + strip.offset(self);
       A* const logsumexp = pass.arguments_.logsumexp + at;
       const V row_maximum = strip.read(logsumexp);
       const V common = max(most, row_maximum);
@@ -113,13 +113,13 @@ class ColumnForward {
       const V exponential = exp(most - common);
       const V sum = row_sum + exponential * total;
       strip.for_each_lane([&](std::int64_t lane) { logsumexp[lane] = common[lane] + std::log(sum[lane]); });
-      store(share + query * lanes, row_sum / sum);
-      store(factor + query * lanes, exponential / sum);
+      store(row_factor + query * lanes, row_sum / sum);
+      store(column_factor + query * lanes, exponential / sum);
     }
   };
 
   CrissCrossForwardArguments<T> arguments_;
-  MapSizes map_;
+  ImageSize image_;
   const A* row_total_;
 };
 

@@ -1,8 +1,7 @@
-// A strip of adjacent columns of a feature map (channels, H, W), one column in each lane, and the products of criss-cross
-// attention along them. Whatever is read of a map is copied as vectors, (channel, position), and multiplied by
-// lane_product; nothing is transposed.
+// The products of criss-cross attention along a strip of adjacent columns of a feature map (channels, H, W), one column
+// per lane. Operands are staged as vectors, (channel, position), and multiplied by lane_product; nothing is transposed.
 //
-// A strip's weights are vectors too, [queries][keys], `stride(keys)` elements from query to query, for a block of queries.
+// A strip's weights are vectors too, [queries][keys] for a block of queries, `stride(keys)` elements apart per query.
 #pragma once
 
 #include <algorithm>
@@ -10,40 +9,32 @@
 #include <type_traits>
 
 #include "cpu/common/lane_gemm.h"
-#include "cpu/common/map_sizes.h"
 #include "cpu/common/parallel.h"
+#include "cpu/common/range.h"
+#include "cpu/criss_cross/arguments.h"
 
 namespace segattn::cpu {
 
-// Positions [first, first + count) of a column.
-struct Stretch {
-  std::int64_t first, count;
-};
-
-// Elements between the rows of a matrix of vectors: as an even number of cache lines they would fall into few sets.
+// Row stride of a matrix of vectors: an odd number of vectors, as even strides map the rows to few cache sets.
 constexpr std::int64_t lane_stride(std::int64_t length, int lanes) {
   return (length | 1) * lanes;
 }
 
-// A column's positions in blocks of about equal size: queries whose weights are made at once, at most 700 KB of them, all
-// queries up to 105 rows of float. Each block reads the maps again; weights that do not fit the second-level cache beside
-// what is staged are read as one stream from the third. Gradients are summed over blocks, so that the cut into the fewest
-// depends on nothing but the height.
+// Blocks of nearly equal size of a column's queries, whose weights are held at once: at most 700 KB, which is all
+// queries of up to 105 rows of float. Every block reads the feature maps again; weights beyond L2 stream from L3.
+// Gradients are summed over blocks, so with least_blocks = 1 the cut depends on the height alone.
 template <class A>
 class QueryBlocks {
  public:
   explicit QueryBlocks(std::int64_t height, std::int64_t least_blocks = 1) : height_(height) {
     const auto query_bytes = lane_stride(height, kLanes<A>) * static_cast<std::int64_t>(sizeof(A));
     const std::int64_t most = std::max<std::int64_t>((700 << 10) / query_bytes, kLaneColumns);
-    count_ = std::min(std::max((height + most - 1) / most, least_blocks), height);
+    count_ = std::min(std::max(ceil_div(height, most), least_blocks), height);
   }
 
   std::int64_t count() const { return count_; }
-  std::int64_t most_queries() const { return (height_ + count_ - 1) / count_; }
-  Stretch operator[](std::int64_t block) const {
-    const std::int64_t first = height_ * block / count_;
-    return {first, height_ * (block + 1) / count_ - first};
-  }
+  std::int64_t most_queries() const { return ceil_div(height_, count_); }
+  Range operator[](std::int64_t block) const { return part_of(height_, 1, block, count_); }
 
  private:
   std::int64_t height_, count_;
@@ -52,8 +43,8 @@ class QueryBlocks {
 template <class A>
 inline constexpr int kFewestLanes = std::min(kLanes<A>, 4);
 
-// Calls work<lanes>() with the fewest lanes that hold so many columns: the last strip of 97 columns has one of them, and
-// 4 lanes cost half of 16 on a Zen 4.
+// Calls work<lanes>() with the fewest lanes that hold `columns`: the last strip of 97 columns has one column, and 4
+// lanes cost half of 16 on Zen 4.
 template <class A, int lanes = kFewestLanes<A>, class Work>
 void with_lanes(std::int64_t columns, const Work& work) {
   if constexpr (lanes < kLanes<A>) {
@@ -65,13 +56,14 @@ void with_lanes(std::int64_t columns, const Work& work) {
   work.template operator()<lanes>();
 }
 
-// pass.work<lanes>(sample, column, scratch) for every strip of every sample, with pass.scratch<lanes>() bytes. Strips are
-// narrower than they could be where threads would be idle; no result depends on it, lanes do not meet.
+// Calls pass.work<lanes>(sample, column, scratch) for every strip of every sample, with pass.scratch<lanes>() bytes.
+// Strips are narrower than a vector where threads would be idle otherwise. Lanes are independent, so no result depends
+// on the width.
 template <class A, class Pass>
-void for_each_strip(MapSizes map, std::int64_t batch, const Pass& pass) {
-  const auto threads = static_cast<std::int64_t>(torch::stable::get_num_threads());
+void for_each_strip(ImageSize image, std::int64_t batch, const Pass& pass) {
+  const std::int64_t threads = thread_count();
   std::int64_t width = kLanes<A>;
-  const auto strips = [&] { return (map.width + width - 1) / width; };
+  const auto strips = [&] { return ceil_div(image.width, width); };
   while (width > kFewestLanes<A> && strips() * batch < threads) {
     width /= 2;
   }
@@ -79,7 +71,7 @@ void for_each_strip(MapSizes map, std::int64_t batch, const Pass& pass) {
   with_lanes<A>(width, [&]<int lanes>() { scratch_size = pass.template scratch<lanes>(); });
   parallel_units(batch * strips(), scratch_size, [&](std::int64_t unit, Scratch& scratch) {
     const std::int64_t column = unit % strips() * width;
-    with_lanes<A>(std::min(width, map.width - column), [&]<int lanes>() {
+    with_lanes<A>(std::min(width, image.width - column), [&]<int lanes>() {
       pass.template work<lanes>(unit / strips(), column, scratch);
     });
   });
@@ -90,24 +82,27 @@ class ColumnStrip {
  public:
   using A = AccumulatorOf<T>;
   using V = VecN<A, lanes>;
-  // Products over channels go through the cache in pieces of kScoreChannels, those with weights of kApplyChannels.
-  static constexpr std::int64_t kScoreChannels = 32;
-  static constexpr std::int64_t kApplyChannels = 2 * kLaneRows;
+  // Channels that are staged at once, of dot products and of weighted sums.
+  static constexpr std::int64_t kDotChannels = 32;
+  static constexpr std::int64_t kSumChannels = 2 * kLaneRows;
 
   static constexpr std::int64_t stride(std::int64_t length) { return lane_stride(length, lanes); }
 
-  // Elements of scratch memory for the products below, with at most so many queries.
+  // Elements of scratch memory for the products below, with blocks of up to `queries` queries.
   static std::int64_t memory_size(std::int64_t height, std::int64_t queries) {
-    return std::max(kScoreChannels, kApplyChannels) * (stride(height) + stride(queries));
+    return std::max(kDotChannels, kSumChannels) * (stride(height) + stride(queries));
   }
 
-  // Columns [column, column + lanes), as far as there are any.
-  ColumnStrip(MapSizes map, std::int64_t column, A* memory)
-      : map_(map), column_(column), present_(std::min<std::int64_t>(lanes, map.width - column)), memory_(memory) {}
+  // Columns [column, column + lanes) of the image, of which the last may not exist.
+  ColumnStrip(ImageSize image, std::int64_t column, A* memory)
+      : image_(image),
+        column_(column),
+        present_(std::min<std::int64_t>(lanes, image.width - column)),
+        memory_(memory) {}
 
-  std::int64_t height() const { return map_.height; }
-  // Where a position of the strip begins in a map's channel.
-  std::int64_t offset(std::int64_t position) const { return position * map_.width + column_; }
+  std::int64_t height() const { return image_.height; }
+  // The offset of a position of the strip within a channel.
+  std::int64_t offset(std::int64_t position) const { return position * image_.width + column_; }
 
   template <class U>
   V read(const U* source) const {
@@ -121,15 +116,15 @@ class ColumnStrip {
       narrow_partial<lanes>(target, vector, present_);
     }
   }
-  // A weight of a block of queries.
+  // The vector of a weight of a block; `query` counts from the start of the block.
   A* element(A* weights, std::int64_t query, std::int64_t key) const {
     return weights + query * stride(height()) + key * lanes;
   }
-  // Adds a sum of the products below to what is there.
+  // The store operation of the sums below that adds to the target.
   auto adder() const {
     return [this](T* target, std::int64_t, V sum) { write(target, read(target) + sum); };
   }
-  // Calls use(lane) for the columns there are.
+  // Calls use(lane) for the columns that exist.
   template <class Use>
   void for_each_lane(const Use& use) const {
     for (std::int64_t lane = 0; lane < present_; ++lane) {
@@ -137,53 +132,59 @@ class ColumnStrip {
     }
   }
 
-  // weights [queries][keys] = dot products of the maps' channels. keys, queries: (channels, H, W).
-  void score(const T* keys, const T* queries, std::int64_t channels, Stretch block, A* weights) const {
+  // products [queries][keys] = sum over channels of keys * queries, for a block of queries.
+  // keys, queries: (channels, H, W).
+  void dot_products(const T* keys, const T* queries, std::int64_t channels, Range block, A* products) const {
     const std::int64_t key_stride = stride(height());
-    const std::int64_t query_stride = stride(block.count);
-    const Stretch column{0, height()};
-    for (std::int64_t channel = 0; channel < channels; channel += kScoreChannels) {
-      const std::int64_t depth = std::min(kScoreChannels, channels - channel);
+    const std::int64_t query_stride = stride(block.size());
+    const Range column{0, height()};
+    for (std::int64_t channel = 0; channel < channels; channel += kDotChannels) {
+      const std::int64_t depth = std::min(kDotChannels, channels - channel);
       const std::int64_t next = channel + depth;
-      const std::int64_t next_depth = std::min(kScoreChannels, channels - next);
-      Prefetch next_keys = prefetch(keys + next * map_.positions(), next_depth, column);
-      Prefetch next_queries = prefetch(queries + next * map_.positions(), next_depth, block);
+      const std::int64_t next_depth = std::min(kDotChannels, channels - next);
+      Prefetch next_keys = prefetch(keys + next * image_.positions(), next_depth, column);
+      Prefetch next_queries = prefetch(queries + next * image_.positions(), next_depth, block);
       A* const staged_keys = memory_;
       A* const staged_queries = memory_ + depth * key_stride;
-      stage(staged_keys, key_stride, keys + channel * map_.positions(), depth, column);
-      stage(staged_queries, query_stride, queries + channel * map_.positions(), depth, block);
+      stage(staged_keys, key_stride, keys + channel * image_.positions(), depth, column);
+      stage(staged_queries, query_stride, queries + channel * image_.positions(), depth, block);
       lane_product<V>(
-          {staged_keys, lanes, key_stride}, height(), {staged_queries, lanes, query_stride}, block.count, depth,
-          {weights, lanes, key_stride}, channel > 0, [&](std::int64_t parts) {
+          {staged_keys, lanes, key_stride}, height(), {staged_queries, lanes, query_stride}, block.size(), depth,
+          {products, lanes, key_stride}, channel > 0 ? Accumulate::kYes : Accumulate::kNo, [&](std::int64_t parts) {
             next_keys(parts);
             next_queries(parts);
           });
     }
   }
 
-  // store(target, query, sum) for every channel and query of the block, with sum = sum over keys of weights * map, and
-  // `target` the address of the query in the map that is written. map, target: (channels, H, W).
+  // Calls store_sum(address of the query in target, query, sum) for every channel and query of the block, with sum =
+  // sum over keys of weights * features. features, target: (channels, H, W).
   template <class Store>
   void sum_over_keys(
-      const T* map, std::int64_t channels, const A* weights, Stretch block, T* target, const Store& store_sum) const {
+      const T* features, std::int64_t channels, const A* weights, Range block, T* target,
+      const Store& store_sum) const {
     multiply(
-        map, channels, {0, height()}, {weights, stride(height()), lanes}, target, block, nullptr, false, true,
-        store_sum);
+        features, channels, {0, height()}, {weights, stride(height()), lanes}, target, block, nullptr, Accumulate::kNo,
+        Sums::kComplete, store_sum);
   }
 
-  // The same for every channel and key: sums over the block's queries, added up over blocks, which must follow each
-  // other. `target` gets a sum from each block, but where it would round them: there they are kept in `sums`, of
-  // sums_size(height, channels) elements, and the last block hands them on.
+  // The same for every channel and key: sums over the block's queries. Call it for every block in order. Each block
+  // calls store_sum with its own part. Where T rounds and there are several blocks, the parts are added up in `sums`,
+  // of sums_size(height, channels) elements, instead, and only the last block calls store_sum.
   template <class Store>
   void sum_over_queries(
-      const T* map, std::int64_t channels, const A* weights, Stretch block, T* target, A* sums,
+      const T* features, std::int64_t channels, const A* weights, Range block, T* target, A* sums,
       const Store& store_sum) const {
     const LaneOperand<A> operand{weights, lanes, stride(height())};
     if (keeps_sums(height())) {
-      const bool last = block.first + block.count == height();
-      multiply(map, channels, block, operand, target, {0, height()}, sums, block.first > 0, last, store_sum);
+      multiply(
+          features, channels, block, operand, target, {0, height()}, sums,
+          block.begin > 0 ? Accumulate::kYes : Accumulate::kNo,
+          block.end == height() ? Sums::kComplete : Sums::kPartial, store_sum);
     } else {
-      multiply(map, channels, block, operand, target, {0, height()}, nullptr, false, true, store_sum);
+      multiply(
+          features, channels, block, operand, target, {0, height()}, nullptr, Accumulate::kNo, Sums::kComplete,
+          store_sum);
     }
   }
   static std::int64_t sums_size(std::int64_t height, std::int64_t channels) {
@@ -191,61 +192,63 @@ class ColumnStrip {
   }
 
  private:
+  // kComplete: passed to store_sum. kPartial: more blocks follow.
+  enum class Sums { kPartial, kComplete };
+
   static bool keeps_sums(std::int64_t height) { return !std::is_same_v<T, A> && QueryBlocks<A>(height).count() > 1; }
 
-  // target [channels][positions], `row` elements apart: the stretch of map (channels, H, W)
-  void stage(A* target, std::int64_t row, const T* map, std::int64_t channels, Stretch stretch) const {
+  // target [channels][positions], `row` elements apart per channel = `positions` of features (channels, H, W)
+  void stage(A* target, std::int64_t row, const T* features, std::int64_t channels, Range positions) const {
     for (std::int64_t c = 0; c < channels; ++c) {
-      const T* source = map + c * map_.positions() + offset(stretch.first);
-      for (std::int64_t p = 0; p < stretch.count; ++p, source += map_.width) {
+      const T* source = features + c * image_.positions() + offset(positions.begin);
+      for (std::int64_t p = 0; p < positions.size(); ++p, source += image_.width) {
         store(target + c * row + p * lanes, read(source));
       }
     }
   }
 
-  // Of the stretch of map (channels, H, W).
+  // Of `positions` of features (channels, H, W).
   template <class Element>
-  Prefetch<Element> prefetch(Element* map, std::int64_t channels, Stretch stretch) const {
-    return {map + offset(stretch.first), channels, map_.positions(), stretch.count, map_.width, present_};
+  Prefetch<Element> prefetch(Element* features, std::int64_t channels, Range positions) const {
+    return {features + offset(positions.begin), channels, image_.positions(), positions.size(), image_.width, present_};
   }
 
-  // store_sum(address in target, position, sum) for the sums over `steps` of map times weights, for every channel and
-  // position of `results`. With `sums` those are kept there, and added to what is there if `add`. Where they are
-  // not `final` none is handed on.
+  // The sums over `steps` of features times weights, for every channel and position of `results`. With `sums` they are
+  // stored or accumulated there. Complete sums are passed to store_sum(address in target, position, sum).
   template <class Store>
   void multiply(
-      const T* map, std::int64_t channels, Stretch steps, const LaneOperand<A>& weights, T* target, Stretch results,
-      A* sums, bool add, bool final, const Store& store_sum) const {
-    const std::int64_t step_stride = stride(steps.count);
-    const std::int64_t result_stride = stride(results.count);
-    for (std::int64_t channel = 0; channel < channels; channel += kApplyChannels) {
-      const std::int64_t depth = std::min(kApplyChannels, channels - channel);
+      const T* features, std::int64_t channels, Range steps, const LaneOperand<A>& weights, T* target, Range results,
+      A* sums, Accumulate accumulate, Sums state, const Store& store_sum) const {
+    const std::int64_t step_stride = stride(steps.size());
+    const std::int64_t result_stride = stride(results.size());
+    for (std::int64_t channel = 0; channel < channels; channel += kSumChannels) {
+      const std::int64_t depth = std::min(kSumChannels, channels - channel);
       const std::int64_t next = channel + depth;
-      const std::int64_t next_depth = std::min(kApplyChannels, channels - next);
+      const std::int64_t next_depth = std::min(kSumChannels, channels - next);
       A* const products = sums == nullptr ? memory_ + depth * step_stride : sums + channel * result_stride;
-      T* const chunk = target + channel * map_.positions();
-      Prefetch next_steps = prefetch(map + next * map_.positions(), next_depth, steps);
-      Prefetch next_results = prefetch(chunk, final ? depth : 0, results);
-      stage(memory_, step_stride, map + channel * map_.positions(), depth, steps);
+      T* const chunk = target + channel * image_.positions();
+      Prefetch next_steps = prefetch(features + next * image_.positions(), next_depth, steps);
+      Prefetch next_results = prefetch(chunk, state == Sums::kComplete ? depth : 0, results);
+      stage(memory_, step_stride, features + channel * image_.positions(), depth, steps);
       lane_product<V>(
-          {memory_, step_stride, lanes}, depth, weights, results.count, steps.count, {products, result_stride, lanes},
-          add, [&](std::int64_t parts) {
+          {memory_, step_stride, lanes}, depth, weights, results.size(), steps.size(), {products, result_stride, lanes},
+          accumulate, [&](std::int64_t parts) {
             next_steps(parts);
             next_results(parts);
           });
-      if (!final) {
+      if (state == Sums::kPartial) {
         continue;
       }
       for (std::int64_t c = 0; c < depth; ++c) {
-        T* const at = chunk + c * map_.positions() + offset(results.first);
-        for (std::int64_t p = 0; p < results.count; ++p) {
-          store_sum(at + p * map_.width, results.first + p, load<V>(products + c * result_stride + p * lanes));
+        T* const at = chunk + c * image_.positions() + offset(results.begin);
+        for (std::int64_t p = 0; p < results.size(); ++p) {
+          store_sum(at + p * image_.width, results.begin + p, load<V>(products + c * result_stride + p * lanes));
         }
       }
     }
   }
 
-  MapSizes map_;
+  ImageSize image_;
   std::int64_t column_, present_;
   A* memory_;
 };

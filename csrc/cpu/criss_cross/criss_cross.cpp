@@ -1,8 +1,8 @@
 // Criss-cross attention on the CPU: checks, outputs, dtype dispatch, registration.
-#include <array>
 #include <tuple>
 
 #include "cpu/common/dispatch.h"
+#include "cpu/common/tensors.h"
 #include "cpu/criss_cross/affinity_aggregation.h"
 #include "cpu/criss_cross/backward.h"
 #include "cpu/criss_cross/forward.h"
@@ -12,32 +12,14 @@ namespace segattn::cpu {
 
 namespace {
 
-template <class T>
-const T* data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-template <class T>
-T* mutable_data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-template <class... Tensors>
-void make_contiguous(Tensors&... tensors) {
-  ((tensors = torch::stable::contiguous(tensors)), ...);
-}
-
-Tensor new_like(const Tensor& tensor) {
-  return torch::stable::new_empty(tensor, tensor.sizes());
-}
-
 // query (B, E, H, W), key (B, E, H, W) -> affinity (B, H + W - 1, H, W)
 Tensor criss_cross_affinity(Tensor query, Tensor key) {
   const CrissCrossSizes sizes = check_criss_cross_affinity(query, key);
   make_contiguous(query, key);
-  Tensor affinity = torch::stable::new_empty(query, std::array{sizes.batch, sizes.reach(), sizes.height, sizes.width});
+  Tensor affinity = new_feature_map(query, sizes.reach());
   dispatch_dtype(query.scalar_type(), [&]<class T>() {
-    CrissCrossMaps<T>(sizes, sizes.key_channels).score(data<T>(key), data<T>(query), mutable_data<T>(affinity));
+    AffinityAggregation<T>(sizes, sizes.key_channels)
+        .dot_products(data<T>(key), data<T>(query), mutable_data<T>(affinity));
   });
   return affinity;
 }
@@ -49,9 +31,9 @@ std::tuple<Tensor, Tensor> criss_cross_affinity_backward(Tensor grad_affinity, T
   Tensor grad_query = new_like(query);
   Tensor grad_key = new_like(key);
   dispatch_dtype(query.scalar_type(), [&]<class T>() {
-    const CrissCrossMaps<T> maps(sizes, sizes.key_channels);
-    maps.apply(data<T>(key), data<T>(grad_affinity), mutable_data<T>(grad_query));
-    maps.apply_transposed(data<T>(query), data<T>(grad_affinity), mutable_data<T>(grad_key));
+    const AffinityAggregation<T> op(sizes, sizes.key_channels);
+    op.sum_over_keys(data<T>(key), data<T>(grad_affinity), mutable_data<T>(grad_query));
+    op.sum_over_queries(data<T>(query), data<T>(grad_affinity), mutable_data<T>(grad_key));
   });
   return {grad_query, grad_key};
 }
@@ -62,7 +44,8 @@ Tensor criss_cross_aggregation(Tensor attention, Tensor value) {
   make_contiguous(attention, value);
   Tensor output = new_like(value);
   dispatch_dtype(value.scalar_type(), [&]<class T>() {
-    CrissCrossMaps<T>(sizes, sizes.value_channels).apply(data<T>(value), data<T>(attention), mutable_data<T>(output));
+    AffinityAggregation<T>(sizes, sizes.value_channels)
+        .sum_over_keys(data<T>(value), data<T>(attention), mutable_data<T>(output));
   });
   return output;
 }
@@ -74,9 +57,9 @@ std::tuple<Tensor, Tensor> criss_cross_aggregation_backward(Tensor grad_output, 
   Tensor grad_attention = new_like(attention);
   Tensor grad_value = new_like(value);
   dispatch_dtype(value.scalar_type(), [&]<class T>() {
-    const CrissCrossMaps<T> maps(sizes, sizes.value_channels);
-    maps.score(data<T>(value), data<T>(grad_output), mutable_data<T>(grad_attention));
-    maps.apply_transposed(data<T>(grad_output), data<T>(attention), mutable_data<T>(grad_value));
+    const AffinityAggregation<T> op(sizes, sizes.value_channels);
+    op.dot_products(data<T>(value), data<T>(grad_output), mutable_data<T>(grad_attention));
+    op.sum_over_queries(data<T>(grad_output), data<T>(attention), mutable_data<T>(grad_value));
   });
   return {grad_attention, grad_value};
 }
@@ -86,13 +69,18 @@ std::tuple<Tensor, Tensor> criss_cross_attention(Tensor query, Tensor key, Tenso
   const CrissCrossSizes sizes = check_criss_cross_attention(query, key, value, scale);
   make_contiguous(query, key, value);
   Tensor output = new_like(value);
-  Tensor logsumexp = torch::stable::new_empty(
-      query, std::array{sizes.batch, sizes.height, sizes.width}, accumulation_dtype(query.scalar_type()));
+  Tensor logsumexp = new_position_statistics(query);
   dispatch_dtype(query.scalar_type(), [&]<class T>() {
     using A = AccumulatorOf<T>;
-    CrissCrossForward<T>({data<T>(query), data<T>(key), data<T>(value), mutable_data<T>(output),
-                          mutable_data<A>(logsumexp), sizes, static_cast<A>(scale)})
-        .run();
+    const CrissCrossForwardArguments<T> arguments{
+        .query = data<T>(query),
+        .key = data<T>(key),
+        .value = data<T>(value),
+        .output = mutable_data<T>(output),
+        .logsumexp = mutable_data<A>(logsumexp),
+        .sizes = sizes,
+        .scale = static_cast<A>(scale)};
+    CrissCrossForward<T>(arguments).run();
   });
   return {output, logsumexp};
 }
@@ -109,10 +97,19 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(
   Tensor grad_value = new_like(value);
   dispatch_dtype(query.scalar_type(), [&]<class T>() {
     using A = AccumulatorOf<T>;
-    CrissCrossBackward<T>({data<T>(grad_output), data<T>(query), data<T>(key), data<T>(value), data<T>(output),
-                           data<A>(logsumexp), mutable_data<T>(grad_query), mutable_data<T>(grad_key),
-                           mutable_data<T>(grad_value), sizes, static_cast<A>(scale)})
-        .run();
+    const CrissCrossBackwardArguments<T> arguments{
+        .grad_output = data<T>(grad_output),
+        .query = data<T>(query),
+        .key = data<T>(key),
+        .value = data<T>(value),
+        .output = data<T>(output),
+        .logsumexp = data<A>(logsumexp),
+        .grad_query = mutable_data<T>(grad_query),
+        .grad_key = mutable_data<T>(grad_key),
+        .grad_value = mutable_data<T>(grad_value),
+        .sizes = sizes,
+        .scale = static_cast<A>(scale)};
+    CrissCrossBackward<T>(arguments).run();
   });
   return {grad_query, grad_key, grad_value};
 }

@@ -1,6 +1,6 @@
-// Criss-cross attention, forward. The row pass, here, writes each position's attention over its row alone, with the
-// maximum and total of its exponentials; the column pass (column_forward.h) scales that and adds its own part,
-// the position itself left out, by the total of both.
+// Criss-cross attention, forward. The row pass, here, writes each position's attention over its row alone, and the
+// maximum and total of its softmax. The column pass (column_forward.h) merges the attention over the column, without
+// the position itself, into it.
 #pragma once
 
 #include <limits>
@@ -21,8 +21,8 @@ class CrissCrossForward {
  public:
   explicit CrissCrossForward(const CrissCrossForwardArguments<T>& arguments)
       : arguments_(arguments),
-        map_{arguments.sizes.height, arguments.sizes.width},
-        row_total_(arguments.sizes.batch * map_.positions()) {}
+        image_{arguments.sizes.height, arguments.sizes.width},
+        row_total_(arguments.sizes.batch * image_.positions()) {}
 
   void run() const {
     run_rows();
@@ -32,20 +32,20 @@ class CrissCrossForward {
  private:
   void run_rows() const {
     const CrissCrossSizes& sizes = arguments_.sizes;
-    const RowProducts<T> products(map_, std::max(sizes.key_channels, sizes.value_channels));
+    const RowProducts<T> products(image_, std::max(sizes.key_channels, sizes.value_channels));
     const std::int64_t block = products.block();
-    const std::size_t scratch_size = scratch_bytes<A>(panels_size<P>(map_.width, block)) +
-        (kIsPair<P> ? scratch_bytes<P>(packed_b_size<P>(block, map_.width)) : 0) +
+    const std::size_t scratch_size = scratch_bytes<A>(panels_size<P>(image_.width, block)) +
+        (kIsPair<P> ? scratch_bytes<P>(packed_b_size<P>(block, image_.width)) : 0) +
         3 * scratch_bytes<A>(padded_columns<P>(block));
     for_each_row(
-        map_, sizes.batch, products, scratch_size,
+        image_, sizes.batch, products, scratch_size,
         [&](std::int64_t sample, const RowProducts<T>& row, Scratch& scratch) { attend(sample, row, scratch); });
   }
 
   void attend(std::int64_t sample, const RowProducts<T>& row, Scratch& scratch) const {
     const CrissCrossSizes& sizes = arguments_.sizes;
-    const std::int64_t positions = map_.positions();
-    const std::int64_t width = map_.width;
+    const std::int64_t positions = image_.positions();
+    const std::int64_t width = image_.width;
     const std::int64_t key_offset = sample * sizes.key_channels * positions;
     const std::int64_t value_offset = sample * sizes.value_channels * positions;
     A* const panels = scratch.take<A>(panels_size<P>(width, row.block()));
@@ -53,33 +53,33 @@ class CrissCrossForward {
     A* const maximum = scratch.take<A>(padded_columns<P>(row.block()));
     A* const total = scratch.take<A>(padded_columns<P>(row.block()));
     A* const factor = scratch.take<A>(padded_columns<P>(row.block()));
-    for (std::int64_t first = 0; first < width; first += row.block()) {
-      const std::int64_t queries = std::min(row.block(), width - first);
-      row.score(arguments_.key + key_offset, arguments_.query + key_offset, sizes.key_channels, first, queries, panels);
+    row.for_each_block([&](Range block) {
+      const std::int64_t queries = block.size();
+      row.dot_products(arguments_.key + key_offset, arguments_.query + key_offset, sizes.key_channels, block, panels);
       exponentials(panels, width, queries, maximum, total);
-      keep_row(sample * positions + row.offset() + first, queries, maximum, total, factor);
+      store_statistics(sample * positions + row.offset() + block.begin, queries, maximum, total, factor);
       scale_columns(panels, width, queries, factor);
       const P* const weights = b_operand_of_panels<P>(packed, panels, width, queries);
-      row.apply(
-          arguments_.value + value_offset, sizes.value_channels, 0, width, weights, first, queries,
+      row.weighted_sum(
+          arguments_.value + value_offset, sizes.value_channels, {0, width}, weights, block,
           arguments_.output + value_offset);
-    }
+    });
   }
 
-  // panels (keys x queries) become exp(scale * score - maximum), with the maximum and the total of every column.
+  // C panels (keys x queries), from q.k to exp(energy - maximum), with the maximum and the total of every query.
   void exponentials(A* panels, std::int64_t keys, std::int64_t queries, A* maximum, A* total) const {
     const V scale = broadcast<V>(arguments_.scale);
-    for_each_column_vector(panels, keys, queries, [&](std::int64_t column, A* scores, std::int64_t width) {
+    for_each_column_vector(panels, keys, queries, [&](std::int64_t column, A* products, std::int64_t width) {
       V most = broadcast<V>(-std::numeric_limits<A>::infinity());
       for (std::int64_t j = 0; j < keys; ++j) {
-        const V score = load<V>(scores + j * width) * scale;
-        store(scores + j * width, score);
-        most = max(most, score);
+        const V energy = load<V>(products + j * width) * scale;
+        store(products + j * width, energy);
+        most = max(most, energy);
       }
       V sum{};
       for (std::int64_t j = 0; j < keys; ++j) {
-        const V weight = exp(load<V>(scores + j * width) - most);
-        store(scores + j * width, weight);
+        const V weight = exp(load<V>(products + j * width) - most);
+        store(products + j * width, weight);
         sum += weight;
       }
       store(maximum + column, most);
@@ -96,7 +96,7 @@ class CrissCrossForward {
     });
   }
 
-  // work(column, first element of the vector of columns, distance to the next row)
+  // Calls work(column, address of the first row, row stride) for every vector of columns.
   template <class Work>
   static void for_each_column_vector(A* panels, std::int64_t rows, std::int64_t columns, const Work& work) {
     for (std::int64_t first = 0; first < columns; first += panel_columns<A>) {
@@ -107,8 +107,9 @@ class CrissCrossForward {
     }
   }
 
-  // The row's weights alone sum to 1; its maximum waits in logsumexp for the column pass.
-  void keep_row(std::int64_t offset, std::int64_t queries, const A* maximum, const A* total, A* factor) const {
+  // Stores maximum and total for the column pass, the maximum in logsumexp, and computes the factor that normalizes the
+  // row's weights.
+  void store_statistics(std::int64_t offset, std::int64_t queries, const A* maximum, const A* total, A* factor) const {
     for (std::int64_t i = 0; i < queries; ++i) {
       arguments_.logsumexp[offset + i] = maximum[i];
       row_total_.data()[offset + i] = total[i];
@@ -117,8 +118,8 @@ class CrissCrossForward {
   }
 
   CrissCrossForwardArguments<T> arguments_;
-  MapSizes map_;
-  Buffer<A> row_total_;  // (B, H, W)
+  ImageSize image_;
+  Buffer<A> row_total_;  // (B, H, W): sum over the row of exp(energy - maximum)
 };
 
 }  // namespace segattn::cpu

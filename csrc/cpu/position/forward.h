@@ -1,11 +1,11 @@
-// Position attention, forward: online softmax over tiles of keys, nothing of size queries x keys is stored.
+// Position attention, forward: online softmax over tiles of keys. Nothing of size queries x keys is stored.
 //
-// Tiles are S^T = K^T Q: rows are keys, queries run along vector lanes, so the softmax runs down columns lane by lane,
-// the result is at once the B operand of output += value P^T, and value needs no transpose in memory.
+// Tiles are transposed, key^T query: rows are keys, queries are along vector lanes. So the softmax runs down the
+// columns lane by lane, its result is the B operand of output += value P^T, and value needs no transpose in memory.
 //
-// keys and values are packed once (O(keys) memory); a work unit is a block of up to kBlockVectors vectors of queries,
-// which passes over all keys with its output sums in the second-level cache. A query's result depends neither on the
-// cut into blocks nor on the thread.
+// Keys and values are packed once, O(keys) memory. A work unit is a block of up to kBlockVectors vectors of queries,
+// which passes over all keys with its output sums in L2. A query's result depends neither on the cut into blocks nor on
+// the thread.
 #pragma once
 
 #include <cmath>
@@ -14,6 +14,7 @@
 #include "cpu/common/exp.h"
 #include "cpu/common/pack.h"
 #include "cpu/common/parallel.h"
+#include "cpu/common/range.h"
 
 namespace segattn::cpu {
 
@@ -23,7 +24,7 @@ struct PositionForwardArguments {
   const T* key;                 // (B, E, M)
   const T* value;               // (B, C, M)
   T* output;                    // (B, C, N)
-  T* output_low;                // (B, C, N), what rounding took from the output; null: not wanted
+  T* output_low;                // (B, C, N), the rounding error of output; null: not computed
   AccumulatorOf<T>* logsumexp;  // (B, N)
   PositionSizes sizes;
   AccumulatorOf<T> scale;
@@ -36,13 +37,13 @@ class PositionForward {
   using V = Vec<A>;
   static constexpr std::int64_t kLane = kLanes<A>;
 
-  // A tile of keys: its scores for one column panel (kKeyTile x 48 floats) stay in the first-level cache.
+  // Keys of a tile, whose energies for one column panel (kKeyTile x 48 floats) stay in L1.
   static constexpr std::int64_t kKeyTile = 128;
-  // Channels of value that are packed at once: small maps have one or two tiles of keys for all threads.
+  // Channels of value that a unit packs: small feature maps have only one or two tiles of keys for all threads.
   static constexpr std::int64_t kPackChannels = 128;
-  // Output sums of a block: C x (12 vectors) float, 393 KB at C = 512 with AVX-512.
+  // Vectors of queries of a block; its output sums take 393 KB at C = 512 with AVX-512.
   static constexpr std::int64_t kBlockVectors = 4 * kColumnVectors<P>;
-  // Samples are packed together up to this many elements, to bound the memory for large batches.
+  // The most packed elements of samples that are processed together, to bound the memory for large batches.
   static constexpr std::int64_t kPackedLimit = std::int64_t{1} << 23;
 
  public:
@@ -67,15 +68,15 @@ class PositionForward {
   }
 
  private:
-  std::int64_t key_tiles() const { return (m_ + kKeyTile - 1) / kKeyTile; }
+  std::int64_t key_tiles() const { return ceil_div(m_, kKeyTile); }
   std::int64_t packed_key_size() const { return packed_a_size<P>(m_, e_); }
-  // Every tile is an A operand of C rows; all but the last have the same number of steps.
+  // An A operand of C rows per tile.
   std::int64_t packed_value_size() const { return packed_a_size<P>(c_, m_); }
 
   void run_samples(std::int64_t first_sample, std::int64_t samples, P* packed) const {
     const std::int64_t tiles = key_tiles();
     const std::int64_t sample_size = packed_key_size() + packed_value_size();
-    const std::int64_t parts = 1 + (c_ + kPackChannels - 1) / kPackChannels;
+    const std::int64_t parts = 1 + ceil_div(c_, kPackChannels);
     parallel_units(samples * tiles * parts, 0, [&](std::int64_t unit, Scratch&) {
       const std::int64_t sample = unit / parts / tiles;
       const std::int64_t first_key = unit / parts % tiles * kKeyTile;
@@ -91,18 +92,15 @@ class PositionForward {
     const std::int64_t blocks = blocks_per_sample(vectors, samples);
     parallel_units(samples * blocks, block_scratch(), [&](std::int64_t unit, Scratch& scratch) {
       const std::int64_t sample = unit / blocks;
-      const std::int64_t block = unit % blocks;
-      const std::int64_t begin = block * vectors / blocks * kLane;
-      const std::int64_t end = std::min(n_, (block + 1) * vectors / blocks * kLane);
-      attend(first_sample + sample, begin, end - begin, packed + sample * sample_size, scratch);
+      const Range queries = part_of(n_, kLane, unit % blocks, blocks);
+      attend(first_sample + sample, queries, packed + sample * sample_size, scratch);
     });
   }
 
-  // Few enough vectors a block, and every thread the same number of blocks.
+  // At most kBlockVectors vectors per block, and the same number of blocks for every thread.
   static std::int64_t blocks_per_sample(std::int64_t vectors, std::int64_t samples) {
-    const auto threads = static_cast<std::int64_t>(torch::stable::get_num_threads());
-    const std::int64_t least = (vectors + kBlockVectors - 1) / kBlockVectors;
-    const std::int64_t even = (round_up(least * samples, threads) + samples - 1) / samples;
+    const std::int64_t least = ceil_div(vectors, kBlockVectors);
+    const std::int64_t even = ceil_div(round_up(least * samples, thread_count()), samples);
     return std::min(vectors, even);
   }
 
@@ -127,22 +125,21 @@ class PositionForward {
         3 * scratch_bytes<A>(columns);
   }
 
-  // Queries [first_query, first_query + queries) of one sample over all keys.
-  void attend(
-      std::int64_t sample, std::int64_t first_query, std::int64_t queries, const P* packed_key,
-      Scratch& scratch) const {
+  // The output and the logsumexp of a block of queries.
+  void attend(std::int64_t sample, Range block, const P* packed_key, Scratch& scratch) const {
+    const std::int64_t queries = block.size();
     const P* const packed_value = packed_key + packed_key_size();
     const std::int64_t columns = padded_columns<P>(queries);
     P* const packed_query = scratch.take<P>(packed_b_size<P>(queries, e_));
     A* const sums = scratch.take<A>(c_ * columns);
-    A* const scores = scratch.take<A>(kKeyTile * panel_columns<P>);
+    A* const energy = scratch.take<A>(kKeyTile * panel_columns<P>);
     P* const weights = kIsPair<P> ? scratch.take<P>(packed_b_size<P>(panel_columns<P>, kKeyTile)) : nullptr;
     A* const maximum = scratch.take<A>(columns);
     A* const total = scratch.take<A>(columns);
     A* const rescale = scratch.take<A>(columns);
     std::fill_n(maximum, columns, -std::numeric_limits<A>::infinity());
     std::fill_n(total, columns, A(0));
-    pack_b_from_steps<P>(packed_query, arguments_.query + sample * e_ * n_ + first_query, n_, queries, e_);
+    pack_b_from_steps<P>(packed_query, arguments_.query + sample * e_ * n_ + block.begin, n_, queries, e_);
 
     for (std::int64_t first_key = 0; first_key < m_; first_key += kKeyTile) {
       const std::int64_t keys = std::min(kKeyTile, m_ - first_key);
@@ -151,35 +148,36 @@ class PositionForward {
       for (std::int64_t column = 0; column < queries; column += panel_columns<P>) {
         const std::int64_t width = panel_width<P>(queries, column);
         tile_gemm<P>(
-            key_tile, packed_query + column * k_steps<P>(e_), COperand<A>::panels(scores), keys, width, k_steps<P>(e_),
-            GemmMode::store);
-        softmax_columns(scores, keys, width, maximum + column, total + column, rescale + column);
-        const P* const panel = b_operand_of_panels<P>(weights, scores, keys, width);
+            key_tile, packed_query + column * k_steps<P>(e_), COperand<A>::panels(energy), keys, width, k_steps<P>(e_),
+            GemmMode::kStore);
+        softmax_columns(energy, keys, width, maximum + column, total + column, rescale + column);
+        const P* const panel = b_operand_of_panels<P>(weights, energy, keys, width);
         tile_gemm<P>(
             value_tile, panel, COperand<A>::panels(sums + column * c_), c_, width, k_steps<P>(keys),
-            first_key == 0 ? GemmMode::store : GemmMode::scale_add, rescale + column);
+            first_key == 0 ? GemmMode::kStore : GemmMode::kScaleAdd, rescale + column);
       }
     }
-    finish(sample, first_query, queries, sums, maximum, total);
+    store_results(sample, block, sums, maximum, total);
   }
 
-  // scores (keys x width, one panel) become exp(scale * score - maximum), with the running maximum and total of each
-  // column brought up to date; rescale is the factor for sums made with the old maximum.
-  void softmax_columns(A* scores, std::int64_t keys, std::int64_t width, A* maximum, A* total, A* rescale) const {
+  // products (keys x width, one panel), from q.k to exp(energy - maximum). Updates the running maximum and total of
+  // each column; rescale is the factor of sums with the old maximum.
+  void softmax_columns(A* products, std::int64_t keys, std::int64_t width, A* maximum, A* total, A* rescale) const {
     const V scale = broadcast<V>(arguments_.scale);
     for (std::int64_t i = 0; i < width; i += kLane) {
       const V old_maximum = load<V>(maximum + i);
       V new_maximum = old_maximum;
       for (std::int64_t j = 0; j < keys; ++j) {
-        new_maximum = max(new_maximum, load<V>(scores + j * width + i) * scale);
+        new_maximum = max(new_maximum, load<V>(products + j * width + i) * scale);
       }
-      // While all scores are -inf the maximum is -inf, and -inf - -inf would be NaN for ever: 0 gives weights of 0.
+      // While all energies are -inf, so is the maximum. -inf - -inf would make the sums NaN; an offset of 0 gives
+      // weights of 0.
       const V offset = select(new_maximum == -std::numeric_limits<A>::infinity(), V{}, new_maximum);
       V sum{};
       for (std::int64_t j = 0; j < keys; ++j) {
-        A* const score = scores + j * width + i;
-        const V weight = exp(fma(load<V>(score), scale, -offset));
-        store(score, weight);
+        A* const element = products + j * width + i;
+        const V weight = exp(fma(load<V>(element), scale, -offset));
+        store(element, weight);
         sum += weight;
       }
       const V factor = exp(old_maximum - offset);
@@ -189,35 +187,28 @@ class PositionForward {
     }
   }
 
-  void finish(
-      std::int64_t sample, std::int64_t first_query, std::int64_t queries, A* sums, const A* maximum, A* total) const {
-    A* const logsumexp = arguments_.logsumexp + sample * n_ + first_query;
-    for (std::int64_t i = 0; i < queries; ++i) {
+  // total becomes its inverse.
+  void store_results(std::int64_t sample, Range block, const A* sums, const A* maximum, A* total) const {
+    A* const logsumexp = arguments_.logsumexp + sample * n_ + block.begin;
+    for (std::int64_t i = 0; i < block.size(); ++i) {
       logsumexp[i] = maximum[i] + std::log(total[i]);
       total[i] = A(1) / total[i];
     }
-    const std::int64_t first = sample * c_ * n_ + first_query;
-    const auto write = [](T* target, V vector, std::int64_t count) {
-      if (count == kLane) {
-        narrow<kLane>(target, vector);
-      } else {
-        narrow_partial<kLane>(target, vector, count);
-      }
-    };
-    detail::for_each_panel_vector(
-        sums, c_, queries, [&](std::int64_t row, std::int64_t column, V vector, std::int64_t count) {
+    const std::int64_t first = sample * c_ * n_ + block.begin;
+    for_each_panel_vector(
+        sums, c_, block.size(), [&](std::int64_t row, std::int64_t column, V vector, std::int64_t count) {
           const std::int64_t at = first + row * n_ + column;
           vector *= load<V>(total + column);
-          write(arguments_.output + at, vector, count);
+          write_vector(arguments_.output + at, vector, count);
           if (arguments_.output_low != nullptr) {
             vector -= read_vector(arguments_.output + at, count);
-            write(arguments_.output_low + at, vector, count);
+            write_vector(arguments_.output_low + at, vector, count);
           }
         });
   }
 
   PositionForwardArguments<T> arguments_;
-  std::int64_t e_, c_, n_, m_;
+  std::int64_t e_, c_, n_, m_;  // E, C, N, M of the shapes above
 };
 
 }  // namespace segattn::cpu

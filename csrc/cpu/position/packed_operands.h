@@ -1,13 +1,14 @@
-// Packed operands of the backward pass of position attention, for a stretch of keys and for a stretch of queries:
-//   scores  = key^T query             A: key (copied),      B: query (copied)
-//   weight gradients = value^T grad   A: value (copied),    B: grad_output (copied)
-//   grad_value^T += P^T grad^T        A: the tile, strided, B: grad_output (transposed)
-//   grad_key^T   += dS^T query^T      A: the tile, strided, B: query (transposed)
-//   grad_query   += key dS^T          A: key (transposed),  B: the tile
-// Stretches start at multiples of 16 positions. A stretch is packed tile by tile, and what belongs to position i starts
-// at element i * channels of each array (pairs: half of it), so a tile's operands are found by its first position.
+// Packed operands of the backward pass of position attention, for a range of keys and for a range of queries:
+//   S^T           = key^T query            A: key (copied),      B: query (copied)
+//   dP^T          = value^T grad_output    A: value (copied),    B: grad_output (copied)
+//   grad_value^T += P^T grad_output^T      A: the tile, strided, B: grad_output (transposed)
+//   grad_key^T   += dS^T query^T           A: the tile, strided, B: query (transposed)
+//   grad_query   += key dS^T               A: key (transposed),  B: the tile
+// Ranges start at multiples of 16 positions and are packed tile by tile. The operands of position i start at element
+// i * channels of each array (pairs: half of that), so a tile's operands are found by its first position.
 #pragma once
 
+#include "checks/position.h"
 #include "cpu/common/pack.h"
 
 namespace segattn::cpu {
@@ -17,58 +18,61 @@ struct KeyOperands {
   using P = PackedOf<T>;
   P *key, *key_transposed, *value;
 
-  // Elements for `count` keys with e channels, c of the value.
-  static constexpr std::int64_t size(std::int64_t count, std::int64_t e, std::int64_t c) {
-    return packed_a_size<P>(count, e) + packed_a_size<P>(e, count) + packed_a_size<P>(count, c);
+  // Elements for `count` keys.
+  static constexpr std::int64_t size(std::int64_t count, const PositionSizes& sizes) {
+    return packed_a_size<P>(count, sizes.key_channels) + packed_a_size<P>(sizes.key_channels, count) +
+        packed_a_size<P>(count, sizes.value_channels);
   }
 
-  static KeyOperands in(P* memory, std::int64_t count, std::int64_t e, std::int64_t c) {
-    P* const transposed = memory + packed_a_size<P>(count, e);
-    return {memory, transposed, transposed + packed_a_size<P>(e, count)};
+  static KeyOperands in(P* memory, std::int64_t count, const PositionSizes& sizes) {
+    P* const transposed = memory + packed_a_size<P>(count, sizes.key_channels);
+    return {memory, transposed, transposed + packed_a_size<P>(sizes.key_channels, count)};
   }
 
-  KeyOperands from(std::int64_t first, std::int64_t e, std::int64_t c) const {
-    return {key + first * k_steps<P>(e), key_transposed + e * k_steps<P>(first), value + first * k_steps<P>(c)};
+  KeyOperands from(std::int64_t first, const PositionSizes& sizes) const {
+    return {
+        key + first * k_steps<P>(sizes.key_channels), key_transposed + sizes.key_channels * k_steps<P>(first),
+        value + first * k_steps<P>(sizes.value_channels)};
   }
 
-  // One tile of `count` keys; keys (E, ld), values (C, ld).
-  void pack(const T* keys, const T* values, std::int64_t ld, std::int64_t count, std::int64_t e, std::int64_t c) const {
-    pack_a_from_steps<P>(key, keys, ld, count, e);
-    pack_a_from_rows<P>(key_transposed, keys, ld, e, count);
-    pack_a_from_steps<P>(value, values, ld, count, c);
+  // Packs one tile of `count` keys of keys (E, M) and values (C, M).
+  void pack(const T* keys, const T* values, std::int64_t count, const PositionSizes& sizes) const {
+    pack_a_from_steps<P>(key, keys, sizes.keys, count, sizes.key_channels);
+    pack_a_from_rows<P>(key_transposed, keys, sizes.keys, sizes.key_channels, count);
+    pack_a_from_steps<P>(value, values, sizes.keys, count, sizes.value_channels);
   }
 };
 
 template <class T>
 struct QueryOperands {
   using P = PackedOf<T>;
-  P *query, *grad, *query_transposed, *grad_transposed;
+  P *query, *grad_output, *query_transposed, *grad_output_transposed;
 
-  static constexpr std::int64_t size(std::int64_t count, std::int64_t e, std::int64_t c) {
-    return packed_b_size<P>(count, e) + packed_b_size<P>(count, c) + packed_b_size<P>(e, count) +
-        packed_b_size<P>(c, count);
+  // Elements for `count` queries.
+  static constexpr std::int64_t size(std::int64_t count, const PositionSizes& sizes) {
+    return packed_b_size<P>(count, sizes.key_channels) + packed_b_size<P>(count, sizes.value_channels) +
+        packed_b_size<P>(sizes.key_channels, count) + packed_b_size<P>(sizes.value_channels, count);
   }
 
-  static QueryOperands in(P* memory, std::int64_t count, std::int64_t e, std::int64_t c) {
-    P* const grad = memory + packed_b_size<P>(count, e);
-    P* const query_transposed = grad + packed_b_size<P>(count, c);
-    return {memory, grad, query_transposed, query_transposed + packed_b_size<P>(e, count)};
+  static QueryOperands in(P* memory, std::int64_t count, const PositionSizes& sizes) {
+    P* const grad_output = memory + packed_b_size<P>(count, sizes.key_channels);
+    P* const query_transposed = grad_output + packed_b_size<P>(count, sizes.value_channels);
+    return {memory, grad_output, query_transposed, query_transposed + packed_b_size<P>(sizes.key_channels, count)};
   }
 
-  QueryOperands from(std::int64_t first, std::int64_t e, std::int64_t c) const {
+  QueryOperands from(std::int64_t first, const PositionSizes& sizes) const {
     return {
-        query + first * k_steps<P>(e), grad + first * k_steps<P>(c),
-        query_transposed + padded_columns<P>(e) * k_steps<P>(first),
-        grad_transposed + padded_columns<P>(c) * k_steps<P>(first)};
+        query + first * k_steps<P>(sizes.key_channels), grad_output + first * k_steps<P>(sizes.value_channels),
+        query_transposed + padded_columns<P>(sizes.key_channels) * k_steps<P>(first),
+        grad_output_transposed + padded_columns<P>(sizes.value_channels) * k_steps<P>(first)};
   }
 
-  // One tile of `count` queries; queries (E, ld), grads (C, ld).
-  void pack(
-      const T* queries, const T* grads, std::int64_t ld, std::int64_t count, std::int64_t e, std::int64_t c) const {
-    pack_b_from_steps<P>(query, queries, ld, count, e);
-    pack_b_from_steps<P>(grad, grads, ld, count, c);
-    pack_b_from_columns<P>(query_transposed, queries, ld, e, count);
-    pack_b_from_columns<P>(grad_transposed, grads, ld, c, count);
+  // Packs one tile of `count` queries of queries (E, N) and grads (C, N).
+  void pack(const T* queries, const T* grads, std::int64_t count, const PositionSizes& sizes) const {
+    pack_b_from_steps<P>(query, queries, sizes.queries, count, sizes.key_channels);
+    pack_b_from_steps<P>(grad_output, grads, sizes.queries, count, sizes.value_channels);
+    pack_b_from_columns<P>(query_transposed, queries, sizes.queries, sizes.key_channels, count);
+    pack_b_from_columns<P>(grad_output_transposed, grads, sizes.queries, sizes.value_channels, count);
   }
 };
 
