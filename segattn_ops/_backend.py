@@ -2,9 +2,9 @@
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import ModuleType
 
 import torch
 
@@ -53,9 +53,9 @@ def use_backend(name: str) -> Iterator[None]:
         _current = previous
 
 
-def operators(device: torch.device):
-    """The operator namespace that serves tensors on `device`; None where the reference does. Warns, once a device
-    type, when that is because native kernels are missing."""
+def operators(device: torch.device) -> ModuleType | None:
+    """The operator namespace that serves tensors on `device`; None if the reference does. Warns once for each device
+    type if native kernels are missing."""
     namespace = _NAMESPACES[_current]
     if namespace is None:
         return None
@@ -64,23 +64,8 @@ def operators(device: torch.device):
         return None
     if device.type == "cuda":
         follow_tf32_setting(namespace)
-    return getattr(torch.ops, namespace)
-
-
-@torch.compiler.assume_constant_result
-def has_autocast(device_type: str) -> bool:
-    """Whether the device type knows autocast. While compiling, Dynamo calls this instead of tracing it: that of torch
-    2.10 and 2.11 cannot trace the question."""
-    return torch.amp.is_autocast_available(device_type)
-
-
-def call_reference(definition: Callable[..., Any], *arguments) -> Any:
-    """A definition of reference.py outside autocast, which would round its float32 steps to 16 bits."""
-    device_type = arguments[0].device.type
-    if not has_autocast(device_type):
-        return definition(*arguments)
-    with torch.autocast(device_type, enabled=False):
-        return definition(*arguments)
+    found: ModuleType = getattr(torch.ops, namespace)
+    return found
 
 
 def _warn_once(device_type: str) -> None:
