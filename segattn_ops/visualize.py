@@ -10,9 +10,10 @@ The fused ops never store the map, so only the rows that are looked at are compu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from torch.nn import functional as F
 
 from .nn import CrissCrossAttention, NonLocal2d, PositionAttention, RecurrentCrissCrossAttention
 from .ops import criss_cross_attention_map, position_attention_map
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Points = Sequence[tuple[float, float]]
 SOFTMAX_MODES = ("embedded_gaussian", "gaussian")
@@ -105,7 +109,7 @@ def record_attention(model: nn.Module, points: Points) -> Iterator[dict[str, Ten
     maps: dict[str, Tensor] = {}
     handles = []
 
-    def recorder(name: str):
+    def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             maps[name] = attention_maps(module, inputs[0], points)
 
@@ -122,19 +126,18 @@ def record_attention(model: nn.Module, points: Points) -> Iterator[dict[str, Ten
 
 def _as_image(image: np.ndarray | Tensor) -> np.ndarray:
     """(H, W, 3) float32 in [0, 1] from (H, W), (H, W, 3) or (3, H, W); uint8 or floats in [0, 1]."""
-    if isinstance(image, Tensor):
-        image = image.detach().cpu().numpy()
-    if image.ndim == 2:
-        image = np.repeat(image[:, :, None], 3, axis=2)
-    if image.ndim == 3 and image.shape[2] != 3 and image.shape[0] == 3:
-        image = image.transpose(1, 2, 0)
-    if image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"visualize: image must be (H, W), (H, W, 3) or (3, H, W) (got {list(image.shape)})")
-    if image.dtype == np.uint8:
-        return image.astype(np.float32) / 255
-    if not np.issubdtype(image.dtype, np.floating):
-        raise ValueError(f"visualize: image must be uint8 or floating point in [0, 1] (got {image.dtype})")
-    return np.clip(image.astype(np.float32), 0, 1)
+    pixels: np.ndarray = image.detach().cpu().numpy() if isinstance(image, Tensor) else image
+    if pixels.ndim == 2:
+        pixels = np.repeat(pixels[:, :, None], 3, axis=2)
+    if pixels.ndim == 3 and pixels.shape[2] != 3 and pixels.shape[0] == 3:
+        pixels = pixels.transpose(1, 2, 0)
+    if pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ValueError(f"visualize: image must be (H, W), (H, W, 3) or (3, H, W) (got {list(pixels.shape)})")
+    if pixels.dtype == np.uint8:
+        return pixels.astype(np.float32) / 255
+    if not np.issubdtype(pixels.dtype, np.floating):
+        raise ValueError(f"visualize: image must be uint8 or floating point in [0, 1] (got {pixels.dtype})")
+    return np.clip(pixels.astype(np.float32), 0, 1)
 
 
 def overlay(
@@ -161,24 +164,26 @@ def overlay(
     picture = _as_image(image)
     if attention.dim() != 2 or attention.numel() == 0:
         raise ValueError(f"visualize: attention must be (h, w), not empty (got {list(attention.shape)})")
-    heat = attention.detach().float().cpu()
-    attended = heat[heat > 0]
-    top = float(attended.quantile(0.98)) if 0 < attended.numel() <= 2**24 else float(heat.max())
-    heat = (heat / top).clamp_(0, 1) if top > 0 else heat
-    heat = F.interpolate(heat[None, None], size=picture.shape[:2], mode="bilinear", align_corners=False)[0, 0].numpy()
+    weights = attention.detach().float().cpu()
+    attended = weights[weights > 0]
+    top = float(attended.quantile(0.98)) if 0 < attended.numel() <= 2**24 else float(weights.max())
+    weights = (weights / top).clamp_(0, 1) if top > 0 else weights
+    size = (picture.shape[0], picture.shape[1])
+    heat = F.interpolate(weights[None, None], size=size, mode="bilinear", align_corners=False)[0, 0].numpy()
     grey = (0.55 * picture @ np.array([0.299, 0.587, 0.114], dtype=np.float32))[:, :, None]
     alpha = opacity * np.sqrt(heat)[:, :, None]
-    colour = colormaps[colormap](0.15 + 0.85 * heat)[:, :, :3].astype(np.float32)
-    return np.rint(255 * ((1 - alpha) * grey + alpha * colour)).astype(np.uint8)
+    colour = np.asarray(colormaps[colormap](0.15 + 0.85 * heat), dtype=np.float32)[:, :, :3]
+    blended: np.ndarray = np.rint(255 * ((1 - alpha) * grey + alpha * colour))
+    return blended.astype(np.uint8)
 
 
 def draw_attention(
     image: np.ndarray | Tensor,
     maps: Mapping[str, Tensor],
     points: Points,
-    path: str | PathLike | None = None,
+    path: str | PathLike[str] | None = None,
     caption: str | None = None,
-):
+) -> Figure:
     """A figure with one row for each point: the image with the point marked, then each map over the image.
 
     Args:

@@ -78,11 +78,17 @@ def _swap(pairs: Pairs) -> Pairs:
 
 
 def _renamed(state: State, pairs: Pairs, function: str) -> State:
-    named = {name: rename(name, _swap(pairs)) for name in state}
-    unknown = [name for name, new in named.items() if new is None]
+    named: State = {}
+    unknown = []
+    for name, value in state.items():
+        new = rename(name, _swap(pairs))
+        if new is None:
+            unknown.append(name)
+        else:
+            named[new] = value
     if unknown:
         raise ValueError(f"{function}: the layout has no place for {', '.join(unknown)}")
-    return {named[name]: value for name, value in state.items()}
+    return named
 
 
 def _network(state: State, layout: str, system: str, pairs: Pairs, places: tuple[str, str, str | None]) -> State:

@@ -169,8 +169,8 @@ def _fits(naming: Naming, state: State, prefix: str) -> bool:
     query, key = (
         ("query_project.conv", "key_project.conv") if naming.format == "mmsegmentation" else ("f_query.0", "f_key.0")
     )
-    weights = [state.get(f"{prefix}stages.0.{name}.weight") for name in (query, key)]
-    shared = all(w is not None for w in weights) and weights[0].shape == weights[1].shape and torch.equal(*weights)
+    q, k = (state.get(f"{prefix}stages.0.{name}.weight") for name in (query, key))
+    shared = q is not None and k is not None and q.shape == k.shape and torch.equal(q, k)
     return shared == (naming.system == "apnb")
 
 

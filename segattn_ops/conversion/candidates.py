@@ -20,6 +20,7 @@ from .fused import (
 )
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 # Attention blocks whose map is something else; by class name, because their structure alone would not tell why.
 LEFT_ALONE = {
@@ -90,14 +91,14 @@ def why_suspect(module: nn.Module) -> str | None:
     return None
 
 
-def _last_conv(module: nn.Module | None) -> nn.Module | None:
+def _only_conv(module: nn.Module | None) -> _Conv | None:
     """The convolution of a conv, an mmcv ConvModule, or a sequence of one of them and a pool."""
     convs = [m for m in module.modules() if isinstance(m, _CONVS)] if isinstance(module, nn.Module) else []
     return convs[0] if len(convs) == 1 else None
 
 
-def _pointwise(module: nn.Module | None) -> nn.Module | None:
-    conv = _last_conv(module)
+def _pointwise(module: nn.Module | None) -> _Conv | None:
+    conv = _only_conv(module)
     if conv is None or any(k != 1 for k in conv.kernel_size) or any(s != 1 for s in conv.stride) or conv.groups != 1:
         return None
     return conv
@@ -179,7 +180,7 @@ def _non_local(module: nn.Module) -> list[Candidate]:
     return [Candidate(FusedNonLocal, names, shape, options) for options in _modes(module, names, value, timm)]
 
 
-def _modes(module: nn.Module, names: Mapping[str, str], value: nn.Module, timm: bool) -> list[dict[str, Any]]:
+def _modes(module: nn.Module, names: Mapping[str, str], value: _Conv, timm: bool) -> list[dict[str, Any]]:
     """What the block may compute. mmcv says; AlexHex7's four files have one class name and differ in their forward."""
     if timm:
         return [{"mode": "embedded_gaussian", "scale": module.scale}]
@@ -202,7 +203,7 @@ def _asymmetric(module: nn.Module) -> list[Candidate]:
         getattr(module, "psp", None), nn.Module
     ):
         names = {"query": "f_query", "key": "f_key", "value": "f_value", "pool": "psp", "out": "W"}
-        options = {"query_first": False}
+        options: dict[str, Any] = {"query_first": False}
         if getattr(module, "scale", 1) != 1:
             return []
     elif hasattr(module, "key_downsample") and hasattr(module, "matmul_norm") and not hasattr(module, "gamma"):
@@ -213,7 +214,8 @@ def _asymmetric(module: nn.Module) -> list[Candidate]:
             names["pool"] = "key_downsample"
         if getattr(module, "out_project", None) is not None:
             names["out"] = "out_project"
-        options = {"query_first": True, "scale": module.channels**-0.5 if module.matmul_norm else 1.0}
+        channels: Any = module.channels
+        options = {"query_first": True, "scale": channels**-0.5 if module.matmul_norm else 1.0}
     else:
         return []
     query, key = (_pointwise(getattr(module, names[role])) for role in ("query", "key"))
@@ -238,7 +240,7 @@ def _overrides_forward(module: nn.Module, base: str) -> bool:
 def _external_attention(module: nn.Module) -> list[Candidate]:
     if _parametrised(module) != {"cnn", "pa"} or not isinstance(module.cnn, nn.Conv2d):
         return []
-    attention = module.pa
+    attention: Any = module.pa
     if getattr(attention, "h", None) != 1 or not isinstance(getattr(attention, "dropout", None), nn.Dropout):
         return []
     channels = module.cnn.in_channels

@@ -213,10 +213,10 @@ def _difference(got: Any, expected: Any) -> float:
 
 def _swap(model: nn.Module, replacements: Mapping[int, FusedBlock]) -> list[tuple[nn.Module, str, nn.Module]]:
     """Puts the replacements in, wherever a block is held; returns what to put back."""
-    swapped = []
+    swapped: list[tuple[nn.Module, str, nn.Module]] = []
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if id(child) in replacements:
+            if child is not None and id(child) in replacements:
                 swapped.append((parent, name, child))
                 parent._modules[name] = replacements[id(child)]
     return swapped

@@ -36,12 +36,14 @@ class FusedBlock(nn.Module):
         self._fused_options = dict(options or {})
 
     def _call(self, role: str, *inputs: Tensor) -> Tensor:
-        return getattr(self, self._fused_names[role])(*inputs)
+        result: Tensor = getattr(self, self._fused_names[role])(*inputs)
+        return result
 
     def _residual(self, attended: Tensor, x: Tensor) -> Tensor:
         """x + gamma * attended, gamma a parameter (official) or a module (mmcv's Scale)."""
         gamma = getattr(self, self._fused_names["gamma"])
-        return (gamma(attended) if isinstance(gamma, nn.Module) else gamma * attended) + x
+        scaled: Tensor = gamma(attended) if isinstance(gamma, nn.Module) else gamma * attended
+        return scaled + x
 
     def extra_repr(self) -> str:
         return f"{self.fused_kind} of {self._original_class.__name__}"
@@ -91,7 +93,8 @@ class FusedNonLocal(FusedBlock):
         """x (B, C, *spatial) -> x + out(y); with ``return_nl_map``, the original's own forward, which stores the
         map."""
         if return_nl_map:
-            return self._original_class.forward(self, x, return_nl_map=True)
+            result: tuple[Tensor, Tensor] = self._original_class.forward(self, x, return_nl_map=True)
+            return result
         y = self._call("out", self._aggregate(x))
         return (self._call("norm", y) if "norm" in self._fused_names else y) + x
 
@@ -139,26 +142,32 @@ class FusedDotProductPosition(FusedBlock):
     """
 
     fused_kind = "position attention (scaled dot product)"
+    cnn: nn.Module
+    pa: Any  # a module with fc_q, fc_k, fc_v, fc_o and dropout
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, H * W, C)."""
-        attention = self._modules["pa"]
-        if self.training and attention.dropout.p > 0:
-            return self._original_class.forward(self, x)
+        if self.training and self.pa.dropout.p > 0:
+            original: Tensor = self._original_class.forward(self, x)
+            return original
         y = self.cnn(x).flatten(2).mT  # (B, N, C)
-        query, key, value = (layer(y).mT for layer in (attention.fc_q, attention.fc_k, attention.fc_v))
-        return attention.fc_o(position_attention(query, key, value, query.shape[1] ** -0.5).mT)
+        query, key, value = (layer(y).mT for layer in (self.pa.fc_q, self.pa.fc_k, self.pa.fc_v))
+        output: Tensor = self.pa.fc_o(position_attention(query, key, value, query.shape[1] ** -0.5).mT)
+        return output
 
 
 class FusedDotProductChannel(FusedBlock):
     """The channel branch of External-Attention's DAModule: (B, C, H, W) -> (B, C, H * W). Dropout as in the other."""
 
     fused_kind = "channel attention (scaled dot product)"
+    cnn: nn.Module
+    pa: Any  # a module with fc_o and dropout
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, C, H * W)."""
-        attention = self._modules["pa"]
-        if self.training and attention.dropout.p > 0:
-            return self._original_class.forward(self, x)
+        if self.training and self.pa.dropout.p > 0:
+            original: Tensor = self._original_class.forward(self, x)
+            return original
         y = self.cnn(x).flatten(2)
-        return attention.fc_o(channel_attention(y, y, y, y.shape[2] ** -0.5))
+        output: Tensor = self.pa.fc_o(channel_attention(y, y, y, y.shape[2] ** -0.5))
+        return output

@@ -30,7 +30,9 @@ class Backbone(nn.Module):
         x (B, 3, H, W) -> {"layer1": (B, 256, H/4, W/4), ...}, sides rounded up.
     """
 
-    def __init__(self, resnet: nn.Module, return_layers: Sequence[str], stem: nn.Sequential | None = None) -> None:
+    def __init__(
+        self, resnet: _torchvision.ResNet, return_layers: Sequence[str], stem: nn.Sequential | None = None
+    ) -> None:
         super().__init__()
         unknown = set(return_layers) - set(LAYERS)
         if unknown or not return_layers:
@@ -99,15 +101,18 @@ def dilated_resnet(
     resnet = _torchvision.get_model(
         name, weights=weights, replace_stride_with_dilation=_DILATION[output_stride], norm_layer=norm_layer
     )
-    if STEMS[stem] is None:
+    stem_channels = STEMS[stem]
+    if stem_channels is None:
         return Backbone(resnet, return_layers)
     if stem == "ccnet":
         _dilate_first_blocks(resnet)
         resnet.maxpool.ceil_mode = True
-    return Backbone(resnet, return_layers, _deep_stem(resnet, STEMS[stem], norm_layer or nn.BatchNorm2d))
+    return Backbone(resnet, return_layers, _deep_stem(resnet, stem_channels, norm_layer or nn.BatchNorm2d))
 
 
-def _deep_stem(resnet: nn.Module, channels: Sequence[int], norm_layer: Callable[[int], nn.Module]) -> nn.Sequential:
+def _deep_stem(
+    resnet: _torchvision.ResNet, channels: Sequence[int], norm_layer: Callable[[int], nn.Module]
+) -> nn.Sequential:
     """Three 3 x 3 convolutions, the first with stride 2; widens the first block of ``resnet`` to what they give."""
     layers: list[nn.Module] = []
     inputs = 3
@@ -126,7 +131,7 @@ def _deep_stem(resnet: nn.Module, channels: Sequence[int], norm_layer: Callable[
     return nn.Sequential(*layers)
 
 
-def _dilate_first_blocks(resnet: nn.Module) -> None:
+def _dilate_first_blocks(resnet: _torchvision.ResNet) -> None:
     """torchvision leaves the first block of a dilated stage at the dilation of the stage before; CCNet does not."""
     for name in LAYERS[2:]:
         stage = getattr(resnet, name)

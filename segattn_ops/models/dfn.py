@@ -1,6 +1,7 @@
 """DFN's head: the smooth network, which chooses features from deep to shallow, and the border network."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -38,7 +39,8 @@ class DFNHead(nn.Module):
         num_classes, H_i, W_i), "border": (B, 1 or num_classes, H_1, W_1)}; "out" is the smooth network's stage 1.
     """
 
-    inputs = ("layer1", "layer2", "layer3", "layer4")
+    inputs: ClassVar[tuple[str, ...]] = ("layer1", "layer2", "layer3", "layer4")
+    rrb_db_1: RefinementResidualBlock
 
     def __init__(self, in_channels: Sequence[int], num_classes: int, channels: int | None = None) -> None:
         super().__init__()
@@ -85,8 +87,10 @@ class DFNHead(nn.Module):
 
     def _border(self, maps: Sequence[Tensor]) -> Tensor:
         """The four maps -> border logits at the finest size."""
-        x = self.rrb_db_1(maps[0])
+        x: Tensor = self.rrb_db_1(maps[0])
         for stage in (2, 3, 4):
             deeper = getattr(self, f"rrb_db_{stage}")(maps[stage - 1])
             x = getattr(self, f"rrb_trans_{stage - 1}")(x + _resize(deeper, x))
-        return x if self.channels is None else self.border_cls(x)
+        if self.channels is not None:
+            x = self.border_cls(x)
+        return x

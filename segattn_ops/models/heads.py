@@ -1,6 +1,7 @@
 """Segmentation heads of DANet, CCNet, ANN and Non-local networks: feature maps in, class logits out at their size."""
 
 from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ class FCNHead(nn.Sequential):
         dropout: probability.
     """
 
-    inputs = ("layer3",)
+    inputs: ClassVar[tuple[str, ...]] = ("layer3",)
 
     def __init__(
         self,
@@ -82,7 +83,7 @@ class DANetHead(nn.Module):
         x (B, in_channels, H, W) -> {"out": fused, "position", "channel"}, each (B, num_classes, H, W).
     """
 
-    inputs = ("layer4",)
+    inputs: ClassVar[tuple[str, ...]] = ("layer4",)
 
     def __init__(
         self,
@@ -141,7 +142,7 @@ class CCNetHead(nn.Module):
         x (B, in_channels, H, W) -> (B, num_classes, H, W).
     """
 
-    inputs = ("layer4",)
+    inputs: ClassVar[tuple[str, ...]] = ("layer4",)
 
     def __init__(
         self,
@@ -167,7 +168,8 @@ class CCNetHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, in_channels, H, W) -> (B, num_classes, H, W)."""
         feature_map("CCNetHead", "input", x, self.in_channels)
-        return self.bottleneck(torch.cat([x, self.convb(self.cca(self.conva(x)))], dim=1))
+        logits: Tensor = self.bottleneck(torch.cat([x, self.convb(self.cca(self.conva(x)))], dim=1))
+        return logits
 
 
 class NonLocalHead(nn.Module):
@@ -188,7 +190,7 @@ class NonLocalHead(nn.Module):
         x (B, in_channels, H, W) -> (B, num_classes, H, W).
     """
 
-    inputs = ("layer4",)
+    inputs: ClassVar[tuple[str, ...]] = ("layer4",)
 
     def __init__(
         self,
@@ -217,7 +219,8 @@ class NonLocalHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, in_channels, H, W) -> (B, num_classes, H, W)."""
         feature_map("NonLocalHead", "input", x, self.in_channels)
-        return self.bottleneck(torch.cat([x, self.convb(self.nl(self.conva(x)))], dim=1))
+        logits: Tensor = self.bottleneck(torch.cat([x, self.convb(self.nl(self.conva(x)))], dim=1))
+        return logits
 
 
 def _bottleneck(
@@ -261,7 +264,7 @@ class ANNHead(nn.Module):
         low (B, low_channels, H', W'), high (B, high_channels, H, W) -> (B, num_classes, H, W).
     """
 
-    inputs = ("layer3", "layer4")
+    inputs: ClassVar[tuple[str, ...]] = ("layer3", "layer4")
 
     def __init__(
         self,
@@ -279,7 +282,7 @@ class ANNHead(nn.Module):
         positive_int("ANNHead", "high_channels", high_channels)
         inner = positive_int("ANNHead", "channels", channels or high_channels // 4)
         keys, values = key_channels or max(inner // 2, 1), value_channels or max(inner // 2, 1)
-        shared = {"dropout": dropout, "pool_sizes": pool_sizes, "norm_layer": norm_layer}
+        shared: dict[str, Any] = {"dropout": dropout, "pool_sizes": pool_sizes, "norm_layer": norm_layer}
         self.fusion = AFNB(low_channels, high_channels, high_channels, keys, values, **shared)
         self.context = nn.Sequential(
             nn.Conv2d(high_channels, inner, 3, padding=1),
@@ -290,4 +293,5 @@ class ANNHead(nn.Module):
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
         """low (B, low_channels, H', W'), high (B, high_channels, H, W) -> (B, num_classes, H, W)."""
-        return self.cls(self.context(self.fusion(low, high)))
+        logits: Tensor = self.cls(self.context(self.fusion(low, high)))
+        return logits

@@ -57,7 +57,8 @@ class SegmentationModel(nn.Module):
 
     @staticmethod
     def _head(head: nn.Module, maps: dict[str, Tensor]) -> Any:
-        return head(*(maps[name] for name in head.inputs))
+        inputs: Any = head.inputs
+        return head(*(maps[name] for name in inputs))
 
 
 class DANet(SegmentationModel):
@@ -86,7 +87,7 @@ class DFN(SegmentationModel):
 def _assemble(
     network: type[SegmentationModel],
     name: str,
-    head_class: type[nn.Module],
+    head_class: type[Any],
     num_classes: int,
     aux_loss: bool,
     aux_channels: int | None,
@@ -103,7 +104,7 @@ def _assemble(
     return network(features, classifier, aux, align_corners)
 
 
-def _builder(network: type[SegmentationModel], head_class: type[nn.Module], resnet: str, stride: int) -> Any:
+def _builder(network: type[SegmentationModel], head_class: type[Any], resnet: str, stride: int) -> Any:
     def build(
         num_classes: int = 21,
         *,

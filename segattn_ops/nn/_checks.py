@@ -2,7 +2,6 @@
 
 import math
 import numbers
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -75,7 +74,7 @@ class ScalarShapes(nn.Module):
     ``load_state_dict`` of PyTorch takes the first into the second but not the second into the first.
     """
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name, parameter in self.named_parameters(recurse=False):
             stored = state_dict.get(prefix + name)
             if parameter.numel() == 1 and isinstance(stored, torch.Tensor) and stored.numel() == 1:

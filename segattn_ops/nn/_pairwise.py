@@ -52,7 +52,8 @@ def concatenation(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
 
     Source: Wang et al., "Non-local Neural Networks", CVPR 2018, equation 5 with C(x) = N.
     """
-    return _Concatenation.apply(a, b, g)
+    y: Tensor = _Concatenation.apply(a, b, g)
+    return y
 
 
 def _sum_dtype(like: Tensor) -> torch.dtype:

@@ -86,15 +86,16 @@ class AsymmetricAttention(nn.Module):
         self.f_value = nn.Conv2d(low_channels, value_channels, 1)
         self.W = nn.Conv2d(value_channels, out_channels, 1)
         self.psp = PyramidPooling(pool_sizes)
-        nn.init.zeros_(self.W.weight)
-        nn.init.zeros_(self.W.bias)
+        for parameter in self.W.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
         """low (B, low_channels, H', W'), high (B, high_channels, H, W) -> (B, out_channels, H, W)."""
         key = self.f_key(low)
         query = key if self.f_query is self.f_key and high is low else self.f_query(high)
         value = self.f_value(self.psp(low)[..., None])[..., 0]  # (B, value_channels, S)
-        return self.W(position_attention(query, self.psp(key), value, self.scale))
+        y: Tensor = self.W(position_attention(query, self.psp(key), value, self.scale))
+        return y
 
 
 def _stages(name: str, sizes: Sequence[int]) -> int:
@@ -160,7 +161,8 @@ class APNB(nn.Module):
         """x (B, in_channels, H, W) -> (B, out_channels, H, W)."""
         feature_map("APNB", "input", x, self.in_channels)
         context = sum(stage(x, x) for stage in self.stages)
-        return self.conv_bn_dropout(torch.cat([context, x], dim=1))
+        y: Tensor = self.conv_bn_dropout(torch.cat([context, x], dim=1))
+        return y
 
 
 class AFNB(nn.Module):
@@ -222,4 +224,5 @@ class AFNB(nn.Module):
         if low.shape[0] != high.shape[0]:
             raise ValueError(f"AFNB: low must have batch size {high.shape[0]} like high (got {low.shape[0]})")
         context = sum(stage(low, high) for stage in self.stages)
-        return self.conv_bn_dropout(torch.cat([context, high], dim=1))
+        y: Tensor = self.conv_bn_dropout(torch.cat([context, high], dim=1))
+        return y

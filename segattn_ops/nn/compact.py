@@ -33,9 +33,11 @@ class CompactPositionEncoder(nn.Module):
     def __init__(self, in_channels: int, norm_layer: NormLayer = nn.BatchNorm2d) -> None:
         super().__init__()
         self.in_channels = positive_int("CompactPositionEncoder", "in_channels", in_channels)
-        for index in range(1, len(self.sizes) + 1):
-            conv = nn.Conv2d(in_channels, in_channels, 1, bias=False)
-            setattr(self, f"conv{index}", nn.Sequential(conv, norm_layer(in_channels), nn.ReLU()))
+
+        def block() -> nn.Sequential:
+            return nn.Sequential(nn.Conv2d(in_channels, in_channels, 1, bias=False), norm_layer(in_channels), nn.ReLU())
+
+        self.conv1, self.conv2, self.conv3, self.conv4 = (block() for _ in self.sizes)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, 50, C)."""
@@ -161,4 +163,5 @@ class CrossLevelGatingDecoder(ScalarShapes):
         low = self.conv_low(low)
         high = F.interpolate(high, low.shape[2:], mode="bilinear", align_corners=self.align_corners)
         gate = self.gamma * self.conv_att(torch.cat([low, high], dim=1))
-        return self.conv_out(self.conv_cat(torch.cat([gate * low, high], dim=1)))
+        y: Tensor = self.conv_out(self.conv_cat(torch.cat([gate * low, high], dim=1)))
+        return y

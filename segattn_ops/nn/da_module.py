@@ -106,7 +106,8 @@ class DAModule(nn.Module):
                 f"DAModule: input must have the spatial size {self.size} that the module was made for "
                 f"(got {tuple(x.shape[2:])}); make it without H and W for any size"
             )
-        return self.position_attention_module(x) + self.channel_attention_module(x)
+        y: Tensor = self.position_attention_module(x) + self.channel_attention_module(x)
+        return y
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, size={self.size or 'any'}"

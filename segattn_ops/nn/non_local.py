@@ -1,6 +1,7 @@
 """Non-local blocks in 1, 2 and 3 spatial dimensions, in all four modes of the paper."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ MODES = ("embedded_gaussian", "gaussian", "dot_product", "concatenation")
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
-_POOL_SIZE = {1: 2, 2: (2, 2), 3: (1, 2, 2)}
+_POOL_SIZE: dict[int, int | tuple[int, ...]] = {1: 2, 2: (2, 2), 3: (1, 2, 2)}
 
 
 class _NonLocal(nn.Module):
@@ -43,7 +44,9 @@ class _NonLocal(nn.Module):
         self.scale = finite_float(name, "scale", scale)
         if self.scale != 1.0 and mode in ("dot_product", "concatenation"):
             raise ValueError(f"{name}: scale must be 1 in mode {mode}, which has no softmax (got {scale!r})")
-        if isinstance(norm_layer, str) and norm_layer != "batch_norm":
+        if norm_layer == "batch_norm":
+            norm_layer = _NORM[dims]
+        elif isinstance(norm_layer, str):
             raise ValueError(f"{name}: norm_layer must be a callable, None or 'batch_norm' (got {norm_layer!r})")
 
         conv = _CONV[dims]
@@ -63,11 +66,11 @@ class _NonLocal(nn.Module):
         out = conv(self.inter_channels, self.in_channels, 1)
         if norm_layer is None:
             self.W: nn.Module = out
-            zero = out
+            last: nn.Module = out
         else:
-            zero = (_NORM[dims] if norm_layer == "batch_norm" else norm_layer)(self.in_channels)
-            self.W = nn.Sequential(out, zero)
-        for parameter in zero.parameters():  # the block starts as the identity (paper, section 4.1)
+            last = norm_layer(self.in_channels)
+            self.W = nn.Sequential(out, last)
+        for parameter in last.parameters():  # the block starts as the identity (paper, section 4.1)
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,7 +80,8 @@ class _NonLocal(nn.Module):
         pooled = x.shape[-min(self.spatial_dims, 2) :]  # a 3-D pool leaves time alone
         if self.sub_sample and min(pooled) < 2:
             raise ValueError(f"{name}: sub_sample needs sides of at least 2 to halve (got {tuple(pooled)})")
-        return x + self.W(self._aggregate(x))
+        y: Tensor = self.W(self._aggregate(x))
+        return x + y
 
     def _aggregate(self, x: Tensor) -> Tensor:
         """x (B, C, *spatial) -> y (B, inter_channels, *spatial)."""
@@ -91,7 +95,8 @@ class _NonLocal(nn.Module):
         if self.mode == "dot_product":
             y = _pairwise.dot_product(theta, phi, g)
         else:
-            query_weight, key_weight = self.concat_project[0].weight.flatten().split(self.inter_channels)
+            weight: Any = self.concat_project[0].weight
+            query_weight, key_weight = weight.flatten().split(self.inter_channels)
             y = _pairwise.concatenation(
                 torch.einsum("ben,e->bn", theta, query_weight), torch.einsum("bem,e->bm", phi, key_weight), g
             )

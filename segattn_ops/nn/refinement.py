@@ -46,7 +46,8 @@ class ChannelAttentionBlock(nn.Module):
         feature_map("ChannelAttentionBlock", "low", low, self.out_channels)
         same_size("ChannelAttentionBlock", "low", low, "high", high)
         pooled = torch.cat([F.adaptive_avg_pool2d(high, 1), F.adaptive_avg_pool2d(low, 1)], dim=1)
-        return self.conv2(self.conv1(pooled).relu()).sigmoid() * low + high
+        gate: Tensor = self.conv2(self.conv1(pooled).relu()).sigmoid()
+        return gate * low + high
 
 
 class RefinementResidualBlock(nn.Module):
@@ -84,5 +85,5 @@ class RefinementResidualBlock(nn.Module):
         """x (B, in_channels, H, W) -> (B, out_channels, H, W)."""
         feature_map("RefinementResidualBlock", "input", x, self.in_channels)
         x = self.conv1(x)
-        y = x + self.conv3(self.bn(self.conv2(x)).relu())
+        y: Tensor = x + self.conv3(self.bn(self.conv2(x)).relu())
         return y.relu() if self.final_relu else y

@@ -91,7 +91,8 @@ def position_attention_map(query: Tensor, key: Tensor, positions: Tensor, scale:
     dtype = accumulation_dtype(query.dtype)
     rows = query.flatten(2)[:, :, index.to(query.device)].to(dtype)  # (B, E, P)
     energy = scale * (rows.transpose(1, 2) @ key.flatten(2).to(dtype))
-    return energy.softmax(2).unflatten(2, key.shape[2:])
+    weights: Tensor = energy.softmax(2).unflatten(2, key.shape[2:])
+    return weights
 
 
 def check_position_attention(
