@@ -1,4 +1,4 @@
-"""`python -m segattn_ops`: prints what this installation is."""
+"""`python -m segattn_ops`: describes this installation."""
 
 from typing import Any
 

@@ -34,13 +34,14 @@ def add_backend(name: str, namespace: str) -> None:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Chooses the implementation by hand within a `with` block.
+    """Selects the implementation within a `with` block.
 
     Args:
         name: "native" (the compiled kernels, where the device has any) or "reference" (plain PyTorch: slower, stores
             the attention map, differentiable twice). The environment variable SEGATTN_BACKEND sets the default.
 
-    The choice holds for the whole process, all threads included. The backward pass uses what the forward pass used.
+    The selection is global to the process, for all threads. A backward pass uses the implementation of its forward
+    pass.
 
     Raises:
         ValueError: for another name.

@@ -1,6 +1,6 @@
-"""Attention maps over images: what a chosen point of a picture attends to.
+"""Attention maps over images: what chosen points of an image attend to.
 
-The fused ops never store the map, so only the rows that are looked at are computed, one for each chosen point::
+The fused ops do not store the attention map. Only its rows for the chosen points are computed::
 
     points = [(0.4, 0.55), (0.8, 0.2)]            # (y, x) as fractions of the image
     with record_attention(model, points) as maps:
@@ -47,19 +47,19 @@ def grid_positions(points: Points, height: int, width: int) -> Tensor:
 
 @torch.no_grad()
 def attention_maps(module: nn.Module, x: Tensor, points: Points) -> Tensor:
-    """The rows of an attention module's map that belong to the points.
+    """The rows of a module's attention map for the points.
 
     Args:
-        module: ``PositionAttention``, ``CrissCrossAttention``, ``RecurrentCrissCrossAttention`` (the map its passes
-            amount to together, over the whole image) or ``NonLocal2d`` in a softmax mode.
+        module: ``PositionAttention``, ``CrissCrossAttention``, ``RecurrentCrissCrossAttention`` (the
+            attention map of all passes together, over the whole image) or ``NonLocal2d`` in a softmax mode.
         x: (B, C, H, W), the module's input.
         points: (y, x) as fractions of the image.
 
     Returns:
-        (B, P, H, W) (H and W halved for a NonLocal2d with ``sub_sample``); each map sums to 1.
+        (B, P, H, W) (H and W halved for a NonLocal2d with ``sub_sample``); each row sums to 1.
 
     Raises:
-        TypeError: for a module that has no such map.
+        TypeError: for a module without such an attention map.
         ValueError: for points outside the image.
     """
     positions = grid_positions(points, *x.shape[2:])
@@ -89,20 +89,20 @@ def _has_map(module: nn.Module) -> bool:
 
 @contextmanager
 def record_attention(model: nn.Module, points: Points) -> Iterator[dict[str, Tensor]]:
-    """Records the maps of every position, criss-cross and Non-local attention of a model while it runs.
+    """Records attention maps of every position, criss-cross and Non-local attention of a model as it runs.
 
     Args:
         model: any module that contains ``segattn_ops.nn`` modules.
         points: (y, x) as fractions of the image.
 
     Yields:
-        A dictionary that each forward fills: module name -> (B, P, H, W) as :func:`attention_maps`. A module that runs
-        twice keeps the last.
+        A dictionary filled by each forward: module name -> (B, P, H, W) as :func:`attention_maps`. Of a module that
+        runs twice it holds the last.
 
     Raises:
         ValueError: if the model contains no such module, or for points outside the image.
     """
-    grid_positions(points, 1, 1)  # a bad point is an error here, not in the middle of the model
+    grid_positions(points, 1, 1)  # raises for a bad point before the model runs
     found = {name or type(module).__name__: module for name, module in model.named_modules() if _has_map(module)}
     if not found:
         raise ValueError(f"visualize: {type(model).__name__} contains no attention module with a map of positions")
@@ -143,14 +143,14 @@ def _as_image(image: np.ndarray | Tensor) -> np.ndarray:
 def overlay(
     image: np.ndarray | Tensor, attention: Tensor, opacity: float = 0.85, colormap: str = "inferno"
 ) -> np.ndarray:
-    """An attention map as heat over a darkened grey image, colour only where attention is.
+    """An attention map as heat over the darkened image in grey.
 
     Args:
         image: (H, W), (H, W, 3) or (3, H, W); uint8, or floating point in [0, 1].
-        attention: (h, w), not negative, of any size; it is scaled so that its 98th percentile among the positions
-            that get any attention is the hottest colour, and interpolated to the image's size.
+        attention: (h, w), not negative, of any size. The 98th percentile of its positive values gets the hottest
+            colour; it is interpolated to the image's size.
         opacity: of the hottest colour, in [0, 1].
-        colormap: a name matplotlib knows.
+        colormap: of matplotlib, by name.
 
     Returns:
         (H, W, 3) uint8.
@@ -184,20 +184,20 @@ def draw_attention(
     path: str | PathLike[str] | None = None,
     caption: str | None = None,
 ) -> Figure:
-    """A figure with one row for each point: the image with the point marked, then each map over the image.
+    """A figure with one row for each point: the image with the point marked, then each attention map over the image.
 
     Args:
         image: as :func:`overlay`.
         maps: title -> (P, h, w), the maps of the P points.
         points: (y, x) as fractions of the image.
-        path: where to save the figure; None: it is only returned.
+        path: file to save the figure to; not saved if None.
         caption: a line below.
 
     Returns:
         The ``matplotlib.figure.Figure``.
 
     Raises:
-        ValueError: if there are no maps, or a map does not have one row for each point.
+        ValueError: if there are no attention maps, or one does not have a row for each point.
         ModuleNotFoundError: without matplotlib.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -1,4 +1,4 @@
-"""Finds out from a module's class and structure which published blocks it may be."""
+"""Matches a module's class and structure against the published blocks."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ from .fused import (
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
-# Attention blocks whose map is something else; by class name, because their structure alone would not tell why.
+# Attention blocks that the ops cannot express, by class name, with the reason.
 LEFT_ALONE = {
     "PABBlock": "its softmax runs over all pairs of positions together, not over the keys of each query",
     "DisentangledNonLocal2d": "its queries and keys are whitened and a unary term is added (DNL)",
@@ -31,7 +31,7 @@ LEFT_ALONE = {
     "ObjectAttentionBlock": "it adds to mmsegmentation's SelfAttentionBlock in a forward of its own (OCR)",
     "MultiheadAttention": "PyTorch's scaled_dot_product_attention serves it already",
 }
-# Classes of the repositories themselves, whose forward is known without running it.
+# Classes of the original repositories, whose forward is known without running it.
 PUBLISHED = {
     "PAM_Module",
     "CAM_Module",
@@ -52,7 +52,7 @@ class Candidate:
     """One block that a module may be.
 
     Attributes:
-        fused: the class that would take its place.
+        fused: the class of the replacement.
         names: the module's attribute for each role.
         options: of the fused class.
         inputs: shapes on which the two can be compared.
@@ -64,12 +64,12 @@ class Candidate:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self, original: nn.Module) -> FusedBlock:
-        """The fused module that takes the place of ``original``, on the same parameters."""
+        """The replacement of ``original``, on the same parameters."""
         return self.fused(original, self.names, self.options)
 
 
 def candidates(module: nn.Module) -> list[Candidate]:
-    """The blocks that ``module`` may be, likeliest first; empty if its structure is none of them."""
+    """The blocks that ``module`` may be, likeliest first; empty if its structure matches none."""
     if isinstance(module, torch.jit.ScriptModule):
         return []
     for matcher in _MATCHERS:
@@ -80,7 +80,7 @@ def candidates(module: nn.Module) -> list[Candidate]:
 
 
 def why_suspect(module: nn.Module) -> str | None:
-    """Why a module that is no candidate is worth a line in the report; None if it is not."""
+    """The reason to list a module that is no candidate in the report; None to omit it."""
     name = type(module).__name__
     if name in LEFT_ALONE:
         return LEFT_ALONE[name]
@@ -105,7 +105,7 @@ def _pointwise(module: nn.Module | None) -> _Conv | None:
 
 
 def _parametrised(module: nn.Module) -> set[str]:
-    """Attributes of the module that have parameters; named_children() would tell a module with two names only once."""
+    """Attributes of the module that have parameters; named_children() lists a module with two names only once."""
     children = {
         name
         for name, child in module._modules.items()
@@ -181,7 +181,8 @@ def _non_local(module: nn.Module) -> list[Candidate]:
 
 
 def _modes(module: nn.Module, names: Mapping[str, str], value: _Conv, timm: bool) -> list[dict[str, Any]]:
-    """What the block may compute. mmcv says; AlexHex7's four files have one class name and differ in their forward."""
+    """The modes the block may have, likeliest first. mmcv's has an attribute; AlexHex7's four classes have one name and
+    differ in their forward alone."""
     if timm:
         return [{"mode": "embedded_gaussian", "scale": module.scale}]
     if "projection" in names:

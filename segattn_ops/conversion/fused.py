@@ -1,4 +1,4 @@
-"""The modules that take a published block's place: its own children, parameters and names, a fused forward."""
+"""Replacements of published blocks: the block's own children, parameters and names, with a fused forward."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,16 +13,16 @@ from ..ops.position import position_attention
 
 
 class FusedBlock(nn.Module):
-    """Takes over everything of another module but its forward.
+    """Another module with its forward replaced.
 
-    Parameters, buffers, children, hooks and plain attributes are the original's own objects under their own names: the
-    state dict stays what it was, optimizers and DistributedDataParallel go on holding the right parameters, and code
-    that reads an attribute of the block finds it.
+    Parameters, buffers, children, hooks and plain attributes are the original's objects under their original names: the
+    state dict does not change, optimizers and DistributedDataParallel keep their parameters, and the block's attributes
+    stay readable.
 
     Args:
-        original: the block; it must not be used any more.
+        original: the block; not to be used afterwards.
         names: its attribute for each role of the computation.
-        options: what the computation needs to know besides.
+        options: further settings of the computation.
     """
 
     fused_kind = ""
@@ -85,13 +85,13 @@ class FusedCrissCrossAttention(FusedBlock):
 
 
 class FusedNonLocal(FusedBlock):
-    """A non-local block of any mode; options: mode, and scale of the logits."""
+    """A non-local block of any mode; options: mode, and scale of the energies."""
 
     fused_kind = "non-local block"
 
     def forward(self, x: Tensor, return_nl_map: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """x (B, C, *spatial) -> x + out(y); with ``return_nl_map``, the original's own forward, which stores the
-        map."""
+        attention map."""
         if return_nl_map:
             result: tuple[Tensor, Tensor] = self._original_class.forward(self, x, return_nl_map=True)
             return result
@@ -112,24 +112,24 @@ class FusedNonLocal(FusedBlock):
         else:
             projection = next(self.get_submodule(self._fused_names["projection"]).parameters()).flatten()
             query_weight, key_weight = projection.split(theta.shape[1])
-            logits = torch.einsum("ben,e->bn", theta, query_weight), torch.einsum("bem,e->bm", phi, key_weight)
-            y = _pairwise.concatenation(*logits, g)
+            parts = torch.einsum("ben,e->bn", theta, query_weight), torch.einsum("bem,e->bm", phi, key_weight)
+            y = _pairwise.concatenation(*parts, g)
         return y.reshape(x.shape[0], -1, *x.shape[2:])
 
 
 class FusedAsymmetricAttention(FusedBlock):
-    """A stage of ANN: queries everywhere, keys and values pooled; options: scale, and which argument holds the
-    keys."""
+    """A stage of ANN: queries at every position, keys and values pooled; options: scale, and the order of the
+    arguments."""
 
     fused_kind = "asymmetric attention"
 
     def forward(self, first: Tensor, second: Tensor | None = None) -> Tensor:
-        """ANN: (x) or (low, high). mmsegmentation: (query map, key map). -> (B, out, H, W) of the query map's size."""
+        """ANN: (x) or (low, high). mmsegmentation: (high, low). -> (B, out, H, W) of high's size."""
         if second is None:
-            query_map = key_map = first
+            high = low = first
         else:
-            query_map, key_map = (first, second) if self._fused_options["query_first"] else (second, first)
-        query, key, value = self._call("query", query_map), self._call("key", key_map), self._call("value", key_map)
+            high, low = (first, second) if self._fused_options["query_first"] else (second, first)
+        query, key, value = self._call("query", high), self._call("key", low), self._call("value", low)
         pooled = (self._call("pool", key), self._call("pool", value)) if "pool" in self._fused_names else (key, value)
         context = position_attention(query, *pooled, self._fused_options["scale"])
         return self._call("out", context) if "out" in self._fused_names else context

@@ -40,9 +40,9 @@ class FCNHead(nn.Sequential):
     """The auxiliary head: 3 x 3 convolution, norm, ReLU, dropout, 1 x 1 convolution; torchvision's names and layout.
 
     Args:
-        in_channels: channels of the map.
+        in_channels: channels of the feature map.
         num_classes: channels of the logits.
-        channels: of the hidden map; ``in_channels // 4`` if None.
+        channels: of the hidden layer; ``in_channels // 4`` if None.
         norm_layer: makes a norm layer from its number of channels.
         dropout: probability.
     """
@@ -72,9 +72,9 @@ class DANetHead(nn.Module):
     authors' ``DANetHead``: ``conv5a, conv5c, sa, sc, conv51, conv52, conv6.1, conv7.1, conv8.1``.
 
     Args:
-        in_channels: channels of the map.
+        in_channels: channels of the feature map.
         num_classes: channels of the logits.
-        inter_channels: of the attended maps; ``in_channels // 4`` if None.
+        inter_channels: of the attended feature maps; ``in_channels // 4`` if None.
         key_channels: of query and key of the position attention; ``inter_channels // 8`` if None.
         norm_layer: makes a norm layer from its number of channels.
         dropout: probability before each classifier.
@@ -128,10 +128,10 @@ class CCNetHead(nn.Module):
     those of the authors' ``RCCAModule``: ``conva, cca, convb, bottleneck.0, bottleneck.1, bottleneck.3``.
 
     Args:
-        in_channels: channels of the map.
+        in_channels: channels of the feature map.
         num_classes: channels of the logits.
-        inter_channels: of the attended map; ``in_channels // 4`` if None.
-        out_channels: of the map before the classifier; ``inter_channels`` if None.
+        inter_channels: of the attended feature map; ``in_channels // 4`` if None.
+        out_channels: of the input of the classifier; ``inter_channels`` if None.
         recurrence: passes of the attention.
         activation: makes the activation after each norm; leaky ReLU (0.01) as CCNet's InPlaceABN, mmsegmentation uses
             ``nn.ReLU``.
@@ -178,10 +178,10 @@ class NonLocalHead(nn.Module):
     Source: Wang et al., "Non-local Neural Networks", CVPR 2018. Names as :class:`CCNetHead`, with ``nl`` for ``cca``.
 
     Args:
-        in_channels: channels of the map.
+        in_channels: channels of the feature map.
         num_classes: channels of the logits.
-        inter_channels: of the attended map; ``in_channels // 4`` if None.
-        out_channels: of the map before the classifier; ``inter_channels`` if None.
+        inter_channels: of the attended feature map; ``in_channels // 4`` if None.
+        out_channels: of the input of the classifier; ``inter_channels`` if None.
         mode, scale: of :class:`~segattn_ops.nn.NonLocal2d`; a scale of None is ``(inter_channels // 2) ** -0.5`` in
             the mode embedded_gaussian, as mmcv has it, else 1.
         activation, norm_layer, dropout: as in :class:`CCNetHead`, but ReLU by default.
@@ -233,8 +233,8 @@ def _bottleneck(
     activation: Activation,
     dropout: float,
 ) -> nn.Sequential:
-    """Joined maps to logits. The activation shares index 2 with the dropout, so that the classifier is ``3``, as in
-    CCNet."""
+    """Concatenated features to logits. The activation shares index 2 with the dropout, so that the classifier is ``3``,
+    as in CCNet."""
     outputs = positive_int(name, "out_channels", out_channels or inter)
     return nn.Sequential(
         nn.Conv2d(in_channels + inter, outputs, 3, padding=1, bias=False),
@@ -251,10 +251,10 @@ class ANNHead(nn.Module):
     are the authors': ``fusion`` (AFNB), ``context.0``, ``context.1.0``, ``context.2`` (APNB), ``cls``.
 
     Args:
-        low_channels: channels of the low-level map.
-        high_channels: channels of the high-level map.
+        low_channels: channels of the low-level feature map.
+        high_channels: channels of the high-level feature map.
         num_classes: channels of the logits.
-        channels: of the map in the second block; ``high_channels // 4`` if None.
+        channels: of the second block; ``high_channels // 4`` if None.
         key_channels, value_channels: of both blocks; ``channels // 2`` if None.
         pool_sizes: grids that keys and values are pooled to.
         norm_layer: makes a norm layer from its number of channels.

@@ -14,8 +14,8 @@ NormLayer = Callable[[int], nn.Module]
 
 
 class CompactPositionEncoder(nn.Module):
-    """Gathers 1 + 4 + 9 + 36 = 50 tokens: the map pooled to 1, 2, 3 and 6, each with its own 1 x 1 convolution, norm
-    and ReLU.
+    """Gathers 1 + 4 + 9 + 36 = 50 tokens: the feature map pooled to 1, 2, 3 and 6, each with its own 1 x 1 convolution,
+    norm and ReLU.
 
     Source: Fu et al., "Scene Segmentation with Dual Relation-aware Attention Network", TNNLS 2020, section III-B (the
     gathering half of CPAM). Names are the authors' (``CPAMEnc``): ``conv1.0, conv1.1 ... conv4.1``.
@@ -56,7 +56,7 @@ class CompactPositionAttention(ScalarShapes):
     (1 x 1 convolution), ``conv_key``, ``conv_value`` (linear layers).
 
     Args:
-        in_channels: C, channels of the map and of the tokens, at least 4; queries and keys have ``C // 4``.
+        in_channels: C, channels of the feature map and of the tokens, at least 4; queries and keys have ``C // 4``.
 
     Shape:
         x (B, C, H, W), tokens (B, K, C) -> (B, C, H, W).
@@ -114,7 +114,7 @@ class CompactChannelAttention(ScalarShapes):
 
 
 class CrossLevelGatingDecoder(ScalarShapes):
-    r"""DRANet's cross-level gating decoder: joins the attended map with a low-level one through a learned gate.
+    r"""DRANet's cross-level gating decoder: joins attended and low-level features through a learned gate.
 
     With l = conv_low(low) and h = high upsampled to low's size:
     ``y = conv_out(conv_cat(cat[gamma * conv_att(cat[l, h]) * l, h]))``
@@ -123,7 +123,7 @@ class CrossLevelGatingDecoder(ScalarShapes):
     conv_out`` and ``gamma`` (1,), which starts at one.
 
     Args:
-        in_channels: channels of both maps.
+        in_channels: channels of both feature maps.
         out_channels: channels of the result.
         norm_layer: makes a norm layer from its number of channels.
         align_corners: of the bilinear upsampling; True as the authors have it.

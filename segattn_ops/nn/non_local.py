@@ -77,7 +77,7 @@ class _NonLocal(nn.Module):
         """x (B, C, *spatial) -> x + W(y), of the same shape."""
         name = type(self).__name__
         feature_map(name, "input", x, self.in_channels, self.spatial_dims)
-        pooled = x.shape[-min(self.spatial_dims, 2) :]  # a 3-D pool leaves time alone
+        pooled = x.shape[-min(self.spatial_dims, 2) :]  # a 3-D pool does not reduce time
         if self.sub_sample and min(pooled) < 2:
             raise ValueError(f"{name}: sub_sample needs sides of at least 2 to halve (got {tuple(pooled)})")
         y: Tensor = self.W(self._aggregate(x))
@@ -110,8 +110,8 @@ class _NonLocal(nn.Module):
 
 
 class NonLocal2d(_NonLocal):
-    r"""Non-local block: ``z = x + W(y)``, where y_i = sum_j f(x_i, x_j) g(x_j) over all positions; no N x N map is
-    stored.
+    r"""Non-local block: ``z = x + W(y)``, where y_i = sum_j f(x_i, x_j) g(x_j) over all positions; no N x N attention
+    map is stored.
 
     Source: Wang et al., "Non-local Neural Networks", CVPR 2018. The modes are the paper's choices of f:
 
@@ -133,7 +133,7 @@ class NonLocal2d(_NonLocal):
         inter_channels: channels of theta, phi and g; ``max(C // 2, 1)`` if None.
         mode: one of the table's.
         sub_sample: max-pool phi and g by 2 in height and width, which quarters the keys.
-        scale: factor on the logits of the two softmax modes; 1 in the paper, ``inter_channels ** -0.5`` in mmcv's
+        scale: factor on the energies of the two softmax modes; 1 in the paper, ``inter_channels ** -0.5`` in mmcv's
             embedded Gaussian, ``in_channels ** -0.5`` in timm.
         norm_layer: makes the norm after W from its number of channels; batch norm by default, None for none. The last
             layer starts at zero, so that the block starts as the identity.
@@ -156,6 +156,6 @@ class NonLocal1d(_NonLocal):
 
 
 class NonLocal3d(_NonLocal):
-    """:class:`NonLocal2d` for video and volumes: x (B, C, T, H, W) -> (B, C, T, H, W); sub_sample leaves T alone."""
+    """:class:`NonLocal2d` for video and volumes: x (B, C, T, H, W) -> (B, C, T, H, W); sub_sample does not reduce T."""
 
     spatial_dims = 3

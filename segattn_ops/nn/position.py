@@ -8,7 +8,7 @@ from ._checks import ScalarShapes, feature_map, finite_float, positive_int, redu
 
 
 class PositionAttention(ScalarShapes):
-    r"""DANet's position attention module (PAM) on the fused op: no N x N map is stored.
+    r"""DANet's position attention module (PAM) on the fused op: no N x N attention map is stored.
 
     ``y = gamma * position_attention(query_conv(x), key_conv(x), value_conv(x), scale) + x``
 
@@ -19,7 +19,7 @@ class PositionAttention(ScalarShapes):
     Args:
         in_channels: C, channels of the feature map.
         key_channels: E, channels of query and key; ``in_channels // 8`` if None.
-        scale: factor on the logits before the softmax; 1 in DANet.
+        scale: factor on the energies before the softmax; 1 in DANet.
 
     Shape:
         x (B, C, H, W), any floating-point dtype the op takes -> (B, C, H, W), same dtype.

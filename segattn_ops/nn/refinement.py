@@ -8,11 +8,11 @@ from ._checks import feature_map, positive_int, same_size
 
 
 class ChannelAttentionBlock(nn.Module):
-    r"""DFN's channel attention block (CAB): the high-level map chooses channels of the low-level one.
+    r"""DFN's channel attention block (CAB): high-level features weight the channels of low-level ones.
 
     ``gate = sigmoid(conv2(relu(conv1(mean(cat[high, low])))))``, ``y = gate * low + high``
 
-    The mean over positions of a concatenation is the concatenation of the means: the joined map is never made.
+    The means are concatenated instead of the feature maps: the same value, and no concatenated feature map.
 
     Source: Yu et al., "Learning a Discriminative Feature Network for Semantic Segmentation", CVPR 2018, section 3.2
     and figure 3b. Names are those of dfn_seg's ``CAB``: ``conv1, conv2``.
@@ -61,8 +61,7 @@ class RefinementResidualBlock(nn.Module):
     Args:
         in_channels: channels of the input.
         out_channels: channels of the result.
-        final_relu: the ReLU after the sum, which the paper draws and dfn_seg leaves out; False loads dfn_seg's weights
-            truly.
+        final_relu: the ReLU after the sum, in the paper's figure but not in dfn_seg. False for dfn_seg's weights.
 
     Shape:
         x (B, in_channels, H, W) -> (B, out_channels, H, W).

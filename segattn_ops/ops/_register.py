@@ -59,7 +59,7 @@ def _register_autograd(name: str, operator: Operator, backward_packet: Any) -> N
 
 
 def _register_once_differentiable(name: str) -> None:
-    """A `*_backward` operator has no gradient of its own: its backward raises an error with the remedy."""
+    """Makes the backward of a `*_backward` operator raise, with the remedy."""
     unqualified = name.split("::")[1]
 
     def backward(ctx: Any, *gradients: Tensor | None) -> None:

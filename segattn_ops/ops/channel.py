@@ -66,7 +66,7 @@ def channel_attention(query: Tensor, key: Tensor, value: Tensor, scale: float = 
 
 
 def residual_channel_attention(input: Tensor, gamma: Tensor, scale: float = -1.0) -> Tensor:
-    r"""The whole of DANet's channel attention module: ``gamma * channel_attention(x, x, x, scale) + x`` in one op.
+    r"""DANet's channel attention module: ``gamma * channel_attention(x, x, x, scale) + x`` in one op.
 
     gamma multiplies the C x C attention map, and the residual is added where the result is stored. The input is the
     only tensor of its size that is saved: the gradient of gamma is ``sum(A * dA)``.
