@@ -1,4 +1,4 @@
-"""The definitions of the ops in plain PyTorch: the oracle of the tests, and what serves devices without kernels.
+"""The definitions of the ops in plain PyTorch: the oracle of the tests, and the fallback for devices without kernels.
 
 They follow the papers' equations and store the attention map. float16 and bfloat16 are computed in float32 and rounded
 once at the end. Every function with a softmax returns the output and the logsumexp of the energies.

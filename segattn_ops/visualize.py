@@ -1,4 +1,4 @@
-"""Attention maps over images: what chosen points of an image attend to.
+"""Attention maps over images, for chosen points of an image.
 
 The fused ops do not store the attention map. Only its rows for the chosen points are computed::
 

@@ -17,7 +17,7 @@ _OWN = tuple(
     for name in segattn_nn.__all__
     if name not in ("PyramidPooling", "ChannelAttentionBlock", "RefinementResidualBlock")
 )
-# Relative to the largest output. Blocks are compared in float64 if they run in it: rounding then stays far below.
+# Relative to the largest output. Blocks are compared in float64 if they run in it: only another formula exceeds 1e-6.
 _BLOCK_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 

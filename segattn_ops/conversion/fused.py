@@ -30,7 +30,7 @@ class FusedBlock(nn.Module):
     def __init__(self, original: nn.Module, names: Mapping[str, str], options: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.__dict__.update(original.__dict__)
-        self._compiled_call_impl = None  # what Module.compile() made of the original's forward
+        self._compiled_call_impl = None  # the original's compiled forward, if it was compiled
         self._original_class = type(original)
         self._fused_names = dict(names)
         self._fused_options = dict(options or {})

@@ -132,7 +132,7 @@ def _deep_stem(
 
 
 def _dilate_first_blocks(resnet: _torchvision.ResNet) -> None:
-    """Dilates the first block of a dilated stage too, as CCNet does; torchvision keeps the last stage's dilation."""
+    """Dilates the first block of a dilated stage as well, as CCNet does and torchvision does not."""
     for name in LAYERS[2:]:
         stage = getattr(resnet, name)
         conv = stage[0].conv2

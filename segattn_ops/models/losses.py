@@ -50,7 +50,7 @@ def semantic_border(target: Tensor, radius: int = 1, ignore_index: int = 255) ->
     Args:
         target: (B, H, W) int64 class indices.
         radius: in pixels, at least 1; the border is 2 * radius wide.
-        ignore_index: label that is never a border and makes none.
+        ignore_index: label of ignored pixels, which are not border and do not create one.
 
     Returns:
         (B, H, W) bool.

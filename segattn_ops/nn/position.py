@@ -14,7 +14,7 @@ class PositionAttention(ScalarShapes):
 
     Source: Fu et al., "Dual Attention Network for Scene Segmentation", CVPR 2019, equations 1 and 2. Parameter names
     and shapes are those of the authors' ``PAM_Module``: ``gamma`` (1,) and ``{query,key,value}_conv.{weight,bias}`` (1
-    x 1 convolutions), so that its state dict loads as it is; a 0-dim ``gamma`` loads too.
+    x 1 convolutions), so that its state dict loads unchanged; a 0-dim ``gamma`` loads too.
 
     Args:
         in_channels: C, channels of the feature map.

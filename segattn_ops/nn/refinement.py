@@ -12,7 +12,7 @@ class ChannelAttentionBlock(nn.Module):
 
     ``gate = sigmoid(conv2(relu(conv1(mean(cat[high, low])))))``, ``y = gate * low + high``
 
-    The means are concatenated instead of the feature maps: the same value, and no concatenated feature map.
+    The means are concatenated, not the feature maps: the same result without a concatenated feature map.
 
     Source: Yu et al., "Learning a Discriminative Feature Network for Semantic Segmentation", CVPR 2018, section 3.2
     and figure 3b. Names are those of dfn_seg's ``CAB``: ``conv1, conv2``.

@@ -73,8 +73,8 @@ def residual_channel_attention(input: Tensor, gamma: Tensor, scale: float = -1.0
 
     Args:
         input: (B, C, *S), float16, bfloat16, float32 or float64; at least one position.
-        gamma: the factor, floating point: (), (1,), (C,) or (B, C), whatever broadcasts to (B, C). It is used in the
-            dtype of accumulation.
+        gamma: the factor, floating point: (), (1,), (C,), (B, C) or another shape that broadcasts to (B, C). It is used
+            in the dtype of accumulation.
         scale: multiplies the energies. Not differentiable.
 
     Returns:

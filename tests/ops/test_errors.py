@@ -349,8 +349,8 @@ def test_python_and_cpp_have_the_same_rules_in_the_same_order(family):
     assert python == header
 
 
-def test_residual_channel_attention_checks_input_and_gamma(backend):
-    x, gamma = torch.zeros(2, 8, 5, 7, device=backend.device), torch.ones(8, device=backend.device)
+def assert_residual_channel_attention_checks_input_and_gamma(device):
+    x, gamma = torch.zeros(2, 8, 5, 7, device=device), torch.ones(8, device=device)
     call = segattn_ops.residual_channel_attention
     for good in (gamma, gamma[0], gamma[:1], gamma.expand(2, 8), gamma.half(), gamma.double()):
         assert call(x, good).shape == x.shape
@@ -365,17 +365,36 @@ def test_residual_channel_attention_checks_input_and_gamma(backend):
         call(x, gamma.view(1, 8, 1, 1))
     with pytest.raises(RuntimeError, match=r"gamma must be float16.*\(got another dtype\)"):
         call(x, gamma.long())
-    with pytest.raises(RuntimeError, match=r"gamma must be on device .* like input \(got meta\)"):
-        call(x, gamma.to("meta"))
+    other = "cpu" if device == "meta" else "meta"
+    with pytest.raises(RuntimeError, match=rf"gamma must be on device .* like input \(got {other}\)"):
+        call(x, torch.ones(8, device=other))
 
 
-def test_channel_self_attention_checks_its_one_input(backend):
-    x = torch.zeros(2, 8, device=backend.device)
+def assert_channel_self_attention_checks_its_one_input(device):
+    x = torch.zeros(2, 8, device=device)
     with pytest.raises(RuntimeError, match="channel_self_attention: input must have at least 3 dimensions"):
         segattn_ops.channel_attention(x, x, x)
-    x = torch.zeros(2, 8, 4, device=backend.device)
+    x = torch.zeros(2, 8, 4, device=device)
     with pytest.raises(RuntimeError, match=r"channel_self_attention: scale must be finite \(got nan\)"):
         segattn_ops.channel_attention(x, x, x, math.nan)
+
+
+FUNCTIONS = [
+    assert_residual_channel_attention_checks_input_and_gamma,
+    assert_channel_self_attention_checks_its_one_input,
+]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+def test_functions_of_one_input(backend, function):
+    function(backend.device)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+def test_functions_of_one_input_on_fakes(function):
+    function("meta")
+    with FakeTensorMode():
+        function("cpu")
 
 
 def test_mixed_devices(backend):
