@@ -21,7 +21,7 @@ class Backend:
 
     @property
     def runs_large(self) -> bool:
-        """False for the emulator, which needs minutes for milliseconds of a CPU."""
+        """The emulator takes minutes where a CPU takes milliseconds: it runs small shapes only."""
         return self.name != "emulated"
 
     @property
