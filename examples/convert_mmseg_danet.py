@@ -4,8 +4,8 @@
     python -m examples.convert_mmseg_danet
 
 The model is mmsegmentation's own: DAHead on a ResNetV1c-50 at output stride 8. With --checkpoint it has the weights of
-a file of mmsegmentation's model zoo; without one they are random, with the gammas (zero at first) set to 0.5, as
-otherwise attention would have no part in the output.
+a file of mmsegmentation's model zoo; without one they are random, with the gammas set to 0.5, because gammas of zero
+would remove attention from the output.
 """
 
 import argparse
@@ -26,8 +26,7 @@ import segattn_ops
 
 
 class NoExtension(types.ModuleType):
-    """In place of mmcv's compiled extension: mmcv-lite has none, mmsegmentation imports it, and DANet calls none of
-    it."""
+    """Stands in for the extension that mmcv-lite lacks: mmsegmentation imports it, DANet never calls it."""
 
     __all__: list[str] = []
 
@@ -88,8 +87,8 @@ def build(depth: int, classes: int, checkpoint: Path | None) -> nn.Module:
 
 
 def seconds(before: nn.Module, after: nn.Module, image: Tensor, repeats: int) -> tuple[float, float]:
-    """The shortest forward pass of each, in turns, so that whatever else the machine does hits both; after one to warm
-    up."""
+    """The shortest forward pass of each after a warm-up. They alternate, so that other load on the machine affects
+    both."""
     best = [float("inf"), float("inf")]
     with torch.inference_mode():
         for repeat in range(repeats + 1):

@@ -2,12 +2,12 @@
 
     python -m examples.full_size_inference
 
-Default is the small DANet of ``examples.train_shapes`` (trained now if it was not before) on a generated scene: at a
-quarter of the image's size its attention has N = 131072 positions, whose N x N map would take 64 GiB. The picture
-report/examples/full_size.png shows scene, labels and prediction.
+The default is the small DANet of ``examples.train_shapes`` (trained first if there is no checkpoint) on a generated
+scene. At a quarter of the image's size its attention has N = 131072 positions; the N x N attention map would take
+64 GiB. The picture report/examples/full_size.png shows scene, labels and prediction.
 
 --network danet_resnet50 (or any builder of segattn_ops.models) with --image and --checkpoint segments a photograph
-with weights of any known layout; without a checkpoint its weights are random, and only time and memory mean something.
+with weights of any known layout. Without a checkpoint its weights are random, and only time and memory are meaningful.
 """
 
 import argparse
@@ -38,10 +38,10 @@ MEAN, DEVIATION = (
 
 
 def trained(system: str, out: Path, steps: int, console: Console) -> nn.Module:
-    """The small network with the weights that the training example left, or trained now."""
+    """The small network with the training example's weights; trains it if there is no checkpoint."""
     checkpoint = out / f"{system}_fused.pt"
     if not checkpoint.exists():
-        console.print(f"{checkpoint} is not there: training {system} for {steps} steps")
+        console.print(f"{checkpoint} does not exist: training {system} for {steps} steps")
         options = ["--systems", system, "--backends", "fused", "--steps", str(steps), "--out", str(out)]
         train_shapes.main(options)
     model = small_network(system)
@@ -58,8 +58,8 @@ def photograph(path: Path | None, height: int, width: int) -> np.ndarray:
 
 
 def segment(model: nn.Module, image: Tensor) -> tuple[Tensor, float, float | None]:
-    """Labels (H, W) of image (1, 3, H, W); seconds; and the peak memory beyond what was held before in GiB, None where
-    the system does not tell."""
+    """Labels (H, W) of image (1, 3, H, W); seconds; and the peak memory beyond that in use before in GiB, None if it
+    cannot be measured."""
     memory = None
     if image.device.type == "cuda":
         memory = measure.DeviceMemory(image.device)
@@ -119,11 +119,11 @@ def main(argv: list[str] | None = None) -> dict[str, float | None]:
     if labels is not None:
         result["miou"] = mean_iou(predicted, torch.from_numpy(labels))
     table = Table(title=f"{options.network}, one image of {options.height} x {options.width}, {device}")
-    for column in ("positions N", "seconds", "peak memory beyond model and image", "an N x N map alone", "mIoU"):
+    for column in ("positions N", "seconds", "peak memory beyond model and image", "N x N attention map alone", "mIoU"):
         table.add_column(column, justify="right")
-    score = f"{result['miou']:.3f}" if "miou" in result else "-"
+    miou = f"{result['miou']:.3f}" if "miou" in result else "-"
     peak = "-" if gib is None else f"{gib:.2f} GiB"
-    table.add_row(f"{positions}", f"{seconds:.1f}", peak, f"{result['map_gib']:.1f} GiB", score)
+    table.add_row(f"{positions}", f"{seconds:.1f}", peak, f"{result['map_gib']:.1f} GiB", miou)
     console.print(table)
     panels = {"image": image}
     if labels is not None:

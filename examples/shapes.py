@@ -11,7 +11,7 @@ from segattn_ops.models import CCNet, CCNetHead, DANet, DANetHead, FCNHead, Segm
 CLASSES = ("background", "disk", "square", "triangle", "ellipse")
 PALETTE = np.array([(40, 40, 46), (230, 85, 60), (70, 140, 220), (240, 190, 60), (90, 185, 110)], dtype=np.uint8)
 STRIDE = 4  # of the small backbone
-COLOUR_SPREAD = 0.12  # of a shape's colour about its class's: enough to confuse classes by colour alone
+COLOUR_SPREAD = 0.12  # of a shape's colour about its class's: colour alone does not separate the classes
 
 
 def scene(seed: int, height: int, width: int, shapes: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -62,8 +62,8 @@ def batch(seed: int, count: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 class SmallBackbone(nn.Module):
-    """Two strided convolutions and two dilated residual blocks: maps at a quarter of the image, for training on a
-    CPU."""
+    """Two strided convolutions and two dilated residual blocks: feature maps at a quarter of the image's size, for
+    training on a CPU."""
 
     channels = 64
 
@@ -97,7 +97,7 @@ def small_network(system: str) -> SegmentationModel:
 
 
 def mean_iou(predicted: Tensor, labels: Tensor) -> float:
-    """Mean over the classes present of intersection over union; predicted and labels of one shape, int64."""
+    """Mean intersection over union of the classes that are present; predicted and labels of one shape, int64."""
     n = len(CLASSES)
     confusion = torch.bincount((labels * n + predicted).flatten(), minlength=n * n).view(n, n).double()
     intersection, union = confusion.diagonal(), confusion.sum(0) + confusion.sum(1) - confusion.diagonal()

@@ -3,7 +3,7 @@
     python -m examples.train_shapes
 
 draws both loss curves and mIoUs of each network into report/examples/train_shapes.png: they coincide. A run writes a
-checkpoint every --save-every steps and goes on from it with --resume; --amp trains in bfloat16 (float16 with a
+checkpoint every --save-every steps and continues from it with --resume; --amp trains in bfloat16 (float16 with a
 GradScaler on CUDA).
 """
 
@@ -33,7 +33,7 @@ VALIDATION_SEED = 1_000_000
 
 @dataclass
 class Run:
-    """What a training run has come to.
+    """The state of a training run.
 
     Attributes:
         losses: of every step.
@@ -47,7 +47,7 @@ class Run:
 
 
 def evaluate(model: SegmentationModel, device: torch.device, size: int) -> float:
-    """mIoU over 16 scenes that are not trained on."""
+    """mIoU over 16 held-out scenes."""
     model.eval()
     images, labels = batch(VALIDATION_SEED, 16, size)
     with torch.inference_mode():
@@ -63,7 +63,7 @@ def train(
     progress: Progress | None = None,
     label: str = "",
 ) -> tuple[SegmentationModel, Run]:
-    """Trains one network on the backend that is active; goes on from ``checkpoint`` with ``options.resume``."""
+    """Trains one network on the active backend; continues from ``checkpoint`` with ``options.resume``."""
     device = torch.device(options.device)
     torch.manual_seed(options.seed)  # the same initial weights and dropout for every backend
     model = small_network(system).to(device).train()
@@ -107,11 +107,11 @@ def train(
 
 
 def draw(runs: dict[str, dict[str, Run]], path: Path) -> None:
-    """Loss and mIoU of every run against the step: one column a network."""
+    """Loss and mIoU of every run against the step, a column for each network."""
     figure, axes = plt.subplots(2, len(runs), figsize=(5.2 * len(runs), 6.4), squeeze=False, sharex="col")
     styles = {"eager": {"color": "#888888", "linewidth": 4.0}, "fused": {"color": "#d62728", "linewidth": 1.2}}
     for column, (system, by_backend) in enumerate(runs.items()):
-        for backend in sorted(by_backend):  # eager first, so that the fused curve lies on it
+        for backend in sorted(by_backend):  # eager first, so that the fused curve is drawn on top
             run, style = by_backend[backend], styles[backend]
             axes[0, column].plot(range(1, len(run.losses) + 1), run.losses, label=backend, **style)
             axes[1, column].plot(*zip(*run.validation, strict=True), label=backend, marker="o", markersize=3, **style)
@@ -142,7 +142,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--amp", action="store_true", help="mixed precision")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoints in --out")
     parser.add_argument("--save-every", type=int, default=50)
     parser.add_argument("--validate-every", type=int, default=25)
     parser.add_argument("--out", type=Path, default=Path("report/examples"))

@@ -1,4 +1,5 @@
-"""Exact attention for dense prediction (DANet, CCNet, ANN, Non-local) without the N x N map, on CUDA and the CPU."""
+"""Exact attention for dense prediction (DANet, CCNet, ANN, Non-local) on CUDA and the CPU, without N x N attention
+maps."""
 
 from . import _backend
 from ._backend import use_backend

@@ -1,9 +1,11 @@
-"""`python -m segattn_ops`: prints what this installation is."""
+"""`python -m segattn_ops`: describes this installation."""
+
+from typing import Any
 
 from ._build_config import build_config
 
 
-def _print(values: dict, indent: str = "") -> None:
+def _print(values: dict[str, Any], indent: str = "") -> None:
     for name, value in values.items():
         if isinstance(value, dict):
             print(f"{indent}{name}:")

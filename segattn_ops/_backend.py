@@ -2,9 +2,9 @@
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import ModuleType
 
 import torch
 
@@ -34,13 +34,14 @@ def add_backend(name: str, namespace: str) -> None:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Chooses the implementation by hand within a `with` block.
+    """Selects the implementation within a `with` block.
 
     Args:
         name: "native" (the compiled kernels, where the device has any) or "reference" (plain PyTorch: slower, stores
             the attention map, differentiable twice). The environment variable SEGATTN_BACKEND sets the default.
 
-    The choice holds for the whole process, all threads included. The backward pass uses what the forward pass used.
+    The selection is global to the process, for all threads. A backward pass uses the implementation of its forward
+    pass.
 
     Raises:
         ValueError: for another name.
@@ -53,9 +54,9 @@ def use_backend(name: str) -> Iterator[None]:
         _current = previous
 
 
-def operators(device: torch.device):
-    """The operator namespace that serves tensors on `device`; None where the reference does. Warns, once a device
-    type, when that is because native kernels are missing."""
+def operators(device: torch.device) -> ModuleType | None:
+    """The operator namespace that serves tensors on `device`; None if the reference does. Warns once for each device
+    type if native kernels are missing."""
     namespace = _NAMESPACES[_current]
     if namespace is None:
         return None
@@ -64,23 +65,8 @@ def operators(device: torch.device):
         return None
     if device.type == "cuda":
         follow_tf32_setting(namespace)
-    return getattr(torch.ops, namespace)
-
-
-@torch.compiler.assume_constant_result
-def has_autocast(device_type: str) -> bool:
-    """Whether the device type knows autocast. While compiling, Dynamo calls this instead of tracing it: that of torch
-    2.10 and 2.11 cannot trace the question."""
-    return torch.amp.is_autocast_available(device_type)
-
-
-def call_reference(definition: Callable[..., Any], *arguments) -> Any:
-    """A definition of reference.py outside autocast, which would round its float32 steps to 16 bits."""
-    device_type = arguments[0].device.type
-    if not has_autocast(device_type):
-        return definition(*arguments)
-    with torch.autocast(device_type, enabled=False):
-        return definition(*arguments)
+    found: ModuleType = getattr(torch.ops, namespace)
+    return found
 
 
 def _warn_once(device_type: str) -> None:

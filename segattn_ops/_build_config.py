@@ -1,4 +1,4 @@
-"""What was built, what is loaded, and why not more."""
+"""What was built and loaded, and the reason for anything that is missing."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from ._version import __version__
 
 
 def build_config() -> dict[str, Any]:
-    """What this installation is.
+    """Describes this installation.
 
     Returns:
         A dictionary with `version`, `torch` (running) and `torch_at_build`; `cpu`: whether it is `native`, the

@@ -1,4 +1,4 @@
-"""What a build needs to know before torch is imported. setup.py runs this file alone, without the package."""
+"""What a build uses before torch is imported. setup.py runs this file by itself, without importing the package."""
 
 import glob
 import hashlib
@@ -20,8 +20,8 @@ USUAL_PLACES = (
 
 
 def fingerprint(root: Path, python: bool = False) -> str:
-    """Of the sources the libraries are compiled from, whether or not they are committed; with the package's Python
-    files if ``python``."""
+    """Hash of the sources that the libraries are compiled from, committed or not, and of the package's Python files if
+    ``python``."""
     digest = hashlib.sha256()
     files = [root / "setup.py", *(root / "csrc").rglob("*.*")]
     files += (root / "segattn_ops").rglob("*.py") if python else []
@@ -31,7 +31,7 @@ def fingerprint(root: Path, python: bool = False) -> str:
 
 
 def find_program(name: str) -> str | None:
-    """The path of a program of the CUDA toolkit: from CUDA_HOME, PATH, or the usual places; None if it is nowhere."""
+    """The path of a program of the CUDA toolkit: from CUDA_HOME, PATH, or the usual places; None if it is not found."""
     home = os.environ.get("CUDA_HOME")
     if home and (found := shutil.which(name, path=os.path.join(home, "bin"))):
         return found
@@ -46,8 +46,8 @@ def _version(folder: str) -> list[int]:
 
 
 def find_cuda_toolkit() -> tuple[str | None, str]:
-    """The toolkit's folder and how it was found. nvcc is asked, because it may be a wrapper script, whose own folder
-    says nothing about the toolkit."""
+    """The toolkit's folder and how it was found. `nvcc --dryrun` prints it; nvcc's own folder may be another, because
+    nvcc may be a wrapper script."""
     if home := os.environ.get("CUDA_HOME"):
         return home, "CUDA_HOME"
     nvcc = find_program("nvcc")

@@ -1,29 +1,30 @@
-"""Loads the compiled libraries and remembers what happened, for `build_config()` and for the one warning."""
+"""Loads the compiled libraries; the outcome is kept for `build_config()` and for the warning of `_backend`."""
 
 import ctypes
 import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 PACKAGE = Path(__file__).parent
-CPU_CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_bf16")  # by what csrc/cpu_capability.cpp returns
+CPU_CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_bf16")  # indexed by csrc/cpu_capability.cpp's result
 HOW_TO_BUILD = "`pip install --no-build-isolation .` in the source tree (needs a C++20 compiler and ninja)"
 
 
 @dataclass
 class Libraries:
-    """What is loaded. `missing` has, for a device type without native kernels, the reason."""
+    """What is loaded. `missing` holds the reason for each device type without native kernels."""
 
     cpu_capability: str | None = None
     cpu_capability_supported: str | None = None
     missing: dict[str, str] = field(default_factory=dict)
-    build_info: dict = field(default_factory=dict)
+    build_info: dict[str, Any] = field(default_factory=dict)
 
     def serves(self, device_type: str) -> bool:
-        """Meta tensors have the operators' fake implementations, which come with the schemas."""
+        """Meta tensors are served by the operators' fake implementations, which need the schemas alone."""
         if device_type == "meta":
             return "cpu" not in self.missing
         return device_type in ("cpu", "cuda") and device_type not in self.missing
@@ -36,30 +37,31 @@ def _path(name: str) -> Path:
     return PACKAGE / f"{name}.abi3.so"
 
 
-def _read_build_info() -> dict:
+def _read_build_info() -> dict[str, Any]:
     path = PACKAGE / "_build_info.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    info: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return info
 
 
 def _choose_cpu_capability(supported: str) -> str:
-    """The best built instruction set the processor supports, or the one the environment asks for."""
+    """The best built instruction set that the processor supports, or the one in SEGATTN_CPU_CAPABILITY."""
     built = [name for name in CPU_CAPABILITIES if _path(f"_cpu_{name}").exists()]
     usable = [name for name in built if CPU_CAPABILITIES.index(name) <= CPU_CAPABILITIES.index(supported)]
-    wanted = os.environ.get("SEGATTN_CPU_CAPABILITY")
-    if wanted is None:
+    chosen = os.environ.get("SEGATTN_CPU_CAPABILITY")
+    if chosen is None:
         if not usable:
             raise OSError(f"no CPU library for this processor ({supported}) was built (built: {built})")
         return usable[-1]
-    if wanted not in usable:
+    if chosen not in usable:
         raise ValueError(
             f"SEGATTN_CPU_CAPABILITY must be one of {usable}, which were built and this processor can run "
-            f"(got {wanted!r})"
+            f"(got {chosen!r})"
         )
-    return wanted
+    return chosen
 
 
 def load() -> Libraries:
-    """Loads what there is to load; never raises for a missing library, which leaves the reference to serve."""
+    """Loads the compiled libraries. A library that is missing or does not load is no error: the reference serves."""
     state = Libraries(build_info=_read_build_info())
     if not _path("_C").exists():
         reason = f"the compiled library {_path('_C').name} is not in {PACKAGE}; build it with {HOW_TO_BUILD}"
@@ -67,21 +69,21 @@ def load() -> Libraries:
         return state
     try:
         torch.ops.load_library(_path("_C"))
-        level = ctypes.CDLL(str(_path("_C"))).segattn_cpu_capability()
-        state.cpu_capability_supported = CPU_CAPABILITIES[level]
-        state.cpu_capability = _choose_cpu_capability(state.cpu_capability_supported)
+        supported = CPU_CAPABILITIES[ctypes.CDLL(str(_path("_C"))).segattn_cpu_capability()]
+        state.cpu_capability_supported = supported
+        state.cpu_capability = _choose_cpu_capability(supported)
         torch.ops.load_library(_path(f"_cpu_{state.cpu_capability}"))
     except OSError as error:
         reason = f"the compiled library did not load ({error}); build it again with {HOW_TO_BUILD}"
         state.missing = {"cpu": reason, "cuda": reason}
         return state
-    if reason := _load_cuda(state.build_info):
-        state.missing["cuda"] = reason
+    if why_no_cuda := _load_cuda(state.build_info):
+        state.missing["cuda"] = why_no_cuda
     return state
 
 
-def _load_cuda(build_info: dict) -> str | None:
-    """Loads the CUDA kernels; the reason if there are none."""
+def _load_cuda(build_info: dict[str, Any]) -> str | None:
+    """Loads the CUDA kernels; returns the reason if there are none."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA"
     if not _path("_C_cuda").exists():

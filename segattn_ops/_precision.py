@@ -1,17 +1,16 @@
-"""Whether the CUDA kernels may round float32 products to TF32. PyTorch's stable ABI has no way to ask for the setting,
-so the kernels are told when it has changed."""
+"""Passes PyTorch's TF32 setting to the CUDA kernels, which cannot read it through the stable ABI."""
 
 import torch
 
-_told: dict[str, bool] = {}  # by operator namespace; untold kernels keep full precision
+_passed: dict[str, bool] = {}  # by operator namespace; the kernels start without TF32
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch does not annotate it
 def follow_tf32_setting(namespace: str) -> bool:
-    """Tells the operators of `namespace` what `torch.backends.cuda.matmul` says, if that is news to them. A compiled
-    function has the setting of the time when it was compiled."""
-    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    if allowed != _told.get(namespace, False):
+    """Passes `torch.backends.cuda.matmul.fp32_precision` to the operators of `namespace` if it has changed; returns
+    whether TF32 is allowed. A compiled function keeps the setting of its compilation."""
+    allowed: bool = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    if allowed != _passed.get(namespace, False):
         getattr(torch.ops, namespace)._set_allow_tf32(allowed)
-        _told[namespace] = allowed
+        _passed[namespace] = allowed
     return allowed

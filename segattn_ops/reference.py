@@ -1,14 +1,14 @@
-"""The definitions of the ops in plain PyTorch: the oracle of every test, and what runs where there is no kernel.
+"""The definitions of the ops in plain PyTorch: the oracle of the tests, and the fallback for devices without kernels.
 
-Written to be read beside the papers, with the attention map stored. float16 and bfloat16 are computed in float32 and
-rounded once at the end. Every function returns the output and the log-sum-exp of the scaled energies.
+They follow the papers' equations and store the attention map. float16 and bfloat16 are computed in float32 and rounded
+once at the end. Every function with a softmax returns the output and the logsumexp of the energies.
 """
 
 import torch
 from torch import Tensor
 
 
-def _accurate(*tensors: Tensor) -> list[Tensor]:
+def _upcast(*tensors: Tensor) -> list[Tensor]:
     return [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
 
 
@@ -17,7 +17,7 @@ def position_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) 
 
     query (B, E, *S), key (B, E, *T), value (B, C, *T) -> output (B, C, *S), logsumexp (B, *S).
     """
-    q, k, v = _accurate(query.flatten(2), key.flatten(2), value.flatten(2))
+    q, k, v = _upcast(query.flatten(2), key.flatten(2), value.flatten(2))
     energy = scale * (q.transpose(1, 2) @ k)  # (B, N, M)
     output = v @ energy.softmax(2).transpose(1, 2)
     spatial = query.shape[2:]
@@ -29,7 +29,7 @@ def channel_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -
 
     query (B, C, *S), key (B, K, *S), value (B, K, *T) -> output (B, C, *T), logsumexp (B, C).
     """
-    q, k, v = _accurate(query.flatten(2), key.flatten(2), value.flatten(2))
+    q, k, v = _upcast(query.flatten(2), key.flatten(2), value.flatten(2))
     energy = scale * (q @ k.transpose(1, 2))  # (B, C, K)
     output = energy.softmax(2) @ v
     return output.unflatten(2, value.shape[2:]).to(query.dtype), energy.logsumexp(2)
@@ -42,10 +42,10 @@ def channel_self_attention(x: Tensor, scale: float, gamma: Tensor | None = None)
     """
     if gamma is None:
         return channel_attention(x, x, x, scale)
-    (accurate,) = _accurate(x)
-    attended, logsumexp = channel_attention(accurate, accurate, accurate, scale)
-    factors = gamma.to(accurate.dtype).reshape(*x.shape[:2], *[1] * (x.dim() - 2))
-    return (factors * attended + accurate).to(x.dtype), logsumexp
+    (upcast,) = _upcast(x)
+    attended, logsumexp = channel_attention(upcast, upcast, upcast, scale)
+    factors = gamma.to(upcast.dtype).reshape(*x.shape[:2], *[1] * (x.dim() - 2))
+    return (factors * attended + upcast).to(x.dtype), logsumexp
 
 
 def criss_cross_affinity(query: Tensor, key: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def criss_cross_affinity(query: Tensor, key: Tensor) -> Tensor:
     query, key (B, E, H, W) -> (B, H + W - 1, H, W): channels [0, W) the row, self included, then the column, self
     skipped: channel W + i is row i above the query's row and row i + 1 from it on.
     """
-    q, k = _accurate(query, key)
+    q, k = _upcast(query, key)
     height = query.shape[2]
     row = torch.einsum("beyx,beyj->bjyx", q, k)
     column = torch.einsum("beyx,bejx->bjyx", q, k)  # (B, H, H, W), self included
@@ -63,7 +63,7 @@ def criss_cross_affinity(query: Tensor, key: Tensor) -> Tensor:
 
 def criss_cross_aggregation(attention: Tensor, value: Tensor) -> Tensor:
     """Huang et al. (2019), section 3.2, Aggregation. attention (B, H + W - 1, H, W), value (B, C, H, W) -> as value."""
-    a, v = _accurate(attention, value)
+    a, v = _upcast(attention, value)
     height, width = value.shape[2:]
     row = torch.einsum("bjyx,bcyj->bcyx", a[:, :width], v)
     column = torch.einsum("bjyx,bcjx->bcyx", _insert_self(a[:, width:], height), v)
@@ -75,7 +75,7 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor, scale: floa
 
     query, key (B, E, H, W), value (B, C, H, W) -> output (B, C, H, W), logsumexp (B, H, W).
     """
-    q, k, v = _accurate(query, key, value)
+    q, k, v = _upcast(query, key, value)
     energy = scale * criss_cross_affinity(q, k)
     return criss_cross_aggregation(energy.softmax(1), v).to(value.dtype), energy.logsumexp(1)
 

@@ -1,6 +1,6 @@
-"""Attention maps over images: what a chosen point of a picture attends to.
+"""Attention maps over images, for chosen points of an image.
 
-The fused ops never store the map, so only the rows that are looked at are computed, one for each chosen point::
+The fused ops do not store the attention map. Only its rows for the chosen points are computed::
 
     points = [(0.4, 0.55), (0.8, 0.2)]            # (y, x) as fractions of the image
     with record_attention(model, points) as maps:
@@ -10,9 +10,10 @@ The fused ops never store the map, so only the rows that are looked at are compu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from torch.nn import functional as F
 
 from .nn import CrissCrossAttention, NonLocal2d, PositionAttention, RecurrentCrissCrossAttention
 from .ops import criss_cross_attention_map, position_attention_map
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Points = Sequence[tuple[float, float]]
 SOFTMAX_MODES = ("embedded_gaussian", "gaussian")
@@ -43,19 +47,19 @@ def grid_positions(points: Points, height: int, width: int) -> Tensor:
 
 @torch.no_grad()
 def attention_maps(module: nn.Module, x: Tensor, points: Points) -> Tensor:
-    """The rows of an attention module's map that belong to the points.
+    """The rows of a module's attention map for the points.
 
     Args:
-        module: ``PositionAttention``, ``CrissCrossAttention``, ``RecurrentCrissCrossAttention`` (the map its passes
-            amount to together, over the whole image) or ``NonLocal2d`` in a softmax mode.
+        module: ``PositionAttention``, ``CrissCrossAttention``, ``RecurrentCrissCrossAttention`` (the
+            attention map of all passes together, over the whole image) or ``NonLocal2d`` in a softmax mode.
         x: (B, C, H, W), the module's input.
         points: (y, x) as fractions of the image.
 
     Returns:
-        (B, P, H, W) (H and W halved for a NonLocal2d with ``sub_sample``); each map sums to 1.
+        (B, P, H, W) (H and W halved for a NonLocal2d with ``sub_sample``); each row sums to 1.
 
     Raises:
-        TypeError: for a module that has no such map.
+        TypeError: for a module without such an attention map.
         ValueError: for points outside the image.
     """
     positions = grid_positions(points, *x.shape[2:])
@@ -85,27 +89,27 @@ def _has_map(module: nn.Module) -> bool:
 
 @contextmanager
 def record_attention(model: nn.Module, points: Points) -> Iterator[dict[str, Tensor]]:
-    """Records the maps of every position, criss-cross and Non-local attention of a model while it runs.
+    """Records attention maps of every position, criss-cross and Non-local attention of a model as it runs.
 
     Args:
         model: any module that contains ``segattn_ops.nn`` modules.
         points: (y, x) as fractions of the image.
 
     Yields:
-        A dictionary that each forward fills: module name -> (B, P, H, W) as :func:`attention_maps`. A module that runs
-        twice keeps the last.
+        A dictionary filled by each forward: module name -> (B, P, H, W) as :func:`attention_maps`. Of a module that
+        runs twice it holds the last.
 
     Raises:
         ValueError: if the model contains no such module, or for points outside the image.
     """
-    grid_positions(points, 1, 1)  # a bad point is an error here, not in the middle of the model
+    grid_positions(points, 1, 1)  # raises for a bad point before the model runs
     found = {name or type(module).__name__: module for name, module in model.named_modules() if _has_map(module)}
     if not found:
         raise ValueError(f"visualize: {type(model).__name__} contains no attention module with a map of positions")
     maps: dict[str, Tensor] = {}
     handles = []
 
-    def recorder(name: str):
+    def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             maps[name] = attention_maps(module, inputs[0], points)
 
@@ -122,32 +126,31 @@ def record_attention(model: nn.Module, points: Points) -> Iterator[dict[str, Ten
 
 def _as_image(image: np.ndarray | Tensor) -> np.ndarray:
     """(H, W, 3) float32 in [0, 1] from (H, W), (H, W, 3) or (3, H, W); uint8 or floats in [0, 1]."""
-    if isinstance(image, Tensor):
-        image = image.detach().cpu().numpy()
-    if image.ndim == 2:
-        image = np.repeat(image[:, :, None], 3, axis=2)
-    if image.ndim == 3 and image.shape[2] != 3 and image.shape[0] == 3:
-        image = image.transpose(1, 2, 0)
-    if image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"visualize: image must be (H, W), (H, W, 3) or (3, H, W) (got {list(image.shape)})")
-    if image.dtype == np.uint8:
-        return image.astype(np.float32) / 255
-    if not np.issubdtype(image.dtype, np.floating):
-        raise ValueError(f"visualize: image must be uint8 or floating point in [0, 1] (got {image.dtype})")
-    return np.clip(image.astype(np.float32), 0, 1)
+    pixels: np.ndarray = image.detach().cpu().numpy() if isinstance(image, Tensor) else image
+    if pixels.ndim == 2:
+        pixels = np.repeat(pixels[:, :, None], 3, axis=2)
+    if pixels.ndim == 3 and pixels.shape[2] != 3 and pixels.shape[0] == 3:
+        pixels = pixels.transpose(1, 2, 0)
+    if pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ValueError(f"visualize: image must be (H, W), (H, W, 3) or (3, H, W) (got {list(pixels.shape)})")
+    if pixels.dtype == np.uint8:
+        return pixels.astype(np.float32) / 255
+    if not np.issubdtype(pixels.dtype, np.floating):
+        raise ValueError(f"visualize: image must be uint8 or floating point in [0, 1] (got {pixels.dtype})")
+    return np.clip(pixels.astype(np.float32), 0, 1)
 
 
 def overlay(
     image: np.ndarray | Tensor, attention: Tensor, opacity: float = 0.85, colormap: str = "inferno"
 ) -> np.ndarray:
-    """An attention map as heat over a darkened grey image, colour only where attention is.
+    """An attention map as heat over the darkened image in grey.
 
     Args:
         image: (H, W), (H, W, 3) or (3, H, W); uint8, or floating point in [0, 1].
-        attention: (h, w), not negative, of any size; it is scaled so that its 98th percentile among the positions
-            that get any attention is the hottest colour, and interpolated to the image's size.
+        attention: (h, w), not negative, of any size. The 98th percentile of its positive values gets the hottest
+            colour; it is interpolated to the image's size.
         opacity: of the hottest colour, in [0, 1].
-        colormap: a name matplotlib knows.
+        colormap: of matplotlib, by name.
 
     Returns:
         (H, W, 3) uint8.
@@ -161,38 +164,40 @@ def overlay(
     picture = _as_image(image)
     if attention.dim() != 2 or attention.numel() == 0:
         raise ValueError(f"visualize: attention must be (h, w), not empty (got {list(attention.shape)})")
-    heat = attention.detach().float().cpu()
-    attended = heat[heat > 0]
-    top = float(attended.quantile(0.98)) if 0 < attended.numel() <= 2**24 else float(heat.max())
-    heat = (heat / top).clamp_(0, 1) if top > 0 else heat
-    heat = F.interpolate(heat[None, None], size=picture.shape[:2], mode="bilinear", align_corners=False)[0, 0].numpy()
+    weights = attention.detach().float().cpu()
+    attended = weights[weights > 0]
+    top = float(attended.quantile(0.98)) if 0 < attended.numel() <= 2**24 else float(weights.max())
+    weights = (weights / top).clamp_(0, 1) if top > 0 else weights
+    size = (picture.shape[0], picture.shape[1])
+    heat = F.interpolate(weights[None, None], size=size, mode="bilinear", align_corners=False)[0, 0].numpy()
     grey = (0.55 * picture @ np.array([0.299, 0.587, 0.114], dtype=np.float32))[:, :, None]
     alpha = opacity * np.sqrt(heat)[:, :, None]
-    colour = colormaps[colormap](0.15 + 0.85 * heat)[:, :, :3].astype(np.float32)
-    return np.rint(255 * ((1 - alpha) * grey + alpha * colour)).astype(np.uint8)
+    colour = np.asarray(colormaps[colormap](0.15 + 0.85 * heat), dtype=np.float32)[:, :, :3]
+    blended: np.ndarray = np.rint(255 * ((1 - alpha) * grey + alpha * colour))
+    return blended.astype(np.uint8)
 
 
 def draw_attention(
     image: np.ndarray | Tensor,
     maps: Mapping[str, Tensor],
     points: Points,
-    path: str | PathLike | None = None,
+    path: str | PathLike[str] | None = None,
     caption: str | None = None,
-):
-    """A figure with one row for each point: the image with the point marked, then each map over the image.
+) -> Figure:
+    """A figure with one row for each point: the image with the point marked, then each attention map over the image.
 
     Args:
         image: as :func:`overlay`.
         maps: title -> (P, h, w), the maps of the P points.
         points: (y, x) as fractions of the image.
-        path: where to save the figure; None: it is only returned.
+        path: file to save the figure to; not saved if None.
         caption: a line below.
 
     Returns:
         The ``matplotlib.figure.Figure``.
 
     Raises:
-        ValueError: if there are no maps, or a map does not have one row for each point.
+        ValueError: if there are no attention maps, or one does not have a row for each point.
         ModuleNotFoundError: without matplotlib.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -1,5 +1,5 @@
-"""The implementations one suite runs over: the reference, the CPU kernels, the CUDA kernels emulated on the CPU, and
-the CUDA kernels on a GPU."""
+"""The implementations under test: the reference, the CPU kernels, the CUDA kernels emulated on the CPU, and the CUDA
+kernels on a GPU."""
 
 import os
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ class Backend:
 
     @property
     def runs_large(self) -> bool:
-        """The emulator takes minutes for what a CPU does in milliseconds: small shapes only."""
+        """The emulator takes minutes where a CPU takes milliseconds: it runs small shapes only."""
         return self.name != "emulated"
 
     @property

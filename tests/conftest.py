@@ -12,7 +12,7 @@ def _parameters(names: list[str]) -> list:
 
 
 def pytest_generate_tests(metafunc) -> None:
-    """`backend` runs over all implementations, `kernels` over those with operators of their own."""
+    """`backend` runs over all implementations, `kernels` over those with compiled operators."""
     names = backends.chosen()
     if "backend" in metafunc.fixturenames:
         metafunc.parametrize("backend", _parameters(names), indirect=True)
@@ -27,7 +27,7 @@ def backend(request):
         request.getfixturevalue("emulated_library")
         register_backend()
     if reason := backends.why_unavailable(chosen):
-        # A CPU library that did not build must fail the suite, not shrink it.
+        # A missing CPU library must fail the suite, not skip its tests.
         (pytest.skip if chosen.name == "cuda" else pytest.fail)(reason)
     with chosen.selected():
         yield chosen

@@ -1,5 +1,5 @@
-"""The op families as one suite sees them: the function under test, its definition, the eager computation that its
-error is measured against, and the shapes to try."""
+"""The op families under test: function, definition, the eager computation that its error is compared with, and
+shapes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,12 +34,12 @@ class Family:
     operator: str
     function: Callable  # public, returns the output alone
     definition: Callable  # of float64 tensors: the exact result
-    eager: Callable  # the formula in the tensors' own dtype, as the original repositories run it
+    eager: Callable  # the formula in the tensors' dtype, as in the original repositories
     cases: tuple[Case, ...]
     inputs: Callable | None = field(default=None)
 
     def make(self, case: Case, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
-        """Random inputs, drawn in float64 so that every dtype sees the same numbers rounded."""
+        """Random inputs, drawn in float64 so that every dtype has the same numbers, rounded."""
         generator = torch.Generator().manual_seed(sum(map(sum, case.shapes)))
         tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in case.shapes]
         if self.inputs is not None:
@@ -211,5 +211,5 @@ FAMILIES = (
     ),
 )
 BY_OPERATOR = {family.operator: family for family in FAMILIES}
-# Those that are an operator; the other is a function before one of them.
+# residual_channel_attention is no operator: it calls channel_self_attention.
 OPERATORS = [family.operator for family in FAMILIES if family.operator != "residual_channel_attention"]

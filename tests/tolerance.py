@@ -1,4 +1,4 @@
-"""How close a kernel must come to the exact result."""
+"""Bounds on the error of a kernel."""
 
 import torch
 from torch import Tensor
@@ -7,18 +7,17 @@ from benchmarks import validate
 from segattn_ops.ops._check import accumulation_dtype
 
 FLOOR = 4  # units in the last place of the largest exact value
-# The exact result of float64 inputs is another float64 computation (eager's own, so that eager's error is 0), whose
-# rounding is part of the difference.
+# The exact result of float64 inputs is eager's own float64 result. Its rounding errors are part of the difference, and
+# eager's error is 0.
 FLOOR_FLOAT64 = 64
 
 
 def assert_as_exact_as_eager(name: str, got: Tensor, eager: Tensor, exact: Tensor, energy: float = 12) -> None:
     """The error against the float64 result may be twice that of the same computation by eager PyTorch in the same
-    dtype, plus a small floor. (Eager may overflow to NaN where the kernel does not: then the floor alone holds, at
-    the dtype's precision.)
+    dtype, plus a small floor. Where eager overflows to NaN, the floor alone is the bound.
 
-    `energy` is the size of the largest energy. The backward pass makes the weights again from a logsumexp of that size,
-    rounded to the dtype of accumulation, which moves a row of weights by up to energy / 2 units in the last place."""
+    `energy` is the size of the largest energy. The backward pass recomputes the weights from a logsumexp of that size,
+    rounded to the dtype of accumulation: an error of up to energy / 2 units in the last place in a row of weights."""
     assert got.shape == exact.shape, f"{name}: shape {list(got.shape)}, expected {list(exact.shape)}"
     assert got.dtype == eager.dtype, f"{name}: {got.dtype}, expected {eager.dtype}"
     if exact.numel() == 0:
@@ -37,8 +36,7 @@ def assert_as_exact_as_eager(name: str, got: Tensor, eager: Tensor, exact: Tenso
 
 
 def assert_norm_as_exact_as_eager(name: str, got: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """As above for the relative L2 error, with the floor of the benchmark's validation: of all elements together, where
-    single ones are too few to average."""
+    """As above for the relative L2 error of all elements together, with the floor of the benchmark's validation."""
     exact = exact.double()
     error, eager_error = (((t.double() - exact).norm() / exact.norm()).item() for t in (got, eager))
     allowed = 2 * eager_error + validate.FLOOR[str(got.dtype).removeprefix("torch.")]

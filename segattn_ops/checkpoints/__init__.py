@@ -1,4 +1,4 @@
-"""Checkpoints of every system of the field, in and out: recognised by their keys, translated, loaded, exported."""
+"""Recognises checkpoints of the published repositories by their keys, translates, loads and exports them."""
 
 from .export import to_mmseg, to_official
 from .files import read, save

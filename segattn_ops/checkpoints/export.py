@@ -1,4 +1,4 @@
-"""Writes our weights under the names of the official repositories and of mmsegmentation."""
+"""Exports weights under the names of the official repositories and of mmsegmentation."""
 
 import re
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import ChannelAttention, CrissCrossAttention, PositionAttention
-from .names import AUXILIARY, BLOCKS, HEADS, PLACES, STAGES, STEMS, Naming, Pairs
+from .names import AUXILIARY, BLOCKS, HEADS, PREFIXES, STAGES, STEMS, Naming, Pairs
 from .translate import Recognised, State, _backbone, _recognise, rename
 
 _BLOCK_CLASSES = ((PositionAttention, "position"), (ChannelAttention, "channel"), (CrissCrossAttention, "criss_cross"))
@@ -16,7 +16,7 @@ def to_official(module: nn.Module) -> State:
     """The state dict of a module under the names of its authors' repository (DANet, CCNet, ANN, dfn_seg; AlexHex7 for
     a non-local block; External-Attention for DAModule).
 
-    Blocks and heads have those names here already; a network's parts get their authors' prefixes (``pretrained.`` and
+    Blocks and heads already have those names; a network's parts get their authors' prefixes (``pretrained.`` and
     ``head.`` for DANet), its auxiliary head CCNet's and ANN's ``dsn``, whose convolution has a bias: zero.
 
     Args:
@@ -36,7 +36,7 @@ def to_official(module: nn.Module) -> State:
         raise ValueError("to_official: dfn_seg has no smooth_cls and border_cls: it has as many channels as classes")
     if recognised.prefix != "classifier.":
         return dict(state)
-    head, backbone, aux = PLACES[recognised.system, "official"]
+    head, backbone, aux = PREFIXES[recognised.system, "official"]
     return _network(state, "official", recognised.system, naming.pairs, (head, backbone, aux))
 
 
@@ -45,8 +45,7 @@ def to_mmseg(module: nn.Module) -> State:
     CAM and mmcv's CrissCrossAttention and NonLocal2d).
 
     gamma becomes a 0-dim ``gamma.scale``. Biases before batch norms, which mmcv's ConvModule does not have, are
-    subtracted from the
-    running means: the same function. So a state that went through it loads with ``strict=True``.
+    subtracted from the running means: the same function. The result loads with ``strict=True``.
 
     Args, returns, raises: as :func:`to_official`.
     """
@@ -59,8 +58,8 @@ def to_mmseg(module: nn.Module) -> State:
     _fold_biases(state)
     target = theirs[-1] if system == "non_local_block" and "W.weight" in state else theirs[0]
     if recognised.prefix == "classifier.":
-        places = PLACES[system, "mmsegmentation"]
-        named = _network(state, "mmsegmentation", system, target.pairs, places)
+        prefixes = PREFIXES[system, "mmsegmentation"]
+        named = _network(state, "mmsegmentation", system, target.pairs, prefixes)
     else:
         named = _renamed(state, target.pairs, "to_mmseg")
     return {name: value.reshape(()) if name.endswith("gamma.scale") else value for name, value in named.items()}
@@ -78,16 +77,22 @@ def _swap(pairs: Pairs) -> Pairs:
 
 
 def _renamed(state: State, pairs: Pairs, function: str) -> State:
-    named = {name: rename(name, _swap(pairs)) for name in state}
-    unknown = [name for name, new in named.items() if new is None]
+    named: State = {}
+    unknown = []
+    for name, value in state.items():
+        new = rename(name, _swap(pairs))
+        if new is None:
+            unknown.append(name)
+        else:
+            named[new] = value
     if unknown:
         raise ValueError(f"{function}: the layout has no place for {', '.join(unknown)}")
-    return {named[name]: value for name, value in state.items()}
+    return named
 
 
-def _network(state: State, layout: str, system: str, pairs: Pairs, places: tuple[str, str, str | None]) -> State:
+def _network(state: State, layout: str, system: str, pairs: Pairs, prefixes: tuple[str, str, str | None]) -> State:
     """A whole network's state dict under the layout's names and prefixes."""
-    head, backbone, aux = places
+    head, backbone, aux = prefixes
     function = "to_official" if layout == "official" else "to_mmseg"
     parts: dict[str, State] = {"classifier.": {}, "backbone.": {}, "aux_classifier.": {}}
     for name, value in state.items():
@@ -116,7 +121,7 @@ def _network(state: State, layout: str, system: str, pairs: Pairs, places: tuple
 
 
 def _backbone_pairs(stem: str, system: str, layout: str) -> Pairs:
-    """A deep stem is ``stem`` here; its authors number it in their own ways."""
+    """A deep stem is ``stem`` here; each repository numbers it differently."""
     if stem == "v1c" and layout == "official":
         stem = "ccnet" if system in ("ccnet", "dfn") else "deep"
     return (*STEMS[stem], *STAGES)

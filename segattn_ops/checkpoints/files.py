@@ -31,7 +31,8 @@ def read(path: str | os.PathLike[str], weights_only: bool = True) -> Mapping[str
             raise ImportError(_SAFETENSORS) from error
         return load_file(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=weights_only)
+        checkpoint: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=weights_only)
+        return checkpoint
     except Exception as error:
         if weights_only and "weights_only" in str(error).lower():
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Loads a checkpoint of any known layout into a module of ours."""
+"""Loads a checkpoint of any known layout into a module of segattn_ops."""
 
 import os
 import re
@@ -20,8 +20,7 @@ _EPSILON = 1e-5  # InPlaceABN's, added to its weight
 
 @dataclass
 class LoadReport:
-    """What a load did. Names are the module's, but those of ``unknown``, ``left_out`` and ``ignored`` the
-    checkpoint's.
+    """The result of a load. Names are the module's; in ``unknown``, ``left_out`` and ``ignored`` the checkpoint's.
 
     Attributes:
         recognised: the layout of the checkpoint.
@@ -32,8 +31,8 @@ class LoadReport:
         left_out: names of parts that the module does not have (a backbone, for a head alone; an auxiliary head).
         filled: biases that the layout does not have, set to zero.
         folded: biases that the module does not have, subtracted from the running mean behind them.
-        ignored: names that are known to be of no use to the network.
-        notes: what else one should know.
+        ignored: names that the network does not use.
+        notes: further remarks.
     """
 
     recognised: Recognised
@@ -72,10 +71,9 @@ def load(
     """Loads weights of any known layout into a module of :mod:`segattn_ops.nn` or a head or network of
     :mod:`segattn_ops.models`.
 
-    A network, a head or a block may come from a checkpoint of more than that (a head from a whole network), or of less
-    with ``strict=False``. Wrappers' prefixes are removed, one-element tensors take the module's shape, and where
-    one layout has a bias before a batch norm and the other none, the bias is set to zero or folded into the running
-    mean: the same function.
+    The checkpoint may hold more than the module (a whole network for a head), or less with ``strict=False``. Wrappers'
+    prefixes are removed and one-element tensors take the module's shape. If only one of the two layouts has a bias
+    before a batch norm, it is set to zero or folded into the running mean: the same function.
 
     Args:
         module: takes the weights, in its own dtype and on its own device.
@@ -148,9 +146,8 @@ def _dotted_prefixes(names: Mapping[str, Any]) -> list[str]:
 
 
 def _place(translation: Translation, target: State, module: str) -> tuple[str, str]:
-    """What to strip from our names and what to put before them, so that most tensors of the module are found.
-
-    Either is empty: the checkpoint is of more than the module, or of less, or of the same.
+    """The prefixes to strip from the translated names and to prepend to them, so that most tensors of the module are
+    found. One of them is empty: the checkpoint is of more than the module, or of less; both if it is of the same.
     """
     shapes = {name: tuple(value.shape) for name, value in target.items()}
 
@@ -201,7 +198,7 @@ def _fold(
 
 
 def _complete(found: State, target: State, report: LoadReport) -> None:
-    """Fills what may be filled, and lists the rest of what is missing."""
+    """Fills the biases that may be zero and lists the other missing names."""
     wrong = {entry.split(" ")[0] for entry in report.mismatched}
     for name, value in target.items():
         if name in found or name in wrong:

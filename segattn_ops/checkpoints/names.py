@@ -1,7 +1,7 @@
 """Tables of parameter names: every published layout against ours.
 
-A pair (theirs, ours) maps what comes before ``.weight``, ``.running_mean`` and so on; ``#`` stands for a number that
-is the same on both sides. Ours are the authors' own names, so the tables of the official repositories are identities.
+A pair (theirs, ours) translates what precedes ``.weight``, ``.running_mean`` and so on; ``#`` stands for a number that
+is the same on both sides. Ours are the authors' names, so the tables of the official repositories are identities.
 """
 
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ class Naming:
     """One layout.
 
     Attributes:
-        system: what it is a layout of: danet, ccnet, ann, non_local, dfn (heads), or a block.
-        format: whose: official, mmsegmentation, mmcv, tramac, alexhex7, timm, external-attention, dfn_seg.
-        anchors: names that must all be there, under one prefix, for a state dict to be of this layout.
+        system: danet, ccnet, ann, non_local, dfn (heads), or a block.
+        format: its origin: official, mmsegmentation, mmcv, tramac, alexhex7, timm, external-attention, dfn_seg.
+        anchors: names that identify the layout: a state dict of it has all of them under one prefix.
         pairs: (theirs, ours).
-        head: whether it is a head; its whole network then has a backbone and perhaps an auxiliary head.
-        absent: names, any of which rules the layout out.
+        head: whether it is a head; its network then has a backbone and optionally an auxiliary head.
+        absent: names, any of which excludes the layout.
     """
 
     system: str
@@ -228,7 +228,7 @@ BLOCKS = (
     Naming("channel", "official", ("gamma",), _same("gamma"), absent=("query_conv", "conv_low.0")),
 )
 
-# The three convolutions of a deep stem, as the authors of the checkpoints number them, against ours.
+# The stem in each repository's numbering, against ours.
 STEMS = {
     "torchvision": _same("conv1", "bn1"),
     "v1c": _same("stem.#"),
@@ -259,8 +259,8 @@ AUXILIARY = {
     "aux_classifier.": _same("0", "1", "4"),
 }
 
-# Where each format keeps its parts: head, backbone, auxiliary head.
-PLACES = {
+# Prefixes of each format's head, backbone and auxiliary head.
+PREFIXES = {
     ("danet", "official"): ("head.", "pretrained.", None),
     ("ccnet", "official"): ("head.", "", "dsn."),
     ("ann", "official"): ("", "backbone.", "dsn."),
@@ -271,7 +271,7 @@ PLACES = {
     ("non_local", "mmsegmentation"): ("decode_head.", "backbone.", "auxiliary_head."),
 }
 
-# Wrappers around a whole model, and what a checkpoint may have beyond the network that is no loss to leave out.
+# Prefixes of wrappers around a whole model, and patterns of names that a network does not use.
 WRAPPERS = ("module.", "_orig_mod.", "model.")
 IGNORED = (
     r"(.*\.)?fc\.(weight|bias)",  # the ImageNet classifier

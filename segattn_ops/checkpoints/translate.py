@@ -1,4 +1,4 @@
-"""Recognises the layout of a state dict from its keys, and turns it into ours."""
+"""Recognises the layout of a state dict from its keys, and translates it into ours."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -22,7 +22,7 @@ class Recognised:
             official position and criss-cross blocks, which have the same names, non_local_block, apnb, afnb,
             da_module, ...); or backbone for a ResNet alone.
         format: official, mmsegmentation, mmcv, tramac, alexhex7, timm, external-attention, segattn_ops or torchvision.
-        prefix: what stands before the head's or block's names.
+        prefix: of the head's or block's names.
         stem: of the backbone, as :func:`segattn_ops.models.dilated_resnet` names it; None without a backbone.
     """
 
@@ -41,7 +41,7 @@ class Translation:
         state: tensors by our names.
         source: the checkpoint's name for each of ours.
         unknown: names of the checkpoint that have no place in the layout.
-        ignored: names that are known to be of no use to the network (the ImageNet classifier).
+        ignored: names that the network does not use (the ImageNet classifier).
     """
 
     recognised: Recognised
@@ -132,7 +132,7 @@ def _backbone(keys: Iterable[str]) -> tuple[str, str] | None:
 
 
 def recognise(state: Mapping[str, Any]) -> Recognised:
-    """Tells the layout of a state dict (or of the one inside a checkpoint) from its keys.
+    """Identifies the layout of a state dict (or of the one inside a checkpoint) from its keys.
 
     Raises:
         ValueError: if no layout fits; the message lists the first keys and the layouts known.
@@ -160,8 +160,8 @@ def _recognise(state: State) -> tuple[Recognised, Naming | None]:
 
 
 def _fits(naming: Naming, state: State, prefix: str) -> bool:
-    """What names alone do not tell. APNB and AFNB of mmsegmentation have the same: APNB's query and key are one
-    module, stored twice. And a lone gamma is a channel attention block only if nothing stands beside it."""
+    """Distinctions that names alone do not make. mmsegmentation's APNB and AFNB have the same names, but APNB's query
+    and key are one module, stored twice. A gamma is a channel attention block only if nothing is stored beside it."""
     if naming.system == "channel":
         return sum(key.startswith(prefix) for key in state) == 1
     if naming.system not in ("afnb", "apnb"):
@@ -169,8 +169,8 @@ def _fits(naming: Naming, state: State, prefix: str) -> bool:
     query, key = (
         ("query_project.conv", "key_project.conv") if naming.format == "mmsegmentation" else ("f_query.0", "f_key.0")
     )
-    weights = [state.get(f"{prefix}stages.0.{name}.weight") for name in (query, key)]
-    shared = all(w is not None for w in weights) and weights[0].shape == weights[1].shape and torch.equal(*weights)
+    q, k = (state.get(f"{prefix}stages.0.{name}.weight") for name in (query, key))
+    shared = q is not None and k is not None and q.shape == k.shape and torch.equal(q, k)
     return shared == (naming.system == "apnb")
 
 

@@ -1,4 +1,4 @@
-"""Finds out from a module's class and structure which published blocks it may be."""
+"""Matches a module's class and structure against the published blocks."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -20,8 +20,9 @@ from .fused import (
 )
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
-# Attention blocks whose map is something else; by class name, because their structure alone would not tell why.
+# Attention blocks that the ops cannot express, by class name, with the reason.
 LEFT_ALONE = {
     "PABBlock": "its softmax runs over all pairs of positions together, not over the keys of each query",
     "DisentangledNonLocal2d": "its queries and keys are whitened and a unary term is added (DNL)",
@@ -30,7 +31,7 @@ LEFT_ALONE = {
     "ObjectAttentionBlock": "it adds to mmsegmentation's SelfAttentionBlock in a forward of its own (OCR)",
     "MultiheadAttention": "PyTorch's scaled_dot_product_attention serves it already",
 }
-# Classes of the repositories themselves, whose forward is known without running it.
+# Classes of the original repositories, whose forward is known without running it.
 PUBLISHED = {
     "PAM_Module",
     "CAM_Module",
@@ -51,7 +52,7 @@ class Candidate:
     """One block that a module may be.
 
     Attributes:
-        fused: the class that would take its place.
+        fused: the class of the replacement.
         names: the module's attribute for each role.
         options: of the fused class.
         inputs: shapes on which the two can be compared.
@@ -63,12 +64,12 @@ class Candidate:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self, original: nn.Module) -> FusedBlock:
-        """The fused module that takes the place of ``original``, on the same parameters."""
+        """The replacement of ``original``, on the same parameters."""
         return self.fused(original, self.names, self.options)
 
 
 def candidates(module: nn.Module) -> list[Candidate]:
-    """The blocks that ``module`` may be, likeliest first; empty if its structure is none of them."""
+    """The blocks that ``module`` may be, likeliest first; empty if its structure matches none."""
     if isinstance(module, torch.jit.ScriptModule):
         return []
     for matcher in _MATCHERS:
@@ -79,7 +80,7 @@ def candidates(module: nn.Module) -> list[Candidate]:
 
 
 def why_suspect(module: nn.Module) -> str | None:
-    """Why a module that is no candidate is worth a line in the report; None if it is not."""
+    """The reason to list a module that is no candidate in the report; None to omit it."""
     name = type(module).__name__
     if name in LEFT_ALONE:
         return LEFT_ALONE[name]
@@ -90,21 +91,21 @@ def why_suspect(module: nn.Module) -> str | None:
     return None
 
 
-def _last_conv(module: nn.Module | None) -> nn.Module | None:
+def _only_conv(module: nn.Module | None) -> _Conv | None:
     """The convolution of a conv, an mmcv ConvModule, or a sequence of one of them and a pool."""
     convs = [m for m in module.modules() if isinstance(m, _CONVS)] if isinstance(module, nn.Module) else []
     return convs[0] if len(convs) == 1 else None
 
 
-def _pointwise(module: nn.Module | None) -> nn.Module | None:
-    conv = _last_conv(module)
+def _pointwise(module: nn.Module | None) -> _Conv | None:
+    conv = _only_conv(module)
     if conv is None or any(k != 1 for k in conv.kernel_size) or any(s != 1 for s in conv.stride) or conv.groups != 1:
         return None
     return conv
 
 
 def _parametrised(module: nn.Module) -> set[str]:
-    """Attributes of the module that have parameters; named_children() would tell a module with two names only once."""
+    """Attributes of the module that have parameters; named_children() lists a module with two names only once."""
     children = {
         name
         for name, child in module._modules.items()
@@ -179,8 +180,9 @@ def _non_local(module: nn.Module) -> list[Candidate]:
     return [Candidate(FusedNonLocal, names, shape, options) for options in _modes(module, names, value, timm)]
 
 
-def _modes(module: nn.Module, names: Mapping[str, str], value: nn.Module, timm: bool) -> list[dict[str, Any]]:
-    """What the block may compute. mmcv says; AlexHex7's four files have one class name and differ in their forward."""
+def _modes(module: nn.Module, names: Mapping[str, str], value: _Conv, timm: bool) -> list[dict[str, Any]]:
+    """The modes the block may have, likeliest first. mmcv's has an attribute; AlexHex7's four classes have one name and
+    differ in their forward alone."""
     if timm:
         return [{"mode": "embedded_gaussian", "scale": module.scale}]
     if "projection" in names:
@@ -202,7 +204,7 @@ def _asymmetric(module: nn.Module) -> list[Candidate]:
         getattr(module, "psp", None), nn.Module
     ):
         names = {"query": "f_query", "key": "f_key", "value": "f_value", "pool": "psp", "out": "W"}
-        options = {"query_first": False}
+        options: dict[str, Any] = {"query_first": False}
         if getattr(module, "scale", 1) != 1:
             return []
     elif hasattr(module, "key_downsample") and hasattr(module, "matmul_norm") and not hasattr(module, "gamma"):
@@ -213,7 +215,8 @@ def _asymmetric(module: nn.Module) -> list[Candidate]:
             names["pool"] = "key_downsample"
         if getattr(module, "out_project", None) is not None:
             names["out"] = "out_project"
-        options = {"query_first": True, "scale": module.channels**-0.5 if module.matmul_norm else 1.0}
+        channels: Any = module.channels
+        options = {"query_first": True, "scale": channels**-0.5 if module.matmul_norm else 1.0}
     else:
         return []
     query, key = (_pointwise(getattr(module, names[role])) for role in ("query", "key"))
@@ -238,7 +241,7 @@ def _overrides_forward(module: nn.Module, base: str) -> bool:
 def _external_attention(module: nn.Module) -> list[Candidate]:
     if _parametrised(module) != {"cnn", "pa"} or not isinstance(module.cnn, nn.Conv2d):
         return []
-    attention = module.pa
+    attention: Any = module.pa
     if getattr(attention, "h", None) != 1 or not isinstance(getattr(attention, "dropout", None), nn.Dropout):
         return []
     channels = module.cnn.in_channels

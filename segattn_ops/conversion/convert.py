@@ -1,4 +1,4 @@
-"""Swaps the attention blocks of an existing model for fused ones, weights kept."""
+"""Replaces the attention blocks of an existing model by fused ones on the same parameters."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ _OWN = tuple(
     for name in segattn_nn.__all__
     if name not in ("PyramidPooling", "ChannelAttentionBlock", "RefinementResidualBlock")
 )
-# Of the largest output. A block is compared in float64 where it can be, where only another formula differs by as much.
+# Relative to the largest output. Blocks are compared in float64 if they run in it: only another formula exceeds 1e-6.
 _BLOCK_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 
@@ -32,7 +32,7 @@ def convert(
     of External-Attention's DAModule. Every candidate is run beside its replacement on random input of a few positions,
     with its zero-initialised weights made random: a block with another formula under a familiar name is left alone.
 
-    Names of parameters stay what they were: checkpoints, optimizers and DistributedDataParallel go on as before.
+    Parameter names do not change: checkpoints, optimizers and DistributedDataParallel keep working.
 
     Args:
         model: any module; also inside DistributedDataParallel or DataParallel. Compile it after converting.
@@ -45,8 +45,8 @@ def convert(
         ConversionReport: print it; ``report.model`` is the model.
 
     Raises:
-        TypeError: if the model is no module.
-        ValueError: if the outputs on the sample input differ by more than ``tolerance``; the model is then as it was.
+        TypeError: if the model is not a module.
+        ValueError: if the outputs on the sample input differ by more than ``tolerance``; the model is then unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: model must be a torch.nn.Module (got {type(model).__name__})")
@@ -114,7 +114,7 @@ def _consider(name: str, module: nn.Module, dry_run: bool) -> tuple[Entry, Fused
             detail = f"not compared: the original does not run here ({error})"
             if class_name not in PUBLISHED:
                 return Entry(name, class_name, "left", detail=detail), None
-            break  # a missing extension or a hard-coded device: a published class is taken at its name
+            break  # a missing extension or hard-coded device: a published class is converted unverified
         nearest = min(nearest, difference)
         if difference <= _BLOCK_TOLERANCE[dtype]:
             detail = f"differs by {difference:.0e} in {str(dtype).removeprefix('torch.')}"
@@ -141,7 +141,7 @@ def _compare(module: nn.Module, candidate: Candidate) -> tuple[float, torch.dtyp
             raise _CannotRun(f"it cannot be copied: {error}") from error
         _silence(original)
         device = next(original.parameters()).device
-        generator = torch.Generator().manual_seed(0)  # the user's random numbers stay what they would have been
+        generator = torch.Generator().manual_seed(0)  # leaves the user's random state unchanged
         with torch.no_grad():
             for parameter in original.parameters():
                 if not parameter.any():  # gamma and the last norm start at zero, and would hide the attention
@@ -158,7 +158,7 @@ def _compare(module: nn.Module, candidate: Candidate) -> tuple[float, torch.dtyp
 
 
 def _silence(module: nn.Module) -> None:
-    """Removes a copy's hooks, which are the user's own functions, but for those that make a normalised weight."""
+    """Removes a copy's hooks, except those of torch.nn.utils, which compute a normalised weight."""
     for m in module.modules():
         m._forward_hooks.clear()
         for key, hook in list(m._forward_pre_hooks.items()):
@@ -167,7 +167,7 @@ def _silence(module: nn.Module) -> None:
 
 
 def _run(model: nn.Module, sample: Any) -> Any:
-    """The model's output on the sample in evaluation mode; the mode of every module is put back."""
+    """The model's output on the sample in evaluation mode; the mode of every module is restored."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -212,11 +212,11 @@ def _difference(got: Any, expected: Any) -> float:
 
 
 def _swap(model: nn.Module, replacements: Mapping[int, FusedBlock]) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Puts the replacements in, wherever a block is held; returns what to put back."""
-    swapped = []
+    """Installs the replacements under every parent of a block; returns what is needed to undo it."""
+    swapped: list[tuple[nn.Module, str, nn.Module]] = []
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if id(child) in replacements:
+            if child is not None and id(child) in replacements:
                 swapped.append((parent, name, child))
                 parent._modules[name] = replacements[id(child)]
     return swapped

@@ -1,4 +1,4 @@
-"""The modules that take a published block's place: its own children, parameters and names, a fused forward."""
+"""Replacements of published blocks: the block's own children, parameters and names, with a fused forward."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,16 +13,16 @@ from ..ops.position import position_attention
 
 
 class FusedBlock(nn.Module):
-    """Takes over everything of another module but its forward.
+    """Another module with its forward replaced.
 
-    Parameters, buffers, children, hooks and plain attributes are the original's own objects under their own names: the
-    state dict stays what it was, optimizers and DistributedDataParallel go on holding the right parameters, and code
-    that reads an attribute of the block finds it.
+    Parameters, buffers, children, hooks and plain attributes are the original's objects under their original names: the
+    state dict does not change, optimizers and DistributedDataParallel keep their parameters, and the block's attributes
+    stay readable.
 
     Args:
-        original: the block; it must not be used any more.
+        original: the block; not to be used afterwards.
         names: its attribute for each role of the computation.
-        options: what the computation needs to know besides.
+        options: further settings of the computation.
     """
 
     fused_kind = ""
@@ -30,18 +30,20 @@ class FusedBlock(nn.Module):
     def __init__(self, original: nn.Module, names: Mapping[str, str], options: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.__dict__.update(original.__dict__)
-        self._compiled_call_impl = None  # what Module.compile() made of the original's forward
+        self._compiled_call_impl = None  # the original's compiled forward, if it was compiled
         self._original_class = type(original)
         self._fused_names = dict(names)
         self._fused_options = dict(options or {})
 
     def _call(self, role: str, *inputs: Tensor) -> Tensor:
-        return getattr(self, self._fused_names[role])(*inputs)
+        result: Tensor = getattr(self, self._fused_names[role])(*inputs)
+        return result
 
     def _residual(self, attended: Tensor, x: Tensor) -> Tensor:
         """x + gamma * attended, gamma a parameter (official) or a module (mmcv's Scale)."""
         gamma = getattr(self, self._fused_names["gamma"])
-        return (gamma(attended) if isinstance(gamma, nn.Module) else gamma * attended) + x
+        scaled: Tensor = gamma(attended) if isinstance(gamma, nn.Module) else gamma * attended
+        return scaled + x
 
     def extra_repr(self) -> str:
         return f"{self.fused_kind} of {self._original_class.__name__}"
@@ -83,15 +85,16 @@ class FusedCrissCrossAttention(FusedBlock):
 
 
 class FusedNonLocal(FusedBlock):
-    """A non-local block of any mode; options: mode, and scale of the logits."""
+    """A non-local block of any mode; options: mode, and scale of the energies."""
 
     fused_kind = "non-local block"
 
     def forward(self, x: Tensor, return_nl_map: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """x (B, C, *spatial) -> x + out(y); with ``return_nl_map``, the original's own forward, which stores the
-        map."""
+        attention map."""
         if return_nl_map:
-            return self._original_class.forward(self, x, return_nl_map=True)
+            result: tuple[Tensor, Tensor] = self._original_class.forward(self, x, return_nl_map=True)
+            return result
         y = self._call("out", self._aggregate(x))
         return (self._call("norm", y) if "norm" in self._fused_names else y) + x
 
@@ -109,24 +112,24 @@ class FusedNonLocal(FusedBlock):
         else:
             projection = next(self.get_submodule(self._fused_names["projection"]).parameters()).flatten()
             query_weight, key_weight = projection.split(theta.shape[1])
-            logits = torch.einsum("ben,e->bn", theta, query_weight), torch.einsum("bem,e->bm", phi, key_weight)
-            y = _pairwise.concatenation(*logits, g)
+            parts = torch.einsum("ben,e->bn", theta, query_weight), torch.einsum("bem,e->bm", phi, key_weight)
+            y = _pairwise.concatenation(*parts, g)
         return y.reshape(x.shape[0], -1, *x.shape[2:])
 
 
 class FusedAsymmetricAttention(FusedBlock):
-    """A stage of ANN: queries everywhere, keys and values pooled; options: scale, and which argument holds the
-    keys."""
+    """A stage of ANN: queries at every position, keys and values pooled; options: scale, and the order of the
+    arguments."""
 
     fused_kind = "asymmetric attention"
 
     def forward(self, first: Tensor, second: Tensor | None = None) -> Tensor:
-        """ANN: (x) or (low, high). mmsegmentation: (query map, key map). -> (B, out, H, W) of the query map's size."""
+        """ANN: (x) or (low, high). mmsegmentation: (high, low). -> (B, out, H, W) of high's size."""
         if second is None:
-            query_map = key_map = first
+            high = low = first
         else:
-            query_map, key_map = (first, second) if self._fused_options["query_first"] else (second, first)
-        query, key, value = self._call("query", query_map), self._call("key", key_map), self._call("value", key_map)
+            high, low = (first, second) if self._fused_options["query_first"] else (second, first)
+        query, key, value = self._call("query", high), self._call("key", low), self._call("value", low)
         pooled = (self._call("pool", key), self._call("pool", value)) if "pool" in self._fused_names else (key, value)
         context = position_attention(query, *pooled, self._fused_options["scale"])
         return self._call("out", context) if "out" in self._fused_names else context
@@ -139,26 +142,32 @@ class FusedDotProductPosition(FusedBlock):
     """
 
     fused_kind = "position attention (scaled dot product)"
+    cnn: nn.Module
+    pa: Any  # a module with fc_q, fc_k, fc_v, fc_o and dropout
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, H * W, C)."""
-        attention = self._modules["pa"]
-        if self.training and attention.dropout.p > 0:
-            return self._original_class.forward(self, x)
+        if self.training and self.pa.dropout.p > 0:
+            original: Tensor = self._original_class.forward(self, x)
+            return original
         y = self.cnn(x).flatten(2).mT  # (B, N, C)
-        query, key, value = (layer(y).mT for layer in (attention.fc_q, attention.fc_k, attention.fc_v))
-        return attention.fc_o(position_attention(query, key, value, query.shape[1] ** -0.5).mT)
+        query, key, value = (layer(y).mT for layer in (self.pa.fc_q, self.pa.fc_k, self.pa.fc_v))
+        output: Tensor = self.pa.fc_o(position_attention(query, key, value, query.shape[1] ** -0.5).mT)
+        return output
 
 
 class FusedDotProductChannel(FusedBlock):
     """The channel branch of External-Attention's DAModule: (B, C, H, W) -> (B, C, H * W). Dropout as in the other."""
 
     fused_kind = "channel attention (scaled dot product)"
+    cnn: nn.Module
+    pa: Any  # a module with fc_o and dropout
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, C, H * W)."""
-        attention = self._modules["pa"]
-        if self.training and attention.dropout.p > 0:
-            return self._original_class.forward(self, x)
+        if self.training and self.pa.dropout.p > 0:
+            original: Tensor = self._original_class.forward(self, x)
+            return original
         y = self.cnn(x).flatten(2)
-        return attention.fc_o(channel_attention(y, y, y, y.shape[2] ** -0.5))
+        output: Tensor = self.pa.fc_o(channel_attention(y, y, y, y.shape[2] ** -0.5))
+        return output

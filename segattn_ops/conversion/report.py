@@ -1,4 +1,4 @@
-"""What a conversion did and did not do."""
+"""The report of a conversion."""
 
 from dataclasses import dataclass, field
 
@@ -13,7 +13,7 @@ class Entry:
         name: its name in the model ("" for the model itself).
         class_name: of the original.
         action: "converted" ("would convert" in a dry run), "already" or "left".
-        kind: what it is now, for a converted block.
+        kind: of the replacement, for a converted block.
         detail: how it was verified, or why it was left alone.
     """
 

@@ -1,5 +1,4 @@
-"""The papers' networks, their heads usable alone, dilated ResNets, and the losses they train with. Needs
-torchvision."""
+"""The papers' networks, their heads, dilated ResNets and training losses. Needs torchvision."""
 
 from .backbone import Backbone, dilated_resnet
 from .dfn import DFNHead

@@ -1,4 +1,4 @@
-"""ResNets of torchvision as dense feature extractors: dilated, with the stems that published checkpoints have."""
+"""ResNets of torchvision as dense feature extractors: dilated, with the stems of the published checkpoints."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -16,21 +16,23 @@ _DILATION = {8: (False, True, True), 16: (False, False, True), 32: (False, False
 
 
 class Backbone(nn.Module):
-    """The stem and the four stages of a ResNet; returns the maps of the chosen stages by name.
+    """The stem and the four stages of a ResNet; returns the feature maps of the chosen stages by name.
 
-    The state dict has torchvision's names (``conv1, bn1, layer1 ... layer4``; ``stem`` in place of the first two for a
+    The state dict has torchvision's names (``conv1, bn1, layer1 ... layer4``; ``stem`` instead of the first two for a
     deep stem), without the classifier.
 
     Args:
-        resnet: a torchvision ResNet; its modules are taken over.
-        return_layers: the stages whose maps are returned, of ``layer1`` to ``layer4``.
+        resnet: a torchvision ResNet, whose modules are reused.
+        return_layers: the stages whose feature maps are returned, of ``layer1`` to ``layer4``.
         stem: replaces conv1, bn1 and relu if given.
 
     Shape:
         x (B, 3, H, W) -> {"layer1": (B, 256, H/4, W/4), ...}, sides rounded up.
     """
 
-    def __init__(self, resnet: nn.Module, return_layers: Sequence[str], stem: nn.Sequential | None = None) -> None:
+    def __init__(
+        self, resnet: _torchvision.ResNet, return_layers: Sequence[str], stem: nn.Sequential | None = None
+    ) -> None:
         super().__init__()
         unknown = set(return_layers) - set(LAYERS)
         if unknown or not return_layers:
@@ -49,7 +51,7 @@ class Backbone(nn.Module):
             self.channels[name] = (last.conv3 if hasattr(last, "conv3") else last.conv2).out_channels
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """x (B, 3, H, W) -> the chosen maps by the names of their stages, finest first."""
+        """x (B, 3, H, W) -> the chosen feature maps by stage, finest first."""
         x = self.stem(x) if hasattr(self, "stem") else self.relu(self.bn1(self.conv1(x)))
         x = self.maxpool(x)
         maps = OrderedDict()
@@ -69,18 +71,18 @@ def dilated_resnet(
     return_layers: Sequence[str] = ("layer3", "layer4"),
     norm_layer: Callable[[int], nn.Module] | None = None,
 ) -> Backbone:
-    """A torchvision ResNet whose last stages dilate in place of striding.
+    """A torchvision ResNet whose last stages dilate instead of striding.
 
     Args:
         name: a bottleneck ResNet of torchvision (``resnet50``, ``resnet101``, ``resnet152``, ``resnext...``); the
             basic ones (18, 34) only at output stride 32, because torchvision does not dilate them.
         weights: as torchvision's ``get_model`` takes them ("DEFAULT" downloads); None for random ones. Only for the
             stem "torchvision".
-        output_stride: 8, 16 or 32: input pixels a position of the last map.
+        output_stride: 8, 16 or 32: input pixels per position of the last feature map.
         stem: "torchvision" (one 7 x 7 convolution); "v1c", mmsegmentation's ResNetV1c (three 3 x 3, 32-32-64);
             "deep" (64-64-128), the ``resnet50s`` family of DANet's authors; "ccnet": the same, the first block of a
             dilated stage dilated too, and a max pool that rounds up, as CCNet's own network.
-        return_layers: the stages whose maps are returned.
+        return_layers: the stages whose feature maps are returned.
         norm_layer: makes a norm layer from its number of channels; batch norm if None.
 
     Raises:
@@ -99,16 +101,19 @@ def dilated_resnet(
     resnet = _torchvision.get_model(
         name, weights=weights, replace_stride_with_dilation=_DILATION[output_stride], norm_layer=norm_layer
     )
-    if STEMS[stem] is None:
+    stem_channels = STEMS[stem]
+    if stem_channels is None:
         return Backbone(resnet, return_layers)
     if stem == "ccnet":
         _dilate_first_blocks(resnet)
         resnet.maxpool.ceil_mode = True
-    return Backbone(resnet, return_layers, _deep_stem(resnet, STEMS[stem], norm_layer or nn.BatchNorm2d))
+    return Backbone(resnet, return_layers, _deep_stem(resnet, stem_channels, norm_layer or nn.BatchNorm2d))
 
 
-def _deep_stem(resnet: nn.Module, channels: Sequence[int], norm_layer: Callable[[int], nn.Module]) -> nn.Sequential:
-    """Three 3 x 3 convolutions, the first with stride 2; widens the first block of ``resnet`` to what they give."""
+def _deep_stem(
+    resnet: _torchvision.ResNet, channels: Sequence[int], norm_layer: Callable[[int], nn.Module]
+) -> nn.Sequential:
+    """Three 3 x 3 convolutions, the first with stride 2; adapts the first block of ``resnet`` to their output."""
     layers: list[nn.Module] = []
     inputs = 3
     for index, outputs in enumerate(channels):
@@ -126,8 +131,8 @@ def _deep_stem(resnet: nn.Module, channels: Sequence[int], norm_layer: Callable[
     return nn.Sequential(*layers)
 
 
-def _dilate_first_blocks(resnet: nn.Module) -> None:
-    """torchvision leaves the first block of a dilated stage at the dilation of the stage before; CCNet does not."""
+def _dilate_first_blocks(resnet: _torchvision.ResNet) -> None:
+    """Dilates the first block of a dilated stage as well, as CCNet does and torchvision does not."""
     for name in LAYERS[2:]:
         stage = getattr(resnet, name)
         conv = stage[0].conv2

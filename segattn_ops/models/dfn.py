@@ -1,6 +1,7 @@
-"""DFN's head: the smooth network, which chooses features from deep to shallow, and the border network."""
+"""DFN's head: the smooth network, from the deepest stage to the finest, and the border network."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -10,7 +11,7 @@ from ..nn._checks import feature_map, positive_int
 
 
 def _resize(x: Tensor, like: Tensor) -> Tensor:
-    """Bilinear to the size of ``like``: fixed factors, as dfn_seg has, need sides divisible by 32."""
+    """Bilinear to the size of ``like``. dfn_seg's fixed factors would need sides divisible by 32."""
     return (
         x if x.shape[2:] == like.shape[2:] else F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
     )
@@ -20,8 +21,8 @@ class DFNHead(nn.Module):
     r"""DFN's smooth and border networks over the four stages of a ResNet.
 
     Smooth network: the globally pooled last stage, then from stage 4 to stage 1 a refinement block on the stage, a
-    channel attention block that joins it with the deeper map, and another refinement block. Border network: refinement
-    blocks on every stage, summed from stage 1 to stage 4 at the finest size.
+    channel attention block that joins it with the deeper features, and another refinement block. Border network:
+    refinement blocks on every stage, summed from stage 1 to stage 4 at the finest size.
 
     Source: Yu et al., "Learning a Discriminative Feature Network for Semantic Segmentation", CVPR 2018, figure 2.
     Names are dfn_seg's: ``out_conv, cab1 ... cab4, rrb_d_*, rrb_u_*, rrb_db_*, rrb_trans_*``.
@@ -29,16 +30,17 @@ class DFNHead(nn.Module):
     Args:
         in_channels: channels of the four stages, finest first.
         num_classes: channels of the logits.
-        channels: of the maps inside. None is dfn_seg's layout: as many as classes, so that every map is its own
+        channels: of the inner feature maps. None is dfn_seg's layout: as many as classes, so that they are the
             logits, and no ReLU at the end of a refinement block. A number is the paper's (512): the ReLU, and a 1 x 1
             classifier for every stage (``smooth_cls_*``) and for the border (``border_cls``, one channel).
 
     Shape:
-        four maps (B, in_channels[i], H_i, W_i) of any sizes -> {"out", "smooth_2", "smooth_3", "smooth_4": (B,
+        four feature maps (B, in_channels[i], H_i, W_i) of any sizes -> {"out", "smooth_2", "smooth_3", "smooth_4": (B,
         num_classes, H_i, W_i), "border": (B, 1 or num_classes, H_1, W_1)}; "out" is the smooth network's stage 1.
     """
 
-    inputs = ("layer1", "layer2", "layer3", "layer4")
+    inputs: ClassVar[tuple[str, ...]] = ("layer1", "layer2", "layer3", "layer4")
+    rrb_db_1: RefinementResidualBlock
 
     def __init__(self, in_channels: Sequence[int], num_classes: int, channels: int | None = None) -> None:
         super().__init__()
@@ -62,7 +64,7 @@ class DFNHead(nn.Module):
             self.border_cls = nn.Conv2d(width, 1, 1)
 
     def forward(self, *maps: Tensor) -> dict[str, Tensor]:
-        """Four maps (B, in_channels[i], H_i, W_i), finest first -> logits by name."""
+        """Four feature maps (B, in_channels[i], H_i, W_i), finest first -> logits by name."""
         if len(maps) != 4:
             raise ValueError(f"DFNHead: needs the maps of 4 stages (got {len(maps)})")
         for stage, (x, channels) in enumerate(zip(maps, self.in_channels, strict=True), start=1):
@@ -70,8 +72,8 @@ class DFNHead(nn.Module):
         return {**self._smooth(maps), "border": self._border(maps)}
 
     def _smooth(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The four maps -> logits of every stage, each at its stage's size."""
-        # The mean of a 1 x 1 convolution is the convolution of the mean: one position to convolve and not H_4 * W_4.
+        """The four feature maps -> logits of every stage, each at its stage's size."""
+        # The mean of a 1 x 1 convolution is the convolution of the mean, which has one position instead of H_4 * W_4.
         x = self.out_conv(F.adaptive_avg_pool2d(maps[3], 1))
         x = x.expand(-1, -1, *maps[3].shape[2:])
         logits = {}
@@ -84,9 +86,11 @@ class DFNHead(nn.Module):
         return dict(reversed(logits.items()))
 
     def _border(self, maps: Sequence[Tensor]) -> Tensor:
-        """The four maps -> border logits at the finest size."""
-        x = self.rrb_db_1(maps[0])
+        """The four feature maps -> border logits at the finest size."""
+        x: Tensor = self.rrb_db_1(maps[0])
         for stage in (2, 3, 4):
             deeper = getattr(self, f"rrb_db_{stage}")(maps[stage - 1])
             x = getattr(self, f"rrb_trans_{stage - 1}")(x + _resize(deeper, x))
-        return x if self.channels is None else self.border_cls(x)
+        if self.channels is not None:
+            x = self.border_cls(x)
+        return x

@@ -1,6 +1,7 @@
 """Segmentation heads of DANet, CCNet, ANN and Non-local networks: feature maps in, class logits out at their size."""
 
 from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,14 +40,14 @@ class FCNHead(nn.Sequential):
     """The auxiliary head: 3 x 3 convolution, norm, ReLU, dropout, 1 x 1 convolution; torchvision's names and layout.
 
     Args:
-        in_channels: channels of the map.
+        in_channels: channels of the feature map.
         num_classes: channels of the logits.
-        channels: of the hidden map; ``in_channels // 4`` if None.
+        channels: of the hidden layer; ``in_channels // 4`` if None.
         norm_layer: makes a norm layer from its number of channels.
         dropout: probability.
     """
 
-    inputs = ("layer3",)
+    inputs: ClassVar[tuple[str, ...]] = ("layer3",)
 
     def __init__(
         self,
@@ -71,9 +72,9 @@ class DANetHead(nn.Module):
     authors' ``DANetHead``: ``conv5a, conv5c, sa, sc, conv51, conv52, conv6.1, conv7.1, conv8.1``.
 
     Args:
-        in_channels: channels of the map.
+        in_channels: channels of the feature map.
         num_classes: channels of the logits.
-        inter_channels: of the attended maps; ``in_channels // 4`` if None.
+        inter_channels: of the attended feature maps; ``in_channels // 4`` if None.
         key_channels: of query and key of the position attention; ``inter_channels // 8`` if None.
         norm_layer: makes a norm layer from its number of channels.
         dropout: probability before each classifier.
@@ -82,7 +83,7 @@ class DANetHead(nn.Module):
         x (B, in_channels, H, W) -> {"out": fused, "position", "channel"}, each (B, num_classes, H, W).
     """
 
-    inputs = ("layer4",)
+    inputs: ClassVar[tuple[str, ...]] = ("layer4",)
 
     def __init__(
         self,
@@ -127,10 +128,10 @@ class CCNetHead(nn.Module):
     those of the authors' ``RCCAModule``: ``conva, cca, convb, bottleneck.0, bottleneck.1, bottleneck.3``.
 
     Args:
-        in_channels: channels of the map.
+        in_channels: channels of the feature map.
         num_classes: channels of the logits.
-        inter_channels: of the attended map; ``in_channels // 4`` if None.
-        out_channels: of the map before the classifier; ``inter_channels`` if None.
+        inter_channels: of the attended feature map; ``in_channels // 4`` if None.
+        out_channels: of the input of the classifier; ``inter_channels`` if None.
         recurrence: passes of the attention.
         activation: makes the activation after each norm; leaky ReLU (0.01) as CCNet's InPlaceABN, mmsegmentation uses
             ``nn.ReLU``.
@@ -141,7 +142,7 @@ class CCNetHead(nn.Module):
         x (B, in_channels, H, W) -> (B, num_classes, H, W).
     """
 
-    inputs = ("layer4",)
+    inputs: ClassVar[tuple[str, ...]] = ("layer4",)
 
     def __init__(
         self,
@@ -167,7 +168,8 @@ class CCNetHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, in_channels, H, W) -> (B, num_classes, H, W)."""
         feature_map("CCNetHead", "input", x, self.in_channels)
-        return self.bottleneck(torch.cat([x, self.convb(self.cca(self.conva(x)))], dim=1))
+        logits: Tensor = self.bottleneck(torch.cat([x, self.convb(self.cca(self.conva(x)))], dim=1))
+        return logits
 
 
 class NonLocalHead(nn.Module):
@@ -176,10 +178,10 @@ class NonLocalHead(nn.Module):
     Source: Wang et al., "Non-local Neural Networks", CVPR 2018. Names as :class:`CCNetHead`, with ``nl`` for ``cca``.
 
     Args:
-        in_channels: channels of the map.
+        in_channels: channels of the feature map.
         num_classes: channels of the logits.
-        inter_channels: of the attended map; ``in_channels // 4`` if None.
-        out_channels: of the map before the classifier; ``inter_channels`` if None.
+        inter_channels: of the attended feature map; ``in_channels // 4`` if None.
+        out_channels: of the input of the classifier; ``inter_channels`` if None.
         mode, scale: of :class:`~segattn_ops.nn.NonLocal2d`; a scale of None is ``(inter_channels // 2) ** -0.5`` in
             the mode embedded_gaussian, as mmcv has it, else 1.
         activation, norm_layer, dropout: as in :class:`CCNetHead`, but ReLU by default.
@@ -188,7 +190,7 @@ class NonLocalHead(nn.Module):
         x (B, in_channels, H, W) -> (B, num_classes, H, W).
     """
 
-    inputs = ("layer4",)
+    inputs: ClassVar[tuple[str, ...]] = ("layer4",)
 
     def __init__(
         self,
@@ -217,7 +219,8 @@ class NonLocalHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, in_channels, H, W) -> (B, num_classes, H, W)."""
         feature_map("NonLocalHead", "input", x, self.in_channels)
-        return self.bottleneck(torch.cat([x, self.convb(self.nl(self.conva(x)))], dim=1))
+        logits: Tensor = self.bottleneck(torch.cat([x, self.convb(self.nl(self.conva(x)))], dim=1))
+        return logits
 
 
 def _bottleneck(
@@ -230,8 +233,8 @@ def _bottleneck(
     activation: Activation,
     dropout: float,
 ) -> nn.Sequential:
-    """Joined maps to logits. The activation shares index 2 with the dropout, so that the classifier is ``3``, as in
-    CCNet."""
+    """Concatenated features to logits. The activation shares index 2 with the dropout, so that the classifier is ``3``,
+    as in CCNet."""
     outputs = positive_int(name, "out_channels", out_channels or inter)
     return nn.Sequential(
         nn.Conv2d(in_channels + inter, outputs, 3, padding=1, bias=False),
@@ -248,10 +251,10 @@ class ANNHead(nn.Module):
     are the authors': ``fusion`` (AFNB), ``context.0``, ``context.1.0``, ``context.2`` (APNB), ``cls``.
 
     Args:
-        low_channels: channels of the low-level map.
-        high_channels: channels of the high-level map.
+        low_channels: channels of the low-level feature map.
+        high_channels: channels of the high-level feature map.
         num_classes: channels of the logits.
-        channels: of the map in the second block; ``high_channels // 4`` if None.
+        channels: of the second block; ``high_channels // 4`` if None.
         key_channels, value_channels: of both blocks; ``channels // 2`` if None.
         pool_sizes: grids that keys and values are pooled to.
         norm_layer: makes a norm layer from its number of channels.
@@ -261,7 +264,7 @@ class ANNHead(nn.Module):
         low (B, low_channels, H', W'), high (B, high_channels, H, W) -> (B, num_classes, H, W).
     """
 
-    inputs = ("layer3", "layer4")
+    inputs: ClassVar[tuple[str, ...]] = ("layer3", "layer4")
 
     def __init__(
         self,
@@ -279,7 +282,7 @@ class ANNHead(nn.Module):
         positive_int("ANNHead", "high_channels", high_channels)
         inner = positive_int("ANNHead", "channels", channels or high_channels // 4)
         keys, values = key_channels or max(inner // 2, 1), value_channels or max(inner // 2, 1)
-        shared = {"dropout": dropout, "pool_sizes": pool_sizes, "norm_layer": norm_layer}
+        shared: dict[str, Any] = {"dropout": dropout, "pool_sizes": pool_sizes, "norm_layer": norm_layer}
         self.fusion = AFNB(low_channels, high_channels, high_channels, keys, values, **shared)
         self.context = nn.Sequential(
             nn.Conv2d(high_channels, inner, 3, padding=1),
@@ -290,4 +293,5 @@ class ANNHead(nn.Module):
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
         """low (B, low_channels, H', W'), high (B, high_channels, H, W) -> (B, num_classes, H, W)."""
-        return self.cls(self.context(self.fusion(low, high)))
+        logits: Tensor = self.cls(self.context(self.fusion(low, high)))
+        return logits

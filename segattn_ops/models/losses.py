@@ -18,8 +18,9 @@ def segmentation_loss(
     Args:
         outputs: logits (B, classes, H, W) by name, as a model returns them.
         target: (B, H, W) int64 class indices.
-        weights: of the outputs by name; 1, but 0.4 for "aux". An output of weight 0 is left out.
-        ignore_index: label that counts for nothing.
+        weights: of the outputs by name; by default 0.4 for "aux" and 1 for the others. An output of weight 0 is left
+            out.
+        ignore_index: label of the pixels that do not count.
 
     Raises:
         ValueError: if a weight names no output, or sizes do not match.
@@ -49,7 +50,7 @@ def semantic_border(target: Tensor, radius: int = 1, ignore_index: int = 255) ->
     Args:
         target: (B, H, W) int64 class indices.
         radius: in pixels, at least 1; the border is 2 * radius wide.
-        ignore_index: label that makes no border and is none.
+        ignore_index: label of ignored pixels, which are not border and do not create one.
 
     Returns:
         (B, H, W) bool.
@@ -96,12 +97,12 @@ def dfn_loss(
 
     Args:
         outputs: of :class:`~segattn_ops.models.DFN`.
-        target: (B, H, W) int64 class indices. The border's target is where they change. A border map of one channel
+        target: (B, H, W) int64 class indices. The border's target is where they change. A border output of one channel
             learns it regardless of class, one of ``num_classes`` channels the border of each class.
         border_weight: lambda of the paper's equation 5.
         gamma: of the focal loss.
         radius: of :func:`semantic_border`.
-        ignore_index: label that counts for nothing.
+        ignore_index: label of the pixels that do not count.
 
     Source: Yu et al., CVPR 2018, section 3.4.
     """

@@ -1,5 +1,4 @@
-"""Whole networks: a backbone, a head, and an auxiliary head for training; dictionaries of logits at the image's
-size."""
+"""Networks: a backbone, a head, and an auxiliary head for training. They return logits by name, at the image's size."""
 
 from typing import Any
 
@@ -13,19 +12,19 @@ from .heads import ANNHead, CCNetHead, DANetHead, FCNHead, NonLocalHead
 
 
 class SegmentationModel(nn.Module):
-    """A backbone, a classifier and perhaps an auxiliary one, as ``torchvision.models.segmentation`` puts them
-    together.
+    """A backbone, a classifier and optionally an auxiliary classifier, as in ``torchvision.models.segmentation``.
 
     Args:
-        backbone: image to a dictionary of maps.
-        classifier: a head; its ``inputs`` name the maps it takes, in order. It returns logits or a dictionary of them.
-        aux_classifier: a head that makes "aux", for the loss. Set it to None once training is over.
+        backbone: image to a dictionary of feature maps.
+        classifier: a head; its ``inputs`` name the feature maps it takes, in order. It returns logits or a dictionary
+            of them.
+        aux_classifier: a head for the output "aux", which the loss alone uses. Set it to None after training.
         align_corners: of the bilinear upsampling; False as torchvision and mmsegmentation, True as the authors of
             DANet, CCNet and ANN.
 
     Shape:
-        image (B, 3, H, W) of any size -> {"out": (B, num_classes, H, W), ...}: "aux" with an auxiliary head, and what
-        else the head returns.
+        image (B, 3, H, W) of any size -> {"out": (B, num_classes, H, W), ...}: "aux" with an auxiliary head, and the
+        head's other outputs.
     """
 
     def __init__(
@@ -57,7 +56,8 @@ class SegmentationModel(nn.Module):
 
     @staticmethod
     def _head(head: nn.Module, maps: dict[str, Tensor]) -> Any:
-        return head(*(maps[name] for name in head.inputs))
+        inputs: Any = head.inputs
+        return head(*(maps[name] for name in inputs))
 
 
 class DANet(SegmentationModel):
@@ -86,7 +86,7 @@ class DFN(SegmentationModel):
 def _assemble(
     network: type[SegmentationModel],
     name: str,
-    head_class: type[nn.Module],
+    head_class: type[Any],
     num_classes: int,
     aux_loss: bool,
     aux_channels: int | None,
@@ -103,7 +103,7 @@ def _assemble(
     return network(features, classifier, aux, align_corners)
 
 
-def _builder(network: type[SegmentationModel], head_class: type[nn.Module], resnet: str, stride: int) -> Any:
+def _builder(network: type[SegmentationModel], head_class: type[Any], resnet: str, stride: int) -> Any:
     def build(
         num_classes: int = 21,
         *,
@@ -122,11 +122,11 @@ def _builder(network: type[SegmentationModel], head_class: type[nn.Module], resn
 
     Args:
         num_classes: channels of the logits.
-        aux_loss: add an auxiliary head on layer3, whose logits come as "aux".
+        aux_loss: add an auxiliary head on layer3, whose logits are "aux".
         aux_channels: hidden channels of that head; a quarter of layer3's if None.
         weights_backbone: weights of the backbone as torchvision takes them ("DEFAULT" downloads); None for random
             ones.
-        output_stride: input pixels a position of the last map: 8, 16 or 32.
+        output_stride: input pixels per position of the last feature map: 8, 16 or 32.
         stem: "torchvision", "v1c" (mmsegmentation's ResNetV1c), "deep" or "ccnet"; see
             :func:`~segattn_ops.models.dilated_resnet`.
         align_corners: of the upsampling of the logits.

@@ -1,8 +1,7 @@
-"""Argument checks shared by the modules, so that every one of them complains in the same words."""
+"""Argument checks shared by the modules, with uniform error messages."""
 
 import math
 import numbers
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -64,20 +63,22 @@ def same_size(module: str, name: str, x: torch.Tensor, other_name: str, other: t
     if x.shape[0] != other.shape[0]:
         raise ValueError(f"{module}: {name} must have batch size {other.shape[0]} like {other_name} (got {x.shape[0]})")
     if x.shape[2:] != other.shape[2:]:
-        wanted, got = tuple(other.shape[2:]), tuple(x.shape[2:])
-        raise ValueError(f"{module}: {name} must have spatial size {wanted} like {other_name} (got {got})")
+        expected, got = tuple(other.shape[2:]), tuple(x.shape[2:])
+        raise ValueError(f"{module}: {name} must have spatial size {expected} like {other_name} (got {got})")
 
 
 class ScalarShapes(nn.Module):
-    """A module whose one-element parameters load from a checkpoint of shape (1,) or () alike.
+    """A module whose one-element parameters load from tensors of shape (1,) and ().
 
-    The official repositories store the residual weight gamma as (1,), mmcv and mmsegmentation as a 0-dim tensor;
-    ``load_state_dict`` of PyTorch takes the first into the second but not the second into the first.
+    The official repositories store the residual weight gamma as (1,), mmcv and mmsegmentation as (). PyTorch's
+    ``load_state_dict`` loads (1,) into () but not () into (1,).
     """
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name, parameter in self.named_parameters(recurse=False):
             stored = state_dict.get(prefix + name)
             if parameter.numel() == 1 and isinstance(stored, torch.Tensor) and stored.numel() == 1:
-                state_dict[prefix + name] = stored.reshape(parameter.shape)  # load_state_dict passes its own copy
+                state_dict[prefix + name] = stored.reshape(
+                    parameter.shape
+                )  # load_state_dict passes a copy of the caller's dict
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -1,12 +1,12 @@
-"""The two non-local modes without a softmax, evaluated exactly without an N x N map.
+"""The two non-local modes without a softmax, evaluated exactly without an N x N attention map.
 
-Both sum over all pairs of positions, yet neither needs the pairs one by one:
+Both are sums over all pairs of positions, which factor:
 
 * dot product, y_i = (1/M) sum_j (theta_i . phi_j) g_j, is associative: the E x C matrix sum_j phi_j g_j^T is formed
   once.
-* concatenation, y_i = (1/M) sum_j max(0, a_i + b_j) g_j, with a_i = w_theta . theta_i and b_j = w_phi . phi_j: which j
-  count for i depends on b_j > -a_i alone. With the keys sorted by b those are a prefix, and the sum is a_i times a
-  prefix sum of g plus a prefix sum of b g. O(M log M + (N + M) C) in place of O(N M C).
+* concatenation, y_i = (1/M) sum_j max(0, a_i + b_j) g_j, with a_i = w_theta . theta_i and b_j = w_phi . phi_j: j
+  contributes to i where b_j > -a_i. With the keys sorted by b these j are a prefix, and the sum is a_i times a prefix
+  sum of g plus a prefix sum of b g: O(M log M + (N + M) C) instead of O(N M C).
 """
 
 from typing import Any
@@ -43,8 +43,8 @@ def concatenation(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
     """y_i = (1/M) sum_j max(0, a_i + b_j) g_j.
 
     Args:
-        a: (B, N), the query's half of the logit, w_theta . theta_i.
-        b: (B, M), the key's half, w_phi . phi_j.
+        a: (B, N), the query's part of the energy, w_theta . theta_i.
+        b: (B, M), the key's part, w_phi . phi_j.
         g: (B, C, M).
 
     Returns:
@@ -52,18 +52,19 @@ def concatenation(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
 
     Source: Wang et al., "Non-local Neural Networks", CVPR 2018, equation 5 with C(x) = N.
     """
-    return _Concatenation.apply(a, b, g)
+    y: Tensor = _Concatenation.apply(a, b, g)
+    return y
 
 
 def _sum_dtype(like: Tensor) -> torch.dtype:
-    """float64, because a prefix sum over N terms loses log2(N) bits; float32 on the one device type without it."""
+    """float64, because a prefix sum over N terms loses log2(N) bits; float32 on mps, which has no float64."""
     return torch.float32 if like.device.type == "mps" else torch.float64
 
 
-def _prefix(scores: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
-    """Sorts ``scores`` (B, M) downwards; returns the order (B, M) and how many scores exceed -thresholds (B, N) -> (B,
-    N)."""
-    ordered, order = scores.sort(dim=-1, descending=True, stable=True)
+def _prefix(terms: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+    """The descending order of ``terms`` (B, M), and for each of ``thresholds`` (B, N) the number of terms above
+    -threshold."""
+    ordered, order = terms.sort(dim=-1, descending=True, stable=True)
     return order, torch.searchsorted(-ordered, thresholds.contiguous(), right=False)
 
 

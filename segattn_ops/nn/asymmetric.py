@@ -39,16 +39,15 @@ class AsymmetricAttention(nn.Module):
 
     ``y = W(position_attention(f_query(high), pool(f_key(low)), pool(f_value(low)), key_channels ** -0.5))``
 
-    f_value is a 1 x 1 convolution, hence affine, and average pooling keeps constants: pool(f_value(low)) =
-    f_value(pool(low)). The second form is the one computed, so that the value projection costs 110 positions and not
-    N.
+    f_value is affine and average pooling preserves constants, so pool(f_value(low)) = f_value(pool(low)). The second
+    form is computed: the value projection then runs on 110 positions instead of N.
 
     Source: Zhu et al., "Asymmetric Non-local Neural Networks for Semantic Segmentation", ICCV 2019, equations 7 to 9.
     Names are the authors': ``f_key.0, f_key.1.0, f_query.*, f_value, W``; W starts at zero.
 
     Args:
-        low_channels: channels of the map that keys and values come from.
-        high_channels: channels of the map that queries come from.
+        low_channels: channels of the feature map of keys and values.
+        high_channels: channels of the feature map of the queries.
         key_channels: channels of queries and keys.
         value_channels: channels of the values.
         out_channels: channels of the result.
@@ -86,20 +85,21 @@ class AsymmetricAttention(nn.Module):
         self.f_value = nn.Conv2d(low_channels, value_channels, 1)
         self.W = nn.Conv2d(value_channels, out_channels, 1)
         self.psp = PyramidPooling(pool_sizes)
-        nn.init.zeros_(self.W.weight)
-        nn.init.zeros_(self.W.bias)
+        for parameter in self.W.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
         """low (B, low_channels, H', W'), high (B, high_channels, H, W) -> (B, out_channels, H, W)."""
         key = self.f_key(low)
         query = key if self.f_query is self.f_key and high is low else self.f_query(high)
         value = self.f_value(self.psp(low)[..., None])[..., 0]  # (B, value_channels, S)
-        return self.W(position_attention(query, self.psp(key), value, self.scale))
+        y: Tensor = self.W(position_attention(query, self.psp(key), value, self.scale))
+        return y
 
 
 def _stages(name: str, sizes: Sequence[int]) -> int:
-    """ANN's ``sizes``: one stage for each, all of size 1 (a reduced query map could not be joined with the input
-    again)."""
+    """The number of stages, one for each of ANN's ``sizes``. All must be 1: a downsampled query could not be
+    concatenated with the input."""
     if not sizes or any(size != 1 for size in sizes):
         raise ValueError(f"{name}: sizes must be a non-empty sequence of ones (got {tuple(sizes)!r})")
     return len(sizes)
@@ -113,7 +113,7 @@ class APNB(nn.Module):
 
     Args:
         in_channels: channels of the feature map.
-        out_channels: channels of the result; also of each stage's, which is joined with the input.
+        out_channels: channels of the result; also of each stage's, which is concatenated with the input.
         key_channels: channels of queries and keys.
         value_channels: channels of the values.
         dropout: probability of the last layer, Dropout2d.
@@ -160,7 +160,8 @@ class APNB(nn.Module):
         """x (B, in_channels, H, W) -> (B, out_channels, H, W)."""
         feature_map("APNB", "input", x, self.in_channels)
         context = sum(stage(x, x) for stage in self.stages)
-        return self.conv_bn_dropout(torch.cat([context, x], dim=1))
+        y: Tensor = self.conv_bn_dropout(torch.cat([context, x], dim=1))
+        return y
 
 
 class AFNB(nn.Module):
@@ -173,8 +174,8 @@ class AFNB(nn.Module):
     without ReLU).
 
     Args:
-        low_channels: channels of the low-level map (keys and values).
-        high_channels: channels of the high-level map (queries).
+        low_channels: channels of the low-level feature map (keys and values).
+        high_channels: channels of the high-level feature map (queries).
         out_channels, key_channels, value_channels, dropout, sizes, pool_sizes, norm_layer: as in :class:`APNB`.
 
     Shape:
@@ -222,4 +223,5 @@ class AFNB(nn.Module):
         if low.shape[0] != high.shape[0]:
             raise ValueError(f"AFNB: low must have batch size {high.shape[0]} like high (got {low.shape[0]})")
         context = sum(stage(low, high) for stage in self.stages)
-        return self.conv_bn_dropout(torch.cat([context, high], dim=1))
+        y: Tensor = self.conv_bn_dropout(torch.cat([context, high], dim=1))
+        return y

@@ -14,8 +14,8 @@ NormLayer = Callable[[int], nn.Module]
 
 
 class CompactPositionEncoder(nn.Module):
-    """Gathers 1 + 4 + 9 + 36 = 50 tokens: the map pooled to 1, 2, 3 and 6, each with its own 1 x 1 convolution, norm
-    and ReLU.
+    """Gathers 1 + 4 + 9 + 36 = 50 tokens: the feature map pooled to 1, 2, 3 and 6, each with its own 1 x 1 convolution,
+    norm and ReLU.
 
     Source: Fu et al., "Scene Segmentation with Dual Relation-aware Attention Network", TNNLS 2020, section III-B (the
     gathering half of CPAM). Names are the authors' (``CPAMEnc``): ``conv1.0, conv1.1 ... conv4.1``.
@@ -33,9 +33,11 @@ class CompactPositionEncoder(nn.Module):
     def __init__(self, in_channels: int, norm_layer: NormLayer = nn.BatchNorm2d) -> None:
         super().__init__()
         self.in_channels = positive_int("CompactPositionEncoder", "in_channels", in_channels)
-        for index in range(1, len(self.sizes) + 1):
-            conv = nn.Conv2d(in_channels, in_channels, 1, bias=False)
-            setattr(self, f"conv{index}", nn.Sequential(conv, norm_layer(in_channels), nn.ReLU()))
+
+        def block() -> nn.Sequential:
+            return nn.Sequential(nn.Conv2d(in_channels, in_channels, 1, bias=False), norm_layer(in_channels), nn.ReLU())
+
+        self.conv1, self.conv2, self.conv3, self.conv4 = (block() for _ in self.sizes)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, 50, C)."""
@@ -54,7 +56,7 @@ class CompactPositionAttention(ScalarShapes):
     (1 x 1 convolution), ``conv_key``, ``conv_value`` (linear layers).
 
     Args:
-        in_channels: C, channels of the map and of the tokens, at least 4; queries and keys have ``C // 4``.
+        in_channels: C, channels of the feature map and of the tokens, at least 4; queries and keys have ``C // 4``.
 
     Shape:
         x (B, C, H, W), tokens (B, K, C) -> (B, C, H, W).
@@ -112,7 +114,7 @@ class CompactChannelAttention(ScalarShapes):
 
 
 class CrossLevelGatingDecoder(ScalarShapes):
-    r"""DRANet's cross-level gating decoder: joins the attended map with a low-level one through a learned gate.
+    r"""DRANet's cross-level gating decoder: joins attended and low-level features through a learned gate.
 
     With l = conv_low(low) and h = high upsampled to low's size:
     ``y = conv_out(conv_cat(cat[gamma * conv_att(cat[l, h]) * l, h]))``
@@ -121,7 +123,7 @@ class CrossLevelGatingDecoder(ScalarShapes):
     conv_out`` and ``gamma`` (1,), which starts at one.
 
     Args:
-        in_channels: channels of both maps.
+        in_channels: channels of both feature maps.
         out_channels: channels of the result.
         norm_layer: makes a norm layer from its number of channels.
         align_corners: of the bilinear upsampling; True as the authors have it.
@@ -161,4 +163,5 @@ class CrossLevelGatingDecoder(ScalarShapes):
         low = self.conv_low(low)
         high = F.interpolate(high, low.shape[2:], mode="bilinear", align_corners=self.align_corners)
         gate = self.gamma * self.conv_att(torch.cat([low, high], dim=1))
-        return self.conv_out(self.conv_cat(torch.cat([gate * low, high], dim=1)))
+        y: Tensor = self.conv_out(self.conv_cat(torch.cat([gate * low, high], dim=1)))
+        return y

@@ -19,10 +19,10 @@ class CrissCrossAttention(ScalarShapes):
     Args:
         in_channels: C, channels of the feature map.
         key_channels: E, channels of query and key; ``in_channels // 8`` if None.
-        scale: factor on the logits before the softmax; 1 in CCNet.
+        scale: factor on the energies before the softmax; 1 in CCNet.
 
     Shape:
-        x (B, C, H, W) -> (B, C, H, W), same dtype. H = 1 and W = 1 are fine.
+        x (B, C, H, W) -> (B, C, H, W), same dtype. H = 1 and W = 1 are valid.
 
     Raises:
         ValueError: for arguments out of range, or an input of the wrong rank, dtype or number of channels.
@@ -56,14 +56,14 @@ class CrissCrossAttention(ScalarShapes):
 class RecurrentCrissCrossAttention(CrissCrossAttention):
     r"""CCNet's recurrent criss-cross attention (RCCA): the same block, same weights, applied ``recurrence`` times.
 
-    Two passes let every position see every other one (CCNet, section 3.3). The state dict is that of one
+    After two passes every position has attended to every other (CCNet, section 3.3). The state dict is that of one
     :class:`CrissCrossAttention`.
 
     Args:
         in_channels: C, channels of the feature map.
         recurrence: number of passes; 2 in CCNet.
         key_channels: E, channels of query and key; ``in_channels // 8`` if None.
-        scale: factor on the logits before the softmax; 1 in CCNet.
+        scale: factor on the energies before the softmax; 1 in CCNet.
 
     Raises:
         ValueError: as :class:`CrissCrossAttention`, and for a recurrence below 1.

@@ -9,7 +9,7 @@ from ._checks import feature_map, positive_int
 
 
 def _pointwise(layer: nn.Linear, x: Tensor) -> Tensor:
-    """A linear layer over the channels of x (B, C, H, W), without leaving channels-first."""
+    """A linear layer over the channels of x (B, C, H, W), in the channels-first layout."""
     return F.conv2d(x, layer.weight[:, :, None, None], layer.bias)
 
 
@@ -25,7 +25,7 @@ class _PositionProjections(nn.Module):
 
 
 class _ChannelProjection(nn.Module):
-    """The output layer over positions, which only the size-locked form has."""
+    """The output layer over positions, of the fixed-size form only."""
 
     def __init__(self, positions: int) -> None:
         super().__init__()
@@ -65,25 +65,26 @@ class DAModule(nn.Module):
     The position branch is single-head attention with scale 1/sqrt(C) and linear layers before and after it. The
     channel branch has query = key = value, scale 1/sqrt(H * W) and the ordinary sign of the softmax.
 
-    The original (External-Attention-pytorch, ``DAModule``) closes its channel branch with a linear layer over the H *
-    W positions, which locks the size of its input to 7 x 7. Here that layer exists only if H and W are given; without
-    them any size is taken. Names are the original's: ``position_attention_module.{cnn, pa.fc_q, pa.fc_k, pa.fc_v,
-    pa.fc_o}.*`` and ``channel_attention_module.{cnn, pa.fc_o}.*``, so that its state dict loads into the locked form
-    as it is.
+    The original (External-Attention-pytorch, ``DAModule``) ends its channel branch with a linear layer over the H * W
+    positions, which fixes the input size at 7 x 7. Here that layer exists only if H and W are given; without them any
+    size is accepted. Names are the original's: ``position_attention_module.{cnn, pa.fc_q, pa.fc_k, pa.fc_v,
+    pa.fc_o}.*`` and ``channel_attention_module.{cnn, pa.fc_o}.*``, so that its state dict loads into the fixed-size
+    form unchanged.
 
-    The original drops 10% of the attention map in training. That would need the stored map, and is left out.
+    The original applies a dropout of 10% to the attention map in training. It is left out, because the attention map is
+    not stored.
 
     Args:
         d_model: C, channels of the feature map.
         kernel_size: odd, of the two convolutions.
-        H, W: both, for the size-locked form; neither for any size.
+        H, W: both, for the fixed-size form; neither for any size.
 
     Shape:
         x (B, C, H, W) -> (B, C, H, W).
 
     Raises:
-        ValueError: for arguments out of range, or an input of the wrong rank, dtype, channels, or size in the locked
-            form.
+        ValueError: for arguments out of range, or an input of the wrong rank, dtype, channels, or size in the
+            fixed-size form.
     """
 
     def __init__(self, d_model: int = 512, kernel_size: int = 3, H: int | None = None, W: int | None = None) -> None:
@@ -106,7 +107,8 @@ class DAModule(nn.Module):
                 f"DAModule: input must have the spatial size {self.size} that the module was made for "
                 f"(got {tuple(x.shape[2:])}); make it without H and W for any size"
             )
-        return self.position_attention_module(x) + self.channel_attention_module(x)
+        y: Tensor = self.position_attention_module(x) + self.channel_attention_module(x)
+        return y
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, size={self.size or 'any'}"

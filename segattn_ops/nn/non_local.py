@@ -1,6 +1,7 @@
 """Non-local blocks in 1, 2 and 3 spatial dimensions, in all four modes of the paper."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ MODES = ("embedded_gaussian", "gaussian", "dot_product", "concatenation")
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
-_POOL_SIZE = {1: 2, 2: (2, 2), 3: (1, 2, 2)}
+_POOL_SIZE: dict[int, int | tuple[int, ...]] = {1: 2, 2: (2, 2), 3: (1, 2, 2)}
 
 
 class _NonLocal(nn.Module):
@@ -43,7 +44,9 @@ class _NonLocal(nn.Module):
         self.scale = finite_float(name, "scale", scale)
         if self.scale != 1.0 and mode in ("dot_product", "concatenation"):
             raise ValueError(f"{name}: scale must be 1 in mode {mode}, which has no softmax (got {scale!r})")
-        if isinstance(norm_layer, str) and norm_layer != "batch_norm":
+        if norm_layer == "batch_norm":
+            norm_layer = _NORM[dims]
+        elif isinstance(norm_layer, str):
             raise ValueError(f"{name}: norm_layer must be a callable, None or 'batch_norm' (got {norm_layer!r})")
 
         conv = _CONV[dims]
@@ -63,21 +66,22 @@ class _NonLocal(nn.Module):
         out = conv(self.inter_channels, self.in_channels, 1)
         if norm_layer is None:
             self.W: nn.Module = out
-            zero = out
+            last: nn.Module = out
         else:
-            zero = (_NORM[dims] if norm_layer == "batch_norm" else norm_layer)(self.in_channels)
-            self.W = nn.Sequential(out, zero)
-        for parameter in zero.parameters():  # the block starts as the identity (paper, section 4.1)
+            last = norm_layer(self.in_channels)
+            self.W = nn.Sequential(out, last)
+        for parameter in last.parameters():  # the block starts as the identity (paper, section 4.1)
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, *spatial) -> x + W(y), of the same shape."""
         name = type(self).__name__
         feature_map(name, "input", x, self.in_channels, self.spatial_dims)
-        pooled = x.shape[-min(self.spatial_dims, 2) :]  # a 3-D pool leaves time alone
+        pooled = x.shape[-min(self.spatial_dims, 2) :]  # a 3-D pool does not reduce time
         if self.sub_sample and min(pooled) < 2:
             raise ValueError(f"{name}: sub_sample needs sides of at least 2 to halve (got {tuple(pooled)})")
-        return x + self.W(self._aggregate(x))
+        y: Tensor = self.W(self._aggregate(x))
+        return x + y
 
     def _aggregate(self, x: Tensor) -> Tensor:
         """x (B, C, *spatial) -> y (B, inter_channels, *spatial)."""
@@ -91,7 +95,8 @@ class _NonLocal(nn.Module):
         if self.mode == "dot_product":
             y = _pairwise.dot_product(theta, phi, g)
         else:
-            query_weight, key_weight = self.concat_project[0].weight.flatten().split(self.inter_channels)
+            weight: Any = self.concat_project[0].weight
+            query_weight, key_weight = weight.flatten().split(self.inter_channels)
             y = _pairwise.concatenation(
                 torch.einsum("ben,e->bn", theta, query_weight), torch.einsum("bem,e->bm", phi, key_weight), g
             )
@@ -105,8 +110,8 @@ class _NonLocal(nn.Module):
 
 
 class NonLocal2d(_NonLocal):
-    r"""Non-local block: ``z = x + W(y)``, where y_i = sum_j f(x_i, x_j) g(x_j) over all positions; no N x N map is
-    stored.
+    r"""Non-local block: ``z = x + W(y)``, where y_i = sum_j f(x_i, x_j) g(x_j) over all positions; no N x N attention
+    map is stored.
 
     Source: Wang et al., "Non-local Neural Networks", CVPR 2018. The modes are the paper's choices of f:
 
@@ -128,7 +133,7 @@ class NonLocal2d(_NonLocal):
         inter_channels: channels of theta, phi and g; ``max(C // 2, 1)`` if None.
         mode: one of the table's.
         sub_sample: max-pool phi and g by 2 in height and width, which quarters the keys.
-        scale: factor on the logits of the two softmax modes; 1 in the paper, ``inter_channels ** -0.5`` in mmcv's
+        scale: factor on the energies of the two softmax modes; 1 in the paper, ``inter_channels ** -0.5`` in mmcv's
             embedded Gaussian, ``in_channels ** -0.5`` in timm.
         norm_layer: makes the norm after W from its number of channels; batch norm by default, None for none. The last
             layer starts at zero, so that the block starts as the identity.
@@ -151,6 +156,6 @@ class NonLocal1d(_NonLocal):
 
 
 class NonLocal3d(_NonLocal):
-    """:class:`NonLocal2d` for video and volumes: x (B, C, T, H, W) -> (B, C, T, H, W); sub_sample leaves T alone."""
+    """:class:`NonLocal2d` for video and volumes: x (B, C, T, H, W) -> (B, C, T, H, W); sub_sample does not reduce T."""
 
     spatial_dims = 3

@@ -8,18 +8,18 @@ from ._checks import ScalarShapes, feature_map, finite_float, positive_int, redu
 
 
 class PositionAttention(ScalarShapes):
-    r"""DANet's position attention module (PAM) on the fused op: no N x N map is stored.
+    r"""DANet's position attention module (PAM) on the fused op: no N x N attention map is stored.
 
     ``y = gamma * position_attention(query_conv(x), key_conv(x), value_conv(x), scale) + x``
 
     Source: Fu et al., "Dual Attention Network for Scene Segmentation", CVPR 2019, equations 1 and 2. Parameter names
     and shapes are those of the authors' ``PAM_Module``: ``gamma`` (1,) and ``{query,key,value}_conv.{weight,bias}`` (1
-    x 1 convolutions), so that its state dict loads as it is; a 0-dim ``gamma`` loads too.
+    x 1 convolutions), so that its state dict loads unchanged; a 0-dim ``gamma`` loads too.
 
     Args:
         in_channels: C, channels of the feature map.
         key_channels: E, channels of query and key; ``in_channels // 8`` if None.
-        scale: factor on the logits before the softmax; 1 in DANet.
+        scale: factor on the energies before the softmax; 1 in DANet.
 
     Shape:
         x (B, C, H, W), any floating-point dtype the op takes -> (B, C, H, W), same dtype.

@@ -8,11 +8,11 @@ from ._checks import feature_map, positive_int, same_size
 
 
 class ChannelAttentionBlock(nn.Module):
-    r"""DFN's channel attention block (CAB): the high-level map chooses channels of the low-level one.
+    r"""DFN's channel attention block (CAB): high-level features weight the channels of low-level ones.
 
     ``gate = sigmoid(conv2(relu(conv1(mean(cat[high, low])))))``, ``y = gate * low + high``
 
-    The mean over positions of a concatenation is the concatenation of the means: the joined map is never made.
+    The means are concatenated, not the feature maps: the same result without a concatenated feature map.
 
     Source: Yu et al., "Learning a Discriminative Feature Network for Semantic Segmentation", CVPR 2018, section 3.2
     and figure 3b. Names are those of dfn_seg's ``CAB``: ``conv1, conv2``.
@@ -46,7 +46,8 @@ class ChannelAttentionBlock(nn.Module):
         feature_map("ChannelAttentionBlock", "low", low, self.out_channels)
         same_size("ChannelAttentionBlock", "low", low, "high", high)
         pooled = torch.cat([F.adaptive_avg_pool2d(high, 1), F.adaptive_avg_pool2d(low, 1)], dim=1)
-        return self.conv2(self.conv1(pooled).relu()).sigmoid() * low + high
+        gate: Tensor = self.conv2(self.conv1(pooled).relu()).sigmoid()
+        return gate * low + high
 
 
 class RefinementResidualBlock(nn.Module):
@@ -60,8 +61,7 @@ class RefinementResidualBlock(nn.Module):
     Args:
         in_channels: channels of the input.
         out_channels: channels of the result.
-        final_relu: the ReLU after the sum, which the paper draws and dfn_seg leaves out; False loads dfn_seg's weights
-            truly.
+        final_relu: the ReLU after the sum, in the paper's figure but not in dfn_seg. False for dfn_seg's weights.
 
     Shape:
         x (B, in_channels, H, W) -> (B, out_channels, H, W).
@@ -84,5 +84,5 @@ class RefinementResidualBlock(nn.Module):
         """x (B, in_channels, H, W) -> (B, out_channels, H, W)."""
         feature_map("RefinementResidualBlock", "input", x, self.in_channels)
         x = self.conv1(x)
-        y = x + self.conv3(self.bn(self.conv2(x)).relu())
+        y: Tensor = x + self.conv3(self.bn(self.conv2(x)).relu())
         return y.relu() if self.final_relu else y

@@ -1,6 +1,6 @@
 """The ops: public functions, and the Python side of their operators."""
 
-from . import channel, criss_cross, position
+from . import _register, channel, criss_cross, position
 from .channel import channel_attention, residual_channel_attention
 from .criss_cross import (
     criss_cross_affinity,
@@ -25,5 +25,4 @@ __all__ = [
 
 def register(namespace: str) -> None:
     """Registers fake, autograd, vmap and FLOP rules for a namespace with the schemas of csrc/ops.cpp."""
-    for family in (position, channel, criss_cross):
-        family.register(namespace)
+    _register.register(namespace, (*position.OPERATORS, *channel.OPERATORS, *criss_cross.OPERATORS))

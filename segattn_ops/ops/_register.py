@@ -1,63 +1,97 @@
-"""What the op families share when they register their Python side for an operator namespace."""
+"""How the Python side of an operator is described and registered."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .._backend import has_autocast
+
+@dataclass(frozen=True)
+class Operator:
+    """What PyTorch needs besides the kernels for an operator and for its gradient, ``<name>_backward``.
+
+    Attributes:
+        name: of the operator, without the namespace.
+        fake: checks the arguments and allocates the results; for meta and fake tensors.
+        fake_backward: the same for ``<name>_backward``.
+        setup_context: saves for the backward pass, as ``torch.library.register_autograd`` takes it.
+        backward: the gradients, from the operator ``<name>_backward``, the context and the gradient of each result.
+        flops: FLOP of a call, two for a multiply-add, from the shapes of its tensor arguments in order.
+        flops_backward: the same for ``<name>_backward``.
+        adjust_vmap: from the arguments with the mapped dimensions folded into the batch, those of the call. None if
+            they are the same.
+    """
+
+    name: str
+    fake: Callable[..., Any]
+    fake_backward: Callable[..., Any]
+    setup_context: Callable[[Any, Any, Any], None]
+    backward: Callable[..., tuple[Tensor | None, ...]]
+    flops: Callable[..., int]
+    flops_backward: Callable[..., int]
+    adjust_vmap: Callable[..., tuple[Any, ...]] | None = None
 
 
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype where autocast is on for their device, as for a matmul of PyTorch. (A
-    registered autocast rule would need one dtype fixed beforehand, where autocast lets the user choose.)"""
-    device_type = tensors[0].device.type
-    if not has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(t.to(dtype) if t.dtype != torch.float64 and t.is_floating_point() else t for t in tensors)
+def register(namespace: str, operators: Iterable[Operator]) -> None:
+    """Registers fake, autograd, vmap and FLOP rules of the operators and of their gradients in a namespace."""
+    packets = getattr(torch.ops, namespace)
+    for operator in operators:
+        forward, backward = getattr(packets, operator.name), getattr(packets, f"{operator.name}_backward")
+        name, backward_name = f"{namespace}::{operator.name}", f"{namespace}::{operator.name}_backward"
+        torch.library.register_fake(name, operator.fake)
+        torch.library.register_fake(backward_name, operator.fake_backward)
+        _register_autograd(name, operator, backward)
+        _register_once_differentiable(backward_name)
+        _register_vmap(name, forward, operator.adjust_vmap)
+        _register_vmap(backward_name, backward)
+        _register_flops(forward, operator.flops)
+        _register_flops(backward, operator.flops_backward)
 
 
-def register_flops(op, formula) -> None:
-    """`formula` takes the shapes of the op's tensors, in order, and returns FLOP, two for a multiply-add."""
+def _register_autograd(name: str, operator: Operator, backward_packet: Any) -> None:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return operator.backward(backward_packet, ctx, *gradients)
 
-    def of_shapes(*shapes, out_shape=None, **kwargs) -> int:
-        return formula(*(s for s in shapes if isinstance(s, (tuple, list, torch.Size))))
-
-    register_flop_formula(op)(of_shapes)
+    torch.library.register_autograd(name, backward, setup_context=operator.setup_context)
 
 
-def register_vmap(qualified_name: str, adjust: Callable[..., tuple] | None = None) -> None:
-    """Samples are independent in every op, so a mapped dimension becomes a part of the batch. ``adjust`` takes the op's
-    arguments with the batches folded, and returns those it is called with."""
-    op = getattr(torch.ops, qualified_name.split("::")[0])
-    op = getattr(op, qualified_name.split("::")[1])
+def _register_once_differentiable(name: str) -> None:
+    """Makes the backward of a `*_backward` operator raise, with the remedy."""
+    unqualified = name.split("::")[1]
 
-    def rule(info, in_dims, *args):
-        def fold(argument, dim):
+    def backward(ctx: Any, *gradients: Tensor | None) -> None:
+        raise RuntimeError(
+            f"{unqualified}: the fused kernels are differentiable once; "
+            'compute under segattn_ops.use_backend("reference") for second derivatives'
+        )
+
+    torch.library.register_autograd(name, backward)
+
+
+def _register_vmap(name: str, packet: Any, adjust: Callable[..., tuple[Any, ...]] | None = None) -> None:
+    """Samples are independent in every operator, so a mapped dimension is folded into the batch."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        def fold(argument: Any, dim: int | None) -> Any:
             if not isinstance(argument, Tensor):
                 return argument
             mapped = argument.movedim(dim, 0) if dim is not None else argument.expand(info.batch_size, *argument.shape)
             return mapped.flatten(0, 1)
 
-        folded = [fold(argument, dim) for argument, dim in zip(args, in_dims, strict=True)]
-        result = op(*(folded if adjust is None else adjust(*folded)))
+        folded = [fold(argument, dim) for argument, dim in zip(arguments, in_dims, strict=True)]
+        result = packet(*(folded if adjust is None else adjust(*folded)))
         if isinstance(result, Tensor):
             return result.unflatten(0, (info.batch_size, -1)), 0
         return tuple(r.unflatten(0, (info.batch_size, -1)) for r in result), (0,) * len(result)
 
-    torch.library.register_vmap(qualified_name, rule)
+    torch.library.register_vmap(name, rule)
 
 
-def register_once_differentiable(qualified_name: str) -> None:
-    """A `*_backward` op has no gradient of its own: asking for one is an error that says what to do instead."""
-    name = qualified_name.split("::")[1]
+def _register_flops(packet: Any, formula: Callable[..., int]) -> None:
+    def of_shapes(*shapes: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return formula(*(s for s in shapes if isinstance(s, (tuple, list, torch.Size))))
 
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            f"{name}: the fused kernels are differentiable once; "
-            'compute under segattn_ops.use_backend("reference") for second derivatives'
-        )
-
-    torch.library.register_autograd(qualified_name, backward)
+    register_flop_formula(packet)(of_shapes)

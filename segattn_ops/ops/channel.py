@@ -1,13 +1,32 @@
 """Channel attention: softmax attention between channels, contracted over positions."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import _backend, reference
-from ._check import Arguments, accumulation_dtype, fail
-from ._register import autocast, register_flops, register_once_differentiable, register_vmap
+from .._autocast import autocast, without_autocast
+from ._check import (
+    Argument,
+    accumulation_dtype,
+    check_batch,
+    check_channels,
+    check_dtype,
+    check_dtype_is,
+    check_feature_map,
+    check_has_channels,
+    check_has_positions,
+    check_like,
+    check_same_device,
+    check_scale,
+    check_shape,
+    check_shape_is,
+    check_spatial,
+    fail,
+)
+from ._register import Operator
 
 
 def channel_attention(query: Tensor, key: Tensor, value: Tensor, scale: float = -1.0) -> Tensor:
@@ -33,30 +52,34 @@ def channel_attention(query: Tensor, key: Tensor, value: Tensor, scale: float = 
     authors' code.
     """
     if query is key and key is value:
-        return _self_attention(*autocast(query), scale)
+        (x,) = autocast(query)
+        return _self_attention(x, scale)
     query, key, value = autocast(query, key, value)
     operators = _backend.operators(query.device)
     if operators is None:
-        _check(query, key, value, scale)
-        return _backend.call_reference(reference.channel_attention, query, key, value, scale)[0]
-    return operators.channel_attention(query, key, value, scale)[0]
+        check_channel_attention(query, key, value, scale)
+        with without_autocast(query.device.type):
+            results = reference.channel_attention(query, key, value, scale)
+    else:
+        results = operators.channel_attention(query, key, value, scale)
+    return results[0]
 
 
 def residual_channel_attention(input: Tensor, gamma: Tensor, scale: float = -1.0) -> Tensor:
-    r"""DANet's channel attention module whole: ``gamma * channel_attention(x, x, x, scale) + x`` in one op.
+    r"""DANet's channel attention module: ``gamma * channel_attention(x, x, x, scale) + x`` in one op.
 
-    gamma multiplies the C x C map, and the residual is added where results are stored. Nothing of the input's size is
-    saved but the input: the gradient of gamma is ``sum(A * dA)``.
+    gamma multiplies the C x C attention map, and the residual is added where the result is stored. The input is the
+    only tensor of its size that is saved: the gradient of gamma is ``sum(A * dA)``.
 
     Args:
         input: (B, C, *S), float16, bfloat16, float32 or float64; at least one position.
-        gamma: the factor, floating point: (), (1,), (C,) or (B, C), whatever broadcasts to (B, C). It is used in the
-            dtype of accumulation.
+        gamma: the factor, floating point: (), (1,), (C,), (B, C) or another shape that broadcasts to (B, C). It is used
+            in the dtype of accumulation.
         scale: multiplies the energies. Not differentiable.
 
     Returns:
-        (B, C, *S), in the dtype of the input. (Under autocast an input that autocast would convert keeps its dtype,
-        and its residual is not rounded.)
+        (B, C, *S), in the dtype of the input. Under autocast as well: the attention is computed in autocast's
+        dtype, the residual is not rounded.
 
     Raises:
         RuntimeError: for an input of the wrong rank or dtype, a gamma of the wrong shape, dtype or device, and for a
@@ -64,7 +87,7 @@ def residual_channel_attention(input: Tensor, gamma: Tensor, scale: float = -1.0
 
     Source: Fu et al. (2019), equations 3 and 4, beta being our gamma, as in the authors' code.
     """
-    _check_self(input, scale, op="residual_channel_attention")
+    check_channel_self_attention(input, scale, None, "residual_channel_attention")
     factors = _factors(input, gamma)
     (converted,) = autocast(input)
     if converted.dtype != input.dtype:
@@ -74,132 +97,175 @@ def residual_channel_attention(input: Tensor, gamma: Tensor, scale: float = -1.0
 
 
 def _factors(x: Tensor, gamma: Tensor) -> Tensor:
-    """gamma as the op wants it: (B, C), in the dtype of accumulation."""
-    arguments = Arguments("residual_channel_attention", input=x, gamma=gamma)
-    arguments.same_device("gamma", "input")
-    arguments.dtype("gamma")
+    """gamma as the operator takes it: (B, C), in the dtype of accumulation."""
+    op = "residual_channel_attention"
+    check_same_device(op, Argument("gamma", gamma), Argument("input", x))
+    check_dtype(op, Argument("gamma", gamma))
     sizes = x.shape[:2]
     if gamma.dim() > 2 or any(g not in (1, s) for g, s in zip(reversed(gamma.shape), reversed(sizes), strict=False)):
         rule = f"must be of a shape that broadcasts to (batch, channels) = {list(sizes)}"
-        fail("residual_channel_attention", f"gamma {rule} (got shape {list(gamma.shape)})")
+        fail(op, f"gamma {rule} (got shape {list(gamma.shape)})")
     return gamma.to(accumulation_dtype(x.dtype)).expand(sizes)
 
 
 def _self_attention(x: Tensor, scale: float, gamma: Tensor | None = None) -> Tensor:
     operators = _backend.operators(x.device)
     if operators is None:
-        _check_self(x, scale, gamma)
-        return _backend.call_reference(reference.channel_self_attention, x, scale, gamma)[0]
-    return operators.channel_self_attention(x, scale, gamma)[0]
+        check_channel_self_attention(x, scale, gamma)
+        with without_autocast(x.device.type):
+            results = reference.channel_self_attention(x, scale, gamma)
+    else:
+        results = operators.channel_self_attention(x, scale, gamma)
+    return results[0]
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, scale: float, op: str = "channel_attention") -> None:
-    arguments = Arguments(op, query=query, key=key, value=value)
-    arguments.dtype("query")
-    for name in ("key", "value"):
-        arguments.like(name, "query")
-    for name in ("query", "key", "value"):
-        arguments.feature_map(name)
-    for name in ("query", "key"):
-        arguments.has_channels(name)
-    for name in ("key", "value"):
-        arguments.batch(name, "query")
-    arguments.spatial("key", "query")
-    arguments.channels("value", "key")
-    arguments.has_positions("query")
-    arguments.scale(scale)
+def check_channel_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, op: str = "channel_attention"
+) -> None:
+    """query (B, C, *S), key (B, K, *S), value (B, K, *T)."""
+    q, k, v = Argument("query", query), Argument("key", key), Argument("value", value)
+    check_dtype(op, q)
+    check_like(op, k, q)
+    check_like(op, v, q)
+    check_feature_map(op, q)
+    check_feature_map(op, k)
+    check_feature_map(op, v)
+    check_has_channels(op, q)
+    check_has_channels(op, k)
+    check_batch(op, k, q)
+    check_batch(op, v, q)
+    check_spatial(op, k, q)
+    check_channels(op, v, k)
+    check_has_positions(op, q)
+    check_scale(op, scale)
 
 
-def _check_self(x: Tensor, scale: float, gamma: Tensor | None = None, op: str = "channel_self_attention") -> None:
-    arguments = Arguments(op, input=x, gamma=gamma)
-    arguments.dtype("input")
-    arguments.feature_map("input")
-    arguments.has_channels("input")
-    arguments.has_positions("input")
-    arguments.scale(scale)
+def check_channel_attention_backward(
+    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> None:
+    """grad_output (B, C, *T), query (B, C, *S), key (B, K, *S), value (B, K, *T)."""
+    op = "channel_attention_backward"
+    check_channel_attention(query, key, value, scale, op)
+    g, q, v = Argument("grad_output", grad_output), Argument("query", query), Argument("value", value)
+    check_like(op, g, q)
+    check_feature_map(op, g)
+    check_batch(op, g, q)
+    check_channels(op, g, q)
+    check_spatial(op, g, v)
+
+
+def check_channel_self_attention(
+    input: Tensor, scale: float, gamma: Tensor | None, op: str = "channel_self_attention"
+) -> None:
+    """input (B, C, *S), gamma (B, C)."""
+    x = Argument("input", input)
+    check_dtype(op, x)
+    check_feature_map(op, x)
+    check_has_channels(op, x)
+    check_has_positions(op, x)
+    check_scale(op, scale)
     if gamma is not None:
-        arguments.same_device("gamma", "input")
-        arguments.dtype_is("gamma", accumulation_dtype(x.dtype), "for these inputs")
-        arguments.shape_is("gamma", tuple(x.shape[:2]))
+        g = Argument("gamma", gamma)
+        check_same_device(op, g, x)
+        check_dtype_is(op, g, accumulation_dtype(input.dtype), "for these inputs")
+        check_shape_is(op, g, input.shape[:2])
+
+
+def check_channel_self_attention_backward(
+    grad_output: Tensor, input: Tensor, scale: float, gamma: Tensor | None
+) -> None:
+    """grad_output (B, C, *S), input (B, C, *S), gamma (B, C)."""
+    op = "channel_self_attention_backward"
+    check_channel_self_attention(input, scale, gamma, op)
+    g, x = Argument("grad_output", grad_output), Argument("input", input)
+    check_like(op, g, x)
+    check_shape(op, g, x)
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    _check(query, key, value, scale)
+    check_channel_attention(query, key, value, scale)
     output = query.new_empty((*query.shape[:2], *value.shape[2:]))
     return output, query.new_empty(query.shape[:2], dtype=accumulation_dtype(query.dtype))
 
 
-def _fake_backward(grad_output, query, key, value, scale):
-    _check(query, key, value, scale, "channel_attention_backward")
-    return tuple(t.new_empty(t.shape) for t in (query, key, value))
+def _fake_backward(
+    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_channel_attention_backward(grad_output, query, key, value, scale)
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-def _fake_self(x: Tensor, scale: float, gamma: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    _check_self(x, scale, gamma)
-    return x.new_empty(x.shape), x.new_empty(x.shape[:2], dtype=accumulation_dtype(x.dtype))
+def _fake_self(input: Tensor, scale: float, gamma: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    check_channel_self_attention(input, scale, gamma)
+    return input.new_empty(input.shape), input.new_empty(input.shape[:2], dtype=accumulation_dtype(input.dtype))
 
 
-def _fake_self_backward(grad_output, x, scale, gamma=None):
-    _check_self(x, scale, gamma, "channel_self_attention_backward")
-    return x.new_empty(x.shape), x.new_empty(x.shape[:2], dtype=accumulation_dtype(x.dtype))
+def _fake_self_backward(
+    grad_output: Tensor, input: Tensor, scale: float, gamma: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    check_channel_self_attention_backward(grad_output, input, scale, gamma)
+    return input.new_empty(input.shape), input.new_empty(input.shape[:2], dtype=accumulation_dtype(input.dtype))
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.scale = inputs
     ctx.save_for_backward(*tensors)
     ctx.mark_non_differentiable(output[1])
 
 
-def _setup_self_context(ctx, inputs, output) -> None:
+def _setup_self_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, ctx.scale, gamma = inputs
     ctx.save_for_backward(x, gamma)
     ctx.mark_non_differentiable(output[1])
 
 
-def _flops(query, key, value) -> int:
-    """The energy over the positions of query and the application over those of value."""
+def _backward(operator: Any, ctx: Any, grad_output: Tensor, grad_logsumexp: Tensor) -> tuple[Tensor | None, ...]:
+    return *operator(grad_output, *ctx.saved_tensors, ctx.scale), None
+
+
+def _self_backward(operator: Any, ctx: Any, grad_output: Tensor, grad_logsumexp: Tensor) -> tuple[Tensor | None, ...]:
+    x, gamma = ctx.saved_tensors
+    grad_input, grad_gamma = operator(grad_output, x, ctx.scale, gamma)
+    return grad_input, None, None if gamma is None else grad_gamma
+
+
+def _flops(query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> int:
+    """The energy over the positions of query and the weighted sum over those of value."""
     return 2 * query[0] * query[1] * key[1] * (math.prod(query[2:]) + math.prod(value[2:]))
 
 
-def _flops_backward(grad_output, query, key, value) -> int:
-    """The energy again, two products over the positions of query (to its gradient and key's), two over value's."""
+def _flops_backward(grad_output: Any, query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> int:
+    """Over the positions of query the energy again, grad_query and grad_key; over those of value two products."""
     return 2 * query[0] * query[1] * key[1] * (3 * math.prod(query[2:]) + 2 * math.prod(value[2:]))
 
 
-def _flops_self(x, gamma=None) -> int:
-    """Half of the symmetric energy, and its application."""
+def _flops_self(x: Sequence[int], gamma: Any = None) -> int:
+    """Half of the symmetric energy, and the weighted sum."""
     return 3 * x[0] * x[1] ** 2 * math.prod(x[2:])
 
 
-def _flops_self_backward(grad_output, x, gamma=None) -> int:
+def _flops_self_backward(grad_output: Any, x: Sequence[int], gamma: Any = None) -> int:
     """Half of the energy again, dA = dO x^T, then A^T dO and (dE + dE^T) x."""
     return 7 * x[0] * x[1] ** 2 * math.prod(x[2:])
 
 
-def register(namespace: str) -> None:
-    """Registers the Python side of the family's operators in `namespace`."""
-    operators = getattr(torch.ops, namespace)
-
-    def backward(ctx, grad_output, grad_logsumexp):
-        return *operators.channel_attention_backward(grad_output, *ctx.saved_tensors, ctx.scale), None
-
-    def self_backward(ctx, grad_output, grad_logsumexp):
-        x, gamma = ctx.saved_tensors
-        grad_input, grad_gamma = operators.channel_self_attention_backward(grad_output, x, ctx.scale, gamma)
-        return grad_input, None, None if gamma is None else grad_gamma
-
-    name, self_name = f"{namespace}::channel_attention", f"{namespace}::channel_self_attention"
-    torch.library.register_fake(name, _fake)
-    torch.library.register_fake(f"{name}_backward", _fake_backward)
-    torch.library.register_fake(self_name, _fake_self)
-    torch.library.register_fake(f"{self_name}_backward", _fake_self_backward)
-    torch.library.register_autograd(name, backward, setup_context=_setup_context)
-    torch.library.register_autograd(self_name, self_backward, setup_context=_setup_self_context)
-    for op in (name, self_name):
-        register_once_differentiable(f"{op}_backward")
-        register_vmap(op)
-        register_vmap(f"{op}_backward")
-    register_flops(operators.channel_attention, _flops)
-    register_flops(operators.channel_attention_backward, _flops_backward)
-    register_flops(operators.channel_self_attention, _flops_self)
-    register_flops(operators.channel_self_attention_backward, _flops_self_backward)
+OPERATORS = (
+    Operator(
+        "channel_attention",
+        fake=_fake,
+        fake_backward=_fake_backward,
+        setup_context=_setup_context,
+        backward=_backward,
+        flops=_flops,
+        flops_backward=_flops_backward,
+    ),
+    Operator(
+        "channel_self_attention",
+        fake=_fake_self,
+        fake_backward=_fake_self_backward,
+        setup_context=_setup_self_context,
+        backward=_self_backward,
+        flops=_flops_self,
+        flops_backward=_flops_self_backward,
+    ),
+)

@@ -1,26 +1,44 @@
 """Criss-cross attention: each position attends to its row and its column."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _backend, reference
-from ._check import Arguments, accumulation_dtype
-from ._register import autocast, register_flops, register_once_differentiable, register_vmap
-from .position import flat_positions
+from .._autocast import autocast, without_autocast
+from ._check import (
+    Argument,
+    accumulation_dtype,
+    check_batch,
+    check_channels,
+    check_dtype,
+    check_dtype_is,
+    check_has_channels,
+    check_image,
+    check_like,
+    check_same_device,
+    check_scale,
+    check_shape,
+    check_shape_is,
+    check_spatial,
+    fail,
+)
+from ._positions import flat_positions
+from ._register import Operator
 
 
 def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:
     """Softmax attention of each position over the H + W - 1 positions of its row and column, itself counted once:
     ``criss_cross_aggregation(softmax(scale * criss_cross_affinity(query, key)), value)`` in one operator, without
-    the (B, H + W - 1, H, W) map. Memory beyond the result is O(H W), forward and backward.
+    the (B, H + W - 1, H, W) attention map. Memory beyond the result is O(H W), forward and backward.
 
     Args:
         query: (B, E, H, W), float16, bfloat16, float32 or float64. Any strides; contiguous is fastest.
         key: (B, E, H, W).
         value: (B, C, H, W).
-        scale: multiplies the affinities; CCNet has 1. Not differentiable.
+        scale: multiplies the affinities; 1 in CCNet. Not differentiable.
 
     Returns:
         (B, C, H, W), in the inputs' dtype. Accumulated in float32, float64 for float64.
@@ -33,9 +51,12 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor, scale: floa
     query, key, value = autocast(query, key, value)
     operators = _backend.operators(query.device)
     if operators is None:
-        _check(query, key, value, scale)
-        return _backend.call_reference(reference.criss_cross_attention, query, key, value, scale)[0]
-    return operators.criss_cross_attention(query, key, value, scale)[0]
+        check_criss_cross_attention(query, key, value, scale)
+        with without_autocast(query.device.type):
+            results = reference.criss_cross_attention(query, key, value, scale)
+    else:
+        results = operators.criss_cross_attention(query, key, value, scale)
+    return results[0]
 
 
 def criss_cross_affinity(query: Tensor, key: Tensor) -> Tensor:
@@ -57,9 +78,11 @@ def criss_cross_affinity(query: Tensor, key: Tensor) -> Tensor:
     query, key = autocast(query, key)
     operators = _backend.operators(query.device)
     if operators is None:
-        _check_affinity(query, key)
-        return _backend.call_reference(reference.criss_cross_affinity, query, key)
-    return operators.criss_cross_affinity(query, key)
+        check_criss_cross_affinity(query, key)
+        with without_autocast(query.device.type):
+            return reference.criss_cross_affinity(query, key)
+    affinity: Tensor = operators.criss_cross_affinity(query, key)
+    return affinity
 
 
 def criss_cross_aggregation(attention: Tensor, value: Tensor) -> Tensor:
@@ -82,9 +105,11 @@ def criss_cross_aggregation(attention: Tensor, value: Tensor) -> Tensor:
     attention, value = autocast(attention, value)
     operators = _backend.operators(value.device)
     if operators is None:
-        _check_aggregation(attention, value)
-        return _backend.call_reference(reference.criss_cross_aggregation, attention, value)
-    return operators.criss_cross_aggregation(attention, value)
+        check_criss_cross_aggregation(attention, value)
+        with without_autocast(attention.device.type):
+            return reference.criss_cross_aggregation(attention, value)
+    output: Tensor = operators.criss_cross_aggregation(attention, value)
+    return output
 
 
 def criss_cross_attention_map(
@@ -94,8 +119,8 @@ def criss_cross_attention_map(
     recurrence: int = 1,
     scale: float = 1.0,
 ) -> Tensor:
-    """Chosen rows of the attention map that `recurrence` criss-cross attentions in a row amount to, over the whole
-    image: at two, every position sees every other.
+    """Chosen rows of the attention map of `recurrence` successive criss-cross attentions, over the whole image: with
+    two, every position attends to every other.
 
     Args:
         query: (B, E, H, W), or one such tensor for each recurrence, the first applied first.
@@ -109,8 +134,8 @@ def criss_cross_attention_map(
 
     Raises:
         RuntimeError: as :func:`criss_cross_attention`.
-        ValueError: for positions outside the map or of another shape, a recurrence below 1, or sequences of another
-            length.
+        ValueError: for positions outside the feature map or of another shape, a recurrence below 1, or sequences of
+            another length.
     """
     op = "criss_cross_attention_map"
     if recurrence < 1:
@@ -123,15 +148,15 @@ def criss_cross_attention_map(
             f"{len(keys)})"
         )
     for q, k in zip(queries, keys, strict=True):
-        _check(q, k, q, scale, op)
+        check_criss_cross_attention(q, k, q, scale, op)
     batch, _, height, width = queries[0].shape
     index = flat_positions(positions, torch.Size((height, width)), op).to(queries[0].device)
     dtype = accumulation_dtype(queries[0].dtype)
     rows = torch.zeros(batch, len(index), height * width, dtype=dtype, device=queries[0].device)
     rows[:, torch.arange(len(index), device=index.device), index] = 1
     rows = rows.unflatten(2, (height, width))
-    # A row vector times the map is the gradient of the aggregation with respect to its values: the last attention
-    # is undone first.
+    # A row vector times an attention map is the gradient of the aggregation with respect to the values. It is taken
+    # from the last attention to the first.
     for q, k in zip(reversed(queries), reversed(keys), strict=True):
         attention = (scale * criss_cross_affinity(q.detach().to(dtype), k.detach().to(dtype))).softmax(1)
         with torch.enable_grad():
@@ -141,121 +166,191 @@ def criss_cross_attention_map(
     return rows
 
 
-def _check_affinity(query: Tensor, key: Tensor, op: str = "criss_cross_affinity") -> None:
-    arguments = Arguments(op, query=query, key=key)
-    arguments.dtype("query")
-    arguments.like("key", "query")
-    arguments.image("query")
-    arguments.image("key")
-    arguments.has_channels("query")
-    arguments.batch("key", "query")
-    arguments.channels("key", "query")
-    arguments.spatial("key", "query")
+def check_reach(op: str, argument: Argument, like: Argument) -> None:
+    """(B, H + W - 1, H, W): a channel for every position of the row and of the column of `like`."""
+    check_image(op, argument)
+    got, expected = argument.tensor.shape[1], like.tensor.shape[2] + like.tensor.shape[3] - 1
+    if got != expected:
+        fail(op, f"{argument.name} must have H + W - 1 = {expected} channels (got {got})")
 
 
-def _check_aggregation(attention: Tensor, value: Tensor, op: str = "criss_cross_aggregation") -> None:
-    arguments = Arguments(op, attention=attention, value=value)
-    arguments.dtype("attention")
-    arguments.like("value", "attention")
-    arguments.image("attention")
-    arguments.image("value")
-    arguments.has_channels("value")
-    arguments.batch("value", "attention")
-    arguments.spatial("value", "attention")
-    arguments.reach("attention", "value")
+def check_criss_cross_affinity(query: Tensor, key: Tensor, op: str = "criss_cross_affinity") -> None:
+    """query (B, E, H, W), key (B, E, H, W)."""
+    q, k = Argument("query", query), Argument("key", key)
+    check_dtype(op, q)
+    check_like(op, k, q)
+    check_image(op, q)
+    check_image(op, k)
+    check_has_channels(op, q)
+    check_batch(op, k, q)
+    check_channels(op, k, q)
+    check_spatial(op, k, q)
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, scale: float, op: str = "criss_cross_attention") -> None:
-    _check_affinity(query, key, op)
-    arguments = Arguments(op, query=query, value=value)
-    arguments.like("value", "query")
-    arguments.image("value")
-    arguments.has_channels("value")
-    arguments.batch("value", "query")
-    arguments.spatial("value", "query")
-    arguments.scale(scale)
+def check_criss_cross_affinity_backward(grad_affinity: Tensor, query: Tensor, key: Tensor) -> None:
+    """grad_affinity (B, H + W - 1, H, W), query (B, E, H, W), key (B, E, H, W)."""
+    op = "criss_cross_affinity_backward"
+    check_criss_cross_affinity(query, key, op)
+    g, q = Argument("grad_affinity", grad_affinity), Argument("query", query)
+    check_like(op, g, q)
+    check_reach(op, g, q)
+    check_batch(op, g, q)
+    check_spatial(op, g, q)
+
+
+def check_criss_cross_aggregation(attention: Tensor, value: Tensor, op: str = "criss_cross_aggregation") -> None:
+    """attention (B, H + W - 1, H, W), value (B, C, H, W)."""
+    a, v = Argument("attention", attention), Argument("value", value)
+    check_dtype(op, a)
+    check_like(op, v, a)
+    check_image(op, a)
+    check_image(op, v)
+    check_has_channels(op, v)
+    check_batch(op, v, a)
+    check_spatial(op, v, a)
+    check_reach(op, a, v)
+
+
+def check_criss_cross_aggregation_backward(grad_output: Tensor, attention: Tensor, value: Tensor) -> None:
+    """grad_output (B, C, H, W), attention (B, H + W - 1, H, W), value (B, C, H, W)."""
+    op = "criss_cross_aggregation_backward"
+    check_criss_cross_aggregation(attention, value, op)
+    g, v = Argument("grad_output", grad_output), Argument("value", value)
+    check_like(op, g, v)
+    check_shape(op, g, v)
+
+
+def check_criss_cross_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, op: str = "criss_cross_attention"
+) -> None:
+    """query (B, E, H, W), key (B, E, H, W), value (B, C, H, W)."""
+    check_criss_cross_affinity(query, key, op)
+    q, v = Argument("query", query), Argument("value", value)
+    check_like(op, v, q)
+    check_image(op, v)
+    check_has_channels(op, v)
+    check_batch(op, v, q)
+    check_spatial(op, v, q)
+    check_scale(op, scale)
+
+
+def check_criss_cross_attention_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    scale: float,
+) -> None:
+    """grad_output (B, C, H, W), query (B, E, H, W), key (B, E, H, W), value (B, C, H, W), output (B, C, H, W),
+    logsumexp (B, H, W)."""
+    op = "criss_cross_attention_backward"
+    check_criss_cross_attention(query, key, value, scale, op)
+    v, o = Argument("value", value), Argument("output", output)
+    g, l = Argument("grad_output", grad_output), Argument("logsumexp", logsumexp)  # noqa: E741
+    check_like(op, o, v)
+    check_shape(op, o, v)
+    check_like(op, g, v)
+    check_shape(op, g, v)
+    check_same_device(op, l, v)
+    check_dtype_is(op, l, accumulation_dtype(query.dtype), "for these inputs")
+    check_shape_is(op, l, (query.shape[0], *query.shape[2:]))
 
 
 def _fake_affinity(query: Tensor, key: Tensor) -> Tensor:
-    _check_affinity(query, key)
+    check_criss_cross_affinity(query, key)
     batch, _, height, width = query.shape
     return query.new_empty((batch, height + width - 1, height, width))
 
 
-def _fake_affinity_backward(grad_affinity: Tensor, query: Tensor, key: Tensor):
-    _check_affinity(query, key, "criss_cross_affinity_backward")
+def _fake_affinity_backward(grad_affinity: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    check_criss_cross_affinity_backward(grad_affinity, query, key)
     return query.new_empty(query.shape), key.new_empty(key.shape)
 
 
 def _fake_aggregation(attention: Tensor, value: Tensor) -> Tensor:
-    _check_aggregation(attention, value)
+    check_criss_cross_aggregation(attention, value)
     return value.new_empty(value.shape)
 
 
-def _fake_aggregation_backward(grad_output: Tensor, attention: Tensor, value: Tensor):
-    _check_aggregation(attention, value, "criss_cross_aggregation_backward")
+def _fake_aggregation_backward(grad_output: Tensor, attention: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    check_criss_cross_aggregation_backward(grad_output, attention, value)
     return attention.new_empty(attention.shape), value.new_empty(value.shape)
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    _check(query, key, value, scale)
+    check_criss_cross_attention(query, key, value, scale)
     batch, _, height, width = query.shape
     return value.new_empty(value.shape), query.new_empty((batch, height, width), dtype=accumulation_dtype(query.dtype))
 
 
-def _fake_backward(grad_output, query, key, value, output, logsumexp, scale):
-    _check(query, key, value, scale, "criss_cross_attention_backward")
-    return tuple(t.new_empty(t.shape) for t in (query, key, value))
+def _fake_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_criss_cross_attention_backward(grad_output, query, key, value, output, logsumexp, scale)
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-def _setup_pair(ctx, inputs, output) -> None:
+def _setup_pair_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, ctx.scale = inputs
     ctx.save_for_backward(query, key, value, *output)
     ctx.mark_non_differentiable(output[1])
 
 
-def _products(shape, channels: int) -> int:
+def _pair_backward(operator: Any, ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    grad_first, grad_second = operator(gradient, *ctx.saved_tensors)
+    return grad_first, grad_second
+
+
+def _backward(operator: Any, ctx: Any, grad_output: Tensor, grad_logsumexp: Tensor) -> tuple[Tensor | None, ...]:
+    return *operator(grad_output, *ctx.saved_tensors, ctx.scale), None
+
+
+def _products(shape: Sequence[int], channels: int) -> int:
     """FLOP of one product of every position with its row and column, over `channels`."""
     batch, _, height, width = shape
     return 2 * batch * height * width * (height + width - 1) * channels
 
 
-def register(namespace: str) -> None:
-    """Registers the Python side of the family's operators in `namespace`."""
-    operators = getattr(torch.ops, namespace)
-
-    def affinity_backward(ctx, grad_affinity):
-        return operators.criss_cross_affinity_backward(grad_affinity, *ctx.saved_tensors)
-
-    def aggregation_backward(ctx, grad_output):
-        return operators.criss_cross_aggregation_backward(grad_output, *ctx.saved_tensors)
-
-    def attention_backward(ctx, grad_output, grad_logsumexp):
-        return *operators.criss_cross_attention_backward(grad_output, *ctx.saved_tensors, ctx.scale), None
-
-    families = {
-        "criss_cross_affinity": (_fake_affinity, _fake_affinity_backward, affinity_backward, _setup_pair),
-        "criss_cross_aggregation": (_fake_aggregation, _fake_aggregation_backward, aggregation_backward, _setup_pair),
-        "criss_cross_attention": (_fake, _fake_backward, attention_backward, _setup_context),
-    }
-    for op, (fake, fake_backward, backward, setup_context) in families.items():
-        name = f"{namespace}::{op}"
-        torch.library.register_fake(name, fake)
-        torch.library.register_fake(f"{name}_backward", fake_backward)
-        torch.library.register_autograd(name, backward, setup_context=setup_context)
-        register_once_differentiable(f"{name}_backward")
-        register_vmap(name)
-        register_vmap(f"{name}_backward")
-
-    register_flops(operators.criss_cross_affinity, lambda q, k: _products(q, q[1]))
-    register_flops(operators.criss_cross_affinity_backward, lambda g, q, k: 2 * _products(q, q[1]))
-    register_flops(operators.criss_cross_aggregation, lambda a, v: _products(v, v[1]))
-    register_flops(operators.criss_cross_aggregation_backward, lambda g, a, v: 2 * _products(v, v[1]))
-    register_flops(operators.criss_cross_attention, lambda q, k, v: _products(q, q[1] + v[1]))
-    register_flops(
-        operators.criss_cross_attention_backward, lambda g, q, k, v, o, lse: _products(q, 3 * q[1] + 2 * v[1])
-    )
+OPERATORS = (
+    Operator(
+        "criss_cross_affinity",
+        fake=_fake_affinity,
+        fake_backward=_fake_affinity_backward,
+        setup_context=_setup_pair_context,
+        backward=_pair_backward,
+        flops=lambda query, key: _products(query, query[1]),
+        flops_backward=lambda grad_affinity, query, key: 2 * _products(query, query[1]),
+    ),
+    Operator(
+        "criss_cross_aggregation",
+        fake=_fake_aggregation,
+        fake_backward=_fake_aggregation_backward,
+        setup_context=_setup_pair_context,
+        backward=_pair_backward,
+        flops=lambda attention, value: _products(value, value[1]),
+        flops_backward=lambda grad_output, attention, value: 2 * _products(value, value[1]),
+    ),
+    Operator(
+        "criss_cross_attention",
+        fake=_fake,
+        fake_backward=_fake_backward,
+        setup_context=_setup_context,
+        backward=_backward,
+        flops=lambda query, key, value: _products(query, query[1] + value[1]),
+        flops_backward=lambda grad_output, query, key, value, output, logsumexp: _products(
+            query, 3 * query[1] + 2 * value[1]
+        ),
+    ),
+)

@@ -1,27 +1,47 @@
 """Position attention: softmax attention over all positions of a feature map, without the N x N map."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _backend, reference
-from ._check import Arguments, accumulation_dtype, fail
-from ._register import autocast, register_flops, register_once_differentiable, register_vmap
+from .._autocast import autocast, without_autocast
+from ._check import (
+    Argument,
+    accumulation_dtype,
+    check_batch,
+    check_channels,
+    check_dtype,
+    check_dtype_is,
+    check_feature_map,
+    check_has_channels,
+    check_has_positions,
+    check_like,
+    check_same_device,
+    check_scale,
+    check_shape,
+    check_shape_is,
+    check_spatial,
+)
+from ._positions import flat_positions
+from ._register import Operator
 
 
 def position_attention(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:
     r"""Attention over all positions: ``out_i = sum_j softmax_j(scale * q_i . k_j) v_j``, the attention of a Non-local
     block, of DANet's position attention module and, with pooled keys and values, of ANN and DRANet.
 
-    The map of N x M weights is never stored: memory beyond the result is O(N + M), forward and backward. Only 16-bit
-    inputs that want a gradient keep a second map like the result, what rounding takes from it, for the backward pass.
+    The N x M attention map is never stored: memory beyond the result is O(N + M), forward and backward. If a 16-bit
+    input requires a gradient, a second tensor of the result's size, its rounding error, is kept for the backward pass.
 
     Args:
         query: (B, E, *S), float16, bfloat16, float32 or float64. Any strides; contiguous is fastest.
         key: (B, E, *T), at least one position. T may differ from S, in the number of dimensions too.
         value: (B, C, *T).
-        scale: multiplies the energies; DANet and CCNet have 1, scaled dot-product attention E ** -0.5. Not
+        scale: multiplies the energies; 1 in DANet and CCNet, E ** -0.5 in scaled dot-product attention. Not
             differentiable.
 
     Returns:
@@ -37,17 +57,20 @@ def position_attention(query: Tensor, key: Tensor, value: Tensor, scale: float =
     query, key, value = autocast(query, key, value)
     operators = _backend.operators(query.device)
     if operators is None:
-        _check(query, key, value, scale)
-        return _backend.call_reference(reference.position_attention, query, key, value, scale)[0]
-    return operators.position_attention(query, key, value, scale, _wants_gradient(query, key, value))[0]
+        check_position_attention(query, key, value, scale)
+        with without_autocast(query.device.type):
+            results = reference.position_attention(query, key, value, scale)
+    else:
+        results = operators.position_attention(query, key, value, scale, _needs_gradient(query, key, value))
+    return results[0]
 
 
-def _wants_gradient(*tensors: Tensor) -> bool:
+def _needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def position_attention_map(query: Tensor, key: Tensor, positions: Tensor, scale: float = 1.0) -> Tensor:
-    """Chosen rows of the attention map, for looking at what a position attends to.
+    """Chosen rows of the attention map: the weights with which a position attends to every other.
 
     Args:
         query: (B, E, *S).
@@ -61,55 +84,73 @@ def position_attention_map(query: Tensor, key: Tensor, positions: Tensor, scale:
 
     Raises:
         RuntimeError: as :func:`position_attention`.
-        ValueError: for positions of another shape or dtype, or outside the map.
+        ValueError: for positions of another shape or dtype, or outside the feature map.
     """
-    _check(query, key, key, scale, "position_attention_map")
+    check_position_attention(query, key, key, scale, "position_attention_map")
     index = flat_positions(positions, query.shape[2:], "position_attention_map")
     dtype = accumulation_dtype(query.dtype)
     rows = query.flatten(2)[:, :, index.to(query.device)].to(dtype)  # (B, E, P)
     energy = scale * (rows.transpose(1, 2) @ key.flatten(2).to(dtype))
-    return energy.softmax(2).unflatten(2, key.shape[2:])
+    weights: Tensor = energy.softmax(2).unflatten(2, key.shape[2:])
+    return weights
 
 
-def flat_positions(positions: Tensor, spatial: torch.Size, op: str) -> Tensor:
-    """(P, D) coordinates in a map of D spatial sizes -> (P,) indices into the flattened map."""
-    positions = torch.as_tensor(positions)
-    if positions.dim() != 2 or positions.shape[1] != len(spatial):
-        raise ValueError(
-            f"{op}: positions must have shape (P, {len(spatial)}), a coordinate for each of the spatial dimensions "
-            f"(got shape {list(positions.shape)})"
-        )
-    if positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool:
-        raise ValueError(f"{op}: positions must be integers (got {positions.dtype})")
-    sizes = torch.tensor(spatial, device=positions.device)
-    outside = ((positions < -sizes) | (positions >= sizes)).any(1)
-    if outside.any():
-        raise ValueError(
-            f"{op}: positions must lie within the spatial size {list(spatial)} (got {positions[outside][0].tolist()})"
-        )
-    strides = torch.tensor([math.prod(spatial[d + 1 :]) for d in range(len(spatial))], device=positions.device)
-    return (positions.remainder(sizes) * strides).sum(1)
+def check_position_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, op: str = "position_attention"
+) -> None:
+    """query (B, E, *S), key (B, E, *T), value (B, C, *T)."""
+    q, k, v = Argument("query", query), Argument("key", key), Argument("value", value)
+    check_dtype(op, q)
+    check_like(op, k, q)
+    check_like(op, v, q)
+    check_feature_map(op, q)
+    check_feature_map(op, k)
+    check_feature_map(op, v)
+    check_has_channels(op, q)
+    check_has_channels(op, v)
+    check_batch(op, k, q)
+    check_batch(op, v, q)
+    check_channels(op, k, q)
+    check_spatial(op, v, k)
+    check_has_positions(op, k)
+    check_scale(op, scale)
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, scale: float, op: str = "position_attention") -> None:
-    arguments = Arguments(op, query=query, key=key, value=value)
-    arguments.dtype("query")
-    for name in ("key", "value"):
-        arguments.like(name, "query")
-    for name in ("query", "key", "value"):
-        arguments.feature_map(name)
-    for name in ("query", "value"):
-        arguments.has_channels(name)
-    for name in ("key", "value"):
-        arguments.batch(name, "query")
-    arguments.channels("key", "query")
-    arguments.spatial("value", "key")
-    arguments.has_positions("key")
-    arguments.scale(scale)
+def check_position_attention_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    scale: float,
+    output_low: Tensor | None,
+) -> None:
+    """grad_output (B, C, *S), query (B, E, *S), key (B, E, *T), value (B, C, *T), output (B, C, *S), logsumexp
+    (B, *S), output_low (B, C, *S)."""
+    op = "position_attention_backward"
+    check_position_attention(query, key, value, scale, op)
+    q, v, o = Argument("query", query), Argument("value", value), Argument("output", output)
+    g, l = Argument("grad_output", grad_output), Argument("logsumexp", logsumexp)  # noqa: E741
+    check_like(op, o, q)
+    check_like(op, g, q)
+    check_batch(op, o, q)
+    check_channels(op, o, v)
+    check_spatial(op, o, q)
+    check_shape(op, g, o)
+    check_same_device(op, l, q)
+    check_dtype_is(op, l, accumulation_dtype(query.dtype), "for these inputs")
+    check_shape_is(op, l, (query.shape[0], *query.shape[2:]))
+    if output_low is not None:
+        low = Argument("output_low", output_low)
+        check_like(op, low, q)
+        check_shape(op, low, o)
 
 
-def _fake(query, key, value, scale, with_low=False) -> tuple[Tensor, Tensor, Tensor]:
-    _check(query, key, value, scale)
+def _fake(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, with_low: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_position_attention(query, key, value, scale)
     batch, spatial = query.shape[0], query.shape[2:]
     output = query.new_empty((batch, value.shape[1], *spatial))
     logsumexp = query.new_empty((batch, *spatial), dtype=accumulation_dtype(query.dtype))
@@ -117,52 +158,62 @@ def _fake(query, key, value, scale, with_low=False) -> tuple[Tensor, Tensor, Ten
     return output, logsumexp, query.new_empty((batch, low_channels, *spatial))
 
 
-def _fake_backward(grad_output, query, key, value, output, logsumexp, scale, output_low=None):
-    op = "position_attention_backward"
-    _check(query, key, value, scale, op)
-    if grad_output.shape != output.shape:
-        fail(op, f"grad_output must have shape {list(output.shape)} like output (got {list(grad_output.shape)})")
-    if output_low is not None:
-        Arguments(op, output_low=output_low, query=query).like("output_low", "query")
-        if output_low.shape != output.shape:
-            fail(op, f"output_low must have shape {list(output.shape)} like output (got {list(output_low.shape)})")
-    return tuple(t.new_empty(t.shape) for t in (query, key, value))
+def _fake_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    scale: float,
+    output_low: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_position_attention_backward(grad_output, query, key, value, output, logsumexp, scale, output_low)
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     query, key, value, ctx.scale, _ = inputs
-    output, logsumexp, output_low = output
-    ctx.save_for_backward(query, key, value, output, logsumexp, output_low if output_low.shape[1] > 0 else None)
+    result, logsumexp, output_low = output
+    ctx.save_for_backward(query, key, value, result, logsumexp, output_low if output_low.shape[1] > 0 else None)
     ctx.mark_non_differentiable(logsumexp, output_low)
-    ctx.set_materialize_grads(False)  # else the backward gets a map of zeros for output_low
+    ctx.set_materialize_grads(False)  # otherwise autograd allocates zeros of output_low's size for its gradient
 
 
-def _flops(query, key, value) -> int:
+def _backward(
+    operator: Any, ctx: Any, grad_output: Tensor | None, grad_logsumexp: None, grad_output_low: None
+) -> tuple[Tensor | None, ...]:
+    if grad_output is None:  # as set_materialize_grads(False) allows
+        return (None,) * 5
+    *saved, output_low = ctx.saved_tensors
+    return *operator(grad_output, *saved, ctx.scale, output_low), None, None
+
+
+def _flops(query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> int:
     return 2 * query[0] * math.prod(query[2:]) * math.prod(key[2:]) * (query[1] + value[1])
 
 
-def _flops_backward(grad_output, query, key, value, output, logsumexp, output_low=None) -> int:
-    """With the energies computed again: three products over E, two over C."""
+def _flops_backward(
+    grad_output: Any, query: Sequence[int], key: Sequence[int], value: Sequence[int], *saved: Any
+) -> int:
+    """The energies are recomputed: three products over E, two over C."""
     return 2 * query[0] * math.prod(query[2:]) * math.prod(key[2:]) * (3 * query[1] + 2 * value[1])
 
 
-def register(namespace: str) -> None:
-    """Registers the Python side of the family's operators in `namespace`."""
-    operators = getattr(torch.ops, namespace)
+def _adjust_vmap(query: Tensor, key: Tensor, value: Tensor, scale: float, with_low: bool = False) -> tuple[Any, ...]:
+    """The tensors that vmap wraps do not require a gradient even if those inside do, so with_low is decided here."""
+    return query, key, value, scale, with_low or _needs_gradient(query, key, value)
 
-    def backward(ctx, grad_output, grad_logsumexp, grad_output_low):
-        if grad_output is None:  # gradients that are not materialised may be missing
-            return (None,) * 5
-        *saved, output_low = ctx.saved_tensors
-        return *operators.position_attention_backward(grad_output, *saved, ctx.scale, output_low), None, None
 
-    name = f"{namespace}::position_attention"
-    torch.library.register_fake(name, _fake)
-    torch.library.register_autograd(name, backward, setup_context=_setup_context)
-    torch.library.register_fake(f"{name}_backward", _fake_backward)
-    register_once_differentiable(f"{name}_backward")
-    # Under vmap no tensor says that it wants a gradient; those that the rule unwraps do.
-    register_vmap(name, lambda q, k, v, scale, with_low=False: (q, k, v, scale, with_low or _wants_gradient(q, k, v)))
-    register_vmap(f"{name}_backward")
-    register_flops(operators.position_attention, _flops)
-    register_flops(operators.position_attention_backward, _flops_backward)
+OPERATORS = (
+    Operator(
+        "position_attention",
+        fake=_fake,
+        fake_backward=_fake_backward,
+        setup_context=_setup_context,
+        backward=_backward,
+        flops=_flops,
+        flops_backward=_flops_backward,
+        adjust_vmap=_adjust_vmap,
+    ),
+)

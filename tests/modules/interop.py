@@ -1,4 +1,4 @@
-"""mmsegmentation, mmcv, timm and segmentation_models_pytorch for the tests that convert them for real."""
+"""mmsegmentation, mmcv, timm and segmentation_models_pytorch for the tests of conversion."""
 
 import importlib
 import os

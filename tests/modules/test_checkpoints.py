@@ -30,7 +30,7 @@ stage_maps = tuple(torch.randn(1, c, 16 >> i, 24 >> i, dtype=torch.float64) for 
 
 THEIRS = {"embedded_gaussian": "embedded", "gaussian": "gaussian", "concatenation": "concatenation"}
 
-# Layout: the published module, ours, inputs, what recognise() must say.
+# Layout: the published module, ours, inputs, the result of recognise().
 LAYOUTS = {
     "danet official head": (
         lambda: heads.DANetHead(32, 5),
@@ -196,7 +196,7 @@ def test_mmsegmentation_head_both_ways(name: str) -> None:
     report = checkpoints.load(head, {f"module.decode_head.{k}": v for k, v in oracle.state_dict().items()})
     assert report.complete
     close(first(head(*inputs)), first(oracle(inputs)))
-    # Back, after the biases that mmsegmentation does not have have taken values, as training would give them.
+    # Back, after the biases that mmsegmentation lacks have got values, as in training.
     randomise(head)
     fresh = theirs().double()
     fresh.load_state_dict(checkpoints.to_mmseg(head))
@@ -316,7 +316,7 @@ STEM_NAMES = ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3")
 
 
 def official_network(system: str) -> tuple[dict[str, torch.Tensor], tnn.Module]:
-    """The state dict a whole official network has, and our network for it."""
+    """The state dict of an official network, and our network for it."""
     if system == "danet":
         model = models.danet_resnet50(5, inter_channels=16)
         parts = {"pretrained.": model.backbone, "head.": model.classifier}

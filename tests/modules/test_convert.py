@@ -1,4 +1,4 @@
-"""Conversion of real third-party modules, and of transcriptions of the repositories that are no packages."""
+"""Conversion of third-party modules, and of transcriptions of repositories that are not packages."""
 
 import copy
 
@@ -90,12 +90,12 @@ def test_block_is_converted(name: str, training: bool) -> None:
     assert report.converted and not report.left, str(report)
     assert kind in str(report)
     assert report.difference < 1e-9
-    # The very parameters, under their names.
+    # The same parameter objects under the same names.
     assert list(model.state_dict()) == list(original.state_dict())
     assert all(p is parameters[n] for n, p in model.named_parameters())
     assert model.training is training and all(m.training is training for m in model.modules())
     if training and name == "DAModule":
-        torch.manual_seed(1)  # the same dropout of the map
+        torch.manual_seed(1)  # the same dropout of the attention map
     expected = original(*inputs)
     if training and name == "DAModule":
         torch.manual_seed(1)
@@ -165,11 +165,11 @@ def test_whole_mmsegmentation_network_trains_on() -> None:
     report = segattn_ops.convert(model, torch.randn(1, 3, 33, 40))
     assert report.converted == ["decode_head.pam", "decode_head.cam"]
     assert report.difference < 1e-4
-    model.load_state_dict(state)  # the original's checkpoints go on loading
+    model.load_state_dict(state)  # the original's checkpoints still load
     before = model.decode_head.pam.query_project.weight.detach().clone()
     model.train()
     sum(t.square().mean() for t in model(torch.randn(2, 3, 33, 40))).backward()
-    optimizer.step()  # and its optimizer holds the right parameters
+    optimizer.step()  # and its optimizer still has the parameters
     assert not torch.equal(model.decode_head.pam.query_project.weight, before)
 
 
@@ -208,7 +208,7 @@ class ScaledPAM(blocks.PAM_Module):
 
 
 class SpatialAttention(tnn.Module):
-    """CBAM's: a convolution over two pooled maps."""
+    """CBAM's: a convolution over two pooled feature maps."""
 
     def __init__(self):
         super().__init__()

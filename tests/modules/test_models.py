@@ -121,7 +121,7 @@ def test_network_trains_at_any_size(name: str) -> None:
     loss = (models.dfn_loss if "border" in outputs else models.segmentation_loss)(outputs, target)
     loss.backward()
     assert torch.isfinite(loss)
-    # Zero-initialised gammas stop gradients on their inner side at the first step, and nowhere else.
+    # At the first step zero-initialised gammas stop the gradients of the attention, and of nothing else.
     without = [n for n, p in model.named_parameters() if p.grad is None]
     assert without == []
     assert model.eval()(x[:1])["out"].shape == (1, 3, 35, 46)

@@ -1,4 +1,4 @@
-"""Every module against the stored-map transcription of its paper in float64, with the transcription's state dict."""
+"""Every module against a transcription of its paper with stored attention maps, in float64, by the same state dict."""
 
 import pytest
 import torch
@@ -127,7 +127,7 @@ def test_matches_the_transcription(name: str, training: bool) -> None:
         training = False
     oracle = randomise(theirs()).double()
     module = ours().double()
-    module.load_state_dict(oracle.state_dict())  # the official names, as they are
+    module.load_state_dict(oracle.state_dict())  # the official names, unchanged
     for m in (oracle, module):
         m.train(training)
         for layer in m.modules():
@@ -211,7 +211,7 @@ def test_any_memory_format_and_empty_batch(name: str) -> None:
 
 @pytest.mark.parametrize("mode", ["dot_product", "concatenation"])
 def test_pairwise_modes_hold_no_map(mode: str) -> None:
-    """At N = 16384 the map alone would be 1 GiB; the block must stay near its features' size."""
+    """At N = 16384 the attention map would take 1 GiB; the block's memory must stay near its features' size."""
     module = randomise(nn.NonLocal2d(4, mode=mode))
     x = torch.randn(1, 4, 128, 128, requires_grad=True)
     largest = 0

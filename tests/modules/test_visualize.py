@@ -1,4 +1,4 @@
-"""Attention maps over images: the rows are the module's own, and the pictures show them where they are."""
+"""Attention maps over images: the rows are those of the module, drawn at their positions."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def with_gamma(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def one_hot_map(module: torch.nn.Module, x: torch.Tensor, position: tuple[int, int]) -> torch.Tensor:
-    """The map's row found without a map: attention over values that are one-hot codes of their positions."""
+    """A row of the attention map from the op: attention over values that are one-hot codes of their positions."""
     height, width = x.shape[2:]
     codes = torch.eye(height * width, dtype=x.dtype).view(1, height * width, height, width)
     attend = position_attention if isinstance(module, nn.PositionAttention) else criss_cross_attention

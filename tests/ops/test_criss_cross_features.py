@@ -1,5 +1,5 @@
-"""Criss-cross attention's gradients on features with regions, and on a photograph's: an error that is common to all
-keys of a query does not average out there, as it does in noise around zero."""
+"""Criss-cross attention's gradients on features with regions and on a photograph's. There an error common to all keys
+of a query does not average out, as it does in noise around zero."""
 
 import functools
 
@@ -29,8 +29,8 @@ def relative_errors(leaves: list[Tensor], function) -> dict[str, float]:
     exact = gradients(lambda *a: reference.criss_cross_attention(*a)[0], torch.float64)
     names = ("grad_query", "grad_key", "grad_value")
     return {
-        name: ((got.double() - want).norm() / want.norm()).item()
-        for name, got, want in zip(names, gradients(function, leaves[0].dtype), exact, strict=True)
+        name: ((got.double() - expected).norm() / expected.norm()).item()
+        for name, got, expected in zip(names, gradients(function, leaves[0].dtype), exact, strict=True)
     }
 
 
@@ -42,19 +42,19 @@ def assert_within_twice_eager(leaves: list[Tensor], function=segattn_ops.criss_c
         assert error <= 2 * eager[name] + floor, f"{name}: error {error:.2e}, eager's {eager[name]:.2e}"
 
 
-@pytest.mark.parametrize("logit", [4.0, 8.0])
+@pytest.mark.parametrize("energy", [4.0, 8.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_regions(kernels, dtype, logit):
+def test_regions(kernels, dtype, energy):
     channels = 512 if dtype == torch.float32 else 128  # eager takes seconds in 16 bits
     size, widths = ((33, 33), (64, channels)) if kernels.runs_large else ((20, 17), (16, 32))
-    leaves = region_features(*size, *widths, dtype, logit)
+    leaves = region_features(*size, *widths, dtype, energy)
     assert_within_twice_eager([leaf.to(kernels.device) for leaf in leaves])
 
 
 @pytest.mark.parametrize("shape", [(1, 40), (40, 1), (2, 260), (110, 3)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_regions_of_long_and_single_lines(kernels, dtype, shape):
-    """A map of one row or column, and lines whose weights are made in several parts."""
+    """A single row or column, and lines whose weights are computed in several parts."""
     leaves = region_features(*shape, 16, 32, dtype, 4.0)
     assert_within_twice_eager([leaf.to(kernels.device) for leaf in leaves])
 
@@ -80,7 +80,7 @@ def test_regions_on_every_path_of_cuda(emulator, architecture, dtype, shape):
 
 
 def test_regions_in_tf32(emulator):
-    """The products' operands are rounded to 11 bits; with delta's error left in, grad_query errs by 8e-3."""
+    """The products' operands are rounded to 11 bits. If delta's error is not corrected, grad_query's error is 8e-3."""
     torch.ops.segattn_emulated._set_allow_tf32(True)
     errors = relative_errors(region_features(20, 17, 16, 32, torch.float32, 8.0), emulated_attention)
     assert max(errors.values()) < 2e-3
@@ -93,7 +93,7 @@ def photograph() -> features.FeatureSource:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_photograph(kernels, dtype):
-    """Features after ReLU, through the block's three convolutions."""
+    """Features after a ReLU and the block's three convolutions."""
     if not kernels.runs_large:
         pytest.skip("takes the emulator minutes")
     leaves = photograph().leaves(Workload("criss_cross", 33, 33, dtype))

@@ -1,13 +1,18 @@
-"""Bad input: an error that names op, argument, rule and what it got; the same from the reference, from the kernels
-and from fake tensors."""
+"""Bad input: an error that names op, argument, rule and the value got; the same from the reference, the kernels, fake
+tensors and meta tensors."""
 
+import ast
+import inspect
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import segattn_ops
+from segattn_ops.ops import channel, criss_cross, position
 
 
 def t(*shape, dtype=torch.float32):
@@ -20,7 +25,7 @@ AFFINITY = {"query": t(2, 8, 5, 7), "key": t(2, 8, 5, 7)}
 AGGREGATION = {"attention": t(2, 11, 5, 7), "value": t(2, 6, 5, 7)}
 CRISS_CROSS = {"query": t(2, 8, 5, 7), "key": t(2, 8, 5, 7), "value": t(2, 6, 5, 7), "scale": 1.0}
 
-# function, good arguments, what to change, the message
+# Of the public functions: name, good arguments, the change, the message.
 BAD = [
     ("position_attention", POSITION, {"query": t(2, 8)}, "query must have at least 3 dimensions"),
     ("position_attention", POSITION, {"key": t(2, 32, 3, 4)}, "key must have 8 channels like query (got 32)"),
@@ -92,43 +97,260 @@ BAD = [
     ("criss_cross_attention", CRISS_CROSS, {"key": t(2, 8, 5, 7, dtype=torch.bfloat16)}, "key must be float32"),
     ("criss_cross_attention", CRISS_CROSS, {"scale": math.nan}, "scale must be finite (got nan)"),
 ]
-IDS = [f"{op}-{'-'.join(change)}-{i}" for i, (op, _, change, _) in enumerate(BAD)]
+SELF = {"input": t(2, 8, 5, 7), "scale": -1.0, "gamma": t(2, 8)}
+TENSORS = ("query", "key", "value")
+POSITION_BACKWARD = {
+    "grad_output": t(2, 6, 5, 7),
+    **{name: POSITION[name] for name in TENSORS},
+    "output": t(2, 6, 5, 7),
+    "logsumexp": t(2, 5, 7),
+    "scale": 1.0,
+    "output_low": t(2, 6, 5, 7),
+}
+CHANNEL_BACKWARD = {"grad_output": t(2, 8, 3), **CHANNEL}
+SELF_BACKWARD = {"grad_output": t(2, 8, 5, 7), **SELF}
+AFFINITY_BACKWARD = {"grad_affinity": t(2, 11, 5, 7), **AFFINITY}
+AGGREGATION_BACKWARD = {"grad_output": t(2, 6, 5, 7), **AGGREGATION}
+CRISS_CROSS_BACKWARD = {
+    "grad_output": t(2, 6, 5, 7),
+    **{name: CRISS_CROSS[name] for name in TENSORS},
+    "output": t(2, 6, 5, 7),
+    "logsumexp": t(2, 5, 7),
+    "scale": 1.0,
+}
 
 
-@pytest.mark.parametrize(("op", "good", "change", "message"), BAD, ids=IDS)
-def test_bad_input(backend, op, good, change, message):
-    arguments = {
-        name: value.to(backend.device) if isinstance(value, torch.Tensor) else value
-        for name, value in {**good, **change}.items()
-    }
-    getattr(segattn_ops, op)(*(v.to(backend.device) if isinstance(v, torch.Tensor) else v for v in good.values()))
+def bad(op, good, changes):
+    return [(op, good, change, message) for change, message in changes]
+
+
+# Of the operators that no public function reaches with such arguments.
+BAD_OPERATORS = [
+    *bad(
+        "position_attention_backward",
+        POSITION_BACKWARD,
+        [
+            ({"grad_output": t(2, 6, 5, 8)}, "grad_output must have shape [2, 6, 5, 7] like output (got [2, 6, 5, 8])"),
+            ({"grad_output": t(2, 6, 5, 7).double()}, "grad_output must be float32 like query (got float64)"),
+            ({"key": t(2, 32, 3, 4)}, "key must have 8 channels like query (got 32)"),
+            ({"output": t(1, 6, 5, 7)}, "output must have batch size 2 like query (got 1)"),
+            ({"output": t(2, 7, 5, 7)}, "output must have 6 channels like value (got 7)"),
+            ({"output": t(2, 6, 7, 5)}, "output must have spatial size [5, 7] like query (got [7, 5])"),
+            ({"output": t(2, 6, 5, 7).half()}, "output must be float32 like query (got float16)"),
+            ({"logsumexp": t(2, 5, 6)}, "logsumexp must have shape [2, 5, 7] (got [2, 5, 6])"),
+            ({"logsumexp": t(2, 5, 7).half()}, "logsumexp must be float32 for these inputs (got float16)"),
+            ({"scale": math.nan}, "scale must be finite (got nan)"),
+            ({"output_low": t(2, 6, 5, 8)}, "output_low must have shape [2, 6, 5, 7] like output (got [2, 6, 5, 8])"),
+            ({"output_low": t(2, 6, 5, 7).half()}, "output_low must be float32 like query (got float16)"),
+        ],
+    ),
+    *bad(
+        "channel_attention_backward",
+        CHANNEL_BACKWARD,
+        [
+            ({"grad_output": t(2, 8, 3).half()}, "grad_output must be float32 like query (got float16)"),
+            (
+                {"grad_output": t(2, 8)},
+                "grad_output must have at least 3 dimensions, (batch, channels, *spatial) (got shape [2, 8])",
+            ),
+            ({"grad_output": t(1, 8, 3)}, "grad_output must have batch size 2 like query (got 1)"),
+            ({"grad_output": t(2, 4, 3)}, "grad_output must have 8 channels like query (got 4)"),
+            ({"grad_output": t(2, 8, 4)}, "grad_output must have spatial size [3] like value (got [4])"),
+            ({"value": t(2, 5, 3)}, "value must have 4 channels like key (got 5)"),
+            ({"scale": math.inf}, "scale must be finite (got inf)"),
+        ],
+    ),
+    *bad(
+        "channel_self_attention",
+        SELF,
+        [
+            ({"input": t(2, 8).long()}, "input must be float16, bfloat16, float32 or float64 (got another dtype)"),
+            (
+                {"input": t(2, 8)},
+                "input must have at least 3 dimensions, (batch, channels, *spatial) (got shape [2, 8])",
+            ),
+            ({"input": t(2, 0, 5)}, "input must have at least 1 channel (got shape [2, 0, 5])"),
+            ({"input": t(2, 8, 0)}, "input must have at least 1 position (got shape [2, 8, 0])"),
+            ({"scale": math.nan}, "scale must be finite (got nan)"),
+            ({"gamma": t(2, 7)}, "gamma must have shape [2, 8] (got [2, 7])"),
+            ({"gamma": t(2, 8).half()}, "gamma must be float32 for these inputs (got float16)"),
+        ],
+    ),
+    *bad(
+        "channel_self_attention_backward",
+        SELF_BACKWARD,
+        [
+            ({"grad_output": t(2, 8, 7, 5)}, "grad_output must have shape [2, 8, 5, 7] like input (got [2, 8, 7, 5])"),
+            ({"grad_output": t(2, 8, 5, 7).double()}, "grad_output must be float32 like input (got float64)"),
+            ({"gamma": t(2, 1)}, "gamma must have shape [2, 8] (got [2, 1])"),
+            ({"gamma": t(2, 8).half()}, "gamma must be float32 for these inputs (got float16)"),
+            ({"scale": math.nan}, "scale must be finite (got nan)"),
+        ],
+    ),
+    *bad(
+        "criss_cross_affinity_backward",
+        AFFINITY_BACKWARD,
+        [
+            ({"grad_affinity": t(2, 11, 5, 7).half()}, "grad_affinity must be float32 like query (got float16)"),
+            (
+                {"grad_affinity": t(2, 11, 35)},
+                "grad_affinity must have 4 dimensions, (batch, channels, height, width) (got shape [2, 11, 35])",
+            ),
+            ({"grad_affinity": t(2, 12, 5, 7)}, "grad_affinity must have H + W - 1 = 11 channels (got 12)"),
+            ({"grad_affinity": t(1, 11, 5, 7)}, "grad_affinity must have batch size 2 like query (got 1)"),
+            ({"grad_affinity": t(2, 11, 7, 5)}, "grad_affinity must have spatial size [5, 7] like query (got [7, 5])"),
+            ({"key": t(2, 9, 5, 7)}, "key must have 8 channels like query (got 9)"),
+        ],
+    ),
+    *bad(
+        "criss_cross_aggregation_backward",
+        AGGREGATION_BACKWARD,
+        [
+            ({"grad_output": t(2, 5, 5, 7)}, "grad_output must have shape [2, 6, 5, 7] like value (got [2, 5, 5, 7])"),
+            ({"grad_output": t(2, 6, 5, 7).double()}, "grad_output must be float32 like value (got float64)"),
+            ({"attention": t(2, 12, 5, 7)}, "attention must have H + W - 1 = 11 channels (got 12)"),
+        ],
+    ),
+    *bad(
+        "criss_cross_attention_backward",
+        CRISS_CROSS_BACKWARD,
+        [
+            ({"output": t(2, 6, 7, 5)}, "output must have shape [2, 6, 5, 7] like value (got [2, 6, 7, 5])"),
+            ({"output": t(2, 6, 5, 7).half()}, "output must be float32 like value (got float16)"),
+            ({"grad_output": t(2, 6, 7, 5)}, "grad_output must have shape [2, 6, 5, 7] like value (got [2, 6, 7, 5])"),
+            ({"grad_output": t(2, 6, 5, 7).double()}, "grad_output must be float32 like value (got float64)"),
+            ({"logsumexp": t(2, 7, 5)}, "logsumexp must have shape [2, 5, 7] (got [2, 7, 5])"),
+            ({"logsumexp": t(2, 5, 7).double()}, "logsumexp must be float32 for these inputs (got float64)"),
+            ({"scale": -math.inf}, "scale must be finite (got -inf)"),
+        ],
+    ),
+]
+
+
+def ids(cases):
+    return [f"{op}-{'-'.join(change)}-{i}" for i, (op, _, change, _) in enumerate(cases)]
+
+
+def message_of(function, arguments) -> str:
     with pytest.raises(RuntimeError) as raised:
-        getattr(segattn_ops, op)(**arguments)
-    assert f"{op}: {message}" in str(raised.value)
+        function(*arguments)
+    return str(raised.value)
 
 
-@pytest.mark.parametrize(("op", "good", "change", "message"), BAD, ids=IDS)
+def moved(device, arguments):
+    return [value.to(device) if isinstance(value, torch.Tensor) else value for value in arguments.values()]
+
+
+@pytest.mark.parametrize(("op", "good", "change", "message"), BAD, ids=ids(BAD))
+def test_bad_input(backend, op, good, change, message):
+    function = getattr(segattn_ops, op)
+    function(*moved(backend.device, good))
+    assert f"{op}: {message}" in message_of(function, moved(backend.device, {**good, **change}))
+
+
+@pytest.mark.parametrize(("op", "good", "change", "message"), BAD_OPERATORS, ids=ids(BAD_OPERATORS))
+def test_bad_operator_input(kernels, op, good, change, message):
+    operator = getattr(kernels.operators, op)
+    operator(*moved(kernels.device, good))
+    assert f"{op}: {message}" in message_of(operator, moved(kernels.device, {**good, **change}))
+
+
+FAKE = [*BAD, *BAD_OPERATORS]
+
+
+@pytest.mark.parametrize(("op", "good", "change", "message"), FAKE, ids=ids(FAKE))
 def test_bad_fake_input(op, good, change, message):
-    with FakeTensorMode() as mode, pytest.raises(RuntimeError) as raised:
-        arguments = [
-            mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
-            for value in {**good, **change}.values()
-        ]
-        getattr(torch.ops.segattn, op)(*arguments)
-    assert f"{op}: {message}" in str(raised.value)
+    """Fake and meta tensors raise what the kernels raise, to the letter."""
+    operator = getattr(torch.ops.segattn, op)
+    expected = message_of(operator, moved("cpu", {**good, **change})).splitlines()[0]
+    assert expected.startswith(f"{op}: {message}")
+    with FakeTensorMode() as mode:
+
+        def fakes(arguments):
+            return [mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in arguments.values()]
+
+        operator(*fakes(good))
+        assert message_of(operator, fakes({**good, **change})).splitlines()[0] == expected
+    operator(*moved("meta", good))
+    assert message_of(operator, moved("meta", {**good, **change})).splitlines()[0] == expected
 
 
-def test_channel_self_attention_checks_its_one_input(backend):
-    x = torch.zeros(2, 8, device=backend.device)
-    with pytest.raises(RuntimeError, match="channel_self_attention: input must have at least 3 dimensions"):
-        segattn_ops.channel_attention(x, x, x)
-    x = torch.zeros(2, 8, 4, device=backend.device)
-    with pytest.raises(RuntimeError, match=r"channel_self_attention: scale must be finite \(got nan\)"):
-        segattn_ops.channel_attention(x, x, x, math.nan)
+GOOD = {op: good for op, good, _, _ in FAKE}
 
 
-def test_residual_channel_attention_checks_input_and_gamma(backend):
-    x, gamma = torch.zeros(2, 8, 5, 7, device=backend.device), torch.ones(8, device=backend.device)
+def compared_names(good):
+    """The tensors whose device is compared with that of the first input."""
+    tensors = [name for name, value in good.items() if isinstance(value, torch.Tensor)]
+    first = next(name for name in tensors if not name.startswith("grad_"))
+    return [name for name in tensors if name != first]
+
+
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, good in GOOD.items() for name in compared_names(good)])
+def test_a_fake_argument_on_another_device(op, name):
+    arguments = dict(zip(GOOD[op], moved("meta", GOOD[op]), strict=True))
+    arguments[name] = GOOD[op][name]
+    rule = rf"{op}: {name} must be on device meta like \w+ \(got cpu\)"
+    assert re.match(rule, message_of(getattr(torch.ops.segattn, op), arguments.values()))
+
+
+CHECKS = Path(__file__).parents[2] / "csrc" / "checks"
+Rules = dict[str, list[tuple[str, ...]]]  # by check function: the checks it calls, each with its arguments' names
+
+
+def cpp_rules(header: str) -> Rules:
+    source = re.sub(r"//.*", "", (CHECKS / header).read_text())
+    functions = {}
+    for name, body in re.findall(r"^inline \w+ (check_\w+)\([^{;]*\{\n(.*?)^\}", source, re.DOTALL | re.MULTILINE):
+        named = dict(re.findall(r'(\w+)\{"(\w+)", \*?\w+\}', body))
+        for inline in re.findall(r' \{"(\w+)", \w+\}', body):
+            body = re.sub(rf' \{{"{inline}", \w+\}}', f" inline_{inline}", body)
+            named[f"inline_{inline}"] = inline
+        calls = re.findall(r"(check_\w+)\((.*?)\);", body, re.DOTALL)
+        functions[name] = [(rule, *names(named, map(str.strip, listed.split(",")))) for rule, listed in calls]
+    return functions
+
+
+def python_rules(family) -> Rules:
+    functions = {}
+    for function in ast.parse(inspect.getsource(family)).body:
+        if isinstance(function, ast.FunctionDef) and function.name.startswith("check_"):
+            named, calls = {}, []
+            for node in (n for statement in function.body for n in in_order(statement)):
+                if isinstance(node, ast.Assign):
+                    for variable, value in zip(elements(node.targets[0]), elements(node.value), strict=True):
+                        if isinstance(value, ast.Call) and value.func.id == "Argument":
+                            named[variable.id] = value.args[0].value
+                elif isinstance(node, ast.Call) and getattr(node.func, "id", "").startswith("check_"):
+                    calls.append((node.func.id, *names(named, (getattr(a, "id", None) for a in node.args))))
+            functions[function.name] = calls
+    return functions
+
+
+def in_order(node):
+    yield node
+    for child in ast.iter_child_nodes(node):
+        yield from in_order(child)
+
+
+def elements(node):
+    return node.elts if isinstance(node, ast.Tuple) else [node]
+
+
+def names(named, variables):
+    return [named[v] for v in variables if v in named]
+
+
+@pytest.mark.parametrize("family", [position, channel, criss_cross], ids=lambda f: f.__name__.split(".")[-1])
+def test_python_and_cpp_have_the_same_rules_in_the_same_order(family):
+    header, python = cpp_rules(f"{family.__name__.split('.')[-1]}.h"), python_rules(family)
+    # A C++ check_reach takes the sizes, the one in Python the argument that they are of.
+    python = {n: [c[:2] if c[0] == "check_reach" else c for c in calls] for n, calls in python.items()}
+    assert sum(map(len, header.values())) > 20
+    assert python == header
+
+
+def assert_residual_channel_attention_checks_input_and_gamma(device):
+    x, gamma = torch.zeros(2, 8, 5, 7, device=device), torch.ones(8, device=device)
     call = segattn_ops.residual_channel_attention
     for good in (gamma, gamma[0], gamma[:1], gamma.expand(2, 8), gamma.half(), gamma.double()):
         assert call(x, good).shape == x.shape
@@ -143,82 +365,39 @@ def test_residual_channel_attention_checks_input_and_gamma(backend):
         call(x, gamma.view(1, 8, 1, 1))
     with pytest.raises(RuntimeError, match=r"gamma must be float16.*\(got another dtype\)"):
         call(x, gamma.long())
-    with pytest.raises(RuntimeError, match=r"gamma must be on device .* like input \(got meta\)"):
-        call(x, gamma.to("meta"))
+    other = "cpu" if device == "meta" else "meta"
+    with pytest.raises(RuntimeError, match=rf"gamma must be on device .* like input \(got {other}\)"):
+        call(x, torch.ones(8, device=other))
 
 
-def test_bad_fake_gamma():
-    with FakeTensorMode() as mode, pytest.raises(RuntimeError) as raised:
-        torch.ops.segattn.channel_self_attention(mode.from_tensor(t(2, 8, 5)), 1.0, mode.from_tensor(t(2, 7)))
-    assert "channel_self_attention: gamma must have shape [2, 8] (got [2, 7])" in str(raised.value)
+def assert_channel_self_attention_checks_its_one_input(device):
+    x = torch.zeros(2, 8, device=device)
+    with pytest.raises(RuntimeError, match="channel_self_attention: input must have at least 3 dimensions"):
+        segattn_ops.channel_attention(x, x, x)
+    x = torch.zeros(2, 8, 4, device=device)
+    with pytest.raises(RuntimeError, match=r"channel_self_attention: scale must be finite \(got nan\)"):
+        segattn_ops.channel_attention(x, x, x, math.nan)
+
+
+FUNCTIONS = [
+    assert_residual_channel_attention_checks_input_and_gamma,
+    assert_channel_self_attention_checks_its_one_input,
+]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+def test_functions_of_one_input(backend, function):
+    function(backend.device)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+def test_functions_of_one_input_on_fakes(function):
+    function("meta")
+    with FakeTensorMode():
+        function("cpu")
 
 
 def test_mixed_devices(backend):
     query = torch.zeros(1, 4, 3, device=backend.device)
     with pytest.raises(RuntimeError, match=r"(key must be on device|meta)"):
         segattn_ops.position_attention(query, query.to("meta"), query)
-
-
-BACKWARD = {
-    "position_attention_backward": (
-        [t(2, 6, 5, 7), t(2, 8, 5, 7), t(2, 8, 3), t(2, 6, 3), t(2, 6, 5, 7), t(2, 5, 7), 1.0, t(2, 6, 5, 7)],
-        [
-            (0, t(2, 6, 5, 8), "grad_output must have shape [2, 6, 5, 7] like output (got [2, 6, 5, 8])"),
-            (0, t(2, 6, 5, 7).double(), "grad_output must be float32 like query (got float64)"),
-            (4, t(2, 7, 5, 7), "output must have 6 channels like value (got 7)"),
-            (5, t(2, 5, 6), "logsumexp must have shape [2, 5, 7] (got [2, 5, 6])"),
-            (5, t(2, 5, 7).half(), "logsumexp must be float32 for these inputs (got float16)"),
-            (7, t(2, 6, 5, 8), "output_low must have shape [2, 6, 5, 7] like output (got [2, 6, 5, 8])"),
-            (7, t(2, 6, 5, 7).half(), "output_low must be float32 like query (got float16)"),
-        ],
-    ),
-    "channel_attention_backward": (
-        [t(2, 8, 3), t(2, 8, 5, 7), t(2, 4, 5, 7), t(2, 4, 3), 1.0],
-        [(0, t(2, 8, 4), "grad_output must have spatial size [3] like value (got [4])")],
-    ),
-    "channel_self_attention_backward": (
-        [t(2, 8, 5), t(2, 8, 5), 1.0, t(2, 8)],
-        [
-            (0, t(2, 8, 4), "grad_output must have shape [2, 8, 5] like input (got [2, 8, 4])"),
-            (3, t(2, 1), "gamma must have shape [2, 8] (got [2, 1])"),
-            (3, t(2, 8).half(), "gamma must be float32 for these inputs (got float16)"),
-        ],
-    ),
-    "criss_cross_affinity_backward": (
-        [t(2, 11, 5, 7), t(2, 8, 5, 7), t(2, 8, 5, 7)],
-        [(0, t(2, 12, 5, 7), "grad_affinity must have H + W - 1 = 11 channels (got 12)")],
-    ),
-    "criss_cross_aggregation_backward": (
-        [t(2, 6, 5, 7), t(2, 11, 5, 7), t(2, 6, 5, 7)],
-        [(0, t(2, 5, 5, 7), "grad_output must have shape [2, 6, 5, 7] like value (got [2, 5, 5, 7])")],
-    ),
-    "criss_cross_attention_backward": (
-        [t(2, 6, 5, 7), t(2, 8, 5, 7), t(2, 8, 5, 7), t(2, 6, 5, 7), t(2, 6, 5, 7), t(2, 5, 7), 1.0],
-        [
-            (0, t(2, 6, 7, 5), "grad_output must have shape [2, 6, 5, 7] like value (got [2, 6, 7, 5])"),
-            (5, t(2, 7, 5), "logsumexp must have shape [2, 5, 7] (got [2, 7, 5])"),
-        ],
-    ),
-}
-
-
-@pytest.mark.parametrize(
-    ("op", "good", "index", "bad", "message"),
-    [(op, good, *change) for op, (good, changes) in BACKWARD.items() for change in changes],
-)
-def test_bad_backward_input(kernels, op, good, index, bad, message):
-    good = [v.to(kernels.device) if isinstance(v, torch.Tensor) else v for v in good]
-    getattr(kernels.operators, op)(*good)
-    arguments = [bad.to(kernels.device) if i == index else v for i, v in enumerate(good)]
-    with pytest.raises(RuntimeError) as raised:
-        getattr(kernels.operators, op)(*arguments)
-    assert f"{op}: {message}" in str(raised.value)
-
-
-@pytest.mark.parametrize(("index", "bad", "message"), BACKWARD["position_attention_backward"][1][-2:])
-def test_bad_fake_output_low(index, bad, message):
-    arguments = [bad if i == index else v for i, v in enumerate(BACKWARD["position_attention_backward"][0])]
-    with FakeTensorMode() as mode, pytest.raises(RuntimeError) as raised:
-        arguments = [mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in arguments]
-        torch.ops.segattn.position_attention_backward(*arguments)
-    assert f"position_attention_backward: {message}" in str(raised.value)

@@ -1,4 +1,4 @@
-"""What is loaded, what is said about it, and what happens where something is missing."""
+"""What is loaded, how it is reported, and the behaviour when something is missing."""
 
 import json
 import os
@@ -111,7 +111,7 @@ def test_a_device_without_kernels_is_served_by_the_reference(monkeypatch):
 
 
 def test_meta_tensors_give_shapes():
-    x = torch.empty(2, 8, 1 << 20, device="meta")  # a reference would ask for a map of 2 ** 41 weights
+    x = torch.empty(2, 8, 1 << 20, device="meta")  # the reference would store 2 ** 41 weights
     assert segattn_ops.position_attention(x, x, x).shape == x.shape
 
 
@@ -144,7 +144,7 @@ def test_backward_uses_what_forward_used(monkeypatch):
 
 @pytest.mark.parametrize("name", _library.CPU_CAPABILITIES)
 def test_every_instruction_set_the_processor_has(name):
-    """A wheel built anywhere runs anywhere: each set is forced in a process of its own and gives the reference's
+    """A wheel runs on every processor: each set is forced in a process of its own and gives the reference's
     numbers."""
     config = segattn_ops.build_config()["cpu"]
     level = _library.CPU_CAPABILITIES.index

@@ -68,7 +68,7 @@ def test_as_exact_as_eager(backend, family, case, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_residual_rounds_no_sum(backend, dtype):
-    """Features far larger than what attention makes of them: summed up with the residual, they would be rounded at its
+    """Features far larger than their attention: a sum that includes the residual would be rounded at the residual's
     size (10 times eager's error in float32). The floor is a tenth of a unit in the last place of the input."""
     family = BY_OPERATOR["residual_channel_attention"]
     case = Case(((1, 128, 9, 40), (1, 128)), -1.0)
@@ -125,7 +125,7 @@ def test_any_strides(backend, family, case, layout, dtype):
 
 @pytest.mark.parametrize(("family", "case"), FIRST_CASES)
 def test_an_expanded_gradient_is_accepted(backend, family, case):
-    """`output.sum().backward()` hands over a gradient with strides of zero."""
+    """`output.sum().backward()` passes a gradient with strides of zero."""
     leaves = [t.requires_grad_() for t in family.make(case, torch.float32, backend.device)]
     output = family.function(*leaves, *case.scalars)
     got = torch.autograd.grad(output.sum(), leaves)

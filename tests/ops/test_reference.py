@@ -1,4 +1,4 @@
-"""The reference, which every other test trusts, against loops over the papers' formulas."""
+"""The reference, the oracle of the other tests, against loops over the papers' formulas."""
 
 import math
 
@@ -105,7 +105,7 @@ def test_position_attention_map():
 
 @pytest.mark.parametrize("recurrence", [1, 2, 3])
 def test_criss_cross_attention_map(backend, recurrence):
-    """The rows times the values must be what applying the attention again and again gives."""
+    """The rows times the values equal the attention applied `recurrence` times."""
     height, width = 4, 5
     queries, keys = ([torch.randn(2, 3, height, width).double() for _ in range(recurrence)] for _ in range(2))
     v = torch.randn(2, 2, height, width).double()

@@ -1,8 +1,8 @@
-"""Gradients on features as trained networks and photographs give them: means away from zero, after a ReLU, and regions
-whose positions attend to each other alike.
+"""Gradients on features of trained networks and photographs: means that are not zero, as after a ReLU, and regions of
+similar positions.
 
-There the gradient of query is a small difference of large sums. An error that all keys of a query share does not
-average out over them; one of delta is of that kind (docs/decisions.md). On noise around zero nothing of it shows.
+There grad_query is a small difference of large sums. An error common to all keys of a query, such as an error of delta
+(docs/decisions.md), does not average out. On noise around zero it is invisible.
 """
 
 from functools import lru_cache
@@ -38,11 +38,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("logit", [0.5, 4.0, 8.0])
-def test_regions(kernels, logit, dtype):
+@pytest.mark.parametrize("energy", [0.5, 4.0, 8.0])
+def test_regions(kernels, energy, dtype):
     height, width = SIZES[kernels.name]
     channels = (64, 128) if kernels.name != "emulated" else (16, 32)
-    inputs = region_features(height, width, *channels, dtype, logit, seed=0)
+    inputs = region_features(height, width, *channels, dtype, energy, seed=0)
     check(BY_OPERATOR["position_attention"], inputs, kernels)
 
 

@@ -1,4 +1,4 @@
-"""The operators as citizens of PyTorch: opcheck, compile, vmap, autocast, FLOP counts, second derivatives."""
+"""The operators within PyTorch: opcheck, compile, vmap, autocast, FLOP counts, second derivatives."""
 
 import pytest
 import torch
@@ -13,14 +13,13 @@ from .test_ops import MEDIUM_CASES, grad_output_of, results
 
 
 def backward_arguments(kernels, family, case, inputs):
-    """What autograd hands to the `*_backward` operator."""
+    """The arguments that autograd passes to the `*_backward` operator."""
     grad_output = grad_output_of(family, case, inputs).to(kernels.device, inputs[0].dtype)
     result = getattr(kernels.operators, family.operator)(*inputs, *case.scalars)
     if not isinstance(result, tuple):
         return (grad_output, *inputs)
-    saved = (
-        () if family.operator.startswith("channel") else result[:2]
-    )  # which makes its weights from the energies alone
+    # The channel backward recomputes its weights from the energies alone.
+    saved = () if family.operator.startswith("channel") else result[:2]
     return (grad_output, *inputs, *saved, *case.scalars)
 
 
@@ -56,8 +55,8 @@ def test_opcheck_with_low(kernels):
     torch.library.opcheck(backward, (torch.randn_like(output), *inputs, output, logsumexp, 1.0, low))
 
 
-def test_low_is_made_for_the_backward_pass_alone(kernels):
-    """It costs a write of the output's size, which inference does not pay."""
+def test_output_low_is_written_only_for_a_backward_pass(kernels):
+    """Inference does not pay for the write, which has the output's size."""
     family = BY_OPERATOR["position_attention"]
     inputs = family.make(family.cases[0], torch.bfloat16, kernels.device)
     calls = []
@@ -78,8 +77,8 @@ def test_low_is_made_for_the_backward_pass_alone(kernels):
     assert calls == [0, 0, channels]
 
 
-def test_the_backward_pass_makes_no_map_for_low(kernels):
-    """No gradient comes for output_low; autograd would hand on zeros in its place."""
+def test_the_backward_pass_allocates_no_gradient_of_output_low(kernels):
+    """output_low has no gradient; by default autograd would materialise zeros of its size."""
     family = BY_OPERATOR["position_attention"]
     leaves = [t.requires_grad_() for t in family.make(family.cases[0], torch.bfloat16, kernels.device)]
     output = family.function(*leaves, 1.0)
@@ -129,7 +128,7 @@ def test_compile_with_dynamic_shapes(backend, operator):
 
 @pytest.mark.parametrize("operator", [*OPERATORS, "residual_channel_attention"])
 def test_availability_of_autocast_is_not_traced(backend, operator, monkeypatch):
-    """Dynamo of PyTorch 2.10 and 2.11 cannot trace the question; here no Dynamo can, and a call works as ever."""
+    """Dynamo of PyTorch 2.10 and 2.11 cannot trace the query. Here no Dynamo can, and a call still compiles."""
     ask = torch._C._is_autocast_available
 
     def untraceable(device_type: str) -> bool:
@@ -174,8 +173,8 @@ def test_vmap(kernels, family, case):
 
 
 def test_gradients_under_vmap(kernels):
-    """Those of the folded batch to the bit: the operator keeps what it keeps for them, although no tensor inside vmap
-    says that it wants a gradient. Regions show it, and more keys than a tile has."""
+    """Bitwise those of the folded batch: output_low is kept although no tensor inside vmap requires a gradient. The
+    difference is visible on regions, with more keys than a tile has."""
     q, k, v = region_features(9, 16, 8, 16, torch.bfloat16, 4.0)
     inputs = [torch.cat([t, t.flip(-1), t.roll(5, 1)]).to(kernels.device) for t in (q, k, v)]
     grad_output = torch.randn(3, 16, 9, 16, generator=torch.Generator().manual_seed(0)).to(inputs[0])
@@ -277,7 +276,7 @@ def test_flop_counts(kernels):
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_a_second_derivative_says_what_to_do(kernels, operator):
+def test_a_second_derivative_raises_with_the_remedy(kernels, operator):
     family = BY_OPERATOR[operator]
     case = family.cases[0]
     inputs = [t.requires_grad_() for t in family.make(case, torch.float64, kernels.device)]

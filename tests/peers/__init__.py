@@ -1,7 +1,7 @@
-"""The published blocks, transcribed from their papers' formulas in plain PyTorch with every map stored.
+"""The published blocks, written from their papers' formulas in plain PyTorch with every attention map stored.
 
-They stand in for repositories that are no packages, as the oracle of modules, checkpoints and conversion: module and
-parameter names are those of the repositories, the code is ours.
+They stand in for repositories that are not packages, as the oracle of modules, checkpoints and conversion: module and
+parameter names are those of the repositories, the code is not.
 """
 
 from torch import nn

@@ -1,4 +1,4 @@
-"""ANN's blocks with stored maps, under MendelXu/ANN's names."""
+"""ANN's blocks with stored attention maps, under MendelXu/ANN's names."""
 
 import torch
 from torch import nn
@@ -18,8 +18,8 @@ class PSPModule(nn.Module):
 
 
 class _SelfAttentionBlock(nn.Module):
-    """softmax(q_i . pool(k)_s / sqrt(key_channels)) pool(v)_s, then W. Pools after the projections, as the authors
-    do."""
+    """softmax(q_i . pool(k)_s / sqrt(key_channels)) pool(v)_s, then W. Pools after the projections, as the
+    authors do."""
 
     def __init__(self, low, high, key_channels, value_channels, out_channels, shared, psp_size=(1, 3, 6, 8)):
         super().__init__()
@@ -34,8 +34,8 @@ class _SelfAttentionBlock(nn.Module):
         high = low if high is None else high
         key, value = self.psp(self.f_key(low)), self.psp(self.f_value(low))
         query = self.f_query(high)
-        logits = torch.einsum("ben,bes->bns", query.flatten(2), key) * self.key_channels**-0.5
-        context = torch.einsum("bns,bcs->bcn", logits.softmax(-1), value)
+        energy = torch.einsum("ben,bes->bns", query.flatten(2), key) * self.key_channels**-0.5
+        context = torch.einsum("bns,bcs->bcn", energy.softmax(-1), value)
         return self.W(context.view(query.shape[0], -1, *query.shape[2:]))
 
 

@@ -1,4 +1,4 @@
-"""DANet, CCNet, Non-local, DRANet, DAModule and DFN blocks with stored maps, under the repositories' names."""
+"""DANet, CCNet, Non-local, DRANet, DAModule and DFN blocks with stored attention maps, under their original names."""
 
 import torch
 from torch import Tensor, nn
@@ -238,7 +238,7 @@ class ChannelAttentionModule(nn.Module):
 
 
 class DAModule(nn.Module):
-    """External-Attention-pytorch; the original ignores its arguments, this one heeds them."""
+    """External-Attention-pytorch; unlike the original's, its arguments have an effect."""
 
     def __init__(self, d_model=512, kernel_size=3, H=7, W=7):
         super().__init__()

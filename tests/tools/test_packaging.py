@@ -41,6 +41,7 @@ def test_wheel(wheel, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     for library in ("_C", "_cpu_baseline"):
         assert f"segattn_ops/{library}.abi3.so" in names
+    assert "segattn_ops/py.typed" in names
     info = json.loads(zipfile.ZipFile(wheel).read("segattn_ops/_build_info.json"))
     # What tells whether libraries that were built elsewhere are of a tree's sources.
     assert info["sources"] == dict.fromkeys(["_C", "_cpu_baseline"], _build_tools.fingerprint(ROOT))
