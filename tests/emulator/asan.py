@@ -11,14 +11,16 @@ import os
 import subprocess
 import sys
 
+from tools.compilers import compiler
+
 from . import build
 
 
 def _runtime_library(name: str) -> str:
-    command = [build.compiler(), f"-print-file-name={name}"]
+    command = [compiler(), f"-print-file-name={name}"]
     path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     if path == name:
-        raise FileNotFoundError(f"{build.compiler()} has no {name}")
+        raise FileNotFoundError(f"{compiler()} has no {name}")
     return path
 
 

@@ -7,18 +7,15 @@ each registers them as `segattn_emulated`; the self-tests' kernels register noth
     python -m tests.emulator.build plain race        # builds without loading
 """
 
-import fcntl
 import functools
 import hashlib
 import importlib.util
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -26,8 +23,9 @@ from types import ModuleType
 import torch
 from torch.utils import cpp_extension
 
+from tools.compilers import CSRC, ROOT, build_tools, compiler, locked, ninja_path, nvcc, output_name, run_ninja
+
 HERE = Path(__file__).parent.resolve()
-ROOT = HERE.parent.parent
 FLOAT_HEADERS = ("cuda_fp16.h", "cuda_fp16.hpp", "cuda_bf16.h", "cuda_bf16.hpp")
 
 
@@ -72,8 +70,8 @@ def float_headers() -> Path:
         FileNotFoundError: where neither has them.
     """
     candidates = []
-    if nvcc := shutil.which("nvcc"):
-        dry_run = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True, check=False)
+    if program := nvcc():
+        dry_run = subprocess.run([program, "--dryrun", "x.cu"], capture_output=True, text=True, check=False)
         candidates += [Path(p) for p in re.findall(r'"?-I([^"\s]+)"?', dry_run.stderr + dry_run.stdout)]
     if home := os.environ.get("CUDA_HOME"):
         candidates.append(Path(home) / "include")
@@ -87,19 +85,6 @@ def float_headers() -> Path:
         "the emulator needs CUDA's cuda_fp16.h and cuda_bf16.h: install the CUDA toolkit, or `pip install "
         "nvidia-cuda-runtime` (which a CUDA build of torch brings along)"
     )
-
-
-@contextmanager
-def locked(folder: Path):
-    """One process builds, the others wait (pytest-xdist starts several at once)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "build.lock", "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-def compiler() -> str:
-    return os.environ.get("CXX", "g++")
 
 
 @functools.cache
@@ -159,13 +144,12 @@ def _libraries(variant_name: str) -> list[Library]:
     )
     kernels = Library(
         f"segattn_emulated_{variant_name}",
-        (ROOT / "csrc" / "ops.cpp", *sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))),
+        (CSRC / "ops.cpp", *sorted((CSRC / "cuda").rglob("*.cu"))),
         (
             *variant.kernels,
             "-DSEGATTN_NAMESPACE=segattn_emulated",
             "-DSEGATTN_DISPATCH_KEY=CPU",
-            "-DTORCH_TARGET_VERSION=0x020a000000000000",
-            "-DTORCH_STABLE_ONLY",
+            *build_tools.STABLE_ABI,
         ),
         ("-ltorch_cpu", "-ltorch", "-lc10", *variant.link),
         extends=runtime.name,
@@ -174,16 +158,19 @@ def _libraries(variant_name: str) -> list[Library]:
     return [replace(library, cflags=(*library.cflags, module.format(library.name))) for library in libraries]
 
 
-def _ninja_path(path: object) -> str:
-    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-
-
 def _ninja_file(variant_name: str, folder: Path) -> str:
-    ours = [HERE / "include", ROOT / "csrc"]
+    ours = [HERE / "include", CSRC]
     others = [_cuda_headers(folder), *cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
     system = [f"-I{path}" for path in ours] + [f"-isystem {path}" for path in others]
     # nvcc, too, lets a kernel look at memory through pointers of different types.
-    common = ["-std=c++20", "-fPIC", "-g1", "-fno-canonical-system-headers", "-fno-gnu-unique", "-fno-strict-aliasing"]
+    common = [
+        *build_tools.LANGUAGE,
+        "-fPIC",
+        "-g1",
+        "-fno-canonical-system-headers",
+        "-fno-gnu-unique",
+        "-fno-strict-aliasing",
+    ]
     common += ["-Wall", "-Wno-unknown-pragmas", "-DSEGATTN_EMULATED"]
     library_paths = [f"-L{path} -Wl,-rpath,{path}" for path in cpp_extension.library_paths()]
     lines = [
@@ -201,8 +188,8 @@ def _ninja_file(variant_name: str, folder: Path) -> str:
     for library in _libraries(variant_name):
         objects = []
         for source in library.sources:
-            objects.append(f"{library.name}.{source.name}.o")
-            lines += [f"build {objects[-1]}: compile {_ninja_path(source)}", f"  flags = {' '.join(library.cflags)}"]
+            objects.append(ninja_path(output_name(source, f".{library.name}.o")))
+            lines += [f"build {objects[-1]}: compile {ninja_path(source)}", f"  flags = {' '.join(library.cflags)}"]
         base = f"{library.extends}.so" if library.extends else ""
         lines += [
             f"build {library.name}.so: link {' '.join(objects)} {base}",
@@ -228,20 +215,9 @@ def build(variant_name: str, *names: str) -> Path:
     folder = _folder(variant_name)
     targets = [library_name(variant_name, name) for name in names]
     with locked(folder):
-        text = _ninja_file(variant_name, folder)
-        ninja_file = folder / "build.ninja"
-        if not ninja_file.exists() or ninja_file.read_text() != text:
-            ninja_file.write_text(text)
-        command = [shutil.which("ninja") or sys.executable, "-C", str(folder), *targets]
-        if command[0] == sys.executable:
-            command[1:1] = ["-m", "ninja"]
-        if jobs := os.environ.get("MAX_JOBS"):
-            command += ["-j", jobs]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        printed = run_ninja(folder, _ninja_file(variant_name, folder), *targets)
     if os.environ.get("SEGATTN_EMULATOR_VERBOSE"):
-        print(done.stdout)
-    if done.returncode != 0:
-        raise RuntimeError(f"the emulator's {variant_name} build failed:\n{done.stdout}")
+        print(printed)
     return folder
 
 

@@ -36,8 +36,8 @@ def line_counts(folder: Path) -> dict[Path, dict[int, int]]:
     counts: dict[Path, dict[int, int]] = defaultdict(lambda: defaultdict(int))
     prefix = build.library_name("coverage", "kernels")
     gcov = os.environ.get("GCOV", "gcov")
-    for data in sorted(folder.glob(f"{prefix}.*.gcda")):
-        command = [gcov, "--json-format", "--stdout", data.name]
+    for data in sorted(folder.rglob(f"*.{prefix}.gcda")):
+        command = [gcov, "--json-format", "--stdout", str(data.relative_to(folder))]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
         for text in done.stdout.splitlines():
             for file in json.loads(text)["files"]:
@@ -83,7 +83,7 @@ def main() -> int:
     parser.add_argument("--minimum", type=float, default=0.0, help="percentage below which to fail")
     options, pytest_arguments = parser.parse_known_args()
     folder = build.build("coverage", "runtime", "kernels")
-    for data in folder.glob("*.gcda"):
+    for data in folder.rglob("*.gcda"):
         data.unlink()
     failed = run_suite(pytest_arguments)
     percentage = report(line_counts(folder), options.only)

@@ -55,7 +55,7 @@ class TestToolkit:
 
 class TestFingerprint:
     def test_it_follows_the_sources(self, tmp_path):
-        for name in ("setup.py", "csrc/kernel.cuh", "segattn_ops/ops.py"):
+        for name in (*_build_tools.BUILD_SCRIPTS, "csrc/kernel.cuh", "segattn_ops/ops.py"):
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_text("1")
         first, whole = (_build_tools.fingerprint(tmp_path, python=python) for python in (False, True))

@@ -10,10 +10,12 @@ import time
 import pytest
 import torch
 
-from benchmarks import children, gpu_bench, gpu_cells, gpu_suite, gpu_worker, measure, native, rivals, validate
-from benchmarks.gpu_bench import Refused, TooLong, Worker, WorkerLost
-from benchmarks.gpu_state import Clock, State
-from benchmarks.gpu_work import FAMILIES, Selection
+from benchmarks import measure, rivals, validate
+from benchmarks.gpu import bench, cells, children, client, native, suite
+from benchmarks.gpu.client import Refused, TooLong, Worker, WorkerLost
+from benchmarks.gpu.selection import FAMILIES, Selection
+from benchmarks.gpu.state import Clock, State
+from benchmarks.gpu.worker import Server
 from benchmarks.workloads import Workload
 from segattn_ops import _backend
 
@@ -65,11 +67,11 @@ def inside(monkeypatch):
     class Inside(Worker):
         def ask(self, name, timeout, **arguments):
             asked.append((name, arguments))
-            self.server = getattr(self, "server", None) or gpu_worker.Server(CPU)
-            return gpu_bench.result_of(json.loads(json.dumps(self.server.answer(name, arguments), default=str)))
+            self.server = getattr(self, "server", None) or Server(CPU)
+            return client.result_of(json.loads(json.dumps(self.server.answer(name, arguments), default=str)))
 
-    monkeypatch.setattr(gpu_bench, "Worker", Inside)
-    monkeypatch.setattr(gpu_cells, "SECONDS", 0.0)
+    monkeypatch.setattr(bench, "Worker", Inside)
+    monkeypatch.setattr(cells, "SECONDS", 0.0)
     return asked
 
 
@@ -107,7 +109,9 @@ class TestChildren:
     def test_children_end_with_their_parent(self, tmp_path):
         """The parent is killed without a word, as at the time limit of a lent machine."""
         mark = tmp_path / "pid"
-        code = f"from benchmarks import children\nchildren.run([['sh', '-c', 'echo $$ > {mark}; sleep 60; true']], 60)"
+        code = (
+            f"from benchmarks.gpu import children\nchildren.run([['sh', '-c', 'echo $$ > {mark}; sleep 60; true']], 60)"
+        )
         parent = subprocess.Popen([sys.executable, "-c", code], cwd=children.ROOT)
         try:
             _wait_for(lambda: mark.exists() and mark.read_text().strip())
@@ -168,7 +172,7 @@ class TestWorker:
 class TestServer:
     def test_a_device_that_does_not_answer_is_a_crash(self, monkeypatch):
         """An illegal access shows at the next synchronisation, and at every one after it."""
-        server = gpu_worker.Server(CPU)
+        server = Server(CPU)
 
         def lost():
             raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
@@ -180,19 +184,19 @@ class TestServer:
         assert "crashed" in server.answer("ceilings", {})
 
     def test_what_raises_is_an_answer(self, monkeypatch):
-        server = gpu_worker.Server(CPU)
+        server = Server(CPU)
         monkeypatch.setattr(server, "ceilings", lambda: 1 / 0)
         assert server.answer("ceilings", {}) == {"error": "ZeroDivisionError: division by zero"}
 
     def test_libraries_that_raise_are_a_fault_of_theirs(self, monkeypatch):
         """The build must still learn what device it is for."""
         monkeypatch.setattr(native, "fault", lambda device: 1 / 0)
-        facts = gpu_worker.Server(CPU).answer("identify", {})["result"]
+        facts = Server(CPU).answer("identify", {})["result"]
         assert facts["fault"] == "the libraries here do not serve: ZeroDivisionError: division by zero"
         assert facts["machine"]["device"] == "cpu"
 
     def test_the_ceilings_can_be_rehearsed(self):
-        found = gpu_worker.Server(CPU).answer("ceilings", {})["result"]
+        found = Server(CPU).answer("ceilings", {})["result"]
         assert all(value > 0 for value in found.values())
 
 
@@ -200,7 +204,7 @@ class TestBench:
     @pytest.mark.parametrize("family", FAMILIES)
     def test_cells_are_recorded_once(self, family, state, inside):
         work = chosen(family)
-        assert gpu_bench.bench(state, Clock(1000), work, "cpu") is True
+        assert bench.run(state, Clock(1000), work, "cpu") is True
         assert {entry["op"] for entry in state.cells.values()} == set(FAMILIES[family])
         for entry in state.cells.values():
             if entry["rival"] == "sdpa_cudnn":  # not on a CPU: a line, not a crash
@@ -212,12 +216,12 @@ class TestBench:
                 assert entry[kind]["median"] > 0
             assert validate.worst(entry["errors"]) < 1e-4
         inside.clear()
-        assert gpu_bench.bench(State(state.path), Clock(1000), work, "cpu") is True
+        assert bench.run(State(state.path), Clock(1000), work, "cpu") is True
         assert [name for name, _ in inside] == ["require_native"]
 
     def test_eagers_errors_are_taken_from_its_record(self, state, inside):
         work = chosen("channel", rivals=("eager", "fused"))
-        assert gpu_bench.bench(state, Clock(1000), work, "cpu") is True
+        assert bench.run(state, Clock(1000), work, "cpu") is True
         (eager,) = [entry for entry in state.cells.values() if entry["rival"] == "eager"]
         last = inside[-1][1]
         assert (last["rival"], last["run_eager"], last["eager_errors"]) == ("fused", False, eager["errors"])
@@ -226,34 +230,34 @@ class TestBench:
         seen = []
         check = validate.check
         monkeypatch.setattr(validate, "check", lambda *arguments: seen.append(arguments[3]) or check(*arguments))
-        assert gpu_bench.bench(state, Clock(1000), chosen("channel", rivals=("fused",)), "cpu") is True
+        assert bench.run(state, Clock(1000), chosen("channel", rivals=("fused",)), "cpu") is True
         assert 0 < seen[0]["output"] < 1e-5
 
     def test_no_time_left_means_more_to_do(self, state, inside):
-        assert gpu_bench.bench(state, Clock(10), chosen("channel"), "cpu") is None
+        assert bench.run(state, Clock(10), chosen("channel"), "cpu") is None
         assert not state.cells
 
     def test_a_wrong_fused_result_is_final(self, state, inside, monkeypatch):
         right = rivals.fused_channel
         monkeypatch.setitem(rivals._FORMULATIONS["fused"], "channel", lambda x: 1.001 * right(x))
         work = chosen("channel", rivals=("eager", "fused"))
-        assert gpu_bench.bench(state, Clock(1000), work, "cpu") is False
+        assert bench.run(state, Clock(1000), work, "cpu") is False
         (entry,) = [entry for entry in state.cells.values() if entry["rival"] == "fused"]
         assert entry["status"] == "wrong"
         assert "output of segattn_ops is wrong" in entry["reason"]
         inside.clear()
-        assert gpu_bench.bench(State(state.path), Clock(1000), work, "cpu") is False
+        assert bench.run(State(state.path), Clock(1000), work, "cpu") is False
         assert [name for name, _ in inside] == ["require_native"]
 
     def test_what_would_not_fit_is_not_started(self, state, inside, monkeypatch):
         monkeypatch.setattr(measure, "available_bytes", lambda device: 1000)
-        monkeypatch.setattr(gpu_cells, "DeviceCell", lambda *_: pytest.fail("started"))
-        assert gpu_bench.bench(state, Clock(1000), chosen("channel"), "cpu") is True
+        monkeypatch.setattr(cells, "DeviceCell", lambda *_: pytest.fail("started"))
+        assert bench.run(state, Clock(1000), chosen("channel"), "cpu") is True
         assert all(entry["reason"].startswith("would not fit") for entry in state.cells.values())
 
     def test_a_failed_rival_is_skipped_at_the_other_sizes(self, state, inside):
         work = chosen("position", sizes=((5, 7), (3, 3)), rivals=("sdpa_cudnn",))
-        assert gpu_bench.bench(state, Clock(1000), work, "cpu") is True
+        assert bench.run(state, Clock(1000), work, "cpu") is True
         found = {entry["height"]: entry for entry in state.cells.values() if entry["op"] == "position"}
         assert found[5]["status"] == "failed"
         assert found[3]["status"] == "skipped"
@@ -271,13 +275,13 @@ class TestBench:
                 running.append([entry["status"] for entry in json.loads(state.path.read_text())["cells"]])
                 raise WorkerLost("its process was ended by signal 11")
 
-        monkeypatch.setattr(gpu_bench, "Worker", Crashing)
+        monkeypatch.setattr(bench, "Worker", Crashing)
         work = chosen("channel", rivals=("eager", "fused"), sizes=((5, 7), (3, 3)))
-        assert gpu_bench.bench(state, Clock(1000), work, "cpu") is False
+        assert bench.run(state, Clock(1000), work, "cpu") is False
         # Eager, which crashed, is not tried at the other size; the fused op is, alone.
         assert asked == ["eager", "fused", "fused"]
         assert running[:2] == [["started"], ["crashed", "started"]]
-        assert gpu_bench.bench(State(state.path), Clock(1000), work, "cpu") is False
+        assert bench.run(State(state.path), Clock(1000), work, "cpu") is False
         assert len(asked) == 3
 
     def test_a_cell_that_takes_too_long_is_final_and_the_suites_own_limit_is_not(self, state, monkeypatch):
@@ -287,24 +291,24 @@ class TestBench:
                     return {}
                 raise TooLong("took longer than it may and was stopped")
 
-        monkeypatch.setattr(gpu_bench, "Worker", Slow)
+        monkeypatch.setattr(bench, "Worker", Slow)
         work = chosen("channel", rivals=("fused",))
-        assert gpu_bench.bench(state, Clock(50), work, "cpu") is None
+        assert bench.run(state, Clock(50), work, "cpu") is None
         assert [entry["status"] for entry in state.cells.values()] == ["stopped"]
-        assert gpu_bench.bench(state, Clock(1000), work, "cpu") is False
+        assert bench.run(state, Clock(1000), work, "cpu") is False
         assert [entry["status"] for entry in state.cells.values()] == ["failed"]
 
     def test_without_native_kernels_nothing_is_measured(self, state, inside, monkeypatch, capsys):
         monkeypatch.setitem(_backend.LIBRARIES.missing, "cpu", "no library (a test)")
-        assert gpu_bench.bench(state, Clock(1000), chosen("channel"), "cpu") is False
+        assert bench.run(state, Clock(1000), chosen("channel"), "cpu") is False
         assert not state.cells
         assert "no native cpu kernels here" in capsys.readouterr().out
-        cell = gpu_cells.DeviceCell(small("channel"), CPU)
+        cell = cells.DeviceCell(small("channel"), CPU)
         with pytest.raises(native.NotNative):
             cell.measure("fused")
 
     def test_fused_is_native_whatever_the_environment_says(self, inside):
-        cell = gpu_cells.DeviceCell(small("channel"), CPU)
+        cell = cells.DeviceCell(small("channel"), CPU)
         seen = []
         right = rivals.fused_channel
 
@@ -318,7 +322,7 @@ class TestBench:
         assert set(seen) == {"native"}
 
     def test_the_last_sample_of_a_batch_is_checked(self):
-        cell = gpu_cells.DeviceCell(small("position", batch=4), CPU)
+        cell = cells.DeviceCell(small("position", batch=4), CPU)
         leaves = tuple(cell.leaves.values())
         output = rivals.formulation("fused", "position")(*leaves)
         gradients = torch.autograd.grad(output, leaves, cell.grad_output)
@@ -328,7 +332,7 @@ class TestBench:
         assert cell.errors(broken, gradients)["output"] > 1e-3
 
     def test_waiting_for_the_host_is_written_down(self, inside):
-        cell = gpu_cells.DeviceCell(small("channel"), CPU)
+        cell = cells.DeviceCell(small("channel"), CPU)
 
         class Timer:
             hidden = False
@@ -348,7 +352,7 @@ def test_the_whole_command_in_processes_of_its_own(tmp_path, capsys):
     path = tmp_path / "gpu.json"
     arguments = ["--device=cpu", "--piece=build", "--piece=bench", "--families=channel", "--sizes=5x7"]
     arguments += ["--dtypes=float32", "--batches=2", "--rivals=eager,fused", f"--output={path}"]
-    assert gpu_suite.main(arguments) == 0
+    assert suite.main(arguments) == 0
     stored = json.loads(path.read_text())
     assert stored["commands"] == ["python -m benchmarks.gpu_suite " + " ".join(arguments)]
     assert stored["pieces"]["build"]["libraries"]["built_here"] is False
