@@ -15,6 +15,7 @@ from benchmarks.gpu import state as gpu_state
 from benchmarks.gpu import steps as gpu_steps
 from benchmarks.gpu.children import Finished
 from benchmarks.gpu.selection import FAMILIES, RIVALS, SIZES, Selection
+from benchmarks.report import machine
 from benchmarks.workloads import OPS, Workload
 from segattn_ops import _backend
 from tools import compilers
@@ -508,7 +509,7 @@ class TestTable:
         assert len(row) == len(report.COLUMNS)
 
     def test_everything_is_in_the_markdown(self, state):
-        state.machine = report.machine("cpu", 1) | {"gpu": "a GPU", "cuda": "13.0"}
+        state.machine = machine("cpu", 1) | {"gpu": "a GPU", "cuda": "13.0"}
         state.pieces["sdpa"] = {"position bfloat16": {"default": "MATH", "FLASH_ATTENTION": "refused: head_dim"}}
         state.set_step("ceilings", "device", "passed", copy_bytes_per_second=4.1e12)
         state.set_cell(self.entry("fused", 0.002, 0.004))
