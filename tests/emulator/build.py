@@ -1,8 +1,8 @@
-"""Compiles the project's CUDA source for the CPU, with the emulator under it, and loads the result.
+"""Compiles the project's CUDA source for the CPU, on top of the emulator, and loads the result.
 
-Each variant is two libraries: the emulator's runtime, never instrumented, which is a Python module as well, and the
-kernels with their host code, compiled with the variant's flags. A process holds one variant of the operators, since
-each registers them as `segattn_emulated`; the self-tests' kernels register nothing, so several variants may be loaded.
+Each variant has two libraries: the emulator's runtime, a Python module that is never instrumented, and the kernels with
+their host code, compiled with the variant's flags. A process can load one variant of the operators, since each
+registers them as `segattn_emulated`. The self-tests' kernels register nothing: several variants of them can be loaded.
 
     python -m tests.emulator.build plain race        # builds without loading
 """
@@ -31,18 +31,17 @@ FLOAT_HEADERS = ("cuda_fp16.h", "cuda_fp16.hpp", "cuda_bf16.h", "cuda_bf16.hpp")
 
 @dataclass(frozen=True)
 class Variant:
-    """How one variant differs: compiler flags of the kernels with their host code, compiler flags of the runtime,
-    linker flags of both."""
+    """Compiler flags of the kernels with their host code, compiler flags of the runtime, linker flags of both."""
 
     kernels: tuple[str, ...]
     runtime: tuple[str, ...] = ()
     link: tuple[str, ...] = ()
 
 
-# Checks that call a handler of the runtime's own (runtime/checks.cpp), which names the place in the kernel.
+# Checks whose handlers are in runtime/checks.cpp, which names the source location.
 CHECKS = "-fsanitize=alignment,bounds,null,integer-divide-by-zero,shift"
-# One access in the source stays one access in the code: no merging of loads and stores, no scalars for structures
-# (a float4 load would become four loads), no vectorisation.
+# Keep accesses as in the source: no merging of loads and stores, no scalar replacement of structures (a float4 load
+# would become four loads), no vectorization.
 ACCESSES_AS_WRITTEN = ("-fno-tree-sra", "-fno-tree-vectorize", "-fno-tree-slp-vectorize", "-fno-store-merging")
 
 VARIANTS = {
@@ -58,16 +57,16 @@ VARIANTS = {
 
 
 def build_folder() -> Path:
-    """Where everything is built: SEGATTN_EMULATOR_BUILD, or build/emulator in the source tree."""
+    """The folder of all builds: SEGATTN_EMULATOR_BUILD, or build/emulator in the source tree."""
     return Path(os.environ.get("SEGATTN_EMULATOR_BUILD", ROOT / "build" / "emulator"))
 
 
 @functools.cache
 def float_headers() -> Path:
-    """The folder of CUDA's cuda_fp16.h and cuda_bf16.h: of the toolkit of nvcc, or of pip's nvidia-cuda-runtime.
+    """The folder of CUDA's cuda_fp16.h and cuda_bf16.h, in the toolkit of nvcc or in pip's nvidia-cuda-runtime.
 
     Raises:
-        FileNotFoundError: where neither has them.
+        FileNotFoundError: neither is installed.
     """
     candidates = []
     if program := nvcc():
@@ -89,7 +88,7 @@ def float_headers() -> Path:
 
 @functools.cache
 def machine() -> str:
-    """What the object files depend on besides the sources: compiler, torch, Python, processor."""
+    """The inputs of the object files besides the sources: compiler, torch, Python, processor."""
     version = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=True).stdout
     cpu = Path("/proc/cpuinfo")
     flags = re.search(r"^(?:flags|Features)\s*:.*$", cpu.read_text(), re.MULTILINE) if cpu.exists() else None
@@ -97,7 +96,7 @@ def machine() -> str:
 
 
 def _cuda_headers(folder: Path) -> Path:
-    """A folder with copies of CUDA's float headers, so that everything else of CUDA is out of reach."""
+    """A folder with copies of CUDA's float headers, so that no other header of CUDA can be included."""
     copies = folder / "cuda_headers"
     copies.mkdir(exist_ok=True)
     for name in FLOAT_HEADERS:
@@ -109,7 +108,7 @@ def _cuda_headers(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Library:
-    """One shared library: sources and flags; `extends` names the library it calls into."""
+    """A shared library; `extends` is the library it links to."""
 
     name: str
     sources: tuple[Path, ...]
@@ -127,7 +126,7 @@ def _libraries(variant_name: str) -> list[Library]:
         ("-O3", "-march=native", "-fvisibility-inlines-hidden", "-fno-semantic-interposition", *variant.runtime),
         ("-ldl", *variant.link),
     )
-    # Kernels share no library with pybind11: the thread-local storage of theirs is taken for static shared memory.
+    # A separate library from pybind11: all thread-local storage of a kernel library counts as static shared memory.
     selftest_kernels = Library(
         f"emulator_selftest_kernels_{variant_name}",
         tuple(sorted(HERE.glob("selftest_*.cu"))),
@@ -162,7 +161,7 @@ def _ninja_file(variant_name: str, folder: Path) -> str:
     ours = [HERE / "include", CSRC]
     others = [_cuda_headers(folder), *cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
     system = [f"-I{path}" for path in ours] + [f"-isystem {path}" for path in others]
-    # nvcc, too, lets a kernel look at memory through pointers of different types.
+    # -fno-strict-aliasing: nvcc also lets a kernel access memory through pointers of different types.
     common = [
         *build_tools.LANGUAGE,
         "-fPIC",
@@ -206,11 +205,11 @@ def _folder(variant_name: str) -> Path:
 
 
 def build(variant_name: str, *names: str) -> Path:
-    """Builds libraries of a variant ("runtime", "selftest", "kernels"; all without names) and returns their folder.
-    Only what has changed since the last time is compiled. MAX_JOBS limits the parallel compilers.
+    """Builds libraries of a variant ("runtime", "selftest", "kernels"; all of them without names), incrementally, and
+    returns their folder. MAX_JOBS limits the parallel compilers.
 
     Raises:
-        RuntimeError: with the compiler's output, when that fails.
+        RuntimeError: with the compiler's output, if the build fails.
     """
     folder = _folder(variant_name)
     targets = [library_name(variant_name, name) for name in names]
@@ -237,20 +236,20 @@ def _module(variant_name: str, name: str) -> ModuleType:
 
 
 def runtime(variant_name: str) -> ModuleType:
-    """The control module: reset(), report(), set_seed(), set_device(); see runtime/module.cpp."""
+    """The control module (runtime/module.cpp): reset(), report(), set_seed(), set_device()."""
     return _module(variant_name, "runtime")
 
 
 def selftest(variant_name: str) -> ModuleType:
-    """The kernels of tests/tools/test_emulator.py."""
+    """The module with the kernels of tests/tools/test_emulator.py."""
     runtime(variant_name)
     return _module(variant_name, "selftest")
 
 
 @functools.cache
 def load(variant_name: str) -> ModuleType:
-    """Builds what is needed, registers the operators of `segattn_emulated` with their Python side, and returns the
-    control module. A process can load one variant only."""
+    """Builds a variant, registers the operators of `segattn_emulated` with their fakes and autograd, and returns the
+    control module. A process can load only one variant."""
     import segattn_ops
 
     control = runtime(variant_name)

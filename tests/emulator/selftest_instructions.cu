@@ -9,6 +9,7 @@
 
 namespace segattn::selftest {
 
+using cuda::launch_kernel;
 namespace ptx = cuda::ptx;
 
 namespace {
@@ -66,8 +67,8 @@ __global__ void load_matrix(const float* in, float* out, int) {
     out[4 * lane + i] = __uint_as_float(r[i]);
 }
 
-// out: for each lane the results of 4 shuffles (index, up, down, xor) by 3 within segments of `size` lanes, then ballot,
-// any and all of "in > 0"
+// out: for each lane the results of 4 shuffles (index, up, down, xor) by 3 within segments of `size` lanes, then
+// ballot, any and all of "in > 0"
 __global__ void warp_functions(const float* in, float* out, int size) {
   const unsigned all = 0xffffffffu;
   const int lane = int(threadIdx.x);

@@ -1,5 +1,5 @@
-// Kernels with one fault each and their corrected twins (tests/tools/test_emulator.py), which show that each check finds its
-// fault and nothing else. kBroken chooses the twin. Valid CUDA, like the real kernels.
+// Kernels with one fault each and their corrected twins (tests/tools/test_emulator.py), which show that each check
+// finds its fault and nothing else. kBroken chooses the twin. Valid CUDA, like the real kernels.
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
@@ -9,6 +9,7 @@
 
 namespace segattn::selftest {
 
+using cuda::launch_kernel;
 namespace ptx = cuda::ptx;
 
 namespace {
@@ -76,7 +77,8 @@ __global__ void async_copy(const float* in, float* out, int) {
     out[4 * i + k] = tile[4 * other + k];
 }
 
-// Two tiles in one buffer, one after the other. Broken: the second copy starts while others may still read the first tile.
+// Two tiles in one buffer, one after the other. Broken: the second copy starts while others may still read the first
+// tile.
 template <bool kBroken>
 __global__ void async_refill(const float* in, float* out, int) {
   SEGATTN_DYNAMIC_SHARED(float, tile);
@@ -285,7 +287,8 @@ __device__ uint32_t pack(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-// out (16 x 8) = a (16 x 16, row-major) b (16 x 8, row-major), a before b in `in`. Broken: two of a's registers swapped.
+// out (16 x 8) = a (16 x 16, row-major) b (16 x 8, row-major), a before b in `in`. Broken: two of a's registers
+// swapped.
 template <bool kBroken>
 __global__ void lane_mapping(const float* in, float* out, int) {
   const float *a = in, *b = in + 256;
