@@ -181,10 +181,11 @@ def sdpa_choice(workload: Workload, device: torch.device) -> dict[str, str]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
 
-    inner, outer = workload.widths
+    key_channels, value_channels = workload.widths
     n, dtype = min(workload.positions, 4096), DTYPES[workload.dtype]
     query, key, value = (
-        torch.randn(1, 1, n, width, device=device, dtype=dtype, requires_grad=True) for width in (inner, inner, outer)
+        torch.randn(1, 1, n, width, device=device, dtype=dtype, requires_grad=True)
+        for width in (key_channels, key_channels, value_channels)
     )
     answers = {"default": SDPBackend(torch._fused_sdp_choice(query, key, value)).name}
     for name in (*rivals.SDPA_BACKENDS.values(), "MATH"):

@@ -64,8 +64,8 @@ class TestFormulas:
         )
         assert workloads.flops(Workload("channel", 97, 97))[0] / 1e9 == pytest.approx(9.87, abs=0.01)
         assert workloads.flops(Workload("criss_cross", 97, 97))[0] / 1e9 == pytest.approx(2.09, abs=0.01)
-        assert workloads.map_bytes(Workload("position", 97, 97)) / MIB == pytest.approx(338, abs=0.5)
-        assert workloads.map_bytes(Workload("position", 128, 256)) == 4 * 2**30
+        assert workloads.attention_map_bytes(Workload("position", 97, 97)) / MIB == pytest.approx(338, abs=0.5)
+        assert workloads.attention_map_bytes(Workload("position", 128, 256)) == 4 * 2**30
 
     def test_recomputing_flops_are_those_the_operators_declare(self):
         workload = Workload("position", 97, 97)

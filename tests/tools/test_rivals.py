@@ -42,7 +42,7 @@ class TestBackendOfSdpa:
     def test_a_fused_backend_is_charged_for_no_map(self, fused, monkeypatch):
         """128 x 256, B = 8, needs 99 GiB of maps on the math path, and none on a fused backend."""
         many = dataclasses.replace(FAR, batch=8)
-        maps = int(workloads.LIVE_MAPS["sdpa"] * workloads.map_bytes(many, "sdpa"))
+        maps = int(workloads.LIVE_ATTENTION_MAPS["sdpa"] * workloads.attention_map_bytes(many, "sdpa"))
         charged = workloads.peak_bytes(many, "sdpa")
         assert charged - workloads.peak_bytes(many, "sdpa", fused) == maps > 80 * 2**30
         plan = schedule.Schedule(None, "cuda")
