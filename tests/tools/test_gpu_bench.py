@@ -1,4 +1,4 @@
-"""The GPU suite's cells and processes, on the CPU in the GPU's place: measured, wrong, failed, crashed, and ended."""
+"""The GPU suite's cells and processes, run on the CPU: measured, wrong, failed, crashed, and timed out."""
 
 import json
 import os
@@ -24,14 +24,14 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """The cells are tiny, and threads that wait for one another take their time where test processes share a core."""
+    """One thread: the cells are tiny, and waiting threads are slow when test processes share a core."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-# A worker without torch, for what the suite makes of its end.
+# A worker without torch, for the ways in which a worker ends.
 FAKE = """
 import json, os, sys, time
 for line in sys.stdin:
@@ -61,7 +61,7 @@ def state(tmp_path):
 
 @pytest.fixture
 def inside(monkeypatch):
-    """The worker's requests are answered in this process, through the same JSON; what was asked is remembered."""
+    """Serves the worker's requests in this process, through the same JSON, and records them."""
     asked = []
 
     class Inside(Worker):
@@ -76,7 +76,7 @@ def inside(monkeypatch):
 
 
 class TestChildren:
-    def test_output_and_status_come_back(self):
+    def test_output_and_status(self):
         code = "import sys; print('said'); print('warned', file=sys.stderr); sys.exit(3)"
         first, second = children.run([[sys.executable, "-c", code], ["true"]], 30, {"A": "1"})
         assert (first.status, first.output.split()) == (3, ["said", "warned"])
@@ -88,7 +88,7 @@ class TestChildren:
         assert missing.status == 127
 
     def test_the_time_limit_ends_what_the_command_started(self, tmp_path, monkeypatch):
-        """A grandchild that ignores the interrupt, as a profiled program may."""
+        """Including a grandchild that ignores the interrupt, as a profiled program may."""
         monkeypatch.setattr(children, "GRACE", 0.5)
         mark = tmp_path / "pid"
         code = f"trap '' INT; sh -c 'trap \"\" INT; echo $$ > {mark}; echo begun; sleep 60; sleep 60' & wait"
@@ -107,7 +107,7 @@ class TestChildren:
 
     @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
     def test_children_end_with_their_parent(self, tmp_path):
-        """The parent is killed without a word, as at the time limit of a lent machine."""
+        """The parent is killed with SIGKILL, as at the time limit of a lent machine."""
         mark = tmp_path / "pid"
         code = (
             f"from benchmarks.gpu import children\nchildren.run([['sh', '-c', 'echo $$ > {mark}; sleep 60; true']], 60)"
@@ -129,7 +129,7 @@ def _wait_for(condition, seconds: float = 60.0) -> bool:
 
 
 def _gone(pid: int) -> bool:
-    """Whether a process ends, or is a zombie that nobody waits for in a container."""
+    """Whether a process ends, or is a zombie, as an orphan may be in a container."""
 
     def ended() -> bool:
         try:
@@ -148,7 +148,7 @@ class TestWorker:
         with Worker("cpu", [sys.executable, "-c", FAKE]) as found:
             yield found
 
-    def test_one_process_answers_until_it_ends(self, worker):
+    def test_one_process_serves_until_it_ends(self, worker):
         first = worker.ask("pid", 10)
         with pytest.raises(Refused, match="ValueError: no"):
             worker.ask("refuse", 10)
@@ -161,7 +161,7 @@ class TestWorker:
             worker.ask("lose", 10)
         assert worker.ask("pid", 10) not in (first, second)
 
-    def test_what_takes_too_long_is_ended(self, worker):
+    def test_timeout_ends_the_process(self, worker):
         pid = worker.ask("pid", 10)
         with pytest.raises(TooLong):
             worker.ask("sleep", 0.3)
@@ -170,8 +170,8 @@ class TestWorker:
 
 
 class TestServer:
-    def test_a_device_that_does_not_answer_is_a_crash(self, monkeypatch):
-        """An illegal access shows at the next synchronisation, and at every one after it."""
+    def test_a_device_that_does_not_respond_is_a_crash(self, monkeypatch):
+        """An illegal access raises at the next synchronisation and at every later one."""
         server = Server(CPU)
 
         def lost():
@@ -183,19 +183,19 @@ class TestServer:
         monkeypatch.setattr(server, "ceilings", lambda: 1 / 0)
         assert "crashed" in server.answer("ceilings", {})
 
-    def test_what_raises_is_an_answer(self, monkeypatch):
+    def test_exceptions_are_answers(self, monkeypatch):
         server = Server(CPU)
         monkeypatch.setattr(server, "ceilings", lambda: 1 / 0)
         assert server.answer("ceilings", {}) == {"error": "ZeroDivisionError: division by zero"}
 
-    def test_libraries_that_raise_are_a_fault_of_theirs(self, monkeypatch):
-        """The build must still learn what device it is for."""
+    def test_libraries_that_raise_are_reported_as_a_fault(self, monkeypatch):
+        """The build still needs the machine's facts."""
         monkeypatch.setattr(native, "fault", lambda device: 1 / 0)
         facts = Server(CPU).answer("identify", {})["result"]
         assert facts["fault"] == "the libraries here do not serve: ZeroDivisionError: division by zero"
         assert facts["machine"]["device"] == "cpu"
 
-    def test_the_ceilings_can_be_rehearsed(self):
+    def test_ceilings_on_a_cpu(self):
         found = Server(CPU).answer("ceilings", {})["result"]
         assert all(value > 0 for value in found.values())
 
@@ -207,7 +207,7 @@ class TestBench:
         assert bench.run(state, Clock(1000), work, "cpu") is True
         assert {entry["op"] for entry in state.cells.values()} == set(FAMILIES[family])
         for entry in state.cells.values():
-            if entry["rival"] == "sdpa_cudnn":  # not on a CPU: a line, not a crash
+            if entry["rival"] == "sdpa_cudnn":  # fails on a CPU
                 assert entry["status"] == "failed"
                 assert "RuntimeError" in entry["reason"]
                 continue
@@ -219,21 +219,21 @@ class TestBench:
         assert bench.run(State(state.path), Clock(1000), work, "cpu") is True
         assert [name for name, _ in inside] == ["require_native"]
 
-    def test_eagers_errors_are_taken_from_its_record(self, state, inside):
+    def test_eager_errors_come_from_its_record(self, state, inside):
         work = chosen("channel", rivals=("eager", "fused"))
         assert bench.run(state, Clock(1000), work, "cpu") is True
         (eager,) = [entry for entry in state.cells.values() if entry["rival"] == "eager"]
         last = inside[-1][1]
         assert (last["rival"], last["run_eager"], last["eager_errors"]) == ("fused", False, eager["errors"])
 
-    def test_without_eagers_record_it_runs_for_its_errors(self, state, inside, monkeypatch):
+    def test_without_an_eager_record_eager_runs(self, state, inside, monkeypatch):
         seen = []
         check = validate.check
         monkeypatch.setattr(validate, "check", lambda *arguments: seen.append(arguments[3]) or check(*arguments))
         assert bench.run(state, Clock(1000), chosen("channel", rivals=("fused",)), "cpu") is True
         assert 0 < seen[0]["output"] < 1e-5
 
-    def test_no_time_left_means_more_to_do(self, state, inside):
+    def test_out_of_time(self, state, inside):
         assert bench.run(state, Clock(10), chosen("channel"), "cpu") is None
         assert not state.cells
 
@@ -249,7 +249,7 @@ class TestBench:
         assert bench.run(State(state.path), Clock(1000), work, "cpu") is False
         assert [name for name, _ in inside] == ["require_native"]
 
-    def test_what_would_not_fit_is_not_started(self, state, inside, monkeypatch):
+    def test_a_cell_that_would_not_fit_is_not_started(self, state, inside, monkeypatch):
         monkeypatch.setattr(measure, "available_bytes", lambda device: 1000)
         monkeypatch.setattr(cells, "DeviceCell", lambda *_: pytest.fail("started"))
         assert bench.run(state, Clock(1000), chosen("channel"), "cpu") is True
@@ -263,8 +263,8 @@ class TestBench:
         assert found[3]["status"] == "skipped"
         assert found[3]["reason"].startswith("SDPA cuDNN failed at 5x7 B=3")
 
-    def test_a_crash_ends_one_cell_and_once(self, state, monkeypatch):
-        """ "started" is in the file while the cell runs, and "crashed" when its process is gone."""
+    def test_a_crash_ends_one_cell_once(self, state, monkeypatch):
+        """The file says "started" while the cell runs, and "crashed" after its process has died."""
         asked, running = [], []
 
         class Crashing(Worker):
@@ -278,13 +278,13 @@ class TestBench:
         monkeypatch.setattr(bench, "Worker", Crashing)
         work = chosen("channel", rivals=("eager", "fused"), sizes=((5, 7), (3, 3)))
         assert bench.run(state, Clock(1000), work, "cpu") is False
-        # Eager, which crashed, is not tried at the other size; the fused op is, alone.
+        # Eager crashed and is skipped at the other size; the fused op runs there.
         assert asked == ["eager", "fused", "fused"]
         assert running[:2] == [["started"], ["crashed", "started"]]
         assert bench.run(State(state.path), Clock(1000), work, "cpu") is False
         assert len(asked) == 3
 
-    def test_a_cell_that_takes_too_long_is_final_and_the_suites_own_limit_is_not(self, state, monkeypatch):
+    def test_only_a_cells_own_time_limit_is_final(self, state, monkeypatch):
         class Slow(Worker):
             def ask(self, name, timeout, **arguments):
                 if name == "require_native":
@@ -307,7 +307,7 @@ class TestBench:
         with pytest.raises(native.NotNative):
             cell.measure("fused")
 
-    def test_fused_is_native_whatever_the_environment_says(self, inside):
+    def test_fused_uses_the_native_backend(self, inside):
         cell = cells.DeviceCell(small("channel"), CPU)
         seen = []
         right = rivals.fused_channel
@@ -331,7 +331,7 @@ class TestBench:
         broken[3] *= 1.01
         assert cell.errors(broken, gradients)["output"] > 1e-3
 
-    def test_waiting_for_the_host_is_written_down(self, inside):
+    def test_waiting_for_the_host_is_recorded(self, inside):
         cell = cells.DeviceCell(small("channel"), CPU)
 
         class Timer:
@@ -345,8 +345,8 @@ class TestBench:
         assert cell.measure("eager")["host_exposed"] == ["forward", "forward_backward", "backward"]
 
 
-def test_the_whole_command_in_processes_of_its_own(tmp_path, capsys):
-    """What runs on a GPU, on the CPU: libraries checked in one process, cells measured in another."""
+def test_the_command_with_its_processes(tmp_path, capsys):
+    """The whole suite on the CPU: libraries are checked in one process, cells measured in another."""
     if reason := native.fault(CPU):
         pytest.skip(reason)
     path = tmp_path / "gpu.json"

@@ -1,4 +1,4 @@
-"""Pictures of the GPU suite's JSON: what is drawn where, from a file with known figures."""
+"""Pictures of the GPU suite's JSON, from a file with known figures."""
 
 import json
 
@@ -62,12 +62,12 @@ def whole_run() -> dict:
 
 
 class TestFigures:
-    def test_every_op_has_a_workload_again(self):
+    def test_workloads_of_records(self):
         for op in OPS:
             workload = Workload(op, 6, 5, "float16", 2, 24, 64 if op in ("channel", "non_local", "ann") else 4)
             assert Workload.of(run.record(workload, "fused", "measured")) == workload
 
-    def test_bytes_that_must_move(self):
+    def test_least_bytes(self):
         forward, backward = Workload("position", 97, 97, "bfloat16", 8).least_bytes()
         assert forward == 2 * 8 * 9409 * (64 + 64 + 512 + 512)
         assert backward == 2 * 8 * 9409 * (2 * (64 + 64 + 512) + 512)
@@ -81,13 +81,13 @@ class TestFigures:
         assert (least, by) == (pytest.approx(2 * 8 * 9409 * 1152 / 4e12), "bytes")
         assert plots.bound(position, "forward", {}) is None
 
-    def test_float32_may_take_three_tf32_products(self):
+    def test_float32_ceiling_includes_three_tf32_products(self):
         assert plots.flop_ceiling(CEILINGS, "float32") == 130e12
         assert plots.flop_ceiling(CEILINGS | {"matmul_tf32_flop_per_second": 90e12}, "float32") == 50e12
         assert plots.flop_ceiling(CEILINGS, "float64") is None
 
-    def test_the_names_are_those_the_suite_measures(self, monkeypatch):
-        """The ceilings' names in the JSON, from the function that makes them, on small tensors."""
+    def test_names_of_the_ceilings(self, monkeypatch):
+        """The names of the ceilings in the JSON, from the function that measures them, on small tensors."""
         import torch
 
         monkeypatch.setattr(measure, "DeviceTimer", lambda device: lambda function: function() is None or 1.0)
@@ -111,7 +111,7 @@ class TestFigures:
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The axes of every figure that is drawn, by file name, in place of the files."""
+    """Collects the axes of every figure by file name instead of writing files."""
     seen = {}
 
     def keep(figure, axes, path, heading):
@@ -129,7 +129,7 @@ def points(ax) -> dict[str, list[tuple[float, float]]]:
 
 
 class TestPictures:
-    def test_figures_are_where_they_belong(self, drawn, tmp_path):
+    def test_figures_and_positions(self, drawn, tmp_path):
         near, far = Workload("position", 97, 97, "bfloat16", 8), Workload("position", 128, 128, "bfloat16", 8)
         plots.draw(content(cells_of(far) + cells_of(near, ("eager", "fused"))), tmp_path)
         assert set(drawn) == {"position-throughput.png", "position-rivals.png", "position-bound.png"}
@@ -148,7 +148,7 @@ class TestPictures:
         assert points(forward) == {"bound by FLOP": [(pytest.approx(2), 0), (pytest.approx(2), 1)]}
         assert points(backward) == {"bound by FLOP": [(pytest.approx(3), 0), (pytest.approx(3), 1)]}
 
-    def test_times_with_the_hosts_are_hollow(self, drawn, tmp_path):
+    def test_times_that_include_the_host_are_hollow(self, drawn, tmp_path):
         cells = cells_of(Workload("channel", 97, 97, "bfloat16"), ("fused", "eager"))
         cells[1]["host_exposed"] = ["forward"]
         plots.draw(content(cells), tmp_path)
@@ -158,7 +158,7 @@ class TestPictures:
         assert set(points(backward)) == {"eager"}
         assert set(points(drawn["channel-bound.png"][0])) == {"bound by FLOP"}
 
-    def test_what_is_missing_is_not_drawn(self, drawn, tmp_path):
+    def test_missing_figures_are_not_drawn(self, drawn, tmp_path):
         workload = Workload("criss_cross", 97, 97, "float64")
         alone = content([entry(workload, "fused", 1e-3, 2e-3)])
         plots.draw(alone, tmp_path)  # no rival, and no ceiling for its dtype

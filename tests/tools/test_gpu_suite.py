@@ -1,4 +1,4 @@
-"""What of the GPU suite needs no GPU: what is selected, resuming, the build, commands, the plan, the table."""
+"""The parts of the GPU suite that need no GPU: selection, resuming, build, commands, plan, table."""
 
 import json
 import shutil
@@ -35,14 +35,14 @@ def state(tmp_path):
 
 
 @without_gpu
-def test_without_a_gpu_it_says_so_and_exits_cleanly(tmp_path, capsys):
+def test_without_a_gpu_it_exits_cleanly(tmp_path, capsys):
     assert suite.main(["--output", str(tmp_path / "gpu.json")]) == 0
     assert "no CUDA device" in capsys.readouterr().out
     assert not (tmp_path / "gpu.json").exists()
 
 
-def test_what_comes_before_the_build_loads_no_library(tmp_path):
-    """A library that is loaded cannot be replaced by the build, and without one "fused" would be the reference."""
+def test_no_library_is_loaded_before_the_build(tmp_path):
+    """The build cannot replace a loaded library, and without one "fused" would be the reference."""
     code = (
         "import sys; sys.modules['segattn_ops'] = None; from benchmarks.gpu import suite\n"
         f"assert suite.main(['--dry-run', '--output', {str(tmp_path / 'gpu.json')!r}]) == 0\n"
@@ -62,7 +62,7 @@ def test_what_comes_before_the_build_loads_no_library(tmp_path):
         assert expected in done.stdout
 
 
-def test_the_host_rehearses_what_it_can(capsys, tmp_path):
+def test_pieces_on_the_host(capsys, tmp_path):
     output = ["--output", str(tmp_path / "gpu.json")]
     assert suite.main(["--device", "cpu", "--dry-run", *output]) == 0
     printed = capsys.readouterr().out
@@ -77,11 +77,11 @@ class TestSelection:
     def test_every_op_belongs_to_one_family(self):
         assert sorted(op for ops in FAMILIES.values() for op in ops) == sorted(OPS)
 
-    def test_every_rival_is_measured_eager_first(self):
+    def test_every_rival_with_eager_first(self):
         assert set(RIVALS) == set(rivals.RIVALS)
         assert RIVALS[:2] == ("eager", "fused")
 
-    def test_the_most_important_come_first_and_none_twice(self):
+    def test_order_without_duplicates(self):
         planned = ALL.workloads()
         assert {(w.op, w.size, w.dtype, w.batch) for w in planned[:3]} == {
             (op, "97x97", "bfloat16", 8) for op in ("position", "criss_cross", "channel")
@@ -97,7 +97,7 @@ class TestSelection:
         chosen = Selection(sizes=((5, 7), (9, 9)), dtypes=("float32",), batches=(2,), rivals=("eager", "compile"))
         assert [w.size for w in chosen.workloads() if "compile" in chosen.rivals_of(w) and w.op == "channel"] == ["5x7"]
 
-    def test_the_command_line_narrows_it(self):
+    def test_the_command_line_selects(self):
         arguments = suite.parser().parse_args(
             [
                 "--families",
@@ -121,12 +121,12 @@ class TestSelection:
         "option, value",
         [("--rivals", "eager,mine"), ("--sizes", "97"), ("--dtypes", "int8"), ("--batches", "0"), ("--families", "x")],
     )
-    def test_what_is_unknown_is_refused(self, option, value, capsys):
+    def test_unknown_values_are_rejected(self, option, value, capsys):
         with pytest.raises(SystemExit):
             suite.parser().parse_args([option, value])
         assert option in capsys.readouterr().err
 
-    def test_the_folder_that_comes_back_is_the_default(self, monkeypatch, tmp_path):
+    def test_default_output(self, monkeypatch, tmp_path):
         monkeypatch.setenv("OUT", str(tmp_path))
         assert suite.default_output() == tmp_path / "gpu.json"
         monkeypatch.delenv("OUT")
@@ -134,7 +134,7 @@ class TestSelection:
 
 
 class TestResuming:
-    def test_cells_and_steps_survive_in_the_file(self, state):
+    def test_cells_and_steps_are_stored(self, state):
         workload = small("channel")
         state.set_cell(run.record(workload, "fused", "measured"))
         state.set_cell(run.record(workload, "eager", "stopped"))
@@ -142,14 +142,14 @@ class TestResuming:
         state.set_step("tests", "cuda", "failed")
         again = gpu_state.State(state.path)
         assert again.cell(workload, "fused")["status"] == "measured"
-        assert again.cell(workload, "eager") is None  # the time limit says nothing of it
+        assert again.cell(workload, "eager") is None  # the suite's time limit is not a result of the cell
         assert again.cell(small("channel", dtype="bfloat16"), "fused") is None
         assert again.step("smoke", "channel")["seconds"] == 1.0
         assert again.step("tests", "cuda") is None
         assert gpu_state.State(state.path, again=True).cell(workload, "fused") is None
 
     @pytest.mark.parametrize("status", ["wrong", "crashed", "failed", "skipped"])
-    def test_what_a_build_did_once_it_does_again(self, state, status):
+    def test_final_statuses(self, state, status):
         state.set_cell(run.record(small("channel"), "fused", status, "why"))
         assert gpu_state.State(state.path).cell(small("channel"), "fused")["status"] == status
 
@@ -170,7 +170,7 @@ class TestResuming:
         assert state.cell(small("channel"), "fused") is None
         assert state.step("ceilings", "device") is None
 
-    def test_a_cell_that_ends_the_suite_is_tried_twice(self, state):
+    def test_a_cell_that_ends_the_suite_runs_twice(self, state):
         workload = small("channel")
         for _ in range(gpu_state.STARTS):
             assert gpu_state.State(state.path).start_cell(workload, "fused")
@@ -178,40 +178,40 @@ class TestResuming:
         assert not gpu_state.State(state.path).start_cell(workload, "fused")
         assert gpu_state.State(state.path).cell(workload, "fused")["status"] == "crashed"
 
-    def test_a_rival_that_failed_is_not_tried_again_for_the_op_and_dtype(self, state):
+    def test_a_failed_rival_is_skipped_for_the_op_and_dtype(self, state):
         state.set_cell(run.record(small("position", 2), "sdpa_flash", "failed", "no kernel"))
         state.set_cell(run.record(small("position", 2), "eager", "failed", "out of memory: 80 GiB"))
         state.set_cell(run.record(small("position", 2), "sdpa", "skipped", "would not fit"))
         assert "SDPA flash failed at 5x7 B=2: no kernel" in state.refusal(small("position"), "sdpa_flash")
         assert state.refusal(small("position", dtype="bfloat16"), "sdpa_flash") is None
         assert state.refusal(small("non_local"), "sdpa_flash") is None
-        assert state.refusal(small("position", 1), "eager") is None  # smaller: it may fit
+        assert state.refusal(small("position", 1), "eager") is None  # smaller, so it may fit
         assert state.refusal(small("position", 3), "eager")
         assert state.refusal(small("position"), "sdpa") is None
 
-    def test_a_run_goes_on_from_another_file(self, state, tmp_path):
+    def test_resume_from_another_file(self, state, tmp_path):
         state.set_cell(run.record(small("channel"), "fused", "measured"))
         other = tmp_path / "other" / "gpu.json"
         resumed = gpu_state.State(other, resume=state.path)
         assert resumed.cell(small("channel"), "fused")
         resumed.save()
         state.path.unlink()
-        assert gpu_state.State(other, resume=state.path).cell(small("channel"), "fused")  # its own file comes first
+        assert gpu_state.State(other, resume=state.path).cell(small("channel"), "fused")  # --output takes precedence
 
-    def test_another_schema_is_refused(self, state):
+    def test_another_schema_is_rejected(self, state):
         state.save()
         state.path.write_text(json.dumps({"schema": 99}))
         with pytest.raises(ValueError, match="schema 99"):
             gpu_state.State(state.path)
 
-    def test_output_that_is_kept_is_bounded(self, state):
+    def test_stored_output_is_bounded(self, state):
         state.set_step("tests", "cuda", "failed", output=["x" * 10**6] * 1000)
         assert state.path.stat().st_size < 2 * gpu_state.OUTPUT_LINES * gpu_state.OUTPUT_WIDTH
 
 
 @pytest.fixture
 def commands(monkeypatch):
-    """Commands are remembered and answered by ``respond`` in place of being run."""
+    """Records commands and answers them by ``respond`` instead of running them."""
 
     class Remembered(list):
         environment: dict | None = None
@@ -237,17 +237,17 @@ class TestBuild:
     CLOCK = gpu_state.Clock(1000)
 
     def identified(self, monkeypatch, *faults):
-        """``identify`` finds these faults one after another."""
+        """Makes ``identify`` report these faults in turn."""
         answers = iter(faults)
         facts = {"capability": [9, 0], "build": {"torch_at_build": "2.14.1"}}
         monkeypatch.setattr(build, "identify", lambda *_: facts | {"fault": next(answers)})
 
-    def test_carried_libraries_of_these_sources_are_not_built_again(self, state, monkeypatch, commands):
+    def test_matching_libraries_are_not_rebuilt(self, state, monkeypatch, commands):
         self.identified(monkeypatch, None)
         assert build.run(state, self.CLOCK, ALL, "cuda") is True
         assert not commands
 
-    def test_a_remembered_build_is_no_library(self, state, monkeypatch, commands):
+    def test_a_recorded_build_does_not_replace_the_libraries(self, state, monkeypatch, commands):
         state.set_step("build", "libraries", "passed")
         self.identified(monkeypatch, "the CUDA kernels were not built", None)
         monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
@@ -297,7 +297,7 @@ class TestNative:
         assert f"{used[1]} was built of other sources (another)" in native.fault(CPU)
 
     def test_a_tree_without_libraries_measures_nothing(self, tmp_path):
-        """The whole command in a copy of the tree in which nothing is built: an error, and not the reference's time."""
+        """In a copy of the tree without libraries the piece fails instead of timing the reference."""
         ignored = shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__")
         for folder in ("benchmarks", "segattn_ops", "tools"):
             shutil.copytree(compilers.ROOT / folder, tmp_path / folder, ignore=ignored)
@@ -319,7 +319,7 @@ class TestCommands:
     def tools(self, monkeypatch):
         monkeypatch.setattr(compilers.build_tools, "find_program", lambda name: f"/bin/{name}")
 
-    def test_smoke_looks_at_every_family_at_once(self, state, commands):
+    def test_smoke_runs_all_families_at_once(self, state, commands):
         assert smoke.run(state, self.CLOCK, ALL, "cuda") is True
         assert commands.together == [len(FAMILIES)]
         assert {command[command.index("--op") + 1] for command in commands} == set(FAMILIES)
@@ -355,7 +355,7 @@ class TestCommands:
         assert step["counts"] == {"tests": 12, "failures": 1, "errors": 0, "skipped": 2}
 
     def test_a_run_in_which_every_test_is_skipped_has_failed(self, state, commands):
-        """Without a device, or without kernels, the tests skip themselves, and pytest calls that a success."""
+        """Tests are skipped without a device or without kernels, which pytest reports as a success."""
 
         def respond(command):
             path = next(word.removeprefix("--junitxml=") for word in command if word.startswith("--junitxml="))
@@ -367,7 +367,7 @@ class TestCommands:
         assert tests.run(state, self.CLOCK, ALL, "cuda") is False
         assert gpu_state.State(state.path).pieces["tests"]["cuda"]["output"][-1] == "no test ran: all were skipped"
 
-    def test_profiles_leave_the_clocks_alone_and_are_bounded(self, state, commands):
+    def test_profiles_keep_clocks_unlocked_and_are_bounded(self, state, commands):
         state.save()
 
         def respond(command):
@@ -389,7 +389,7 @@ class TestCommands:
         assert profile.run(state, self.CLOCK, ALL, "cuda") is False
         assert "ncu is not on PATH or in the usual places" in capsys.readouterr().out
 
-    def test_passed_steps_are_not_run_again_and_failed_ones_are(self, state, commands):
+    def test_only_failed_steps_run_again(self, state, commands):
         step = {"a": ["true"], "b": ["false"]}
         commands.respond = lambda command: Finished(0 if command == ["true"] else 3, "why", 1.0)
         assert gpu_steps.run_steps(state, "smoke", step, self.CLOCK) is False
@@ -411,7 +411,7 @@ class TestCommands:
 
 
 class TestPlan:
-    def test_every_printed_command_is_one_of_the_suite(self):
+    def test_printed_commands_parse(self):
         commands = plan.invocations(plan.describe())
         assert len(commands) == sum(len(call.invocations) for call in plan.calls())
         parsed = [suite.parser().parse_args(command) for command in commands]
@@ -432,7 +432,7 @@ class TestPlan:
         total = sum(call.seconds + plan.START_SECONDS for call in plan.calls())
         assert total <= plan.LENT_SECONDS
 
-    def test_what_travels_is_within_the_limits(self):
+    def test_transfers_are_within_the_limits(self):
         assert len(plan.CARRIED) <= 8
         for call in plan.calls():
             assert len(call.returns) <= 8
@@ -454,7 +454,7 @@ class TestPlan:
         (tmp_path / plan.CARRIED[-1]).write_text(json.dumps(info))
         return tmp_path
 
-    def test_it_says_whether_the_libraries_serve(self, tree):
+    def test_the_state_of_the_libraries_is_printed(self, tree):
         assert "does not build" in "\n".join(plan.describe())
         (tree / "setup.py").write_text("changed")
         assert "_C was built of other sources" in "\n".join(plan.describe())
@@ -463,7 +463,7 @@ class TestPlan:
         assert "_C_cuda.abi3.so is not built" in lines
         assert plan.BUILD in lines
 
-    def test_it_says_what_does_not_fit(self, tree):
+    def test_a_transfer_that_does_not_fit_is_printed(self, tree):
         with (tree / plan.CARRIED[1]).open("wb") as file:
             file.truncate(65 << 20)
         assert "DOES NOT FIT in 64.0 MiB" in "\n".join(plan.describe())
@@ -498,11 +498,11 @@ class TestTable:
         assert rows[1][11] == "2.00"
         assert rows[0][12:] == ["3.0", "2e-03"]
 
-    def test_times_with_the_hosts_in_them_are_marked(self):
+    def test_times_that_include_the_host_are_marked(self):
         (row,) = report.table([self.entry("fused", 0.002, 0.004, host_exposed=["backward"])])
         assert (row[5], row[9]) == ("2.000", "4.000*")
 
-    def test_what_did_not_run_says_why(self):
+    def test_skipped_cells_show_the_reason(self):
         entry = run.record(Workload("position", 128, 256), "eager", "skipped", "would not fit: needs 17 GiB")
         (row,) = report.table([entry])
         assert row[5] == "skipped: would not fit: needs 17 GiB"
