@@ -85,7 +85,8 @@ class TestFlashInParts:
         [("position", 512, 64), ("position", 300, 20), ("position", 600, 3), ("non_local", 48, 0), ("ann", 40, 0)],
     )
     def test_exact(self, op, channels, key_channels):
-        """Equals the definition, forward and backward: several and uneven parts, odd widths, fewer keys than queries."""
+        """Equals the definition, forward and backward: several and uneven parts, odd widths, fewer keys than
+        queries."""
         workload = Workload(op, 6, 7, "float64", 2, channels, key_channels or 1)
         leaves = features_of(workload)
         grad_output = features.grad_output(workload)
@@ -132,7 +133,8 @@ class TestFlexTiles:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
     def test_tiles_fit_a_block_of_an_h100(self, dtype):
         """The tiles that a block keeps plus those of each pipeline stage are below 227 KiB at E = 64, C = 512. Tiles
-        divide each other and a mask's blocks of 128, as FlexAttention requires. Triton reports the same 155,648 bytes."""
+        divide each other and a mask's blocks of 128, as FlexAttention requires. Triton reports the same 155,648
+        bytes."""
         options = rivals.flex_options(FakeValue(512, dtype))
         m, n, stages = options["fwd_BLOCK_M"], options["fwd_BLOCK_N"], options["num_stages"]
         m1, n1, m2, n2 = (options[f"bwd_BLOCK_{name}"] for name in ("M1", "N1", "M2", "N2"))
