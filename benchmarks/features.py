@@ -137,7 +137,7 @@ class FeatureSource:
 
     def _window(self, height: int, width: int) -> tuple[int, int]:
         if height > self.height or width > self.width:
-            raise ValueError(f"features go up to {self.height}x{self.width} (asked for {height}x{width})")
+            raise ValueError(f"features go up to {self.height}x{self.width} (got {height}x{width})")
         return (self.height - height) // 2, (self.width - width) // 2
 
     def window(self, height: int, width: int) -> Tensor:

@@ -95,7 +95,7 @@ def sdpa_position_by(backend: str, query: Tensor, key: Tensor, value: Tensor) ->
 
 
 def sdpa_position_split(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The same through SDPA's flash backend, which wants query, key and value of one width of at most 256 channels.
+    """The same with SDPA's flash backend, which needs query, key and value of one width of at most 256 channels.
 
     The value's channels are cut into parts of at most 256, each a head. All heads share the query and the key, padded
     with zeros to the width of a part. One call passes over the keys once for each part. The scale stays that of the

@@ -19,7 +19,7 @@ def steps(selection: Selection) -> list[str]:
 def identify(state: State, clock: Clock, device: str) -> dict:
     """The machine's facts and the libraries' fault, if any, from a process that ends before the libraries are rebuilt.
 
-    Evaluated anew each time: the state file may come from another machine, and the libraries may have changed.
+    Never cached: the state file may come from another machine, and the libraries may have changed.
     """
     with Worker(device) as worker:
         try:

@@ -34,7 +34,7 @@ class Server:
 
             build, fault = segattn_ops.build_config(), native.fault(self.device)
         except Exception as error:  # such as operators with another tree's schemas
-            build, fault = None, f"the libraries here do not serve: {_reason(error)}"
+            build, fault = None, f"the libraries here cannot be used: {_reason(error)}"
         return {
             "machine": report.machine(str(self.device), torch.get_num_threads()),
             "capability": torch.cuda.get_device_capability(self.device) if self.device.type == "cuda" else None,

@@ -192,7 +192,7 @@ class TestServer:
         """The build still needs the machine's facts."""
         monkeypatch.setattr(native, "fault", lambda device: 1 / 0)
         facts = Server(CPU).answer("identify", {})["result"]
-        assert facts["fault"] == "the libraries here do not serve: ZeroDivisionError: division by zero"
+        assert facts["fault"] == "the libraries here cannot be used: ZeroDivisionError: division by zero"
         assert facts["machine"]["device"] == "cpu"
 
     def test_ceilings_on_a_cpu(self):

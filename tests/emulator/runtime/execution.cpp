@@ -212,12 +212,6 @@ bool same_location(const Site& a, const Site& b) {
       (a.file_name() == b.file_name() || std::strcmp(a.file_name(), b.file_name()) == 0);
 }
 
-Thread& thread_of(int index) {
-  return state.threads[index];
-}
-Warp& warp_of(const Thread& thread) {
-  return state.warps[thread.warp];
-}
 int thread_count() {
   return state.thread_count;
 }

@@ -69,8 +69,6 @@ struct Warp {
 inline Thread& self() {
   return *static_cast<Thread*>(current);
 }
-Thread& thread_of(int index);
-Warp& warp_of(const Thread& thread);
 int thread_count();
 
 // Suspends the running thread until make_ready() names it.
