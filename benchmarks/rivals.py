@@ -75,19 +75,19 @@ def eager_criss_cross(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def _tokens(operand: Tensor) -> Tensor:
-    """(B,C,*S) -> (B,1,N,C), contiguous: no fused backend of SDPA takes channels with a stride."""
+    """(B,C,*S) -> (B,1,N,C), contiguous: no fused backend of SDPA accepts strided channels."""
     return operand.flatten(2).transpose(1, 2).unsqueeze(1).contiguous()
 
 
 def sdpa_position(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The same through ``scaled_dot_product_attention`` with one head; PyTorch chooses the backend."""
+    """The same with ``scaled_dot_product_attention``, one head; PyTorch chooses the backend."""
     tokens = (_tokens(operand) for operand in (query, key, value))
     output = F.scaled_dot_product_attention(*tokens, scale=1.0)
     return output.squeeze(1).transpose(1, 2).unflatten(2, query.shape[2:])
 
 
 def sdpa_position_by(backend: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """:func:`sdpa_position` with one backend allowed; raises RuntimeError where that backend refuses."""
+    """:func:`sdpa_position` with one backend; raises RuntimeError if it does not support the operands."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     with sdpa_kernel(getattr(SDPBackend, backend)):
@@ -97,9 +97,9 @@ def sdpa_position_by(backend: str, query: Tensor, key: Tensor, value: Tensor) ->
 def sdpa_position_split(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """The same with SDPA's flash backend, which needs query, key and value of one width of at most 256 channels.
 
-    The value's channels are cut into parts of at most 256, each a head. All heads share the query and the key, padded
-    with zeros to the width of a part. One call passes over the keys once for each part. The scale stays that of the
-    unpadded query. Raises RuntimeError where the backend refuses, ValueError where the query is wider than 256.
+    The value's channels are split into heads of at most 256. All heads share the query and the key, zero-padded to the
+    width of a head. One call iterates over the keys once per head. The scale is that of the unpadded query. Raises
+    RuntimeError if the backend does not support the operands, ValueError if the query has more than 256 channels.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 

@@ -110,7 +110,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "set_built_architectures", &set_built_architectures, py::arg("architectures"),
       "Architectures the library reports as built for, 80 for sm_80; empty: that of the emulated device.");
   m.def("set_seed", &set_seed, py::arg("seed"), "Chooses the schedule of threads and blocks.");
-  m.def("seed", &seed);
   m.def(
       "set_mma_rounding", &set_mma_rounding, py::arg("rounding"),
       "How mma adds: 'truncate', as tensor cores do, or 'nearest'. ValueError for anything else.");
@@ -123,11 +122,4 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       },
       py::arg("architecture"), py::arg("multiprocessors") = 0,
       "Chooses the emulated architecture, 80 for sm_80. ValueError for an unknown one.");
-#if defined(SEGATTN_EMULATOR_TRACE)
-  m.def(
-      "set_race_checks", &trace::set_race_checks, py::arg("on"),
-      "Off: only counters, which need no shadow of global memory.");
-#endif
-  m.def("architecture", [] { return device().architecture; });
-  m.def("multiprocessors", [] { return device().multiprocessors; });
 }

@@ -18,7 +18,6 @@ TrafficCounter traffic;
 Memory memory;
 Image kernel_image;
 Image runtime_image;
-bool find_races = true;
 
 bool inside(const void* address, const void* begin, size_t bytes) {
   return uintptr_t(address) - uintptr_t(begin) < bytes;
@@ -68,8 +67,6 @@ Traffic global_traffic(Access kind) {
 }
 
 void check_races(const void* address, ptrdiff_t offset, size_t bytes, bool write, const void* location) {
-  if (!find_races)
-    return;
   constexpr uintptr_t kUnit = RaceDetector::kUnitBytes;
   const uintptr_t position = offset >= 0 ? uintptr_t(offset) : uintptr_t(address);
   const uintptr_t first = position / kUnit, last = (position + bytes - 1) / kUnit;
@@ -79,10 +76,6 @@ void check_races(const void* address, ptrdiff_t offset, size_t bytes, bool write
 }
 
 }  // namespace
-
-void set_race_checks(bool on) {
-  find_races = on;
-}
 
 void launch_started(const Memory& of_launch) {
   memory = of_launch;

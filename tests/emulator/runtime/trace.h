@@ -44,9 +44,6 @@ void access(Access kind, const void* address, size_t bytes, const void* location
 // The data of an asynchronous copy arrive: a write for the race detector, not counted again.
 void landed(const void* address, size_t bytes, const void* location);
 
-// Off: only counters, which need no shadow of global memory.
-void set_race_checks(bool on);
-
 // All threads of the block have met.
 void block_synchronized();
 void warp_synchronized(int warp, unsigned lanes);
