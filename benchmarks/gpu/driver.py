@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         native.require_native(device.type)
     except native.NotNative as missing:
-        print(f"gpu_driver: {missing}")
+        print(f"benchmarks.gpu.driver: {missing}")
         return 2
     torch.manual_seed(0)
     wrong = 0
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
                 else:
                     print(f"{workload.label}: right" if not arguments.once else workload.label, flush=True)
     if wrong:
-        print(f"gpu_driver: {wrong} results are wrong")
+        print(f"benchmarks.gpu.driver: {wrong} results are wrong")
     return 1 if wrong else 0
 
 

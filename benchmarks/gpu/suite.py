@@ -78,7 +78,7 @@ def _sizes(text: str) -> tuple[tuple[int, int], ...]:
 
 def _batches(text: str) -> tuple[int, ...]:
     if not all(part.isdigit() and int(part) > 0 for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"must be positive numbers with commas between them (got {text!r})")
+        raise argparse.ArgumentTypeError(f"must be positive numbers, comma-separated (got {text!r})")
     return tuple(int(part) for part in text.split(","))
 
 
@@ -100,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--families", type=_names(tuple(FAMILIES)), default=tuple(FAMILIES), help=_text(FAMILIES))
     p.add_argument("--rivals", type=_names(RIVALS), default=RIVALS, help=f"of bench: {_text(RIVALS)}")
     sizes = _text(f"{height}x{width}" for height, width in SIZES)
-    p.add_argument("--sizes", type=_sizes, default=SIZES, help=f"of bench, HxW with commas between them: {sizes}")
+    p.add_argument("--sizes", type=_sizes, default=SIZES, help=f"of bench, comma-separated HxW: {sizes}")
     p.add_argument("--dtypes", type=_names(tuple(ALL_DTYPES)), default=DTYPES, help=f"of bench: {_text(DTYPES)}")
     p.add_argument("--batches", type=_batches, help="of bench: 8,1 and for criss-cross also 32")
     p.add_argument("--output", type=Path, default=None, help="state and result, one JSON: $OUT or report/gpu, gpu.json")
