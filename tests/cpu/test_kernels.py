@@ -236,7 +236,7 @@ print(forward_backward(97 * 97))
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak is read from Linux's /proc")
 @pytest.mark.parametrize(("dtype", "eager", "part"), [("float32", 1367, 25), ("bfloat16", 664, 15)])
 def test_position_memory(dtype, eager, part):
-    """Extra memory of forward and backward at 97 x 97, E = 64, C = 512; eager's in MiB is from docs/performance.md."""
+    """Extra memory of forward and backward at 97 x 97, E = 64, C = 512; eager's MiB are in docs/results.md."""
     out = subprocess.run(
         [sys.executable, "-c", MEASURE_MEMORY, dtype], cwd=ROOT, capture_output=True, text=True, timeout=300, check=True
     )

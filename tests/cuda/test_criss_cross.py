@@ -1,5 +1,5 @@
 """The CUDA kernels of criss-cross attention, emulated: what the operator suite cannot see. Work and traffic against the
-arithmetic of docs/performance.md, the paths a problem or a device chooses, and the builds that look for faults."""
+arithmetic of docs/results.md, the paths a problem or a device chooses, and the builds that look for faults."""
 
 import functools
 import math
@@ -178,7 +178,7 @@ def test_traffic(traced, accesses, backward, side):
     ],
 )
 def test_documented_traffic(accesses, others, least, ratios):
-    """What docs/performance.md says of C = 512, E = 64 at 97 x 97, in units of the least. delta_kernel takes two maps
+    """What docs/results.md says of C = 512, E = 64 at 97 x 97, in units of the least. delta_kernel takes two maps
     of C channels, the correction of grad_query three of E."""
     for unit in (0, 1):
         kinds = [kind for direction in accesses(64, 512).values() for kind in direction]

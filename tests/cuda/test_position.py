@@ -1,5 +1,5 @@
 """The CUDA kernels of position attention, emulated: what the operator suite cannot see. Work and traffic against the
-arithmetic of docs/performance.md, the paths a problem or a device chooses, and the builds that look for faults."""
+arithmetic of docs/results.md, the paths a problem or a device chooses, and the builds that look for faults."""
 
 import math
 import os
@@ -126,7 +126,7 @@ def test_forward_traffic_is_what_its_tiling_implies(traced):
     assert sum(moved.values()) <= 1.25 * (4 * per_block + written)
     whole = blocks(N97, 128) * 2 * 2 * (64 * 128 + (64 + 256) * N97)
     minimum = 2 * N97 * (64 + 64 + 512 + 512)
-    assert 0.85e9 < whole < 0.95e9 and 21e6 < minimum < 22e6  # what the docstring and docs/performance.md say
+    assert 0.85e9 < whole < 0.95e9 and 21e6 < minimum < 22e6  # what the docstring and docs/results.md say
 
 
 def test_backward_traffic_is_what_its_tiling_implies(traced):

@@ -11,6 +11,7 @@ namespace segattn::selftest {
 
 using cuda::launch_kernel;
 namespace ptx = cuda::ptx;
+using cuda::launch_kernel;
 
 namespace {
 

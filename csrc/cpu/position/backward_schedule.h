@@ -101,7 +101,7 @@ class PositionSchedule {
 
   const std::int64_t samples, key_groups, query_groups, replicas;
 
-  // Groups have about this many positions: packing then costs 1.6% of the products (docs/performance.md).
+  // Groups have about this many positions: packing then costs 1.6% of the products.
   static constexpr std::int64_t kGroup = 600;
   // grad_output is packed twice for every key group, so small maps are rather cut along the queries (N = 1024, C = 512,
   // one thread: 16.3 ms with key groups of 128, 14.4 ms with 256).

@@ -1,6 +1,8 @@
-// Channel attention on CUDA, host side. What cuBLAS does best it does (torch's bmm): the products of 32-bit and 64-bit
-// matrices, and the application of the map. Ours are the 16-bit Gram matrix in float32 and by halves, the softmax passes,
-// and the self-attention's gradient, two products in one accumulator.
+// Channel attention on CUDA, host side: checks the arguments, allocates and launches.
+//
+// torch.bmm (cuBLAS) computes the products of 32-bit and 64-bit matrices and applies the weights to value. Our kernels
+// compute the 16-bit products with float32 results and half of a symmetric one (gram.cuh), the softmax and its gradient
+// (softmax.cuh), and the gradient of self-attention, two products in one accumulator (input_gradient.cuh).
 #include <algorithm>
 #include <array>
 #include <optional>
@@ -11,7 +13,8 @@
 #include "checks/channel.h"
 #include "cuda/channel/launch.h"
 #include "cuda/channel/softmax.cuh"
-#include "cuda/position/operands.h"
+#include "cuda/common/launch_context.h"
+#include "cuda/common/operands.h"
 #include "registration.h"
 
 namespace segattn::cuda {
@@ -20,7 +23,7 @@ namespace {
 using Pair = std::tuple<Tensor, Tensor>;
 using Triple = std::tuple<Tensor, Tensor, Tensor>;
 
-// out = left @ right, (B, M, K) @ (B, K, N). The variant with `out` is none of autocast's business.
+// out = left @ right, (B, M, K) @ (B, K, N). autocast does not intercept the out= variant.
 void bmm(const Tensor& left, const Tensor& right, const Tensor& out) {
   std::array<StableIValue, 3> stack{
       torch::stable::detail::from(left), torch::stable::detail::from(right), torch::stable::detail::from(out)};
@@ -32,19 +35,28 @@ Tensor transposed(const Tensor& matrix) {
   return torch::stable::transpose(matrix, 1, 2);
 }
 
-// (B, channels, *spatial) as a matrix for each sample; copied where its positions are not in order
+// (B, channels, *spatial) as (B, channels, positions); copied where it is not contiguous.
 Tensor matrices(const Tensor& tensor) {
   return torch::stable::view(torch::stable::contiguous(tensor), {tensor.size(0), tensor.size(1), positions_of(tensor)});
 }
 
-int count(const char* op, const char* what, int64_t value) {
-  if (value > INT32_MAX) {
-    fail(op, what, " must be fewer than 2^31 (got ", value, ")");
-  }
-  return static_cast<int>(value);
+constexpr const char* kCountRule = "must be fewer than 2^31";
+
+// Whether the two operands of a product are one tensor, which makes the product symmetric.
+enum class Symmetry { kGeneral, kSymmetric };
+
+bool uses_tensor_cores(const LaunchContext& context) {
+  return context.arithmetic == Arithmetic::kFloat16 || context.arithmetic == Arithmetic::kBfloat16;
 }
 
-// visit.operator()<T>() with the 16-bit type
+// Whether the weights contain the residual of residual_channel_attention (with_gamma in softmax.cuh).
+bool residual_in_weights(const LaunchContext& context) {
+  bool result = false;
+  with_element(context.dtype, [&]<class T>() { result = kResidualInWeights<T>; });
+  return result;
+}
+
+// visit.operator()<T>() with the 16-bit type.
 template <class Visit>
 void with_half_type(ScalarType dtype, const Visit& visit) {
   if (dtype == ScalarType::Half) {
@@ -54,196 +66,189 @@ void with_half_type(ScalarType dtype, const Visit& visit) {
   }
 }
 
-// What a call needs wherever it launches.
-struct ChannelCall {
-  const char* op;
-  ScalarType dtype;
-  DeviceGuard guard;
-  DeviceLimits limits;
-  cudaStream_t stream;
-  bool tensor_cores;  // 16-bit ones
+// left (B, C, *S) times right (B, K, *S) transposed, on tensor cores: (splits, B, C, K), float32.
+Tensor products_mma(const LaunchContext& context, const FeatureMap& left, const FeatureMap& right, Symmetry symmetry) {
+  const int64_t channels = left.tensor.size(1), keys = right.tensor.size(1);
+  GramParams params{};
+  params.left = left.operand;
+  params.right = right.operand;
+  params.batch = left.tensor.size(0);
+  params.left_channels = context.count("channels", kCountRule, channels);
+  params.right_channels = context.count("channels", kCountRule, keys);
+  params.positions = context.count("positions", kCountRule, left.positions);
+  params.left_tiles = ceil_div(params.left_channels, kGramTile);
+  params.right_tiles = ceil_div(params.right_channels, kGramTile);
+  params.symmetric = symmetry == Symmetry::kSymmetric;
+  params.tile_pairs =
+      params.symmetric ? params.left_tiles * (params.left_tiles + 1) / 2 : params.left_tiles * params.right_tiles;
+  const int steps = ceil_div(params.positions, kGramDepth);
+  const int64_t blocks = std::max<int64_t>(params.batch * params.tile_pairs, 1);
+  const int wanted = static_cast<int>(std::clamp<int64_t>(context.limits.multiprocessors / blocks, 1, kMaxGramSplits));
+  params.positions_per_split = ceil_div(steps, std::min(wanted, steps)) * kGramDepth;
+  params.splits = ceil_div(params.positions, params.positions_per_split);
+  const Tensor products = allocate(left.tensor, {params.splits, params.batch, channels, keys}, ScalarType::Float);
+  params.energies = static_cast<float*>(products.mutable_data_ptr());
+  with_half_type(context.dtype, [&]<class T>() { launch_gram<T>(params, context.stream); });
+  return products;
+}
 
-  ChannelCall(const char* op_, const Tensor& like)
-      : op(op_), dtype(like.scalar_type()), guard(like), limits(device_limits()), stream(current_stream(like)) {
-    const Arithmetic arithmetic = choose_arithmetic(dtype, limits);
-    tensor_cores = arithmetic == Arithmetic::kFloat16 || arithmetic == Arithmetic::kBfloat16;
+// left (B, C, *S) times right (B, K, *S) transposed, by cuBLAS: (1, B, C, K) in the dtype of accumulation.
+Tensor products_cublas(const LaunchContext& context, const Tensor& left, const Tensor& right, Symmetry symmetry) {
+  const ScalarType accumulator = accumulation_dtype(context.dtype);
+  const int64_t batch = left.size(0), channels = left.size(1), keys = right.size(1);
+  const auto operand = [&](const Tensor& tensor) {
+    const Tensor matrix = matrices(tensor);
+    // 16-bit types run here on devices older than sm_80
+    return accumulator == context.dtype ? matrix : torch::stable::to(matrix, accumulator);
+  };
+  const Tensor a = operand(left), b = symmetry == Symmetry::kSymmetric ? a : operand(right);
+  const Tensor products = allocate(left, {1, batch, channels, keys}, accumulator);
+  bmm(a, transposed(b), torch::stable::view(products, {batch, channels, keys}));
+  return products;
+}
+
+// left (B, C, *S) times right (B, K, *S) transposed: (splits, B, C, K) in the dtype of accumulation.
+Tensor products(const LaunchContext& context, const Tensor& left, const Tensor& right, Symmetry symmetry) {
+  if (!uses_tensor_cores(context)) {
+    return products_cublas(context, left, right, symmetry);
   }
+  const FeatureMap a = aligned_feature_map(left, context.stream);
+  const FeatureMap b = symmetry == Symmetry::kSymmetric ? a : aligned_feature_map(right, context.stream);
+  return products_mma(context, a, b, symmetry);
+}
 
-  bool residual_in_map() const {
-    bool result = false;
-    with_element(dtype, [&]<class T>() { result = kResidualInMap<T>; });
-    return result;
-  }
+// products (splits, B, C, K) -> weights (B, C, K), times gamma (B, C) where it is given; writes logsumexp (B, C).
+Tensor softmax(
+    const LaunchContext& context, const Tensor& products, double scale, const std::optional<Tensor>& gamma,
+    const Tensor& logsumexp) {
+  const int64_t batch = products.size(1), channels = products.size(2), keys = products.size(3);
+  const Tensor weights = allocate(products, {batch, channels, keys}, context.dtype);
+  ChannelSoftmaxParams params;
+  params.energies = products.mutable_data_ptr();
+  params.attention = weights.mutable_data_ptr();
+  params.logsumexp = logsumexp.mutable_data_ptr();
+  params.gamma = gamma.has_value() ? gamma->const_data_ptr() : nullptr;
+  params.split_stride = batch * channels * keys;
+  params.splits = static_cast<int>(products.size(0));
+  params.keys = static_cast<int>(keys);
+  params.scale = scale;
+  with_element(context.dtype, [&]<class T>() {
+    SEGATTN_LAUNCH(
+        (channel_softmax_kernel<T>), dim3(grid_blocks(batch * channels)), dim3(kChannelThreads), 0, context.stream,
+        params);
+  });
+  return weights;
+}
 
-  // A channels-first matrix for the tensor-core kernels: its rows start on 16 bytes
-  FeatureMap rows(const Tensor& tensor) const { return aligned_feature_map(tensor, stream); }
-
-  // (splits, B, C, K) in the accumulator's type: left (B, C, *S), right (B, K, *S), the same tensor where symmetric
-  Tensor products(const Tensor& left, const Tensor& right) const {
-    const ScalarType accumulator = accumulation_dtype(dtype);
-    const int64_t batch = left.size(0), c = left.size(1), k = right.size(1);
-    const bool symmetric = &left == &right;
-    if (!tensor_cores) {
-      const Tensor energies = allocate(left, {1, batch, c, k}, accumulator);
-      Tensor a = matrices(left), b = symmetric ? a : matrices(right);
-      if (accumulator != dtype) {  // 16-bit types before sm_80
-        a = torch::stable::to(a, accumulator);
-        b = symmetric ? a : torch::stable::to(b, accumulator);
-      }
-      bmm(a, transposed(b), torch::stable::view(energies, {batch, c, k}));
-      return energies;
-    }
-    const FeatureMap a = rows(left), b = symmetric ? a : rows(right);
-    return gram(a, b, left, c, k, symmetric);
-  }
-
-  Tensor gram(
-      const FeatureMap& left, const FeatureMap& right, const Tensor& like, int64_t c, int64_t k, bool symmetric) const {
-    GramParams params{};
-    params.left = left.operand;
-    params.right = right.operand;
-    params.batch = like.size(0);
-    params.left_channels = count(op, "channels", c);
-    params.right_channels = count(op, "channels", k);
-    params.positions = count(op, "positions", positions_of(like));
-    params.left_tiles = divide_up(c, kGramTile);
-    params.right_tiles = divide_up(k, kGramTile);
-    params.symmetric = symmetric;
-    params.tile_pairs =
-        symmetric ? params.left_tiles * (params.left_tiles + 1) / 2 : params.left_tiles * params.right_tiles;
-    const int steps = divide_up(params.positions, kGramDepth);
-    const int64_t blocks = std::max<int64_t>(params.batch * params.tile_pairs, 1);
-    const int wanted = static_cast<int>(std::clamp<int64_t>(limits.multiprocessors / blocks, 1, kMaxGramSplits));
-    params.positions_per_split = divide_up(steps, std::min(wanted, steps)) * kGramDepth;
-    params.splits = divide_up(params.positions, params.positions_per_split);
-    const Tensor energies = allocate(like, {params.splits, params.batch, c, k}, ScalarType::Float);
-    params.energies = static_cast<float*>(energies.mutable_data_ptr());
-    with_half_type(dtype, [&]<class T>() { launch_gram<T>(params, stream); });
-    return energies;
-  }
-
-  // energies (splits, B, C, K) -> attention (B, C, K), times gamma (B, C) where there is one; fills logsumexp (B, C)
-  Tensor softmax(
-      const Tensor& energies, double scale, const std::optional<Tensor>& gamma, const Tensor& logsumexp) const {
-    const int64_t batch = energies.size(1), c = energies.size(2), k = energies.size(3);
-    const Tensor attention = allocate(energies, {batch, c, k}, dtype);
-    ChannelSoftmaxParams params;
-    params.energies = energies.mutable_data_ptr();
-    params.attention = attention.mutable_data_ptr();
-    params.logsumexp = logsumexp.mutable_data_ptr();
-    params.gamma = gamma.has_value() ? gamma->const_data_ptr() : nullptr;
-    params.split_stride = batch * c * k;
-    params.splits = static_cast<int>(energies.size(0));
-    params.keys = static_cast<int>(k);
-    params.scale = scale;
-    with_element(dtype, [&]<class T>() {
-      SEGATTN_LAUNCH(
-          (channel_softmax_kernel<T>), dim3(grid_blocks(batch * c)), dim3(kChannelThreads), 0, stream, params);
-    });
-    return attention;
-  }
-
-  // Fills attention (B, C, pitch) and, unless it is null, grad_energies (B, C, pitch); grad_attention's split 0
-  // otherwise; and grad_gamma (B, C) unless it is null. gamma (B, C) as in the forward pass.
-  void softmax_backward(
-      const Tensor& energies, const Tensor& grad_attention, double scale, const Tensor& attention,
-      const Tensor* grad_energies, const std::optional<Tensor>& gamma, const Tensor* grad_gamma) const {
-    const int64_t batch = energies.size(1), c = energies.size(2), k = energies.size(3);
-    ChannelSoftmaxBackwardParams params;
-    params.energies = energies.mutable_data_ptr();
-    params.grad_attention = grad_attention.mutable_data_ptr();
-    params.attention = attention.mutable_data_ptr();
-    params.grad_energies = grad_energies == nullptr ? nullptr : grad_energies->mutable_data_ptr();
-    params.gamma = gamma.has_value() ? gamma->const_data_ptr() : nullptr;
-    params.grad_gamma = grad_gamma == nullptr ? nullptr : grad_gamma->mutable_data_ptr();
-    params.split_stride = batch * c * k;
-    params.energy_splits = static_cast<int>(energies.size(0));
-    params.grad_splits = static_cast<int>(grad_attention.size(0));
-    params.keys = static_cast<int>(k);
-    params.pitch = static_cast<int>(attention.size(2));
-    params.scale = scale;
-    with_element(dtype, [&]<class T>() {
-      SEGATTN_LAUNCH(
-          (channel_softmax_backward_kernel<T>), dim3(grid_blocks(batch * c)), dim3(kChannelThreads), 0, stream, params);
-    });
-  }
-
-  // (B, C, pitch) of the elements' type: matrix + matrix^T, matrix (1, B, C, C) of the accumulator's
-  Tensor symmetrised(const Tensor& matrix, int64_t pitch) const {
-    const int64_t batch = matrix.size(1), c = matrix.size(2);
-    const Tensor result = allocate(matrix, {batch, c, pitch}, dtype);
-    SymmetriseParams params;
-    params.matrix = matrix.const_data_ptr();
-    params.result = result.mutable_data_ptr();
-    params.channels = static_cast<int>(c);
-    params.pitch = static_cast<int>(pitch);
-    params.tiles = divide_up(c, kSymmetriseTile);
-    const int64_t blocks = batch * params.tiles * params.tiles;
-    with_element(dtype, [&]<class T>() {
-      SEGATTN_LAUNCH(
-          (symmetrise_kernel<T>), dim3(grid_blocks(blocks)), dim3(kSymmetriseTile * kSymmetriseRows), 0, stream,
-          params);
-    });
-    return result;
-  }
-
-  // target += other + another, all contiguous
-  void add(const Tensor& target, const Tensor& other, const Tensor* another = nullptr) const {
-    const AddParams params{
-        target.mutable_data_ptr(), other.const_data_ptr(), another == nullptr ? nullptr : another->const_data_ptr(),
-        target.numel()};
-    const int64_t blocks = (params.elements + kChannelThreads - 1) / kChannelThreads;
-    with_element(dtype, [&]<class T>() {
-      SEGATTN_LAUNCH((add_kernel<T>), dim3(grid_blocks(blocks)), dim3(kChannelThreads), 0, stream, params);
-    });
-  }
+struct SoftmaxGradients {
+  Tensor weights;                       // (B, C, pitch), written: times gamma where it is given
+  std::optional<Tensor> grad_energies;  // (B, C, pitch), written; otherwise split 0 of grad_weights receives them
+  std::optional<Tensor> gamma;          // (B, C), dtype of accumulation
+  std::optional<Tensor> grad_gamma;     // (B, C), dtype of accumulation, written
 };
 
-// output (B, C, *T) = attention (B, C, K) @ value (B, K, *T)
-Tensor apply(const Tensor& attention, const Tensor& value, std::vector<int64_t> sizes) {
+// products and grad_weights: (splits, B, C, K), dtype of accumulation.
+void softmax_backward(
+    const LaunchContext& context, const Tensor& products, const Tensor& grad_weights, double scale,
+    const SoftmaxGradients& results) {
+  const int64_t batch = products.size(1), channels = products.size(2), keys = products.size(3);
+  const auto data = [](const std::optional<Tensor>& tensor) {
+    return tensor.has_value() ? tensor->mutable_data_ptr() : nullptr;
+  };
+  ChannelSoftmaxBackwardParams params;
+  params.energies = products.mutable_data_ptr();
+  params.grad_attention = grad_weights.mutable_data_ptr();
+  params.attention = results.weights.mutable_data_ptr();
+  params.grad_energies = data(results.grad_energies);
+  params.gamma = data(results.gamma);
+  params.grad_gamma = data(results.grad_gamma);
+  params.split_stride = batch * channels * keys;
+  params.energy_splits = static_cast<int>(products.size(0));
+  params.grad_splits = static_cast<int>(grad_weights.size(0));
+  params.keys = static_cast<int>(keys);
+  params.pitch = static_cast<int>(results.weights.size(2));
+  params.scale = scale;
+  with_element(context.dtype, [&]<class T>() {
+    SEGATTN_LAUNCH(
+        (channel_softmax_backward_kernel<T>), dim3(grid_blocks(batch * channels)), dim3(kChannelThreads), 0,
+        context.stream, params);
+  });
+}
+
+// matrix + matrix^T, matrix (1, B, C, C) in the dtype of accumulation: (B, C, pitch) in the inputs' dtype.
+Tensor symmetrised(const LaunchContext& context, const Tensor& matrix, int64_t pitch) {
+  const int64_t batch = matrix.size(1), channels = matrix.size(2);
+  const Tensor result = allocate(matrix, {batch, channels, pitch}, context.dtype);
+  SymmetriseParams params;
+  params.matrix = matrix.const_data_ptr();
+  params.result = result.mutable_data_ptr();
+  params.channels = static_cast<int>(channels);
+  params.pitch = static_cast<int>(pitch);
+  params.tiles = ceil_div(params.channels, kSymmetriseTile);
+  const int64_t blocks = batch * params.tiles * params.tiles;
+  with_element(context.dtype, [&]<class T>() {
+    SEGATTN_LAUNCH(
+        (symmetrise_kernel<T>), dim3(grid_blocks(blocks)), dim3(kSymmetriseTile * kSymmetriseRows), 0, context.stream,
+        params);
+  });
+  return result;
+}
+
+// target += first + second, all contiguous.
+void add(
+    const LaunchContext& context, const Tensor& target, const Tensor& first,
+    const std::optional<Tensor>& second = std::nullopt) {
+  const AddParams params{
+      target.mutable_data_ptr(), first.const_data_ptr(), second.has_value() ? second->const_data_ptr() : nullptr,
+      target.numel()};
+  const int64_t blocks = ceil_div(params.elements, kChannelThreads);
+  with_element(context.dtype, [&]<class T>() {
+    SEGATTN_LAUNCH((add_kernel<T>), dim3(grid_blocks(blocks)), dim3(kChannelThreads), 0, context.stream, params);
+  });
+}
+
+// weights (B, C, K) @ value (B, K, *T): (B, C, *T).
+Tensor apply(const Tensor& weights, const Tensor& value, const std::vector<int64_t>& sizes) {
   const Tensor output = allocate(value, sizes, value.scalar_type());
-  bmm(attention, matrices(value), torch::stable::view(output, {sizes[0], sizes[1], positions_of(value)}));
+  bmm(weights, matrices(value), torch::stable::view(output, {sizes[0], sizes[1], positions_of(value)}));
   return output;
 }
 
-std::vector<int64_t> with_channels(const Tensor& like, int64_t channels) {
-  const auto sizes = like.sizes();
+// (B, channels, *T)
+std::vector<int64_t> output_sizes(const Tensor& value, int64_t channels) {
+  const auto sizes = value.sizes();
   std::vector<int64_t> result(sizes.begin(), sizes.end());
   result[1] = channels;
   return result;
 }
 
 Pair forward(
-    const ChannelCall& call, const Tensor& query, const Tensor& key, const Tensor& value, const ChannelSizes& sizes,
-    double scale, const std::optional<Tensor>& gamma) {
-  const std::vector<int64_t> output_sizes = with_channels(value, sizes.query_channels);
-  const Tensor logsumexp =
-      allocate(query, {sizes.batch, sizes.query_channels}, accumulation_dtype(query.scalar_type()));
+    const LaunchContext& context, const Tensor& query, const Tensor& key, const Tensor& value,
+    const ChannelSizes& sizes, double scale, Symmetry symmetry, const std::optional<Tensor>& gamma = std::nullopt) {
+  const std::vector<int64_t> shape = output_sizes(value, sizes.query_channels);
+  const Tensor logsumexp = allocate(query, {sizes.batch, sizes.query_channels}, accumulation_dtype(context.dtype));
   if (sizes.batch == 0) {
-    return {allocate(query, output_sizes, query.scalar_type()), logsumexp};
+    return {allocate(query, shape, context.dtype), logsumexp};
   }
-  const Tensor attention = call.softmax(call.products(query, key), scale, gamma, logsumexp);
+  const Tensor weights = softmax(context, products(context, query, key, symmetry), scale, gamma, logsumexp);
   if (sizes.value_positions == 0) {
-    return {allocate(query, output_sizes, query.scalar_type()), logsumexp};
+    return {allocate(query, shape, context.dtype), logsumexp};
   }
-  return {apply(attention, value, output_sizes), logsumexp};
+  return {apply(weights, value, shape), logsumexp};
 }
 
 Pair channel_attention(const Tensor& query, const Tensor& key, const Tensor& value, double scale) {
   const ChannelSizes sizes = check_channel_attention(query, key, value, scale);
-  return forward(ChannelCall("channel_attention", query), query, key, value, sizes, scale, std::nullopt);
-}
-
-std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? std::optional(torch::stable::contiguous(*tensor)) : std::nullopt;
+  const LaunchContext context("channel_attention", query);
+  return forward(context, query, key, value, sizes, scale, Symmetry::kGeneral);
 }
 
 Pair channel_self_attention(const Tensor& input, double scale, const std::optional<Tensor>& gamma) {
   const ChannelSizes sizes = check_channel_self_attention(input, scale, gamma);
-  const ChannelCall call("channel_self_attention", input);
-  const Pair result = forward(call, input, input, input, sizes, scale, contiguous(gamma));
-  if (gamma.has_value() && !call.residual_in_map() && sizes.batch > 0) {
-    call.add(std::get<0>(result), torch::stable::contiguous(input));
+  const LaunchContext context("channel_self_attention", input);
+  const Pair result = forward(context, input, input, input, sizes, scale, Symmetry::kSymmetric, contiguous(gamma));
+  if (gamma.has_value() && !residual_in_weights(context) && sizes.batch > 0) {
+    add(context, std::get<0>(result), torch::stable::contiguous(input));
   }
   return result;
 }
@@ -251,78 +256,104 @@ Pair channel_self_attention(const Tensor& input, double scale, const std::option
 Triple channel_attention_backward(
     const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, double scale) {
   const ChannelSizes sizes = check_channel_attention_backward(grad_output, query, key, value, scale);
-  const ChannelCall call("channel_attention_backward", query);
+  const LaunchContext context("channel_attention_backward", query);
   const Tensor grad_query = allocate_like(query), grad_key = allocate_like(key), grad_value = allocate_like(value);
-  const int64_t batch = sizes.batch, c = sizes.query_channels, k = sizes.key_channels;
+  const int64_t batch = sizes.batch, channels = sizes.query_channels, keys = sizes.key_channels;
   if (batch == 0) {
     return {grad_query, grad_key, grad_value};
   }
-  const Tensor energies = call.products(query, key);
-  const bool no_value = sizes.value_positions == 0;  // then the gradient of the map is zero
-  Tensor grad_attention =
-      no_value ? allocate(energies, {1, batch, c, k}, energies.scalar_type()) : call.products(grad_output, value);
-  if (no_value) {
-    torch::stable::zero_(grad_attention);
+  const bool has_values = sizes.value_positions > 0;
+  const Tensor energies = products(context, query, key, Symmetry::kGeneral);
+  Tensor grad_weights = has_values ? products(context, grad_output, value, Symmetry::kGeneral)
+                                   : allocate(energies, {1, batch, channels, keys}, energies.scalar_type());
+  if (!has_values) {
+    torch::stable::zero_(grad_weights);
   }
-  const Tensor attention = allocate(query, {batch, c, k}, call.dtype);
-  const Tensor grad_energies = allocate(query, {batch, c, k}, call.dtype);
-  call.softmax_backward(energies, grad_attention, scale, attention, &grad_energies, std::nullopt, nullptr);
-  const auto into = [&](const Tensor& left, const Tensor& right, const Tensor& result) {
+  const Tensor weights = allocate(query, {batch, channels, keys}, context.dtype);
+  const Tensor grad_energies = allocate(query, {batch, channels, keys}, context.dtype);
+  softmax_backward(context, energies, grad_weights, scale, {weights, grad_energies, std::nullopt, std::nullopt});
+  const auto multiply_into = [&](const Tensor& result, const Tensor& left, const Tensor& right) {
     bmm(left, matrices(right), torch::stable::view(result, {batch, result.size(1), positions_of(result)}));
   };
-  into(grad_energies, key, grad_query);
-  into(transposed(grad_energies), query, grad_key);
-  if (!no_value) {
-    into(transposed(attention), grad_output, grad_value);
+  multiply_into(grad_query, grad_energies, key);
+  multiply_into(grad_key, transposed(grad_energies), query);
+  if (has_values) {
+    multiply_into(grad_value, transposed(weights), grad_output);
   }
   return {grad_query, grad_key, grad_value};
 }
 
-Pair channel_self_attention_backward(
-    const Tensor& grad_output, const Tensor& input, double scale, const std::optional<Tensor>& given_gamma) {
-  const ChannelSizes sizes = check_channel_self_attention_backward(grad_output, input, scale, given_gamma);
-  const ChannelCall call("channel_self_attention_backward", input);
-  const std::optional<Tensor> gamma = contiguous(given_gamma);
-  const int64_t batch = sizes.batch, c = sizes.query_channels, n = sizes.query_positions;
-  const Tensor grad_input = allocate_like(input);
-  const Tensor grad_gamma = allocate(input, {batch, c}, accumulation_dtype(call.dtype));
-  if (batch == 0) {
-    return {grad_input, grad_gamma};
+struct SelfBackwardCall {
+  const LaunchContext& context;
+  const Tensor& grad_output;  // (B, C, *S)
+  const Tensor& input;        // (B, C, *S)
+  double scale;
+  std::optional<Tensor> gamma;  // (B, C), contiguous, dtype of accumulation
+  Tensor grad_input;            // like input
+  Tensor grad_gamma;            // (B, C), dtype of accumulation
+};
+
+// grad_input = weights^T grad_output + (grad_energies + grad_energies^T) input, by cuBLAS.
+void self_backward_cublas(const SelfBackwardCall& call) {
+  const LaunchContext& context = call.context;
+  const Tensor& input = call.input;
+  const int64_t batch = input.size(0), channels = input.size(1), positions = positions_of(input);
+  const Tensor energies = products_cublas(context, input, input, Symmetry::kSymmetric);
+  const Tensor grad_weights = products_cublas(context, call.grad_output, input, Symmetry::kGeneral);
+  const Tensor weights = allocate(input, {batch, channels, channels}, context.dtype);
+  softmax_backward(context, energies, grad_weights, call.scale, {weights, std::nullopt, call.gamma, call.grad_gamma});
+  const Tensor symmetric = symmetrised(context, grad_weights, channels);
+  const Tensor through_values = allocate(input, {batch, channels, positions}, context.dtype);
+  bmm(transposed(weights), matrices(call.grad_output), through_values);
+  bmm(symmetric, matrices(input), torch::stable::view(call.grad_input, {batch, channels, positions}));
+  if (call.gamma.has_value() && !residual_in_weights(context)) {
+    add(context, call.grad_input, through_values, torch::stable::contiguous(call.grad_output));
+  } else {
+    add(context, call.grad_input, through_values);
   }
-  if (!call.tensor_cores) {
-    const Tensor energies = call.products(input, input), grad_attention = call.products(grad_output, input);
-    const Tensor attention = allocate(input, {batch, c, c}, call.dtype);
-    call.softmax_backward(energies, grad_attention, scale, attention, nullptr, gamma, &grad_gamma);
-    const Tensor symmetric = call.symmetrised(grad_attention, c);
-    const Tensor through_values = allocate(input, {batch, c, n}, call.dtype);
-    bmm(transposed(attention), matrices(grad_output), through_values);
-    bmm(symmetric, matrices(input), torch::stable::view(grad_input, {batch, c, n}));
-    if (gamma.has_value() && !call.residual_in_map()) {
-      const Tensor residual = torch::stable::contiguous(grad_output);
-      call.add(grad_input, through_values, &residual);
-    } else {
-      call.add(grad_input, through_values);
-    }
-    return {grad_input, grad_gamma};
-  }
-  const FeatureMap x = call.rows(input), g = call.rows(grad_output);
-  const Tensor energies = call.gram(x, x, input, c, c, true), grad_attention = call.gram(g, x, input, c, c, false);
-  const int64_t pitch = (c + 7) / 8 * 8;  // rows on 16 bytes
-  const Tensor attention = allocate(input, {batch, c, pitch}, call.dtype);
-  call.softmax_backward(energies, grad_attention, scale, attention, nullptr, gamma, &grad_gamma);
-  const Tensor symmetric = call.symmetrised(grad_attention, pitch);
+}
+
+// The same in one kernel, both products in one accumulator.
+void self_backward_mma(const SelfBackwardCall& call) {
+  const LaunchContext& context = call.context;
+  const int64_t batch = call.input.size(0), channels = call.input.size(1);
+  const FeatureMap input = aligned_feature_map(call.input, context.stream);
+  const FeatureMap grad_output = aligned_feature_map(call.grad_output, context.stream);
+  const Tensor energies = products_mma(context, input, input, Symmetry::kSymmetric);
+  const Tensor grad_weights = products_mma(context, grad_output, input, Symmetry::kGeneral);
+  const int64_t pitch = round_up(channels, 8);  // rows on 16 bytes
+  const Tensor weights = allocate(call.input, {batch, channels, pitch}, context.dtype);
+  softmax_backward(context, energies, grad_weights, call.scale, {weights, std::nullopt, call.gamma, call.grad_gamma});
+  const Tensor symmetric = symmetrised(context, grad_weights, pitch);
   ChannelCombineParams params;
-  params.attention = operand_of(attention);
+  params.attention = operand_of(weights);
   params.symmetric = operand_of(symmetric);
-  params.grad_output = g.operand;
-  params.input = x.operand;
-  params.output = grad_input.mutable_data_ptr();
-  params.channels = static_cast<int>(c);
-  params.positions = count(call.op, "positions", n);
-  params.channel_tiles = divide_up(c, kGramTile);
-  params.position_tiles = divide_up(n, kGramTile);
-  with_half_type(call.dtype, [&]<class T>() { launch_channel_combine<T>(params, batch, call.stream); });
-  return {grad_input, grad_gamma};
+  params.grad_output = grad_output.operand;
+  params.input = input.operand;
+  params.output = call.grad_input.mutable_data_ptr();
+  params.channels = static_cast<int>(channels);
+  params.positions = context.count("positions", kCountRule, input.positions);
+  params.channel_tiles = ceil_div(params.channels, kGramTile);
+  params.position_tiles = ceil_div(params.positions, kGramTile);
+  with_half_type(context.dtype, [&]<class T>() { launch_channel_combine<T>(params, batch, context.stream); });
+}
+
+Pair channel_self_attention_backward(
+    const Tensor& grad_output, const Tensor& input, double scale, const std::optional<Tensor>& gamma) {
+  const ChannelSizes sizes = check_channel_self_attention_backward(grad_output, input, scale, gamma);
+  const LaunchContext context("channel_self_attention_backward", input);
+  const SelfBackwardCall call{
+      context,
+      grad_output,
+      input,
+      scale,
+      contiguous(gamma),
+      allocate_like(input),
+      allocate(input, {sizes.batch, sizes.query_channels}, accumulation_dtype(context.dtype))};
+  if (sizes.batch > 0) {
+    uses_tensor_cores(context) ? self_backward_mma(call) : self_backward_cublas(call);
+  }
+  return {call.grad_input, call.grad_gamma};
 }
 
 }  // namespace

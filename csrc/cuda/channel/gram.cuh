@@ -12,6 +12,7 @@
 
 #include "cuda/channel/params.h"
 #include "cuda/common/launch.cuh"
+#include "cuda/common/math.h"
 #include "cuda/common/mma.cuh"
 #include "cuda/common/tile.cuh"
 
@@ -97,13 +98,13 @@ __device__ __forceinline__ void gram(const GramParams& p, unsigned char* shared)
   for (int step = 0; step < Traits::kStages - 1; ++step) {
     start(step);
   }
-  const int steps = (end - begin + Traits::kDepth - 1) / Traits::kDepth;
+  const int steps = ceil_div(end - begin, Traits::kDepth);
   for (int step = 0; step < steps; ++step) {
     ptx::cp_async_wait<Traits::kStages - 2>();
     __syncthreads();  // this step's tiles are there, and everybody is done with those of the last step
     start(step + Traits::kStages - 1);
     const int stage = step % Traits::kStages;
-    multiply_tiles<Mma, true, false, 2>(
+    multiply_tiles<Mma, Major::kRow, Major::kColumn, 2>(
         sums, tile(stage, 0), row, tile(stage, on_diagonal ? 0 : 1), column, 0, Traits::kDepth);
   }
 

@@ -8,6 +8,7 @@
 #include "cuda/channel/params.h"
 #include "cuda/common/element.cuh"
 #include "cuda/common/launch.cuh"
+#include "cuda/common/math.h"
 #include "cuda/common/mma.cuh"
 #include "cuda/common/tile.cuh"
 
@@ -44,7 +45,7 @@ __device__ __forceinline__ void combine(const ChannelCombineParams& p, unsigned 
   const int first_position = static_cast<int>(block % p.position_tiles) * Traits::kTile;
   const int64_t sample = block / p.position_tiles;
   const int64_t channels = p.channels;
-  const int steps_each = (p.channels + Traits::kDepth - 1) / Traits::kDepth, steps = 2 * steps_each;
+  const int steps_each = ceil_div(p.channels, Traits::kDepth), steps = 2 * steps_each;
 
   const auto tile = [&](int stage, int side) { return Tile(shared + (2 * stage + side) * Traits::kTileBytes); };
   const auto start = [&](int step) {
@@ -72,7 +73,8 @@ __device__ __forceinline__ void combine(const ChannelCombineParams& p, unsigned 
     __syncthreads();  // this step's tiles are there, and everybody is done with those of the last step
     start(step + Traits::kStages - 1);
     const int stage = step % Traits::kStages;
-    multiply_tiles<Mma, false, true, 2>(sums, tile(stage, 0), row, tile(stage, 1), column, 0, Traits::kDepth);
+    multiply_tiles<Mma, Major::kColumn, Major::kRow, 2>(
+        sums, tile(stage, 0), row, tile(stage, 1), column, 0, Traits::kDepth);
   }
 
   const int g = lane_index() / 4, t = lane_index() % 4;

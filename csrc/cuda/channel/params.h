@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cuda/position/params.h"
+#include "cuda/common/operand.h"
 
 namespace segattn::cuda {
 

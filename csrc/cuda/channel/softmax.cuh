@@ -15,7 +15,7 @@ constexpr int kChannelThreads = 256;
 
 // Whether the map applied to the input holds the residual as well, see with_gamma.
 template <class T>
-constexpr bool kResidualInMap = sizeof(T) == 2;
+constexpr bool kResidualInWeights = sizeof(T) == 2;
 
 struct Maximum {
   template <class Real>
@@ -101,7 +101,7 @@ __device__ __forceinline__ Accumulator<T> with_gamma(
     return weight;
   }
   const Real product = static_cast<const Real*>(gamma)[row] * weight;
-  return kResidualInMap<T> && row % keys == k ? product + Real(1) : product;
+  return kResidualInWeights<T> && row % keys == k ? product + Real(1) : product;
 }
 
 template <class T>

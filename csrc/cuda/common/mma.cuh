@@ -152,10 +152,13 @@ struct MmaTf32 {
   }
 };
 
+// The order in which a tile stores its matrix.
+enum class Major { kRow, kColumn };
+
 // d[kM][kN] (16 kM x 8 kN, one warp) += A B over contraction [k, k_end), both operands from tiles; kN is even.
-// kARows: A's tile is [m][k], otherwise [k][m]; kBRows: B's tile is [k][n], otherwise [n][k]. kUnroll: mma steps whose
-// fragments may be loaded ahead of each other, as far as there are registers.
-template <class Mma, bool kARows, bool kBRows, int kUnroll, int kM, int kN, class TileA, class TileB>
+// Row-major tiles are [m][k] and [k][n], column-major ones [k][m] and [n][k]. kUnroll: mma steps whose fragments may be
+// loaded ahead of each other, as far as there are registers.
+template <class Mma, Major kMajorA, Major kMajorB, int kUnroll, int kM, int kN, class TileA, class TileB>
 __device__ __forceinline__ void multiply_tiles(
     float (&d)[kM][kN][4], const TileA& a_tile, int m, const TileB& b_tile, int n, int k, int k_end) {
   static_assert(kN % 2 == 0, "B fragments come two mma wide");
@@ -164,7 +167,7 @@ __device__ __forceinline__ void multiply_tiles(
   constexpr bool kSingle = Mma::kProducts == 3 && kN > 2;
   constexpr int kFragments = kSingle ? 1 : kN / 2;
   const auto load_b = [&](typename Mma::B& b, int j) {
-    if constexpr (kBRows) {
+    if constexpr (kMajorB == Major::kRow) {
       Mma::load_b_row(b, b_tile, k, n + 16 * j);
     } else {
       Mma::load_b_column(b, b_tile, k, n + 16 * j);
@@ -182,7 +185,7 @@ __device__ __forceinline__ void multiply_tiles(
 #pragma unroll
     for (int i = 0; i < kM; ++i) {
       typename Mma::A a;
-      if constexpr (kARows) {
+      if constexpr (kMajorA == Major::kRow) {
         Mma::load_a_row(a, a_tile, m + 16 * i, k);
       } else {
         Mma::load_a_column(a, a_tile, m + 16 * i, k);

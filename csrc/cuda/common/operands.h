@@ -1,74 +1,113 @@
-// Tensors as the kernels want them, and what the products are computed with; for all op families.
+// Tensors as the kernels take them: positions contiguous and, for the tensor-core kernels, rows that start on 16 bytes.
 #pragma once
 
 #include <cstdint>
+#include <optional>
+#include <vector>
 
-#include "checks/check.h"
-#include "cuda/common/device.h"
-#include "cuda/common/element.cuh"
-#include "cuda/position/params.h"
+#include "cuda/common/launch_context.h"
+#include "cuda/common/math.h"
+#include "cuda/common/operand.h"
+#include "cuda/common/row_kernels.cuh"
 
 namespace segattn::cuda {
 
-// A feature map and the tensor that keeps its memory; PyTorch's allocator reuses memory in stream order, so that it may
-// be let go as soon as the kernel is launched.
+// A feature map and the tensor that owns its memory. PyTorch's allocator reuses memory in stream order, so the tensor
+// may be released as soon as the kernel is launched.
 struct FeatureMap {
-  Tensor tensor;
-  Operand operand;
+  Tensor tensor;      // (B, channels, *spatial), or (B, channels, positions and padding)
+  Operand operand;    // of `tensor`
+  int64_t positions;  // without padding
 };
 
 inline Operand operand_of(const Tensor& tensor) {
   return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)};
 }
 
-// (B, channels, *spatial) with positions next to each other in memory; copied where they are not (channels_last).
+inline std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? std::optional(torch::stable::contiguous(*tensor)) : std::nullopt;
+}
+
+// (B, channels, *spatial); copied where its positions are not contiguous (channels_last).
 inline FeatureMap feature_map(const Tensor& tensor) {
   int64_t expected = 1;
-  bool in_order = true;
+  bool contiguous_positions = true;
   for (int64_t d = tensor.dim() - 1; d >= 2; --d) {
-    in_order &= tensor.size(d) == 1 || tensor.stride(d) == expected;
+    contiguous_positions &= tensor.size(d) == 1 || tensor.stride(d) == expected;
     expected *= tensor.size(d);
   }
-  const Tensor ready = in_order ? tensor : torch::stable::contiguous(tensor);
-  return {ready, operand_of(ready)};
+  const Tensor ready = contiguous_positions ? tensor : torch::stable::contiguous(tensor);
+  return {ready, operand_of(ready), positions_of(ready)};
 }
 
-// What the products are computed with.
-enum class Arithmetic { kFloat16, kBfloat16, kTf32, k3xTf32, kSimt };
-
-inline Arithmetic choose_arithmetic(ScalarType dtype, const DeviceLimits& limits) {
-  if (limits.architecture < 80 || dtype == ScalarType::Double) {
-    return Arithmetic::kSimt;
-  }
-  if (dtype == ScalarType::Half) {
-    return Arithmetic::kFloat16;
-  }
-  if (dtype == ScalarType::BFloat16) {
-    return Arithmetic::kBfloat16;
-  }
-  return allow_tf32() ? Arithmetic::kTf32 : Arithmetic::k3xTf32;
+template <class T>
+void launch_pack(const PackParams& params, cudaStream_t stream) {
+  SEGATTN_LAUNCH(
+      (pack_rows_kernel<T>), dim3(grid_blocks(params.rows_total * params.row_blocks)), dim3(kRowThreads), 0, stream,
+      params);
 }
 
-// visit.operator()<T>() with the type the tensors hold
-template <class Visit>
-void with_element(ScalarType dtype, const Visit& visit) {
-  switch (dtype) {
-    case ScalarType::Half:
-      return visit.template operator()<__half>();
-    case ScalarType::BFloat16:
-      return visit.template operator()<__nv_bfloat16>();
-    case ScalarType::Float:
-      return visit.template operator()<float>();
-    default:
-      return visit.template operator()<double>();
+// The feature map with rows that start on 16 bytes, as asynchronous copies need them; copied where they do not. At
+// 97 x 97 and C = 512 the copies move 24 MB, and the forward kernel reads 0.9 GB from L2.
+inline FeatureMap aligned(const FeatureMap& map, cudaStream_t stream) {
+  const Tensor& tensor = map.tensor;
+  const int64_t bytes = element_bytes(tensor.scalar_type()), per_chunk = 16 / bytes;
+  const bool is_aligned = reinterpret_cast<uintptr_t>(map.operand.data) % 16 == 0 &&
+      (tensor.size(1) == 1 || map.operand.row_stride % per_chunk == 0) &&
+      (tensor.size(0) == 1 || map.operand.batch_stride % per_chunk == 0);
+  if (is_aligned) {
+    FeatureMap result = map;
+    if (tensor.size(1) == 1) {  // the copies form addresses of rows beyond the edge, which have to be aligned too
+      result.operand.row_stride = 0;
+    }
+    return result;
   }
+  const int64_t batch = tensor.size(0), rows = tensor.size(1), columns = map.positions;
+  const int64_t padded = round_up(columns, per_chunk);
+  const Tensor packed = allocate(tensor, {batch, rows, padded}, tensor.scalar_type());
+  PackParams params;
+  params.source = map.operand.data;
+  params.target = packed.mutable_data_ptr();
+  params.batch_stride = map.operand.batch_stride;
+  params.row_stride = map.operand.row_stride;
+  params.rows_total = batch * rows;
+  params.rows = static_cast<int>(rows);
+  params.columns = static_cast<int>(columns);
+  params.padded = static_cast<int>(padded);
+  params.row_blocks = static_cast<int>(ceil_div(padded / per_chunk, kRowThreads));
+  if (bytes == 2) {  // the copy does not interpret the elements: one kernel serves both 16-bit types
+    launch_pack<__half>(params, stream);
+  } else {
+    launch_pack<float>(params, stream);
+  }
+  return {packed, operand_of(packed), columns};
 }
 
-inline int position_count(const char* op, const char* name, int64_t positions) {
-  if (positions > INT32_MAX) {
-    fail(op, name, " must have fewer than 2^31 positions (got ", positions, ")");
+inline FeatureMap aligned_feature_map(const Tensor& tensor, cudaStream_t stream) {
+  return aligned(feature_map(tensor), stream);
+}
+
+// delta (B, N) in the dtype of accumulation, allocated with `sizes`: sum_c grad_output * output, with the output before
+// rounding where output_low is given. grad_output, output, output_low: (B, C, *S), N positions.
+inline Tensor delta_of(
+    const LaunchContext& context, const FeatureMap& grad_output, const FeatureMap& output,
+    const std::optional<FeatureMap>& output_low, const std::vector<int64_t>& sizes) {
+  const Tensor delta = allocate(output.tensor, sizes, accumulation_dtype(context.dtype));
+  DeltaParams params{};
+  params.grad_output = grad_output.operand;
+  params.output = output.operand;
+  if (output_low.has_value()) {
+    params.output_low = output_low->operand;
   }
-  return static_cast<int>(positions);
+  params.delta = delta.mutable_data_ptr();
+  params.channels = static_cast<int>(output.tensor.size(1));
+  params.positions = context.position_count("output", output.positions);
+  params.position_blocks = ceil_div(params.positions, 32);
+  const int64_t blocks = output.tensor.size(0) * params.position_blocks;
+  with_element(context.dtype, [&]<class T>() {
+    SEGATTN_LAUNCH((delta_kernel<T>), dim3(grid_blocks(blocks)), dim3(kRowThreads), 0, context.stream, params);
+  });
+  return delta;
 }
 
 }  // namespace segattn::cuda

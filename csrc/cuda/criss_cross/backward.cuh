@@ -17,9 +17,9 @@ struct LineGradients {
   __device__ __forceinline__ LineGradients(const LineBackwardParams& params, LineWord<T>* shared)
       : p(params), weights(params, shared) {}
 
-  template <bool kOwnsKeys>
+  template <LineOwner kOwner>
   __device__ __forceinline__ void sum(const LineFeatures& values, const LineFeatures& output) {
-    weights.template apply<kOwnsKeys>(values, output, 0, p.lines.length, p.accumulate);
+    weights.template apply<kOwner>(values, output, 0, p.lines.length, p.accumulate);
   }
 
   // A line is a tile: grad_output is staged for both of its uses, with value.
@@ -30,8 +30,8 @@ struct LineGradients {
       weights.block.load_product(p.grad_output, p.value, channel, 0, 0);
       weights.block.multiply_staged(d, p.lines.length, p.lines.length);
       typename Weights::template Sums<kProductChannels / 16, 1> sums = {};
-      weights.template add<true, kProductChannels / 16, 1>(sums, 0, p.lines.length);
-      weights.template write<false, kProductChannels / 16, 1>(
+      weights.template add<LineOwner::kKeys, kProductChannels / 16, 1>(sums, 0, p.lines.length);
+      weights.template write<MergeScale::kNone, kProductChannels / 16, 1>(
           sums, p.grad_value, channel, p.value.channels, p.accumulate);
     }
     __syncthreads();  // all have taken the weights that their gradients replace
@@ -40,7 +40,7 @@ struct LineGradients {
 
   // Longer lines: grad_output and value are read again for each pair of tiles.
   __device__ __forceinline__ void value_and_energy_gradients_by_tiles() {
-    sum<true>(p.grad_output, p.grad_value);
+    sum<LineOwner::kKeys>(p.grad_output, p.grad_value);
     weights.for_pieces([&](int query, int key) { weights.make_gradient(query, key); });
   }
 
@@ -52,8 +52,8 @@ struct LineGradients {
       value_and_energy_gradients_by_tiles();
     }
     weights.sum_gradients(p.grad_sum, p.accumulate);
-    sum<false>(p.key, p.grad_query);
-    sum<true>(p.query, p.grad_key);
+    sum<LineOwner::kQueries>(p.key, p.grad_query);
+    sum<LineOwner::kKeys>(p.query, p.grad_key);
   }
 };
 

@@ -86,7 +86,8 @@ struct LineAttention {
     for (int q = 0; q < p.map_rows; q += Shape::kTile) {
       make_weights(weights.first_query + q);
     }
-    weights.template apply<false, true>(p.values, p.output, 0, p.lines.length, p.accumulate);
+    weights.template apply<LineOwner::kQueries, MergeScale::kFactors>(
+        p.values, p.output, 0, p.lines.length, p.accumulate);
   }
 };
 

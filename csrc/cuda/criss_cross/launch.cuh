@@ -11,16 +11,12 @@
 
 namespace segattn::cuda {
 
-inline int divide_lines(int64_t a, int64_t b) {
-  return static_cast<int>((a + b - 1) / b);
-}
-
-// Every group of channels makes the weights again, at the price of summing `price` channels.
-inline void share_channels(LineSumParams& params, int64_t groups, int price) {
+// Every group of channels computes the weights again, which costs as much as summing `recompute_cost` channels.
+inline void share_channels(LineSumParams& params, int64_t groups, int recompute_cost) {
   const int channels = params.values.channels;
-  groups = std::clamp<int64_t>(groups, 1, std::max(1, channels / price));
-  params.channels_per_group = divide_lines(divide_lines(channels, groups), kLineChannels) * kLineChannels;
-  params.channel_groups = divide_lines(channels, params.channels_per_group);
+  groups = std::clamp<int64_t>(groups, 1, std::max(1, channels / recompute_cost));
+  params.channels_per_group = ceil_div(ceil_div(channels, groups), kLineChannels) * kLineChannels;
+  params.channel_groups = ceil_div(channels, params.channels_per_group);
 }
 
 // Rows: one pair, so that as many blocks as possible share the work. Columns: as many neighbours as a block can have.
@@ -41,9 +37,9 @@ inline bool wants_wide_tiles(const Lines& lines) {
 
 inline int64_t cut_lines(Lines& lines, int pairs, int owned) {
   lines.pairs = pairs;
-  lines.line_blocks = divide_lines(lines.count, 2 * pairs);
-  lines.owned_blocks = divide_lines(lines.length, owned);
-  lines.owned = divide_lines(lines.length, lines.owned_blocks);
+  lines.line_blocks = ceil_div(lines.count, 2 * pairs);
+  lines.owned_blocks = ceil_div(lines.length, owned);
+  lines.owned = ceil_div(lines.length, lines.owned_blocks);
   return lines.batch * lines.line_blocks * lines.owned_blocks;
 }
 
@@ -65,8 +61,8 @@ int64_t cut_products(Lines& lines, const LineFeatures& features, const DeviceLim
     pairs /= 2;
   }
   lines.pairs = pairs;
-  lines.line_blocks = divide_lines(lines.count, 2 * pairs);
-  lines.owned_blocks = divide_lines(lines.length, StripShape::kTile);
+  lines.line_blocks = ceil_div(lines.count, 2 * pairs);
+  lines.owned_blocks = ceil_div(lines.length, StripShape::kTile);
   lines.owned = StripShape::kTile;
   return lines.batch * lines.line_blocks * lines.owned_blocks;
 }
@@ -89,13 +85,14 @@ void launch_line_product(LineProductParams params, const DeviceLimits& limits, c
 
 // Chooses pairs of lines, owned positions and parts; returns the blocks, channel groups not counted. Better few lines a
 // block than few owned positions, and better few owned positions than parts, which meet in the output.
-template <class Arithmetic, bool kOwnsKeys>
+template <class Arithmetic, LineOwner kOwner>
 int64_t cut_sums(LineSumParams& params, const DeviceLimits& limits) {
   Lines& lines = params.lines;
   const size_t room = static_cast<size_t>(limits.shared_bytes);
   const int least = std::min(lines.length, 16);
   const auto bytes = [](int pairs, int owned, int part) {
-    return LineWeights<Arithmetic, StripShape>::shared_bytes(pairs, kOwnsKeys ? part : owned, kOwnsKeys ? owned : part);
+    return LineWeights<Arithmetic, StripShape>::shared_bytes(
+        pairs, kOwner == LineOwner::kKeys ? part : owned, kOwner == LineOwner::kKeys ? owned : part);
   };
   constexpr int kTile = StripShape::kTile;
   for (params.part = lines.length; params.part > 0; params.part = (params.part - 1) / kTile * kTile) {
@@ -114,10 +111,10 @@ int64_t cut_sums(LineSumParams& params, const DeviceLimits& limits) {
       " bytes of shared memory, this device has " + std::to_string(room));
 }
 
-template <class Arithmetic, LineWeight kWeight, bool kOwnsKeys>
+template <class Arithmetic, LineWeight kWeight, LineOwner kOwner>
 void launch_line_sum(LineSumParams params, const DeviceLimits& limits, cudaStream_t stream) {
   Lines& lines = params.lines;
-  int64_t blocks = cut_sums<Arithmetic, kOwnsKeys>(params, limits);
+  int64_t blocks = cut_sums<Arithmetic, kOwner>(params, limits);
   const int64_t wanted = 2 * limits.multiprocessors;
   if (kWeight == LineWeight::kGradient) {
     // making the weights is nearly all of the work: it is shared out by owned positions
@@ -125,12 +122,13 @@ void launch_line_sum(LineSumParams params, const DeviceLimits& limits, cudaStrea
       blocks = cut_lines(lines, lines.pairs, lines.owned / 2);
     }
   }
-  const int price = kWeight == LineWeight::kSoftmax ? std::max(params.query.channels, kLineChannels) : kLineChannels;
-  share_channels(params, kWeight == LineWeight::kGradient ? 1 : divide_lines(wanted, blocks), price);
-  params.map_rows = kOwnsKeys ? params.part : lines.owned;
-  params.map_columns = round_up_16(kOwnsKeys ? lines.owned : params.part);
+  const int recompute_cost =
+      kWeight == LineWeight::kSoftmax ? std::max(params.query.channels, kLineChannels) : kLineChannels;
+  share_channels(params, kWeight == LineWeight::kGradient ? 1 : ceil_div(wanted, blocks), recompute_cost);
+  params.map_rows = kOwner == LineOwner::kKeys ? params.part : lines.owned;
+  params.map_columns = round_up(kOwner == LineOwner::kKeys ? lines.owned : params.part, 16);
   SEGATTN_LAUNCH(
-      (line_sum_kernel<Arithmetic, kWeight, kOwnsKeys>), dim3(grid_blocks(blocks * params.channel_groups)),
+      (line_sum_kernel<Arithmetic, kWeight, kOwner>), dim3(grid_blocks(blocks * params.channel_groups)),
       line_threads<StripShape>(lines),
       LineWeights<Arithmetic, StripShape>::shared_bytes(lines.pairs, params.map_rows, params.map_columns), stream,
       params);
@@ -164,21 +162,21 @@ template <class Arithmetic>
 void launch_line_attention(LineAttentionParams params, const DeviceLimits& limits, cudaStream_t stream) {
   Lines& lines = params.lines;
   const int64_t blocks = cut_attention<Arithmetic>(lines, params.output, limits);
-  const int price = std::max(params.query.channels, kLineChannels);
+  const int recompute_cost = std::max(params.query.channels, kLineChannels);
   params.part = lines.length;
   params.map_rows = lines.owned;
-  params.map_columns = round_up_16(lines.length);
+  params.map_columns = round_up(lines.length, 16);
   if constexpr (kWideTiles<Arithmetic>) {
     const size_t bytes = LineAttention<Arithmetic, WideShape>::shared_bytes(1, lines.length, lines.length);
     if (wants_wide_tiles(lines) && bytes <= static_cast<size_t>(limits.shared_bytes)) {
-      share_channels(params, limits.multiprocessors / blocks, price);
+      share_channels(params, limits.multiprocessors / blocks, recompute_cost);
       SEGATTN_LAUNCH(
           (line_attention_kernel<Arithmetic, WideShape>), dim3(grid_blocks(blocks * params.channel_groups)),
           line_threads<WideShape>(lines), bytes, stream, params);
       return;
     }
   }
-  share_channels(params, divide_lines(2 * limits.multiprocessors, blocks), price);
+  share_channels(params, ceil_div(2 * limits.multiprocessors, blocks), recompute_cost);
   SEGATTN_LAUNCH(
       (line_attention_kernel<Arithmetic, StripShape>), dim3(grid_blocks(blocks * params.channel_groups)),
       line_threads<StripShape>(lines),
@@ -205,7 +203,7 @@ bool launch_line_backward(LineBackwardParams params, const DeviceLimits& limits,
     blocks = cut_lines(lines, pairs, lines.length);
   }
   params.map_rows = lines.length;
-  params.map_columns = round_up_16(lines.length);
+  params.map_columns = round_up(lines.length, 16);
   params.channel_groups = 1;
   params.channels_per_group = std::max(params.query.channels, params.value.channels);
   if constexpr (kWideTiles<Arithmetic>) {
@@ -223,8 +221,8 @@ bool launch_line_backward(LineBackwardParams params, const DeviceLimits& limits,
   return true;
 }
 
-#define SEGATTN_INSTANTIATE_LINE_SUM(Arithmetic, kWeight, kOwnsKeys)         \
-  template void launch_line_sum<Arithmetic, LineWeight::kWeight, kOwnsKeys>( \
+#define SEGATTN_INSTANTIATE_LINE_SUM(Arithmetic, kWeight, kOwner)                    \
+  template void launch_line_sum<Arithmetic, LineWeight::kWeight, LineOwner::kOwner>( \
       LineSumParams, const DeviceLimits&, cudaStream_t);
 
 #define SEGATTN_INSTANTIATE_LINES(Arithmetic)                                                                \
@@ -233,11 +231,11 @@ bool launch_line_backward(LineBackwardParams params, const DeviceLimits& limits,
   template bool line_attention_fits<Arithmetic>(Lines, const LineFeatures&, const DeviceLimits&);            \
   template void launch_line_attention<Arithmetic>(LineAttentionParams, const DeviceLimits&, cudaStream_t);   \
   template bool launch_line_backward<Arithmetic>(LineBackwardParams, const DeviceLimits&, cudaStream_t);     \
-  SEGATTN_INSTANTIATE_LINE_SUM(Arithmetic, kGiven, false)                                                    \
-  SEGATTN_INSTANTIATE_LINE_SUM(Arithmetic, kGiven, true)                                                     \
-  SEGATTN_INSTANTIATE_LINE_SUM(Arithmetic, kSoftmax, false)                                                  \
-  SEGATTN_INSTANTIATE_LINE_SUM(Arithmetic, kSoftmax, true)                                                   \
-  SEGATTN_INSTANTIATE_LINE_SUM(Arithmetic, kGradient, false)                                                 \
-  SEGATTN_INSTANTIATE_LINE_SUM(Arithmetic, kGradient, true)
+  SEGATTN_INSTANTIATE_LINE_SUM(Arithmetic, kGiven, kQueries)                                                 \
+  SEGATTN_INSTANTIATE_LINE_SUM(Arithmetic, kGiven, kKeys)                                                    \
+  SEGATTN_INSTANTIATE_LINE_SUM(Arithmetic, kSoftmax, kQueries)                                               \
+  SEGATTN_INSTANTIATE_LINE_SUM(Arithmetic, kSoftmax, kKeys)                                                  \
+  SEGATTN_INSTANTIATE_LINE_SUM(Arithmetic, kGradient, kQueries)                                              \
+  SEGATTN_INSTANTIATE_LINE_SUM(Arithmetic, kGradient, kKeys)
 
 }  // namespace segattn::cuda

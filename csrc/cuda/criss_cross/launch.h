@@ -15,7 +15,7 @@ void launch_line_statistics(LineStatisticsParams params, const DeviceLimits& lim
 template <class Arithmetic>
 void launch_line_product(LineProductParams params, const DeviceLimits& limits, cudaStream_t stream);
 
-template <class Arithmetic, LineWeight kWeight, bool kOwnsKeys>
+template <class Arithmetic, LineWeight kWeight, LineOwner kOwner>
 void launch_line_sum(LineSumParams params, const DeviceLimits& limits, cudaStream_t stream);
 
 // whether the weights of 16 whole lines' queries fit shared memory, as launch_line_attention needs

@@ -7,29 +7,26 @@
 #include <cuda_runtime.h>
 
 #include "cuda/common/launch.cuh"
+#include "cuda/common/math.h"
 #include "cuda/criss_cross/line_tiles.cuh"
 
 namespace segattn::cuda {
 
 __device__ __forceinline__ float line_exp(float x) {
-  return ptx::exp2_approx(x * 1.4426950408889634f);
+  return ptx::exp2_approx(x * kLog2E);
 }
 __device__ __forceinline__ double line_exp(double x) {
   return exp(x);
 }
 
 // Keeps the compiler from working on several of float64's long exponentials at once, for which there are no registers.
-__device__ __forceinline__ void one_by_one(float&) {}
-__device__ __forceinline__ void one_by_one(double& sum) {
+__device__ __forceinline__ void serialize(float&) {}
+__device__ __forceinline__ void serialize(double& sum) {
 #ifdef __CUDA_ARCH__
   asm volatile("" : "+d"(sum));
 #else
   static_cast<void>(sum);
 #endif
-}
-
-__host__ __device__ constexpr int round_up_16(int x) {
-  return (x + 15) / 16 * 16;
 }
 
 // What every kernel of the family shares: who this thread is, where its block is, the staging memory.

@@ -57,8 +57,8 @@ struct LineMma16 {
   using Element = T;
   using Real = float;
   static constexpr bool kTensorCores = true;
-  static constexpr bool kHungry = false;  // for registers
-  static constexpr int kStep = 16;        // contraction of one product
+  static constexpr bool kRegisterBound = false;  // for registers
+  static constexpr int kStep = 16;               // contraction of one product
   struct A {
     uint32_t r[4];
   };
@@ -130,7 +130,7 @@ struct LineTf32 {
   using Real = float;
   using Mma = MmaTf32<kProducts>;
   static constexpr bool kTensorCores = true;
-  static constexpr bool kHungry = kProducts == 3;
+  static constexpr bool kRegisterBound = kProducts == 3;
   static constexpr int kStep = 8;
   using A = typename Mma::A;
   using B = typename Mma::B;
@@ -207,7 +207,7 @@ struct LineSimt {
   using Element = T;
   using Real = Accumulator<T>;
   static constexpr bool kTensorCores = false;
-  static constexpr bool kHungry = sizeof(Real) == 8;
+  static constexpr bool kRegisterBound = sizeof(Real) == 8;
   static constexpr int kStep = 1;
   struct A {
     Real r[2][kStep];  // rows g and g + 8

@@ -26,7 +26,7 @@ constexpr int kProductChannels = 16;  // channels of the two tiles that are mult
 // ones. Fewer for the arithmetics that need more than the 128 registers which 512 threads leave to each.
 template <class Arithmetic, class Shape>
 constexpr int kMaxPairs = Shape::kWarps == 8 ? 1
-    : Arithmetic::kHungry                    ? 2
+    : Arithmetic::kRegisterBound             ? 2
                                              : 4;
 template <class Arithmetic, class Shape>
 constexpr int kMaxLineThreads = 32 * Shape::kWarps * kMaxPairs<Arithmetic, Shape>;
@@ -73,10 +73,10 @@ __device__ __forceinline__ bool lines_first(const LineFeatures& f) {
 // for every line and position, so that (plane, position) fills them once (32 and 64 bits) or a half of them (16 bits).
 // Neighbouring threads take what is next to each other in memory.
 template <class T, class Shape>
-struct WordPlace {
+struct WordIndex {
   int plane, position, line, channel;
 
-  __device__ __forceinline__ WordPlace(const LineFeatures& f, const LineWindow& window) {
+  __device__ __forceinline__ WordIndex(const LineFeatures& f, const LineWindow& window) {
     const int thread = opaque(static_cast<int>(threadIdx.x)), planes = 1 << window.plane_bits;
     const int place = thread & (planes * Shape::kTile - 1);
     plane = lines_first(f) ? place & (planes - 1) : place / Shape::kTile;
@@ -88,10 +88,10 @@ struct WordPlace {
 
 // A thread's place in a tile of elements: one line and position, and every channel.
 template <class T, class Shape>
-struct ElementPlace {
+struct ElementIndex {
   int line, position;
 
-  __device__ __forceinline__ ElementPlace(const LineFeatures& f, const LineWindow& window) {
+  __device__ __forceinline__ ElementIndex(const LineFeatures& f, const LineWindow& window) {
     const int thread = opaque(static_cast<int>(threadIdx.x));
     const int bits = window.plane_bits + (kLinesPerPlane<T> == 2);  // of the block's number of lines
     line = lines_first(f) ? thread & ((1 << bits) - 1) : thread / Shape::kTile;
@@ -118,7 +118,7 @@ struct WordLoad {
 
   template <class Shape>
   __device__ __forceinline__ WordLoad(
-      const LineFeatures& f, const LineWindow& window, const WordPlace<T, Shape>& place, int first_channel,
+      const LineFeatures& f, const LineWindow& window, const WordIndex<T, Shape>& place, int first_channel,
       int position, bool inside) {
     data = line_data<uint16_t>(f, window, first_channel + place.channel) + place.line * f.line_stride +
         position * f.position_stride;
@@ -162,7 +162,7 @@ __device__ __forceinline__ void load_line_tile(
     if (f.paired || !lines_first(f)) {
       constexpr int kWords = kBatch / 2;
       static_assert(kChannels % (2 * kWords) == 0);
-      const WordPlace<T, Shape> place(f, window);
+      const WordIndex<T, Shape> place(f, window);
       const int position = first_position + place.position;
       WordLoad<T> load(f, window, place, first_channel, position, position < position_end);
       LineWord<T>* target = tile + place.plane * words_per_plane + place.channel * Shape::kPitch + place.position;
@@ -183,7 +183,7 @@ __device__ __forceinline__ void load_line_tile(
     }
   }
   static_assert(kChannels % kBatch == 0);
-  const ElementPlace<T, Shape> place(f, window);
+  const ElementIndex<T, Shape> place(f, window);
   const int position = first_position + place.position;
   const T* source = line_data<T>(f, window, first_channel) + place.line * f.line_stride + position * f.position_stride;
   T* target = reinterpret_cast<T*>(tile) + place.offset(words_per_plane) + place.position * kLinesPerPlane<T>;
@@ -231,7 +231,7 @@ __device__ __forceinline__ void store_line_tile(
   const int channels = min(channel_end - first_channel, kChannels), positions = position_end - first_position;
   if constexpr (kLinesPerPlane<T> == 2) {
     if (f.paired) {
-      const WordPlace<T, Shape> place(f, window);
+      const WordIndex<T, Shape> place(f, window);
       if (place.position >= positions || opaque(window.first_line) + place.line >= window.line_end) {
         return;
       }
@@ -270,7 +270,7 @@ __device__ __forceinline__ void store_line_tile(
       return;
     }
   }
-  const ElementPlace<T, Shape> place(f, window);
+  const ElementIndex<T, Shape> place(f, window);
   const int end = opaque(window.first_line) + place.line < window.line_end ? positions : 0;
   const T* source = reinterpret_cast<const T*>(tile) + place.offset(words_per_plane);
   T* target = line_data<T>(f, window, first_channel) + place.line * f.line_stride + first_position * f.position_stride;

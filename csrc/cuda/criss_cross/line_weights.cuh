@@ -7,6 +7,9 @@
 
 namespace segattn::cuda {
 
+// Whether results are scaled to the softmax over both directions when they are stored.
+enum class MergeScale { kNone, kFactors };
+
 template <class Arithmetic, class Shape>
 struct LineWeights {
   using Block = LineBlock<Arithmetic, Shape>;
@@ -27,7 +30,7 @@ struct LineWeights {
   }
   static constexpr size_t shared_bytes(int pairs, int queries, int keys) {
     const int plane_bits = std::bit_width(static_cast<unsigned>(pairs * 2 / kLinesPerPlane<T>)) - 1;
-    return stage_bytes(plane_bits) + sizeof(T) * 2 * pairs * queries * map_pitch(round_up_16(keys));
+    return stage_bytes(plane_bits) + sizeof(T) * 2 * pairs * queries * map_pitch(round_up(keys, 16));
   }
 
   __device__ __forceinline__ LineWeights(const LineSumParams& params, Word* shared)
@@ -193,11 +196,11 @@ struct LineWeights {
   using Sums = Real[2][kRows][2 * kTiles][4];
 
   // sums += values * weights over the staged positions, up to `positions`, which the part has from `offset` on
-  template <bool kOwnsKeys, int kRows, int kTiles>
+  template <LineOwner kOwner, int kRows, int kTiles>
   __device__ __forceinline__ void add(Real (&sums)[2][kRows][2 * kTiles][4], int offset, int positions) {
     const auto values = block.tile(block.stage, 16 * kRows);
     const int owned = block.owned_end() - block.owned_begin;
-    const int steps = min(round_up_16(positions), kTile);
+    const int steps = min(round_up(positions, 16), kTile);
     for (int j = 0; j < steps; j += Arithmetic::kStep) {
       typename Arithmetic::A a[kRows][2];
 #pragma unroll
@@ -212,7 +215,7 @@ struct LineWeights {
           for (int line = 0; line < 2; ++line) {
             typename Arithmetic::B b;
             const T* weights = line_map(2 * block.pair() + line);
-            if constexpr (kOwnsKeys) {
+            if constexpr (kOwner == LineOwner::kKeys) {
               Arithmetic::load_b_keys(b, weights, pitch(), offset + j, column, p.map_rows - 1);
             } else {
               Arithmetic::load_b_queries(b, weights, pitch(), offset + j, column, owned - 1);
@@ -228,9 +231,9 @@ struct LineWeights {
     }
   }
 
-  // output(:, owned) (+)= sums, times the factors where kFactors. By way of the staging memory, so that neighbouring
+  // output(:, owned) (+)= sums, times the factors for MergeScale::kFactors. By way of the staging memory, so that neighbouring
   // threads write neighbouring elements.
-  template <bool kFactors, int kRows, int kTiles>
+  template <MergeScale kScale, int kRows, int kTiles>
   __device__ __forceinline__ void write(
       const Real (&sums)[2][kRows][2 * kTiles][4], const LineFeatures& output, int channel, int channel_end,
       bool accumulate) {
@@ -248,7 +251,7 @@ struct LineWeights {
       for (int half = 0; half < 2; ++half) {  // of a 16 x 16 tile: left and right columns
         const int column = 16 * block.rank() + 8 * half + 2 * t;
         Real scale[2][2] = {{1, 1}, {1, 1}};
-        if constexpr (kFactors) {
+        if constexpr (kScale == MergeScale::kFactors) {
           const Real* factor = factors(0) + 2 * block.pair() * p.map_rows;
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
@@ -268,7 +271,7 @@ struct LineWeights {
         }
       }
       __syncthreads();
-      const LineMerge<T> merge{accumulate, kFactors ? factors(1) : nullptr, p.map_rows};
+      const LineMerge<T> merge{accumulate, kScale == MergeScale::kFactors ? factors(1) : nullptr, p.map_rows};
       store_line_tile<T, Shape, 16 * kRows>(
           block.stage, output, block.window, channel, channel_end, block.owned_begin + first, block.owned_end(), merge,
           first);
@@ -277,7 +280,7 @@ struct LineWeights {
 
   // output(:, owned) (+)= values(:, contracted) * weights for the contracted positions from `first` to `end`, which the
   // map tile starts with; factors as in `write`
-  template <bool kOwnsKeys, bool kFactors = false>
+  template <LineOwner kOwner, MergeScale kScale = MergeScale::kNone>
   __device__ __forceinline__ void apply(
       const LineFeatures& values, const LineFeatures& output, int first, int end, bool accumulate) {
     for (int channel = group() * p.channels_per_group; channel < channel_end(values); channel += kLineChannels) {
@@ -286,9 +289,9 @@ struct LineWeights {
         __syncthreads();
         load_line_tile<T, Shape, kLineChannels>(block.stage, values, block.window, channel, j, end);
         __syncthreads();
-        add<kOwnsKeys, kLineChannels / 16, kOwnedTiles>(sums, j - first, end - j);
+        add<kOwner, kLineChannels / 16, kOwnedTiles>(sums, j - first, end - j);
       }
-      write<kFactors, kLineChannels / 16, kOwnedTiles>(sums, output, channel, channel_end(values), accumulate);
+      write<kScale, kLineChannels / 16, kOwnedTiles>(sums, output, channel, channel_end(values), accumulate);
     }
   }
 };

@@ -8,7 +8,7 @@ namespace segattn::cuda {
 // Of a query whose result over the other line is known: the log-sum-exp of both, and what the two weighted sums are
 // multiplied with (the other line's are exp(score - its log-sum-exp), this line's exp(score - highest)).
 template <class Real>
-struct LineMeeting {
+struct MergeFactors {
   Real logsumexp;
   Real other_factor;
   Real factor;
@@ -72,7 +72,7 @@ struct LineSoftmax {
             Real& x = d[line][j][2 * half + e];
             x = line_exp(x - shift);
             total += x;
-            one_by_one(total);
+            serialize(total);
           }
         }
         highest[line][half] = top;
@@ -95,7 +95,7 @@ struct LineSoftmax {
   }
 
   // other: the other line's log-sum-exp, or null: there is none
-  __device__ __forceinline__ LineMeeting<Real> merged(int line, int half, const Real* other) const {
+  __device__ __forceinline__ MergeFactors<Real> merged(int line, int half, const Real* other) const {
     const Real top = highest[line][half], total = sum[line][half];
     if (other == nullptr) {
       return {top + log(total), 0, 1 / total};

@@ -9,6 +9,8 @@
 
 namespace segattn::cuda {
 
+enum class Direction { kRows, kColumns };
+
 // (B, channels, lines, positions)
 struct LineFeatures {
   void* data;
@@ -76,8 +78,11 @@ enum class LineWeight {
   kGradient,  // scale * p * (grad_output_q . value_k - delta_q), the gradient of the energy
 };
 
+// The side whose positions a block owns, and whose sums it computes.
+enum class LineOwner { kQueries, kKeys };
+
 //   out[:, i] (+)= sum_j weight(i, j) values[:, j]
-// over the positions j of i's line; i is the query and j the key, or (kOwnsKeys) the other way round:
+// over the positions j of i's line. i is the query and j the key, or i the key and j the query (LineOwner::kKeys):
 //                            owner   weight              values
 //   aggregation              query   kGiven(attention)   value
 //   its value gradient       key     kGiven(attention)   grad_output

@@ -6,17 +6,11 @@
 
 #include <cstdint>
 
+#include "cuda/common/operand.h"
+
 namespace segattn::cuda {
 
-constexpr float kLog2E = 1.4426950408889634f;
 constexpr int kMaxSplits = 16;  // of the streamed positions
-
-// (B, channels, positions): sample b, channel c at data + b * batch_stride + c * row_stride
-struct Operand {
-  const void* data;
-  int64_t batch_stride;
-  int64_t row_stride;
-};
 
 // out[c, i] = sum_j weight(i, j) values[c, j] for the positions i a block owns, over the positions j streamed past it:
 //                   owned   streamed  values       weight
@@ -35,8 +29,8 @@ struct WeightedSumParams {
   int64_t batch;
   int owned_positions;
   int streamed_positions;
-  int embedding;  // E
-  int channels;   // C
+  int key_channels;    // E
+  int value_channels;  // C
   float scale;
   int owned_blocks;
   int channel_blocks;
@@ -63,8 +57,8 @@ struct QueryKeyGradientParams {
   int keys;
   int padded_queries;  // multiples of the tile, so that the partial results have no edges
   int padded_keys;
-  int embedding;  // E
-  int channels;   // C
+  int key_channels;    // E
+  int value_channels;  // C
   float scale;
   int query_blocks, ranges, blocks_per_range;
   int key_blocks, groups, blocks_per_group;
@@ -92,9 +86,9 @@ struct SimtParams {
   int64_t batch;
   int owned_positions;
   int streamed_positions;
-  int embedding;     // E
-  int channels;      // C
-  int out_channels;  // C forward and for the value gradient, E for the other two
+  int key_channels;    // E
+  int value_channels;  // C
+  int out_channels;    // C forward and for the value gradient, E for the other two
   double scale;
   int owned_blocks;
   int channel_blocks;

@@ -1,6 +1,6 @@
 // Which tiles the tensor-core kernels of position attention exist in, and which one a problem gets.
 //
-// Shared memory of the weighted sum in bytes, E embedding channels (99 KB is what sm_86, sm_89 and sm_120 offer a block,
+// Shared memory of the weighted sum in bytes, E key channels (99 KB is what sm_86, sm_89 and sm_120 offer a block,
 // 163 KB sm_80, 227 KB sm_90):
 //   16 bits   Wide       128 positions x 256 channels, E <= 64   95,296, three stages
 //             Narrow     128 positions x 128 channels, E <= 64   70,720, three stages
@@ -24,6 +24,7 @@
 #include <cstdint>
 
 #include "cuda/common/device_limits.h"
+#include "cuda/common/math.h"
 #include "cuda/common/mma.cuh"
 #include "cuda/position/query_key_gradient.cuh"
 #include "cuda/position/weighted_sum.cuh"
@@ -42,31 +43,32 @@ struct WeightedSumTiles {
 };
 
 template <class Traits>
-constexpr bool weighted_sum_fits(int embedding, int shared_limit) {
-  return (Traits::kScoreSteps == 0 || embedding <= Traits::kScoreSteps * Traits::Mma::kStep) &&
-      Traits::shared_bytes(embedding) <= shared_limit;
+constexpr bool weighted_sum_fits(int key_channels, int shared_limit) {
+  return (Traits::kScoreSteps == 0 || key_channels <= Traits::kScoreSteps * Traits::Mma::kStep) &&
+      Traits::shared_bytes(key_channels) <= shared_limit;
 }
 
-// Calls visit.operator()<Traits>() with the tile for E = embedding and C = channels; false where none fits.
+// Calls visit.operator()<Traits>() with the tile for E = key_channels and C = channels; false where none fits.
 template <class Mma, class Visit>
-bool with_weighted_sum_tile(int embedding, int channels, int shared_limit, const Visit& visit) {
+bool with_weighted_sum_tile(int key_channels, int channels, int shared_limit, const Visit& visit) {
   using Tiles = WeightedSumTiles<Mma>;
   if constexpr (Tiles::kHasResident) {
-    if (channels <= Tiles::Narrow::kChannels && weighted_sum_fits<typename Tiles::Narrow>(embedding, shared_limit)) {
+    if (channels <= Tiles::Narrow::kChannels && weighted_sum_fits<typename Tiles::Narrow>(key_channels, shared_limit)) {
       visit.template operator()<typename Tiles::Narrow>();
       return true;
     }
-    if (weighted_sum_fits<typename Tiles::Wide>(embedding, shared_limit)) {
+    if (weighted_sum_fits<typename Tiles::Wide>(key_channels, shared_limit)) {
       visit.template operator()<typename Tiles::Wide>();
       return true;
     }
   }
   // Channel blocks each make the scores again: two narrow blocks for one wide one only where the wide one has no room.
-  if (channels > Tiles::NarrowAny::kChannels && weighted_sum_fits<typename Tiles::WideAny>(embedding, shared_limit)) {
+  if (channels > Tiles::NarrowAny::kChannels &&
+      weighted_sum_fits<typename Tiles::WideAny>(key_channels, shared_limit)) {
     visit.template operator()<typename Tiles::WideAny>();
     return true;
   }
-  if (weighted_sum_fits<typename Tiles::NarrowAny>(embedding, shared_limit)) {
+  if (weighted_sum_fits<typename Tiles::NarrowAny>(key_channels, shared_limit)) {
     visit.template operator()<typename Tiles::NarrowAny>();
     return true;
   }
@@ -80,10 +82,6 @@ struct WeightedSumPlan {
   int splits, steps_per_split;
 };
 
-constexpr int divide_up(int64_t a, int64_t b) {
-  return static_cast<int>((a + b - 1) / b);
-}
-
 // Splits of the streamed positions. One is enough where the other blocks fill the multiprocessors evenly; otherwise the
 // last wave runs half empty, and splitting it costs float32 partial results, written and read. Cycles of both sides:
 // a step of a Wide tile takes about 1,100 cycles at full rate, the device moves about 2,000 bytes of memory a cycle.
@@ -92,11 +90,11 @@ inline int choose_splits(int64_t blocks, int steps, int64_t output_elements, int
   int best = 1;
   double least = 0;
   for (int splits = 1; splits <= std::min(kMaxSplits, std::max(steps / 4, 1)); ++splits) {
-    const int per_split = divide_up(steps, splits);
-    if (divide_up(steps, per_split) != splits) {
+    const int per_split = ceil_div(steps, splits);
+    if (ceil_div(steps, per_split) != splits) {
       continue;  // the last split would have nothing to do
     }
-    const double waves = divide_up(blocks * splits, multiprocessors);
+    const double waves = ceil_div(blocks * splits, multiprocessors);
     const double cycles = waves * per_split * kCyclesPerStep +
         (splits > 1 ? static_cast<double>(output_elements) * splits * 8 / kBytesPerCycle : 0);
     if (splits == 1 || cycles < least) {
@@ -109,16 +107,16 @@ inline int choose_splits(int64_t blocks, int steps, int64_t output_elements, int
 
 template <class Mma>
 WeightedSumPlan plan_weighted_sum(
-    int64_t batch, int owned_positions, int streamed_positions, int embedding, int channels,
+    int64_t batch, int owned_positions, int streamed_positions, int key_channels, int channels,
     const DeviceLimits& limits) {
   WeightedSumPlan plan;
-  plan.found = with_weighted_sum_tile<Mma>(embedding, channels, limits.shared_bytes, [&]<class Traits>() {
-    plan.owned_blocks = divide_up(owned_positions, Traits::kOwned);
-    plan.channel_blocks = divide_up(channels, Traits::kChannels);
-    const int steps = divide_up(streamed_positions, Traits::kStreamed);
+  plan.found = with_weighted_sum_tile<Mma>(key_channels, channels, limits.shared_bytes, [&]<class Traits>() {
+    plan.owned_blocks = ceil_div(owned_positions, Traits::kOwned);
+    plan.channel_blocks = ceil_div(channels, Traits::kChannels);
+    const int steps = ceil_div(streamed_positions, Traits::kStreamed);
     const int64_t blocks = batch * plan.owned_blocks * plan.channel_blocks;
     plan.splits = choose_splits(blocks, steps, batch * channels * owned_positions, limits.multiprocessors);
-    plan.steps_per_split = divide_up(steps, plan.splits);
+    plan.steps_per_split = ceil_div(steps, plan.splits);
   });
   return plan;
 }
@@ -132,29 +130,29 @@ struct QueryKeyGradientTiles {
 };
 
 template <class Traits>
-constexpr bool query_key_gradient_fits(int embedding, int shared_limit) {
-  return (!Traits::kKeepsQueryGradient || embedding <= Traits::kGradientRows) &&
-      Traits::shared_bytes(embedding) <= shared_limit;
+constexpr bool query_key_gradient_fits(int key_channels, int shared_limit) {
+  return (!Traits::kKeepsQueryGradient || key_channels <= Traits::kGradientRows) &&
+      Traits::shared_bytes(key_channels) <= shared_limit;
 }
 
 // As with_weighted_sum_tile, for the gradients of query and key.
 template <class Mma, class Visit>
-bool with_query_key_gradient_tile(int embedding, int shared_limit, const Visit& visit) {
+bool with_query_key_gradient_tile(int key_channels, int shared_limit, const Visit& visit) {
   using Tiles = QueryKeyGradientTiles<Mma>;
   if constexpr (sizeof(typename Mma::Element) == 2) {
-    if (query_key_gradient_fits<typename Tiles::Deep>(embedding, shared_limit)) {
+    if (query_key_gradient_fits<typename Tiles::Deep>(key_channels, shared_limit)) {
       visit.template operator()<typename Tiles::Deep>();
       return true;
     }
-    if (query_key_gradient_fits<typename Tiles::Flat>(embedding, shared_limit)) {
+    if (query_key_gradient_fits<typename Tiles::Flat>(key_channels, shared_limit)) {
       visit.template operator()<typename Tiles::Flat>();
       return true;
     }
-  } else if (query_key_gradient_fits<typename Tiles::Kept>(embedding, shared_limit)) {
+  } else if (query_key_gradient_fits<typename Tiles::Kept>(key_channels, shared_limit)) {
     visit.template operator()<typename Tiles::Kept>();
     return true;
   }
-  if (query_key_gradient_fits<typename Tiles::Any>(embedding, shared_limit)) {
+  if (query_key_gradient_fits<typename Tiles::Any>(key_channels, shared_limit)) {
     visit.template operator()<typename Tiles::Any>();
     return true;
   }
@@ -171,22 +169,22 @@ struct QueryKeyGradientPlan {
 // Groups of key blocks and ranges of query blocks: as many as fill the multiprocessors evenly, as few as that allows,
 // since each group holds a float32 share of grad_query and each range one of grad_key, written and read.
 inline void choose_groups(
-    QueryKeyGradientPlan& plan, int64_t batch, int embedding, double cycles_per_tile, int multiprocessors) {
+    QueryKeyGradientPlan& plan, int64_t batch, int key_channels, double cycles_per_tile, int multiprocessors) {
   constexpr int kMost = 16;
   constexpr double kBytesPerCycle = 2000;
   double least = 0;
   for (int groups = 1; groups <= std::min(kMost, plan.key_blocks); ++groups) {
-    const int per_group = divide_up(plan.key_blocks, groups);
-    if (divide_up(plan.key_blocks, per_group) != groups) {
+    const int per_group = ceil_div(plan.key_blocks, groups);
+    if (ceil_div(plan.key_blocks, per_group) != groups) {
       continue;  // the last group would be empty
     }
     for (int ranges = 1; ranges <= std::min(kMost, plan.query_blocks); ++ranges) {
-      const int per_range = divide_up(plan.query_blocks, ranges);
-      if (divide_up(plan.query_blocks, per_range) != ranges) {
+      const int per_range = ceil_div(plan.query_blocks, ranges);
+      if (ceil_div(plan.query_blocks, per_range) != ranges) {
         continue;
       }
-      const double waves = divide_up(batch * groups * ranges, multiprocessors);
-      const double partial_bytes = 8.0 * batch * embedding *
+      const double waves = ceil_div(batch * groups * ranges, multiprocessors);
+      const double partial_bytes = 8.0 * batch * key_channels *
           (static_cast<double>(groups) * plan.padded_queries + static_cast<double>(ranges) * plan.padded_keys);
       const double cycles = waves * per_group * per_range * cycles_per_tile + partial_bytes / kBytesPerCycle;
       if (least == 0 || cycles < least) {
@@ -202,22 +200,22 @@ inline void choose_groups(
 
 template <class Mma>
 QueryKeyGradientPlan plan_query_key_gradient(
-    int64_t batch, int queries, int keys, int embedding, int channels, const DeviceLimits& limits) {
+    int64_t batch, int queries, int keys, int key_channels, int channels, const DeviceLimits& limits) {
   QueryKeyGradientPlan plan;
-  plan.found = with_query_key_gradient_tile<Mma>(embedding, limits.shared_bytes, [&]<class Traits>() {
-    plan.query_blocks = divide_up(queries, Traits::kQueries);
-    plan.key_blocks = divide_up(keys, Traits::kKeys);
+  plan.found = with_query_key_gradient_tile<Mma>(key_channels, limits.shared_bytes, [&]<class Traits>() {
+    plan.query_blocks = ceil_div(queries, Traits::kQueries);
+    plan.key_blocks = ceil_div(keys, Traits::kKeys);
     plan.padded_queries = plan.query_blocks * Traits::kQueries;
     plan.padded_keys = plan.key_blocks * Traits::kKeys;
     // about 1,500 multiply-adds of 16 bits a cycle and multiprocessor at full rate
-    const double cycles = 1.0 * Traits::kQueries * Traits::kKeys * (channels + 3 * embedding) / 1500;
-    choose_groups(plan, batch, embedding, cycles, limits.multiprocessors);
+    const double cycles = 1.0 * Traits::kQueries * Traits::kKeys * (channels + 3 * key_channels) / 1500;
+    choose_groups(plan, batch, key_channels, cycles, limits.multiprocessors);
   });
   return plan;
 }
 
 // Defined for each arithmetic in a file of its own (position_float16.cu, ...).
-template <class Mma, bool kForward>
+template <class Mma, PositionSum kSum>
 void launch_weighted_sum(const WeightedSumParams& params, const DeviceLimits& limits, cudaStream_t stream);
 template <class Mma>
 void launch_query_key_gradient(const QueryKeyGradientParams& params, const DeviceLimits& limits, cudaStream_t stream);

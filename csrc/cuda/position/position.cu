@@ -1,4 +1,8 @@
-// Position attention on CUDA, host side: checks, allocates, launches.
+// Position attention on CUDA, host side: checks the arguments, plans the blocks, allocates and launches.
+//
+//   forward    weighted_sum.cuh, then merge_splits.cuh where the keys are split
+//   backward   delta (common/row_kernels.cuh), weighted_sum.cuh for grad_value, query_key_gradient.cuh for the others
+// plan.cuh chooses the tiles. Shapes that no tensor-core tile fits, and float64, run on simt.cuh.
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -6,7 +10,10 @@
 #include <torch/csrc/stable/library.h>
 
 #include "checks/position.h"
-#include "cuda/position/operands.h"
+#include "cuda/common/launch_context.h"
+#include "cuda/common/operands.h"
+#include "cuda/position/merge_splits.cuh"
+#include "cuda/position/plan.cuh"
 #include "cuda/position/simt_launch.h"
 #include "registration.h"
 
@@ -16,116 +23,181 @@ namespace {
 using Forward = std::tuple<Tensor, Tensor, Tensor>;
 using Backward = std::tuple<Tensor, Tensor, Tensor>;
 
+struct ForwardCall {
+  const LaunchContext& context;
+  PositionSizes sizes;
+  double scale;
+  FeatureMap query;   // (B, E, *S)
+  FeatureMap key;     // (B, E, *T)
+  FeatureMap value;   // (B, C, *T)
+  Tensor output;      // (B, C, *S)
+  Tensor output_low;  // (B, C, *S), what rounding takes from the output; (B, 0, *S) where no gradient is needed
+  Tensor logsumexp;   // (B, *S), dtype of accumulation
+
+  void* output_low_data() const { return output_low.size(1) > 0 ? output_low.mutable_data_ptr() : nullptr; }
+};
+
+struct BackwardCall {
+  const LaunchContext& context;
+  PositionSizes sizes;
+  double scale;
+  FeatureMap grad_output;  // (B, C, *S)
+  FeatureMap query;        // (B, E, *S)
+  FeatureMap key;          // (B, E, *T)
+  FeatureMap value;        // (B, C, *T)
+  Tensor logsumexp;        // (B, *S), contiguous, dtype of accumulation
+  Tensor delta;            // (B, N), dtype of accumulation
+  Tensor grad_query;       // like query
+  Tensor grad_key;         // like key
+  Tensor grad_value;       // like value
+};
+
+// The backward pass's operands for the tensor-core kernels, rows on 16 bytes.
+struct AlignedOperands {
+  FeatureMap grad_output;
+  FeatureMap query;
+  FeatureMap key;
+  FeatureMap value;
+};
+
+// (B, *S)
 std::vector<int64_t> logsumexp_sizes(const Tensor& query) {
-  std::vector<int64_t> sizes{query.size(0)};
-  for (int64_t d = 2; d < query.dim(); ++d) {
-    sizes.push_back(query.size(d));
-  }
-  return sizes;
+  const auto sizes = query.sizes();
+  std::vector<int64_t> result(sizes.begin(), sizes.end());
+  result.erase(result.begin() + 1);
+  return result;
 }
 
+// (B, channels, *S)
 std::vector<int64_t> output_sizes(const Tensor& query, int64_t channels) {
-  std::vector<int64_t> sizes = logsumexp_sizes(query);
-  sizes.insert(sizes.begin() + 1, channels);
-  return sizes;
+  const auto sizes = query.sizes();
+  std::vector<int64_t> result(sizes.begin(), sizes.end());
+  result[1] = channels;
+  return result;
 }
 
-// The memory of output_low, null where it is not wanted.
-void* low_data(const Tensor& output_low) {
-  return output_low.size(1) > 0 ? output_low.mutable_data_ptr() : nullptr;
+float* float_data(const Tensor& tensor) {
+  return static_cast<float*>(tensor.mutable_data_ptr());
 }
 
-SimtParams simt_params(const PositionSizes& sizes, double scale, bool owns_queries) {
+// ---- SIMT ------------------------------------------------------------------------------------------------------------
+
+enum class Owned { kQueries, kKeys };
+
+SimtParams simt_params(const PositionSizes& sizes, double scale, Owned owned) {
   SimtParams params{};
   params.batch = sizes.batch;
-  params.owned_positions = static_cast<int>(owns_queries ? sizes.queries : sizes.keys);
-  params.streamed_positions = static_cast<int>(owns_queries ? sizes.keys : sizes.queries);
-  params.embedding = static_cast<int>(sizes.key_channels);
-  params.channels = static_cast<int>(sizes.value_channels);
+  params.owned_positions = static_cast<int>(owned == Owned::kQueries ? sizes.queries : sizes.keys);
+  params.streamed_positions = static_cast<int>(owned == Owned::kQueries ? sizes.keys : sizes.queries);
+  params.key_channels = static_cast<int>(sizes.key_channels);
+  params.value_channels = static_cast<int>(sizes.value_channels);
   params.scale = scale;
   return params;
 }
 
-void forward_simt(
-    const PositionSizes& sizes, const Tensor& query, const Tensor& key, const Tensor& value, double scale,
-    const Tensor& output, void* output_low, const Tensor& logsumexp, cudaStream_t stream) {
-  const FeatureMap q = feature_map(query), k = feature_map(key), v = feature_map(value);
-  SimtParams params = simt_params(sizes, scale, true);
-  params.owned = q.operand;
-  params.streamed = k.operand;
-  params.values = v.operand;
-  params.output = output.mutable_data_ptr();
-  params.output_low = output_low;
-  params.logsumexp = logsumexp.mutable_data_ptr();
-  params.channels = params.out_channels = static_cast<int>(value.size(1));
-  with_element(query.scalar_type(), [&]<class T>() { launch_simt_sum<T, PositionSum::kForward>(params, stream); });
+void forward_simt(const ForwardCall& call) {
+  SimtParams params = simt_params(call.sizes, call.scale, Owned::kQueries);
+  params.owned = call.query.operand;
+  params.streamed = call.key.operand;
+  params.values = call.value.operand;
+  params.output = call.output.mutable_data_ptr();
+  params.output_low = call.output_low_data();
+  params.logsumexp = call.logsumexp.mutable_data_ptr();
+  params.out_channels = params.value_channels;
+  with_element(
+      call.context.dtype, [&]<class T>() { launch_simt_sum<T, PositionSum::kForward>(params, call.context.stream); });
 }
 
-void merge_splits(
-    const WeightedSumParams& split, const Tensor& output, void* output_low, const Tensor& logsumexp,
-    cudaStream_t stream) {
-  MergeSplitsParams params;
-  params.partials = static_cast<const float*>(split.output);
-  params.partial_logsumexp = split.logsumexp;
-  params.output = output.mutable_data_ptr();
-  params.output_low = output_low;
-  params.logsumexp = static_cast<float*>(logsumexp.mutable_data_ptr());
-  params.batch = split.batch;
-  params.splits = split.splits;
-  params.channels = split.channels;
-  params.positions = split.owned_positions;
-  params.position_blocks = divide_up(params.positions, kRowThreads);
-  params.channel_blocks = divide_up(params.channels, kMergeChannels);
-  const int64_t blocks = params.batch * params.position_blocks * params.channel_blocks;
-  with_element(output.scalar_type(), [&]<class T>() {
-    if constexpr (sizeof(T) < 8) {
-      SEGATTN_LAUNCH((merge_splits_kernel<T>), dim3(grid_blocks(blocks)), dim3(kRowThreads), 0, stream, params);
-    }
+SimtParams simt_gradient_params(const BackwardCall& call, Owned owned, const Tensor& gradient) {
+  SimtParams params = simt_params(call.sizes, call.scale, owned);
+  params.output = gradient.mutable_data_ptr();
+  params.out_channels = static_cast<int>(gradient.size(1));
+  params.logsumexp = call.logsumexp.mutable_data_ptr();
+  params.delta = call.delta.const_data_ptr();
+  return params;
+}
+
+void value_gradient_simt(const BackwardCall& call) {
+  SimtParams params = simt_gradient_params(call, Owned::kKeys, call.grad_value);
+  params.owned = call.key.operand;
+  params.streamed = call.query.operand;
+  params.values = call.grad_output.operand;
+  with_element(call.context.dtype, [&]<class T>() {
+    launch_simt_sum<T, PositionSum::kValueGradient>(params, call.context.stream);
   });
 }
 
-// What grad_query is centred with.
-struct Centre {
-  Tensor mean_key;  // (parts, B, E, padded)
-  Tensor grad_sum;  // (parts, B, padded)
-};
+// (B, E, N) in float32: every query's mean key, which is attention with the keys as values.
+Tensor mean_key_simt(const BackwardCall& call) {
+  const int64_t batch = call.sizes.batch, queries = call.sizes.queries;
+  const Tensor& like = call.query.tensor;
+  PositionSizes sizes = call.sizes;
+  sizes.value_channels = sizes.key_channels;
+  const Tensor mean_key = allocate(like, {batch, sizes.key_channels, queries}, ScalarType::Float);
+  const Tensor no_output_low = allocate(like, {batch, 0, queries}, ScalarType::Float);
+  forward_simt(
+      {call.context, sizes, call.scale, call.query, call.key, call.key, mean_key, no_output_low,
+       allocate_like(call.logsumexp)});
+  return mean_key;
+}
 
-// factor * the sum of `parts` partial results (parts, B, rows, padded), centred where there is something to do it with
-void sum_partials(
-    const Tensor& partials, int parts, int padded, float factor, const Tensor& output, cudaStream_t stream,
-    const std::optional<Centre>& centre = std::nullopt) {
-  SumPartialsParams params{};
-  params.partials = static_cast<const float*>(partials.const_data_ptr());
-  if (centre.has_value()) {
-    params.mean_key = static_cast<const float*>(centre->mean_key.const_data_ptr());
-    params.grad_sum = static_cast<const float*>(centre->grad_sum.const_data_ptr());
+void query_key_gradient_simt(const BackwardCall& call) {
+  SimtParams query = simt_gradient_params(call, Owned::kQueries, call.grad_query);
+  query.owned = call.query.operand;
+  query.streamed = query.values = call.key.operand;
+  query.left = call.grad_output.operand;
+  query.right = call.value.operand;
+  std::optional<Tensor> mean_key;
+  if (call.context.dtype == ScalarType::Float) {
+    mean_key = mean_key_simt(call);
+    query.mean_key = mean_key->const_data_ptr();
   }
-  params.output = output.mutable_data_ptr();
-  params.rows = static_cast<int>(output.size(1));
-  params.rows_total = output.size(0) * output.size(1);
-  params.part_stride = params.rows_total * padded;
-  params.parts = parts;
-  params.columns = static_cast<int>(positions_of(output));
-  params.padded = padded;
-  params.row_blocks = divide_up(params.columns, kRowThreads);
-  params.factor = factor;
-  with_element(output.scalar_type(), [&]<class T>() {
-    if constexpr (sizeof(T) < 8) {
-      SEGATTN_LAUNCH(
-          (sum_partials_kernel<T>), dim3(grid_blocks(params.rows_total * params.row_blocks)), dim3(kRowThreads), 0,
-          stream, params);
-    }
+  SimtParams key = simt_gradient_params(call, Owned::kKeys, call.grad_key);
+  key.owned = call.key.operand;
+  key.streamed = key.values = call.query.operand;
+  key.left = call.value.operand;
+  key.right = call.grad_output.operand;
+  with_element(call.context.dtype, [&]<class T>() {
+    launch_simt_sum<T, PositionSum::kQueryGradient>(query, call.context.stream);
+    launch_simt_sum<T, PositionSum::kKeyGradient>(key, call.context.stream);
   });
+}
+
+// ---- tensor cores ----------------------------------------------------------------------------------------------------
+
+// visit.operator()<Mma>(); does nothing for kSimt.
+template <class Visit>
+void with_mma(Arithmetic arithmetic, const Visit& visit) {
+  switch (arithmetic) {
+    case Arithmetic::kFloat16:
+      return visit.template operator()<Mma16<__half>>();
+    case Arithmetic::kBfloat16:
+      return visit.template operator()<Mma16<__nv_bfloat16>>();
+    case Arithmetic::kTf32:
+      return visit.template operator()<MmaTf32<1>>();
+    case Arithmetic::k3xTf32:
+      return visit.template operator()<MmaTf32<3>>();
+    case Arithmetic::kSimt:
+      return;
+  }
+}
+
+template <class Mma>
+WeightedSumPlan weighted_sum_plan(const PositionSizes& sizes, const DeviceLimits& limits, Owned owned) {
+  return plan_weighted_sum<Mma>(
+      sizes.batch, static_cast<int>(owned == Owned::kQueries ? sizes.queries : sizes.keys),
+      static_cast<int>(owned == Owned::kQueries ? sizes.keys : sizes.queries), static_cast<int>(sizes.key_channels),
+      static_cast<int>(sizes.value_channels), limits);
 }
 
 WeightedSumParams weighted_sum_params(
-    const WeightedSumPlan& plan, const PositionSizes& sizes, double scale, bool owns_queries) {
+    const WeightedSumPlan& plan, const PositionSizes& sizes, double scale, Owned owned) {
   WeightedSumParams params{};
   params.batch = sizes.batch;
-  params.owned_positions = static_cast<int>(owns_queries ? sizes.queries : sizes.keys);
-  params.streamed_positions = static_cast<int>(owns_queries ? sizes.keys : sizes.queries);
-  params.embedding = static_cast<int>(sizes.key_channels);
-  params.channels = static_cast<int>(sizes.value_channels);
+  params.owned_positions = static_cast<int>(owned == Owned::kQueries ? sizes.queries : sizes.keys);
+  params.streamed_positions = static_cast<int>(owned == Owned::kQueries ? sizes.keys : sizes.queries);
+  params.key_channels = static_cast<int>(sizes.key_channels);
+  params.value_channels = static_cast<int>(sizes.value_channels);
   params.scale = static_cast<float>(scale);
   params.owned_blocks = plan.owned_blocks;
   params.channel_blocks = plan.channel_blocks;
@@ -134,210 +206,194 @@ WeightedSumParams weighted_sum_params(
   return params;
 }
 
+void merge_splits(const ForwardCall& call, const WeightedSumParams& split) {
+  MergeSplitsParams params;
+  params.partials = static_cast<const float*>(split.output);
+  params.partial_logsumexp = split.logsumexp;
+  params.output = call.output.mutable_data_ptr();
+  params.output_low = call.output_low_data();
+  params.logsumexp = float_data(call.logsumexp);
+  params.batch = split.batch;
+  params.splits = split.splits;
+  params.channels = split.value_channels;
+  params.positions = split.owned_positions;
+  params.position_blocks = ceil_div(params.positions, kRowThreads);
+  params.channel_blocks = ceil_div(params.channels, kMergeChannels);
+  const int64_t blocks = params.batch * params.position_blocks * params.channel_blocks;
+  with_element(call.context.dtype, [&]<class T>() {
+    if constexpr (sizeof(T) < 8) {
+      SEGATTN_LAUNCH(
+          (merge_splits_kernel<T>), dim3(grid_blocks(blocks)), dim3(kRowThreads), 0, call.context.stream, params);
+    }
+  });
+}
+
 // False where no tile fits.
 template <class Mma>
-bool forward_mma(
-    const PositionSizes& sizes, const Tensor& query, const Tensor& key, const Tensor& value, double scale,
-    const Tensor& output, void* output_low, const Tensor& logsumexp, const DeviceLimits& limits, cudaStream_t stream) {
-  const WeightedSumPlan plan = plan_weighted_sum<Mma>(
-      sizes.batch, static_cast<int>(sizes.queries), static_cast<int>(sizes.keys), static_cast<int>(sizes.key_channels),
-      static_cast<int>(sizes.value_channels), limits);
+bool forward_mma(const ForwardCall& call) {
+  const PositionSizes& sizes = call.sizes;
+  const DeviceLimits& limits = call.context.limits;
+  const cudaStream_t stream = call.context.stream;
+  const WeightedSumPlan plan = weighted_sum_plan<Mma>(sizes, limits, Owned::kQueries);
   if (!plan.found) {
     return false;
   }
-  const FeatureMap q = aligned_feature_map(query, stream), k = aligned_feature_map(key, stream),
-                   v = aligned_feature_map(value, stream);
-  WeightedSumParams params = weighted_sum_params(plan, sizes, scale, true);
-  params.owned = q.operand;
-  params.streamed = k.operand;
-  params.values = v.operand;
+  const FeatureMap query = aligned(call.query, stream), key = aligned(call.key, stream);
+  const FeatureMap value = aligned(call.value, stream);
+  WeightedSumParams params = weighted_sum_params(plan, sizes, call.scale, Owned::kQueries);
+  params.owned = query.operand;
+  params.streamed = key.operand;
+  params.values = value.operand;
   if (plan.splits == 1) {
-    params.output = output.mutable_data_ptr();
-    params.output_low = output_low;
-    params.logsumexp = static_cast<float*>(logsumexp.mutable_data_ptr());
-    launch_weighted_sum<Mma, true>(params, limits, stream);
+    params.output = call.output.mutable_data_ptr();
+    params.output_low = call.output_low_data();
+    params.logsumexp = float_data(call.logsumexp);
+    launch_weighted_sum<Mma, PositionSum::kForward>(params, limits, stream);
     return true;
   }
   const Tensor partials =
-      allocate(query, {plan.splits, sizes.batch, sizes.value_channels, sizes.queries}, ScalarType::Float);
-  const Tensor partial_logsumexp = allocate(query, {plan.splits, sizes.batch, sizes.queries}, ScalarType::Float);
+      allocate(call.output, {plan.splits, sizes.batch, sizes.value_channels, sizes.queries}, ScalarType::Float);
+  const Tensor partial_logsumexp = allocate(call.output, {plan.splits, sizes.batch, sizes.queries}, ScalarType::Float);
   params.output = partials.mutable_data_ptr();
-  params.logsumexp = static_cast<float*>(partial_logsumexp.mutable_data_ptr());
-  launch_weighted_sum<Mma, true>(params, limits, stream);
-  merge_splits(params, output, output_low, logsumexp, stream);
+  params.logsumexp = float_data(partial_logsumexp);
+  launch_weighted_sum<Mma, PositionSum::kForward>(params, limits, stream);
+  merge_splits(call, params);
   return true;
 }
 
-Forward position_attention(const Tensor& query, const Tensor& key, const Tensor& value, double scale, bool with_low) {
-  const PositionSizes sizes = check_position_attention(query, key, value, scale);
-  position_count("position_attention", "query", sizes.queries);
-  position_count("position_attention", "key", sizes.keys);
-  const DeviceGuard guard(query);
-  const ScalarType dtype = query.scalar_type();
-  const Tensor output = allocate(query, output_sizes(query, value.size(1)), dtype);
-  const Tensor output_low = allocate(query, output_sizes(query, low_channels(value, with_low)), dtype);
-  const Tensor logsumexp = allocate(query, logsumexp_sizes(query), accumulation_dtype(dtype));
-  if (sizes.batch == 0 || sizes.queries == 0) {
-    return {output, logsumexp, output_low};
-  }
-  const DeviceLimits limits = device_limits();
-  const cudaStream_t stream = current_stream(query);
-  bool done = false;
-  with_mma(choose_arithmetic(dtype, limits), [&]<class Mma>() {
-    done = forward_mma<Mma>(sizes, query, key, value, scale, output, low_data(output_low), logsumexp, limits, stream);
-  });
-  if (!done) {
-    forward_simt(sizes, query, key, value, scale, output, low_data(output_low), logsumexp, stream);
-  }
-  return {output, logsumexp, output_low};
-}
-
-Tensor make_delta(
-    const PositionSizes& sizes, const FeatureMap& grad_output, const FeatureMap& output,
-    const std::optional<FeatureMap>& output_low, cudaStream_t stream) {
-  const ScalarType dtype = output.tensor.scalar_type();
-  const Tensor delta = allocate(output.tensor, {sizes.batch, sizes.queries}, accumulation_dtype(dtype));
-  DeltaParams params{};
-  params.grad_output = grad_output.operand;
-  params.output = output.operand;
-  if (output_low.has_value()) {
-    params.output_low = output_low->operand;
-  }
-  params.delta = delta.mutable_data_ptr();
-  params.channels = static_cast<int>(sizes.value_channels);
-  params.positions = static_cast<int>(sizes.queries);
-  params.position_blocks = divide_up(sizes.queries, 32);
-  with_element(dtype, [&]<class T>() {
-    SEGATTN_LAUNCH(
-        (delta_kernel<T>), dim3(grid_blocks(sizes.batch * params.position_blocks)), dim3(kRowThreads), 0, stream,
-        params);
-  });
-  return delta;
-}
-
-// The gradients that are still to be made.
-struct SimtGradients {
-  const Tensor* query;
-  const Tensor* key;
-  const Tensor* value;
+// float32: grad_query -= grad_sum * mean_key takes delta's rounding error out (docs/decisions.md).
+struct QueryCorrection {
+  Tensor mean_key;  // (groups, B, E, padded queries): sum_j P_ij key_j
+  Tensor grad_sum;  // (groups, B, padded queries): sum_j dS_ij
 };
 
-void backward_simt(
-    const PositionSizes& sizes, const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value,
-    const Tensor& logsumexp, const Tensor& delta, double scale, const SimtGradients& gradients, cudaStream_t stream) {
-  if (!gradients.query && !gradients.key && !gradients.value) {
-    return;
+// gradient (B, rows, *S) = factor * the sum of `parts` partial results (parts, B, rows, padded), corrected if asked for.
+void sum_partials(
+    const LaunchContext& context, const Tensor& partials, int parts, int padded, float factor, const Tensor& gradient,
+    const std::optional<QueryCorrection>& correction = std::nullopt) {
+  SumPartialsParams params{};
+  params.partials = static_cast<const float*>(partials.const_data_ptr());
+  if (correction.has_value()) {
+    params.mean_key = static_cast<const float*>(correction->mean_key.const_data_ptr());
+    params.grad_sum = static_cast<const float*>(correction->grad_sum.const_data_ptr());
   }
-  const FeatureMap q = feature_map(query), k = feature_map(key), v = feature_map(value), g = feature_map(grad_output);
-  const bool centres = gradients.query != nullptr && query.scalar_type() == ScalarType::Float;
-  const Tensor mean_key =
-      allocate(query, {sizes.batch, centres ? sizes.key_channels : 0, sizes.queries}, ScalarType::Float);
-  if (centres) {  // attention with the keys as values; its logsumexp is known
-    forward_simt(sizes, query, key, key, scale, mean_key, nullptr, allocate_like(logsumexp), stream);
-  }
-  const auto run = [&]<PositionSum kSum>(
-                       const FeatureMap& owned, const FeatureMap& streamed, const FeatureMap& values,
-                       const FeatureMap& left, const FeatureMap& right, const Tensor* result) {
-    if (!result) {
-      return;
+  params.output = gradient.mutable_data_ptr();
+  params.rows = static_cast<int>(gradient.size(1));
+  params.rows_total = gradient.size(0) * gradient.size(1);
+  params.part_stride = params.rows_total * padded;
+  params.parts = parts;
+  params.columns = static_cast<int>(positions_of(gradient));
+  params.padded = padded;
+  params.row_blocks = ceil_div(params.columns, kRowThreads);
+  params.factor = factor;
+  with_element(context.dtype, [&]<class T>() {
+    if constexpr (sizeof(T) < 8) {
+      SEGATTN_LAUNCH(
+          (sum_partials_kernel<T>), dim3(grid_blocks(params.rows_total * params.row_blocks)), dim3(kRowThreads), 0,
+          context.stream, params);
     }
-    SimtParams params = simt_params(sizes, scale, kSum == PositionSum::kQueryGradient);
-    params.owned = owned.operand;
-    params.streamed = streamed.operand;
-    params.values = values.operand;
-    params.left = left.operand;
-    params.right = right.operand;
-    params.output = result->mutable_data_ptr();
-    params.mean_key = mean_key.const_data_ptr();
-    params.out_channels = static_cast<int>(result->size(1));
-    params.logsumexp = const_cast<void*>(logsumexp.const_data_ptr());
-    params.delta = delta.const_data_ptr();
-    with_element(query.scalar_type(), [&]<class T>() { launch_simt_sum<T, kSum>(params, stream); });
-  };
-  run.template operator()<PositionSum::kValueGradient>(k, q, g, v, g, gradients.value);
-  run.template operator()<PositionSum::kQueryGradient>(q, k, k, g, v, gradients.query);
-  run.template operator()<PositionSum::kKeyGradient>(k, q, q, v, g, gradients.key);
+  });
 }
 
 // False where no tile fits.
 template <class Mma>
-bool value_gradient_mma(
-    const PositionSizes& sizes, const FeatureMap& query, const FeatureMap& key, const FeatureMap& grad_output,
-    const Tensor& logsumexp, double scale, const Tensor& grad_value, const DeviceLimits& limits, cudaStream_t stream) {
-  const WeightedSumPlan plan = plan_weighted_sum<Mma>(
-      sizes.batch, static_cast<int>(sizes.keys), static_cast<int>(sizes.queries), static_cast<int>(sizes.key_channels),
-      static_cast<int>(sizes.value_channels), limits);
+bool value_gradient_mma(const BackwardCall& call, const AlignedOperands& operands) {
+  const PositionSizes& sizes = call.sizes;
+  const LaunchContext& context = call.context;
+  const WeightedSumPlan plan = weighted_sum_plan<Mma>(sizes, context.limits, Owned::kKeys);
   if (!plan.found) {
     return false;
   }
-  WeightedSumParams params = weighted_sum_params(plan, sizes, scale, false);
-  params.owned = key.operand;
-  params.streamed = query.operand;
-  params.values = grad_output.operand;
-  params.logsumexp = static_cast<float*>(const_cast<void*>(logsumexp.const_data_ptr()));
+  WeightedSumParams params = weighted_sum_params(plan, sizes, call.scale, Owned::kKeys);
+  params.owned = operands.key.operand;
+  params.streamed = operands.query.operand;
+  params.values = operands.grad_output.operand;
+  params.logsumexp = float_data(call.logsumexp);
   if (plan.splits == 1) {
-    params.output = grad_value.mutable_data_ptr();
-    launch_weighted_sum<Mma, false>(params, limits, stream);
+    params.output = call.grad_value.mutable_data_ptr();
+    launch_weighted_sum<Mma, PositionSum::kValueGradient>(params, context.limits, context.stream);
     return true;
   }
   const Tensor partials =
-      allocate(grad_value, {plan.splits, sizes.batch, sizes.value_channels, sizes.keys}, ScalarType::Float);
+      allocate(call.grad_value, {plan.splits, sizes.batch, sizes.value_channels, sizes.keys}, ScalarType::Float);
   params.output = partials.mutable_data_ptr();
-  launch_weighted_sum<Mma, false>(params, limits, stream);
-  sum_partials(partials, plan.splits, params.owned_positions, 1.0f, grad_value, stream);
+  launch_weighted_sum<Mma, PositionSum::kValueGradient>(params, context.limits, context.stream);
+  sum_partials(context, partials, plan.splits, params.owned_positions, 1.0f, call.grad_value);
   return true;
 }
 
 // False where no tile fits.
 template <class Mma>
-bool query_key_gradient_mma(
-    const PositionSizes& sizes, const FeatureMap& grad_output, const FeatureMap& query, const FeatureMap& key,
-    const FeatureMap& value, const Tensor& logsumexp, const Tensor& delta, double scale, const Tensor& grad_query,
-    const Tensor& grad_key, const DeviceLimits& limits, cudaStream_t stream) {
+bool query_key_gradient_mma(const BackwardCall& call, const AlignedOperands& operands) {
+  const PositionSizes& sizes = call.sizes;
+  const LaunchContext& context = call.context;
   QueryKeyGradientParams params{};
   params.batch = sizes.batch;
   params.queries = static_cast<int>(sizes.queries);
   params.keys = static_cast<int>(sizes.keys);
-  params.embedding = static_cast<int>(sizes.key_channels);
-  params.channels = static_cast<int>(sizes.value_channels);
+  params.key_channels = static_cast<int>(sizes.key_channels);
+  params.value_channels = static_cast<int>(sizes.value_channels);
   const QueryKeyGradientPlan plan = plan_query_key_gradient<Mma>(
-      params.batch, params.queries, params.keys, params.embedding, params.channels, limits);
+      params.batch, params.queries, params.keys, params.key_channels, params.value_channels, context.limits);
   if (!plan.found) {
     return false;
   }
-  const Tensor query_shares =
-      allocate(grad_query, {plan.groups, sizes.batch, sizes.key_channels, plan.padded_queries}, ScalarType::Float);
-  const Tensor key_shares =
-      allocate(grad_key, {plan.ranges, sizes.batch, sizes.key_channels, plan.padded_keys}, ScalarType::Float);
-  params.query = query.operand;
-  params.key = key.operand;
-  params.value = value.operand;
-  params.grad_output = grad_output.operand;
-  params.logsumexp = static_cast<const float*>(logsumexp.const_data_ptr());
-  params.delta = static_cast<const float*>(delta.const_data_ptr());
-  params.grad_query = static_cast<float*>(query_shares.mutable_data_ptr());
-  params.grad_key = static_cast<float*>(key_shares.mutable_data_ptr());
+  const std::vector<int64_t> query_sizes{plan.groups, sizes.batch, sizes.key_channels, plan.padded_queries};
+  const Tensor query_partials = allocate(call.grad_query, query_sizes, ScalarType::Float);
+  const Tensor key_partials =
+      allocate(call.grad_key, {plan.ranges, sizes.batch, sizes.key_channels, plan.padded_keys}, ScalarType::Float);
+  params.query = operands.query.operand;
+  params.key = operands.key.operand;
+  params.value = operands.value.operand;
+  params.grad_output = operands.grad_output.operand;
+  params.logsumexp = float_data(call.logsumexp);
+  params.delta = float_data(call.delta);
+  params.grad_query = float_data(query_partials);
+  params.grad_key = float_data(key_partials);
   params.padded_queries = plan.padded_queries;
   params.padded_keys = plan.padded_keys;
-  params.scale = static_cast<float>(scale);
+  params.scale = static_cast<float>(call.scale);
   params.query_blocks = plan.query_blocks;
   params.ranges = plan.ranges;
   params.blocks_per_range = plan.blocks_per_range;
   params.key_blocks = plan.key_blocks;
   params.groups = plan.groups;
   params.blocks_per_group = plan.blocks_per_group;
-  std::optional<Centre> centre;
+  std::optional<QueryCorrection> correction;
   if (sizeof(typename Mma::Element) == 4) {
-    centre = Centre{
-        allocate(grad_query, {plan.groups, sizes.batch, sizes.key_channels, plan.padded_queries}, ScalarType::Float),
-        allocate(grad_query, {plan.groups, sizes.batch, plan.padded_queries}, ScalarType::Float)};
-    params.mean_key = static_cast<float*>(centre->mean_key.mutable_data_ptr());
-    params.grad_sum = static_cast<float*>(centre->grad_sum.mutable_data_ptr());
+    correction = QueryCorrection{
+        allocate(call.grad_query, query_sizes, ScalarType::Float),
+        allocate(call.grad_query, {plan.groups, sizes.batch, plan.padded_queries}, ScalarType::Float)};
+    params.mean_key = float_data(correction->mean_key);
+    params.grad_sum = float_data(correction->grad_sum);
   }
-  launch_query_key_gradient<Mma>(params, limits, stream);
-  sum_partials(query_shares, plan.groups, plan.padded_queries, params.scale, grad_query, stream, centre);
-  sum_partials(key_shares, plan.ranges, plan.padded_keys, params.scale, grad_key, stream);
+  launch_query_key_gradient<Mma>(params, context.limits, context.stream);
+  sum_partials(context, query_partials, plan.groups, plan.padded_queries, params.scale, call.grad_query, correction);
+  sum_partials(context, key_partials, plan.ranges, plan.padded_keys, params.scale, call.grad_key);
   return true;
+}
+
+// ---- operators -------------------------------------------------------------------------------------------------------
+
+Forward position_attention(const Tensor& query, const Tensor& key, const Tensor& value, double scale, bool with_low) {
+  const PositionSizes sizes = check_position_attention(query, key, value, scale);
+  const LaunchContext context("position_attention", query);
+  context.position_count("query", sizes.queries);
+  context.position_count("key", sizes.keys);
+  const Tensor output = allocate(query, output_sizes(query, value.size(1)), context.dtype);
+  const Tensor output_low = allocate(query, output_sizes(query, low_channels(value, with_low)), context.dtype);
+  const Tensor logsumexp = allocate(query, logsumexp_sizes(query), accumulation_dtype(context.dtype));
+  if (sizes.batch == 0 || sizes.queries == 0) {
+    return {output, logsumexp, output_low};
+  }
+  const ForwardCall call{context, sizes,      scale,    feature_map(query), feature_map(key), feature_map(value),
+                         output,  output_low, logsumexp};
+  bool done = false;
+  with_mma(context.arithmetic, [&]<class Mma>() { done = forward_mma<Mma>(call); });
+  if (!done) {
+    forward_simt(call);
+  }
+  return {output, logsumexp, output_low};
 }
 
 Backward position_attention_backward(
@@ -345,31 +401,45 @@ Backward position_attention_backward(
     const Tensor& logsumexp, double scale, const std::optional<Tensor>& output_low) {
   const PositionSizes sizes =
       check_position_attention_backward(grad_output, query, key, value, output, logsumexp, scale, output_low);
-  position_count("position_attention_backward", "query", sizes.queries);
-  position_count("position_attention_backward", "key", sizes.keys);
-  const DeviceGuard guard(query);
-  Tensor grad_query = allocate_like(query), grad_key = allocate_like(key), grad_value = allocate_like(value);
-  if (sizes.batch == 0 || sizes.queries == 0) {
-    torch::stable::zero_(grad_key);  // nobody asked the keys anything
-    torch::stable::zero_(grad_value);
+  const LaunchContext context("position_attention_backward", query);
+  context.position_count("query", sizes.queries);
+  context.position_count("key", sizes.keys);
+  const Tensor grad_query = allocate_like(query), grad_key = allocate_like(key), grad_value = allocate_like(value);
+  if (sizes.batch == 0 || sizes.queries == 0) {  // without queries the gradients of key and value are zero
+    Tensor zero_key = grad_key, zero_value = grad_value;
+    torch::stable::zero_(zero_key);
+    torch::stable::zero_(zero_value);
     return {grad_query, grad_key, grad_value};
   }
-  const DeviceLimits limits = device_limits();
-  const cudaStream_t stream = current_stream(query);
-  const Tensor statistics = torch::stable::contiguous(logsumexp);
+  const FeatureMap grad = feature_map(grad_output);
   const std::optional<FeatureMap> low = output_low.has_value() ? std::optional(feature_map(*output_low)) : std::nullopt;
-  const Tensor delta = make_delta(sizes, feature_map(grad_output), feature_map(output), low, stream);
+  const BackwardCall call{
+      context,
+      sizes,
+      scale,
+      grad,
+      feature_map(query),
+      feature_map(key),
+      feature_map(value),
+      torch::stable::contiguous(logsumexp),
+      delta_of(context, grad, feature_map(output), low, {sizes.batch, sizes.queries}),
+      grad_query,
+      grad_key,
+      grad_value};
   bool value_done = false, query_key_done = false;
-  with_mma(choose_arithmetic(query.scalar_type(), limits), [&]<class Mma>() {
-    const FeatureMap q = aligned_feature_map(query, stream), k = aligned_feature_map(key, stream),
-                     v = aligned_feature_map(value, stream), g = aligned_feature_map(grad_output, stream);
-    value_done = value_gradient_mma<Mma>(sizes, q, k, g, statistics, scale, grad_value, limits, stream);
-    query_key_done =
-        query_key_gradient_mma<Mma>(sizes, g, q, k, v, statistics, delta, scale, grad_query, grad_key, limits, stream);
+  with_mma(context.arithmetic, [&]<class Mma>() {
+    const AlignedOperands operands{
+        aligned(call.grad_output, context.stream), aligned(call.query, context.stream),
+        aligned(call.key, context.stream), aligned(call.value, context.stream)};
+    value_done = value_gradient_mma<Mma>(call, operands);
+    query_key_done = query_key_gradient_mma<Mma>(call, operands);
   });
-  const SimtGradients rest{
-      query_key_done ? nullptr : &grad_query, query_key_done ? nullptr : &grad_key, value_done ? nullptr : &grad_value};
-  backward_simt(sizes, grad_output, query, key, value, statistics, delta, scale, rest, stream);
+  if (!value_done) {
+    value_gradient_simt(call);
+  }
+  if (!query_key_done) {
+    query_key_gradient_simt(call);
+  }
   return {grad_query, grad_key, grad_value};
 }
 

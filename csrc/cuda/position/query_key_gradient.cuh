@@ -22,6 +22,7 @@
 
 #include "cuda/common/element.cuh"
 #include "cuda/common/launch.cuh"
+#include "cuda/common/math.h"
 #include "cuda/common/mma.cuh"
 #include "cuda/common/tile.cuh"
 #include "cuda/position/params.h"
@@ -45,7 +46,7 @@ struct QueryKeyGradientTraits {
   static constexpr int kWarpQueries = kQueries / kQueryWarps;
   static constexpr int kWarpKeys = kKeys / kKeyWarps;
   static constexpr int kChunk = 32;         // value channels a stage
-  static constexpr int kGradientRows = 64;  // embedding channels of the gradients made at a time
+  static constexpr int kGradientRows = 64;  // key channels of the gradients made at a time
   static constexpr bool kCentres = sizeof(Element) == 4;
   static constexpr int kRowWarps = 2;  // warps over those, the others over positions
   static constexpr int kColumnWarps = kWarps / kRowWarps;
@@ -59,15 +60,15 @@ struct QueryKeyGradientTraits {
   using QueryTile = SharedTile<Element, kQueries>;  // rows are channels
   using KeyTile = SharedTile<Element, kKeys>;       // rows are channels; of dS, queries
 
-  static constexpr __host__ __device__ int embedding_rows(int embedding) {
-    return kKeepsQueryGradient ? kGradientRows : (embedding + kGradientRows - 1) / kGradientRows * kGradientRows;
+  static constexpr __host__ __device__ int embedding_rows(int key_channels) {
+    return kKeepsQueryGradient ? kGradientRows : round_up(key_channels, kGradientRows);
   }
   static constexpr int kStageBytes = QueryTile::bytes(kChunk) + KeyTile::bytes(kChunk);
   static constexpr int kGradientBytes = KeyTile::bytes(kQueries);  // dS, [query][key]
   // kCentres: P, like dS, and each key warp's share of grad_sum
   static constexpr int kCentreBytes = kCentres ? kGradientBytes + 4 * kKeyWarps * kQueries : 0;
-  static constexpr __host__ __device__ int shared_bytes(int embedding) {
-    return QueryTile::bytes(embedding_rows(embedding)) + KeyTile::bytes(embedding_rows(embedding)) +
+  static constexpr __host__ __device__ int shared_bytes(int key_channels) {
+    return QueryTile::bytes(embedding_rows(key_channels)) + KeyTile::bytes(embedding_rows(key_channels)) +
         kStages * kStageBytes + kGradientBytes + kCentreBytes + 2 * kQueries * 4;
   }
 };
@@ -104,13 +105,13 @@ struct QueryKeyGradient {
         static_cast<const Element*>(operand.data) + sample * operand.batch_stride, operand.row_stride, rows, columns};
   }
   __device__ __forceinline__ float* grad_query() const {
-    return p.grad_query + (group * p.batch + sample) * p.embedding * p.padded_queries;
+    return p.grad_query + (group * p.batch + sample) * p.key_channels * p.padded_queries;
   }
   __device__ __forceinline__ float* mean_key() const {
-    return p.mean_key + (group * p.batch + sample) * p.embedding * p.padded_queries;
+    return p.mean_key + (group * p.batch + sample) * p.key_channels * p.padded_queries;
   }
   __device__ __forceinline__ float* grad_key() const {
-    return p.grad_key + (range * p.batch + sample) * p.embedding * p.padded_keys;
+    return p.grad_key + (range * p.batch + sample) * p.key_channels * p.padded_keys;
   }
 
   // The ring's next chunk to copy: all chunks of all tiles, in the order they are multiplied.
@@ -124,10 +125,10 @@ struct QueryKeyGradient {
     if (copy_query_block < end_query_block) {
       const int row = copy_chunk * Traits::kChunk;
       copy_tile_async<Traits::kThreads>(
-          QueryTile(slot(copy_slot)), matrix(p.grad_output, p.channels, p.queries), row, Traits::kChunk,
+          QueryTile(slot(copy_slot)), matrix(p.grad_output, p.value_channels, p.queries), row, Traits::kChunk,
           copy_query_block * Traits::kQueries);
       copy_tile_async<Traits::kThreads>(
-          KeyTile(slot(copy_slot) + QueryTile::bytes(Traits::kChunk)), matrix(p.value, p.channels, p.keys), row,
+          KeyTile(slot(copy_slot) + QueryTile::bytes(Traits::kChunk)), matrix(p.value, p.value_channels, p.keys), row,
           Traits::kChunk, copy_key_block * Traits::kKeys);
       copy_slot = copy_slot + 1 == Traits::kStages ? 0 : copy_slot + 1;
       if (++copy_chunk == chunks) {
@@ -154,7 +155,7 @@ struct QueryKeyGradient {
     }
   }
 
-  // A partial result's tile: rows are embedding channels [row, row + kRowTiles 16), columns [column, ...).
+  // A partial result's tile: rows are key channels [row, row + kRowTiles 16), columns [column, ...).
   template <bool kStore, int kColumns>
   __device__ __forceinline__ void move_partial(
       float (&d)[kRowTiles][kColumns][4], float* partial, int padded, int row, int column) {
@@ -164,7 +165,7 @@ struct QueryKeyGradient {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int channel = row + 16 * i + lane / 4 + 8 * h;
-        if (channel < p.embedding) {
+        if (channel < p.key_channels) {
           float* at = partial + static_cast<int64_t>(channel) * padded + column + lane % 4 * 2;
 #pragma unroll
           for (int j = 0; j < kColumns; ++j) {
@@ -252,14 +253,15 @@ struct QueryKeyGradient {
     const QueryTile query_tile(query_shared);
     const KeyTile key_tile(key_shared), gradient_tile(gradient_shared);
     const int query_column = warp_column(Traits::kQueries), key_column = warp_column(Traits::kKeys);
-    for (int row = warp_row(); row < p.embedding; row += Traits::kGradientRows) {
+    for (int row = warp_row(); row < p.key_channels; row += Traits::kGradientRows) {
       float sums[kRowTiles][kKeyTiles][4];
       clear(sums);
       const int column = key_block * Traits::kKeys + key_column;
       if (query_block > first_query_block) {
         move_partial<false>(sums, grad_key(), p.padded_keys, row, column);
       }
-      multiply_tiles<Mma, true, true, 1>(sums, query_tile, row, gradient_tile, key_column, 0, Traits::kQueries);
+      multiply_tiles<Mma, Major::kRow, Major::kRow, 1>(
+          sums, query_tile, row, gradient_tile, key_column, 0, Traits::kQueries);
       move_partial<true>(sums, grad_key(), p.padded_keys, row, column);
       if constexpr (!Traits::kKeepsQueryGradient) {
         clear(grad_query_sums);
@@ -268,7 +270,7 @@ struct QueryKeyGradient {
               grad_query_sums, grad_query(), p.padded_queries, row, query_block * Traits::kQueries + query_column);
         }
       }
-      multiply_tiles<Mma, true, false, 1>(
+      multiply_tiles<Mma, Major::kRow, Major::kColumn, 1>(
           grad_query_sums, key_tile, row, gradient_tile, query_column, 0, Traits::kKeys);
       if constexpr (!Traits::kKeepsQueryGradient) {
         move_partial<true>(
@@ -281,7 +283,7 @@ struct QueryKeyGradient {
         if (key_block > first_key_block) {
           move_partial<false>(means, mean_key(), p.padded_queries, row, mean_column);
         }
-        multiply_tiles<Mma, true, false, 1>(
+        multiply_tiles<Mma, Major::kRow, Major::kColumn, 1>(
             means, key_tile, row, KeyTile(weight_shared), query_column, 0, Traits::kKeys);
         move_partial<true>(means, mean_key(), p.padded_queries, row, mean_column);
       }
@@ -302,7 +304,7 @@ struct QueryKeyGradient {
   }
 
   __device__ __forceinline__ QueryKeyGradient(const QueryKeyGradientParams& params, unsigned char* shared) : p(params) {
-    embedding_rows = Traits::embedding_rows(p.embedding);
+    embedding_rows = Traits::embedding_rows(p.key_channels);
     query_shared = shared;
     key_shared = query_shared + QueryTile::bytes(embedding_rows);
     ring_shared = key_shared + KeyTile::bytes(embedding_rows);
@@ -325,7 +327,7 @@ struct QueryKeyGradient {
     end_query_block = min(first_query_block + p.blocks_per_range, p.query_blocks);
     first_key_block = group * p.blocks_per_group;
     end_key_block = min(first_key_block + p.blocks_per_group, p.key_blocks);
-    chunks = (p.channels + Traits::kChunk - 1) / Traits::kChunk;
+    chunks = ceil_div(p.value_channels, Traits::kChunk);
 
     copy_query_block = first_query_block;
     copy_key_block = first_key_block;
@@ -343,13 +345,13 @@ struct QueryKeyGradient {
         __syncthreads();  // the previous tile's query, key and dS are no longer read
         if (key_block == first_key_block) {
           copy_tile_async<Traits::kThreads>(
-              QueryTile(query_shared), matrix(p.query, p.embedding, p.queries), 0, embedding_rows,
+              QueryTile(query_shared), matrix(p.query, p.key_channels, p.queries), 0, embedding_rows,
               query_block * Traits::kQueries);
           load_statistics(query_block);
         }
         // These copies join the group of the next chunk; they have arrived when that is waited for.
         copy_tile_async<Traits::kThreads>(
-            KeyTile(key_shared), matrix(p.key, p.embedding, p.keys), 0, embedding_rows, key_block * Traits::kKeys);
+            KeyTile(key_shared), matrix(p.key, p.key_channels, p.keys), 0, embedding_rows, key_block * Traits::kKeys);
 
         float products[kM][kN][4];
         clear(products);
@@ -358,7 +360,7 @@ struct QueryKeyGradient {
           __syncthreads();  // this chunk is there, the previous one is no longer read
           copy_next_chunk();
           ptx::cp_async_commit();
-          multiply_tiles<Mma, false, true, 2>(
+          multiply_tiles<Mma, Major::kColumn, Major::kRow, 2>(
               products, QueryTile(slot(current_slot)), warp_query(),
               KeyTile(slot(current_slot) + QueryTile::bytes(Traits::kChunk)), warp_key(), 0, Traits::kChunk);
           current_slot = current_slot + 1 == Traits::kStages ? 0 : current_slot + 1;
@@ -370,9 +372,9 @@ struct QueryKeyGradient {
 
         float scores[kM][kN][4];
         clear(scores);
-        multiply_tiles<Mma, false, true, 1>(
+        multiply_tiles<Mma, Major::kColumn, Major::kRow, 1>(
             scores, QueryTile(query_shared), warp_query(), KeyTile(key_shared), warp_key(), 0,
-            (p.embedding + Mma::kStep - 1) / Mma::kStep * Mma::kStep);
+            round_up(p.key_channels, Mma::kStep));
         store_score_gradient(scores, products, key_block);
         __syncthreads();
         add_gradients(query_block, key_block);

@@ -128,9 +128,9 @@ struct SimtSum {
     Real grad_sum = 0;                         // kCentres: of owned position `lane`, the warp's share of the sum of dS
     for (int streamed = 0; streamed < p.streamed_positions; streamed += kTile) {
       Real weights[4], gradients[4];
-      contract(weights, p.owned, p.streamed, p.embedding, streamed);
+      contract(weights, p.owned, p.streamed, p.key_channels, streamed);
       if constexpr (Traits::kNeedsProduct) {
-        contract(gradients, p.left, p.right, p.channels, streamed);
+        contract(gradients, p.left, p.right, p.value_channels, streamed);
       }
       Real factor = 1;
       if constexpr (Traits::kForward) {

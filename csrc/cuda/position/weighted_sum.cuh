@@ -19,6 +19,7 @@
 #include <cuda_runtime.h>
 
 #include "cuda/common/launch.cuh"
+#include "cuda/common/math.h"
 #include "cuda/common/mma.cuh"
 #include "cuda/common/tile.cuh"
 #include "cuda/position/params.h"
@@ -28,9 +29,9 @@
 
 namespace segattn::cuda {
 
-template <class Traits_, bool kForward>
-struct WeightedSum : WeightedSumWeights<Traits_, kForward> {
-  using Weights = WeightedSumWeights<Traits_, kForward>;
+template <class Traits_, PositionSum kSum>
+struct WeightedSum : WeightedSumWeights<Traits_, kSum> {
+  using Weights = WeightedSumWeights<Traits_, kSum>;
   using Traits = Traits_;
   using Mma = typename Traits::Mma;
   using Element = typename Traits::Element;
@@ -41,7 +42,7 @@ struct WeightedSum : WeightedSumWeights<Traits_, kForward> {
   using Weights::streamed_shared, Weights::weight_shared;
 
   unsigned char* value_shared;
-  WeightedSumPlace* place;
+  WeightedSumBlock* place;
   // This thread's share of the next streamed tile and the next values to copy: both walk along the positions.
   const Element* next_streamed;
   const Element* next_values;
@@ -52,7 +53,7 @@ struct WeightedSum : WeightedSumWeights<Traits_, kForward> {
       const int slot = (step - first_step) % Traits::kStages;
       copy_share_async<Traits::kThreads>(
           StreamedTile(streamed_shared + slot * StreamedTile::bytes(embedding_rows)), next_streamed,
-          p.streamed.row_stride, embedding_rows, p.embedding, p.streamed_positions - step * Traits::kStreamed);
+          p.streamed.row_stride, embedding_rows, p.key_channels, p.streamed_positions - step * Traits::kStreamed);
       next_streamed += Traits::kStreamed;
     }
   }
@@ -62,7 +63,7 @@ struct WeightedSum : WeightedSumWeights<Traits_, kForward> {
       const int slot = (step - first_step) % Traits::kStages;
       copy_share_async<Traits::kThreads>(
           StreamedTile(value_shared + slot * Traits::kValueBytes), next_values, p.values.row_stride, Traits::kChannels,
-          p.channels - place->first_channel, p.streamed_positions - step * Traits::kStreamed);
+          p.value_channels - place->first_channel, p.streamed_positions - step * Traits::kStreamed);
       next_values += Traits::kStreamed;
     }
   }
@@ -96,12 +97,12 @@ struct WeightedSum : WeightedSumWeights<Traits_, kForward> {
   }
 
   __device__ __forceinline__ void multiply_values(int step, int k, int k_end) {
-    if (place->first_channel + Traits::warp_first_channel() >= p.channels) {
+    if (place->first_channel + Traits::warp_first_channel() >= p.value_channels) {
       return;  // the last channel block may have nothing for some warps
     }
     const StreamedTile value_tile(value_shared + (step - first_step) % Traits::kStages * Traits::kValueBytes);
     const StreamedTile weight_tile(weight_shared + step % 2 * Traits::kWeightBytes);
-    multiply_tiles<Mma, true, false, 2>(
+    multiply_tiles<Mma, Major::kRow, Major::kColumn, 2>(
         sums, value_tile, Traits::warp_first_channel(), weight_tile, Traits::warp_first_owned(), k, k_end);
   }
 
@@ -128,14 +129,14 @@ struct WeightedSum : WeightedSumWeights<Traits_, kForward> {
   }
 
   __device__ __forceinline__ WeightedSum(const WeightedSumParams& params, unsigned char* shared) : Weights(params) {
-    embedding_rows = Traits::embedding_rows(p.embedding);
+    embedding_rows = Traits::embedding_rows(p.key_channels);
     owned_shared = shared;
-    streamed_shared = owned_shared + Traits::owned_bytes(p.embedding);
-    value_shared = streamed_shared + Traits::kStages * Traits::streamed_bytes(p.embedding);
+    streamed_shared = owned_shared + Traits::owned_bytes(p.key_channels);
+    value_shared = streamed_shared + Traits::kStages * Traits::streamed_bytes(p.key_channels);
     weight_shared = value_shared + Traits::kStages * Traits::kValueBytes;
     factors = reinterpret_cast<float*>(weight_shared + 2 * Traits::kWeightBytes);
     changed = reinterpret_cast<int*>(factors + 2 * Traits::kOwned);
-    place = reinterpret_cast<WeightedSumPlace*>(changed + 2 * Traits::kWarps);
+    place = reinterpret_cast<WeightedSumBlock*>(changed + 2 * Traits::kWarps);
   }
 
   __device__ __forceinline__ void run() {
@@ -162,8 +163,8 @@ struct WeightedSum : WeightedSumWeights<Traits_, kForward> {
     const int first_column = first_step * Traits::kStreamed + Share::column();
     next_streamed = first(p.streamed) + Share::row() * p.streamed.row_stride + first_column;
     next_values = first(p.values) + (first_channel + Share::row()) * p.values.row_stride + first_column;
-    const GlobalMatrix<Element> owned{first(p.owned), p.owned.row_stride, p.embedding, p.owned_positions};
-    const int steps = (p.streamed_positions + Traits::kStreamed - 1) / Traits::kStreamed;
+    const GlobalMatrix<Element> owned{first(p.owned), p.owned.row_stride, p.key_channels, p.owned_positions};
+    const int steps = ceil_div(p.streamed_positions, Traits::kStreamed);
     end_step = min(first_step + p.steps_per_split, steps);
 #pragma unroll
     for (int i = 0; i < Traits::kChannelTiles; ++i) {
@@ -203,7 +204,7 @@ struct WeightedSum : WeightedSumWeights<Traits_, kForward> {
       if (more) {
         multiply_scores(step + 1);
       }
-      if constexpr (kForward) {
+      if constexpr (kSum == PositionSum::kForward) {
         rescale_sums(step);
       }
       multiply_values(step, 0, Traits::kStreamed / 2);
@@ -214,7 +215,7 @@ struct WeightedSum : WeightedSumWeights<Traits_, kForward> {
       multiply_values(step, Traits::kStreamed / 2, Traits::kStreamed);
     }
 
-    if constexpr (kForward) {
+    if constexpr (kSum == PositionSum::kForward) {
       normalize();
     } else {
 #pragma unroll
@@ -223,18 +224,18 @@ struct WeightedSum : WeightedSumWeights<Traits_, kForward> {
         for (int j = 0; j < Traits::kOwnedTiles; ++j) {
 #pragma unroll
           for (int c = 0; c < 4; ++c) {
-            sums[i][j][c] *= 1.0f / 1024.0f;  // 2^-kWeightExponent
+            sums[i][j][c] *= Weights::kWeightUnit;
           }
         }
       }
     }
-    const WeightedSumPlace at = *place;
-    const int64_t map = static_cast<int64_t>(p.channels) * p.owned_positions;
+    const WeightedSumBlock at = *place;
+    const int64_t map = static_cast<int64_t>(p.value_channels) * p.owned_positions;
     if (p.splits > 1) {
       store_sums<Traits>(static_cast<float*>(p.output) + (at.split * p.batch + at.sample) * map, sums, p, at);
     } else if constexpr (sizeof(Element) == 2) {
       store_sums_by_rows<Traits, false>(static_cast<Element*>(p.output) + at.sample * map, owned_shared, sums, p, at);
-      if constexpr (kForward) {
+      if constexpr (kSum == PositionSum::kForward) {
         if (p.output_low != nullptr) {
           store_sums_by_rows<Traits, true>(
               static_cast<Element*>(p.output_low) + at.sample * map, owned_shared, sums, p, at);
@@ -246,12 +247,12 @@ struct WeightedSum : WeightedSumWeights<Traits_, kForward> {
   }
 };
 
-template <class Traits, bool kForward>
+template <class Traits, PositionSum kSum>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     weighted_sum_kernel(const WeightedSumParams params) {
 #if defined(SEGATTN_EMULATED) || __CUDA_ARCH__ >= 800
   SEGATTN_DYNAMIC_SHARED(unsigned char, shared);
-  WeightedSum<Traits, kForward>(params, shared).run();
+  WeightedSum<Traits, kSum>(params, shared).run();
 #endif
 }
 

@@ -16,14 +16,14 @@ namespace segattn::cuda {
 // for float32 these are whole sectors.
 template <class Traits, class Out>
 __device__ __forceinline__ void store_sums(
-    Out* map, const WeightedSumAccumulators<Traits>& sums, const WeightedSumParams& p, const WeightedSumPlace& at) {
+    Out* map, const WeightedSumAccumulators<Traits>& sums, const WeightedSumParams& p, const WeightedSumBlock& at) {
   const int lane = lane_index();
 #pragma unroll
   for (int i = 0; i < Traits::kChannelTiles; ++i) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int channel = at.first_channel + Traits::warp_first_channel() + 16 * i + lane / 4 + 8 * h;
-      if (channel < p.channels) {
+      if (channel < p.value_channels) {
         Out* row = map + static_cast<int64_t>(channel) * p.owned_positions;
 #pragma unroll
         for (int j = 0; j < Traits::kOwnedTiles; ++j) {
@@ -58,7 +58,7 @@ __device__ __forceinline__ float part_of_sum(float x) {
 template <class Traits, bool kLow>
 __device__ __forceinline__ void store_sums_by_rows(
     typename Traits::Element* map, unsigned char* shared, const WeightedSumAccumulators<Traits>& sums,
-    const WeightedSumParams& p, const WeightedSumPlace& at) {
+    const WeightedSumParams& p, const WeightedSumBlock& at) {
   using Element = typename Traits::Element;
   constexpr int kPitch = Traits::kOutputPitch;
   const int lane = lane_index();
@@ -77,7 +77,7 @@ __device__ __forceinline__ void store_sums_by_rows(
   }
   __syncthreads();
   const int positions = min(Traits::kOwned, p.owned_positions - at.first_owned);
-  const int channels = min(Traits::kChannels, p.channels - at.first_channel);
+  const int channels = min(Traits::kChannels, p.value_channels - at.first_channel);
   for (int channel = warp_index(); channel < channels; channel += Traits::kWarps) {
     const Element* from = tile + channel * kPitch;
     Element* row = map + static_cast<int64_t>(at.first_channel + channel) * p.owned_positions + at.first_owned;

@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include "cuda/common/element.cuh"
+#include "cuda/common/math.h"
 #include "cuda/common/mma.cuh"
 #include "cuda/common/tile.cuh"
 #include "cuda/position/params.h"
@@ -12,7 +13,7 @@
 
 namespace segattn::cuda {
 
-template <class Traits_, bool kForward>
+template <class Traits_, PositionSum kSum>
 struct WeightedSumWeights {
   using Traits = Traits_;
   using Mma = typename Traits::Mma;
@@ -22,7 +23,8 @@ struct WeightedSumWeights {
   // they almost never are, and a float16 weight stays finite.
   static constexpr float kRescaleAbove = 5.5f;
   // The value gradient's weights are about 1 / positions: multiplied by 2^10 they are normal numbers in float16.
-  static constexpr float kWeightExponent = 10.0f;
+  static constexpr int kWeightExponent = 10;
+  static constexpr float kWeightUnit = 1.0f / (1 << kWeightExponent);
 
   const WeightedSumParams& p;
   unsigned char* owned_shared;
@@ -64,7 +66,7 @@ struct WeightedSumWeights {
     if constexpr (Traits::kScoreSteps > 0) {
 #pragma unroll
       for (int k = 0; k < Traits::kScoreSteps; ++k) {
-        if (k * Mma::kStep < p.embedding) {
+        if (k * Mma::kStep < p.key_channels) {
 #pragma unroll
           for (int j = 0; j < kScoreTiles; j += 2) {
             typename Mma::B b;
@@ -75,7 +77,7 @@ struct WeightedSumWeights {
         }
       }
     } else {
-      multiply_tiles<Mma, false, true, 1>(
+      multiply_tiles<Mma, Major::kColumn, Major::kRow, 1>(
           scores, typename Traits::OwnedTile(owned_shared), 16 * warp_index(), tile, 0, 0, embedding_rows);
     }
   }
@@ -96,7 +98,7 @@ struct WeightedSumWeights {
         }
       }
     }
-    if constexpr (kForward) {
+    if constexpr (kSum == PositionSum::kForward) {
       softmax_step(step);
     } else {
 #pragma unroll

@@ -5,6 +5,7 @@
 
 #include <cuda_runtime.h>
 
+#include "cuda/common/math.h"
 #include "cuda/common/mma.cuh"
 #include "cuda/common/tile.cuh"
 
@@ -42,24 +43,24 @@ struct WeightedSumTraits {
   using OwnedTile = SharedTile<Element, kOwned>;
   using StreamedTile = SharedTile<Element, kStreamed>;
 
-  // Rows of the tiles whose rows are embedding channels.
-  static constexpr __host__ __device__ int embedding_rows(int embedding) {
-    return kScoreSteps > 0 ? kScoreSteps * Mma::kStep : (embedding + Mma::kStep - 1) / Mma::kStep * Mma::kStep;
+  // Rows of the tiles whose rows are key channels.
+  static constexpr __host__ __device__ int embedding_rows(int key_channels) {
+    return kScoreSteps > 0 ? kScoreSteps * Mma::kStep : round_up(key_channels, Mma::kStep);
   }
-  static constexpr __host__ __device__ int owned_bytes(int embedding) {
-    return OwnedTile::bytes(embedding_rows(embedding));
+  static constexpr __host__ __device__ int owned_bytes(int key_channels) {
+    return OwnedTile::bytes(embedding_rows(key_channels));
   }
-  static constexpr __host__ __device__ int streamed_bytes(int embedding) {
-    return StreamedTile::bytes(embedding_rows(embedding));
+  static constexpr __host__ __device__ int streamed_bytes(int key_channels) {
+    return StreamedTile::bytes(embedding_rows(key_channels));
   }
   static constexpr int kValueBytes = StreamedTile::bytes(kChannels);
   static constexpr int kWeightBytes = StreamedTile::bytes(kOwned);
-  static constexpr int kStatisticsBytes = 2 * (kOwned + kWarps) * 4 + 24;  // and a WeightedSumPlace
+  static constexpr int kStatisticsBytes = 2 * (kOwned + kWarps) * 4 + 24;  // and a WeightedSumBlock
   // 16-bit results pass through shared memory, rows of kOutputPitch elements: four banks on from row to row.
   static constexpr int kOutputPitch = kOwned + 8;
   static constexpr int kOutputBytes = sizeof(Element) == 2 ? kChannels * kOutputPitch * 2 : 0;
-  static constexpr __host__ __device__ int shared_bytes(int embedding) {
-    const int pipeline = owned_bytes(embedding) + kStages * (streamed_bytes(embedding) + kValueBytes) +
+  static constexpr __host__ __device__ int shared_bytes(int key_channels) {
+    const int pipeline = owned_bytes(key_channels) + kStages * (streamed_bytes(key_channels) + kValueBytes) +
         2 * kWeightBytes + kStatisticsBytes;
     return pipeline > kOutputBytes ? pipeline : kOutputBytes;
   }
@@ -70,7 +71,7 @@ template <class Traits>
 using WeightedSumAccumulators = float[Traits::kChannelTiles][Traits::kOwnedTiles][4];
 
 // What a block works on. It waits in shared memory for the end, where registers are free again.
-struct WeightedSumPlace {
+struct WeightedSumBlock {
   int64_t sample;
   int split;
   int channel_block;

@@ -1,4 +1,5 @@
 #include "cuda/common/launch.cuh"
+#include "cuda/common/math.h"
 #include "cuda/position/simt.cuh"
 #include "cuda/position/simt_launch.h"
 
@@ -7,8 +8,8 @@ namespace segattn::cuda {
 template <class T, PositionSum kSum>
 void launch_simt_sum(SimtParams params, cudaStream_t stream) {
   using Traits = SimtTraits<T, kSum>;
-  params.owned_blocks = (params.owned_positions + Traits::kTile - 1) / Traits::kTile;
-  params.channel_blocks = (params.out_channels + Traits::kChannels - 1) / Traits::kChannels;
+  params.owned_blocks = ceil_div(params.owned_positions, Traits::kTile);
+  params.channel_blocks = ceil_div(params.out_channels, Traits::kChannels);
   SEGATTN_LAUNCH(
       (simt_sum_kernel<Traits>), dim3(grid_blocks(params.batch * params.owned_blocks * params.channel_blocks)),
       dim3(Traits::kThreads), Traits::kSharedBytes, stream, params);
