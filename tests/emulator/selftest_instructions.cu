@@ -9,7 +9,6 @@
 
 namespace segattn::selftest {
 
-using cuda::launch_kernel;
 namespace ptx = cuda::ptx;
 using cuda::launch_kernel;
 
