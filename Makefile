@@ -21,13 +21,13 @@ $(VENV)/.environment: requirements/dev.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet -r requirements/dev.txt
 	touch $@
 
-# The published implementations that are converted for real, without their own wishes for torch and numpy.
+# Published implementations that the tests convert; --no-deps keeps the pinned torch and numpy.
 $(VENV)/.interop: requirements/interop.txt | $(VENV)/.environment
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements/interop.txt
 	touch $@
 
-build/torch_headers/.complete: requirements/headers.txt tests/tools/torch_headers.py | $(VENV)/.environment
-	$(BIN)/python -m tests.tools.torch_headers
+build/torch_headers/.complete: requirements/headers.txt tools/torch_headers.py | $(VENV)/.environment
+	$(BIN)/python -m tools.torch_headers
 	touch $@
 
 environment: $(VENV)/.environment

@@ -1,13 +1,13 @@
 """Builds the native libraries of segattn_ops.
 
-`_C` holds the schemas. The CPU kernels are compiled once per instruction set, each set into a library of its own,
-and the best one the processor supports is loaded at run time: a wheel built anywhere runs anywhere, and no code
-of one set can leak into another through the linker. `_C_cuda` holds the CUDA kernels. All of it uses only
-PyTorch's stable ABI and the limited Python API, so that one wheel serves every PyTorch from 2.10 on.
+`_C` holds the schemas, `_C_cuda` the CUDA kernels. The CPU kernels are compiled once per instruction set, each into its
+own library, and the best one the processor supports is loaded at run time: the wheel runs on every processor of the
+platform, and the linker cannot merge inline functions of different instruction sets. All libraries use only PyTorch's
+stable ABI and the limited Python API, so that one wheel serves every PyTorch from 2.10 on.
 
 Environment variables:
   FORCE_CUDA=1            build the CUDA kernels although no GPU is visible; FORCE_CUDA=0 never builds them
-  TORCH_CUDA_ARCH_LIST    architectures to build for, as in PyTorch ("8.0;9.0"); also asks for the CUDA build
+  TORCH_CUDA_ARCH_LIST    architectures to build for, as in PyTorch ("8.0;9.0"); also enables the CUDA build
   SEGATTN_CPU_ONLY=SET    compile only this instruction set (and the baseline), for quick development builds
   MAX_JOBS                parallel compiler processes
 """
@@ -22,8 +22,8 @@ from pathlib import Path
 import setuptools
 from setuptools import setup
 
-# A fresh environment of Python 3.11 has setuptools 65, which torch 2.10 and 2.11 accept. Its error about
-# project.license does not say that a newer one is needed.
+# A fresh Python 3.11 environment has setuptools 65, which torch 2.10 and 2.11 accept. Its error about project.license
+# does not mention the version.
 if int(setuptools.__version__.split(".")[0]) < 77:
     raise SystemExit(
         f"segattn_ops: the build needs setuptools >= 77 (got {setuptools.__version__}): "
@@ -34,9 +34,9 @@ ROOT = Path(__file__).parent.resolve()
 INCLUDE = str(ROOT / "csrc")  # sources include each other by their path below csrc
 
 
-# By path: importing the package would import torch, and load the libraries that are about to be replaced.
+# By path: importing the package would import torch and load the libraries that this build replaces.
 build_tools = runpy.run_path(str(ROOT / "segattn_ops" / "_build_tools.py"))
-SOURCES = build_tools["fingerprint"](ROOT)
+FINGERPRINT = build_tools["fingerprint"](ROOT)
 CUDA_TOOLKIT, CUDA_TOOLKIT_SOURCE = build_tools["find_cuda_toolkit"]()
 if CUDA_TOOLKIT is not None:
     os.environ["CUDA_HOME"] = CUDA_TOOLKIT  # before torch guesses
@@ -49,10 +49,9 @@ from torch.utils.cpp_extension import (  # noqa: E402
     _get_cuda_arch_flags,
 )
 
-LIMITED_API = ["-DPy_LIMITED_API=0x030A0000", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
-CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", *LIMITED_API]
+CXX_FLAGS = list(build_tools["CXX_FLAGS"])
 
-# Vectors wider than a register of the build are split by GCC, inside one library: no ABI to warn of. GCC 12's own
+# -Wno-psabi: GCC splits vectors wider than a register, but none crosses a library boundary. The other two: GCC 12's own
 # AVX-512 intrinsics start from undefined registers.
 CPU_WARNINGS = ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 
@@ -86,9 +85,9 @@ def sources(folder: str, *suffixes: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in files if path.suffix in suffixes)
 
 
-def headers() -> list[str]:
-    """What every library is built anew for: the headers, and the flags in this file."""
-    return ["setup.py"] + [
+def dependencies() -> list[str]:
+    """What every library depends on: the headers, and the build scripts, which hold the flags."""
+    return list(build_tools["BUILD_SCRIPTS"]) + [
         str(path) for suffix in ("h", "cuh") for path in sorted((ROOT / "csrc").rglob(f"*.{suffix}"))
     ]
 
@@ -106,7 +105,7 @@ def cpu_extensions(sets: dict[str, list[str]]) -> list:
         ["csrc/ops.cpp", "csrc/cpu_capability.cpp"],
         include_dirs=[INCLUDE],
         extra_compile_args={"cxx": CXX_FLAGS},
-        depends=headers(),
+        depends=dependencies(),
         py_limited_api=True,
     )
     kernels = [
@@ -115,7 +114,7 @@ def cpu_extensions(sets: dict[str, list[str]]) -> list:
             sources("cpu", ".cpp"),
             include_dirs=[INCLUDE],
             extra_compile_args={"cxx": [*CXX_FLAGS, *flags, *CPU_WARNINGS, f'-DSEGATTN_CPU_CAPABILITY_NAME="{name}"']},
-            depends=headers(),
+            depends=dependencies(),
             py_limited_api=True,
         )
         for name, flags in sets.items()
@@ -134,16 +133,12 @@ def cuda_extension():
         extra_compile_args={
             "cxx": [*CXX_FLAGS, "-DUSE_CUDA"],
             "nvcc": [
-                "-O3",
-                "-std=c++20",
-                "--expt-relaxed-constexpr",
-                "-DUSE_CUDA",
+                *build_tools["NVCC_FLAGS"],
                 f'-DSEGATTN_CUDA_ARCHITECTURES="{architectures}"',
                 "-Xcompiler=-fvisibility=hidden",
-                *LIMITED_API,
             ],
         },
-        depends=headers(),
+        depends=dependencies(),
         py_limited_api=True,
     ), architectures.split(",")
 
@@ -165,8 +160,8 @@ if BUILD_CUDA:
 
 
 class Build(BuildExtension):
-    """Keeps the objects of each library apart (the CPU libraries share their sources, and would compile each other's
-    objects anew at every build), and writes down what was built, for segattn_ops.build_config()."""
+    """Gives each library its own object folder, since the CPU libraries share their sources, and writes
+    _build_info.json for segattn_ops.build_config()."""
 
     def build_extension(self, ext) -> None:
         shared = self.build_temp
@@ -183,11 +178,10 @@ class Build(BuildExtension):
         (package / "_build_info.json").write_text(json.dumps(build_info, indent=1) + "\n")
 
     def sources_of_libraries(self, package: Path) -> dict[str, str]:
-        """The fingerprint of the sources of each library in the folder; one that was not part of this build keeps its
-        own."""
+        """The source fingerprint of each library in the folder; libraries outside this build keep their own."""
         path = package / "_build_info.json"
         earlier = json.loads(path.read_text()).get("sources", {}) if path.exists() else {}
-        built = {ext.name.rpartition(".")[2]: SOURCES for ext in self.extensions}
+        built = {ext.name.rpartition(".")[2]: FINGERPRINT for ext in self.extensions}
         return {name: mark for name, mark in (earlier | built).items() if (package / f"{name}.abi3.so").exists()}
 
 

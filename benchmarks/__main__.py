@@ -1,4 +1,4 @@
-"""The main job: attention on the features of a photograph, against the alternatives (``python -m benchmarks``)."""
+"""The main job, ``python -m benchmarks``: attention on the features of a photograph, against the alternatives."""
 
 from __future__ import annotations
 
@@ -69,13 +69,13 @@ def parser() -> argparse.ArgumentParser:
         "--ops",
         type=_choices("ops", workloads.OPS),
         default="position,channel,criss_cross,rcca,non_local",
-        help="what to run; ann (110 keys) as well",
+        help="ops to run; also: ann (110 keys)",
     )
     p.add_argument(
         "--rivals",
         type=_choices("rivals", rivals.RIVALS),
         default="fused,eager,sdpa,compile",
-        help="formulations; flex (FlexAttention) as well",
+        help="formulations; also: flex (FlexAttention)",
     )
     p.add_argument("--dtypes", type=_choices("dtypes", tuple(workloads.DTYPES)), default="float32", help="dtypes")
     p.add_argument("--batch", type=_positive, default=1, help="batch size")
@@ -87,14 +87,14 @@ def parser() -> argparse.ArgumentParser:
         "--budget",
         type=float,
         default=210.0,
-        help="seconds in all: rivals that would exceed them are left out, and said to be; 0 for no limit",
+        help="seconds in total; rivals that would exceed them are skipped and reported; 0 for no limit",
     )
     p.add_argument("--repeats", type=int, help="timed rounds of every workload; chosen by its duration if not given")
     p.add_argument(
         "--compile-from",
         type=_positive,
         default=8192,
-        help="positions from which torch.compile takes part (compiling takes seconds a size)",
+        help="least number of positions for torch.compile (compiling takes seconds per size)",
     )
     p.add_argument(
         "--photograph", default="coffee", help=f"{', '.join(features.PHOTOGRAPHS)}, or the path of an image file"
@@ -135,7 +135,7 @@ def _refuse(arguments: argparse.Namespace) -> str | None:
 
 
 def workloads_of(arguments: argparse.Namespace) -> list[Workload]:
-    """Sizes from small to large, all ops at each, so that a cell's time is predicted from a smaller one."""
+    """Sizes from small to large, all ops at each, so that a smaller cell predicts the time of a larger one."""
     key_channels = arguments.key_channels or max(arguments.channels // 8, 1)
     return [
         Workload(op, height, width, dtype, arguments.batch, arguments.channels, key_channels)

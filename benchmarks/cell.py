@@ -1,7 +1,7 @@
-"""One formulation of one workload: prepared, checked, its memory measured, and then timed as often as asked.
+"""One formulation of one workload: prepared, checked, its memory measured, then timed.
 
-A cell lives in a process of its own on the host (see processes.py), so that its peak is its own; on a device it may
-live in the caller's process, where the device's allocator keeps separate account.
+On the host a cell runs in its own process (see processes.py), so that the peak memory is its own. On a device it may
+run in the caller's process, since the device's allocator keeps its own account.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BURST_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class CellSpec:
-    """Everything a cell needs to know; ``inputs`` is a file written by :func:`save_inputs`."""
+    """The parameters of a cell; ``inputs`` is a file written by :func:`save_inputs`."""
 
     workload: Workload
     rival: str
@@ -37,13 +37,13 @@ class CellSpec:
 
 
 def save_inputs(path: str, workload: Workload, leaves: dict, grad_output: torch.Tensor, seed: int = 0) -> None:
-    """Writes the operands and the float64 values that every rival's results are compared with."""
+    """Writes the operands and the float64 reference of every rival."""
     reference = validate.expected(workload, leaves, grad_output, seed)
     torch.save({"leaves": leaves, "grad_output": grad_output, "reference": reference}, path)
 
 
 class Cell:
-    """Holds a formulation and its operands. Forward is timed without recording for autograd, as in inference."""
+    """A formulation and its operands. The forward is timed under ``no_grad``, as in inference."""
 
     def __init__(self, spec: CellSpec):
         self.spec, self.workload = spec, spec.workload
@@ -55,7 +55,7 @@ class Cell:
         self.grad_output = stored["grad_output"]
         self.reference = stored["reference"]
         gc.collect()
-        gc.freeze()  # so that collecting before each pass does not walk through all of torch
+        gc.freeze()  # so that collecting before each pass does not traverse all of torch
         self.function = rivals.formulation(spec.rival, self.workload.op)
         self.on_device = self.device.type == "cuda"
         self.time = measure.DeviceTimer(self.device) if self.on_device else measure.time_host
@@ -70,7 +70,8 @@ class Cell:
         return output, torch.autograd.grad(output, leaves, self.grad_output)
 
     def warm_up(self) -> float:
-        """Runs what only a first call runs; seconds it took. A compiler needs the real size, the others a small one."""
+        """Runs the set-up of a first call and returns its seconds: at the real size for compilers, else at a small
+        one."""
         start = time.perf_counter()
         if rivals.uses_compiler(self.spec.rival):
             self.forward()
@@ -91,7 +92,7 @@ class Cell:
         return time.perf_counter() - start
 
     def first_pass(self) -> dict:
-        """One forward + backward: its peak memory beyond output and gradients, its time, its results' errors."""
+        """One forward + backward: peak memory beyond output and gradients, time, and the results' errors."""
         leaves = tuple(self.leaves.values())
         meter = self._memory_meter()
         start = time.perf_counter()
@@ -103,7 +104,7 @@ class Cell:
         self._synchronize()
         seconds = time.perf_counter() - start
         peak = meter.peak() if meter else None
-        output = output.detach()  # lets go of what was saved for the backward
+        output = output.detach()  # frees what was saved for the backward
         output_bytes = output.numel() * output.element_size()
         gradient_bytes = sum(gradient.numel() * gradient.element_size() for gradient in gradients)
         found = validate.errors(self.workload, self.leaves, self.grad_output, self.reference, output, gradients)
@@ -113,14 +114,14 @@ class Cell:
                 "forward": max(forward_peak - output_bytes, 0),
                 "forward_backward": max(peak - output_bytes - gradient_bytes, 0),
             }
-        measure.keep_freed_memory()  # from here on, time is measured
+        measure.keep_freed_memory()  # only time is measured from here on
         return {"errors": found, "memory": memory, "forward": forward_seconds, "forward_backward": seconds}
 
     def timed_pass(self, kind: str) -> float:
         """Seconds of one ``"forward"`` or ``"forward_backward"``.
 
-        A short one is called until :data:`BURST_SECONDS` have passed and the median taken, the first call left out:
-        the caches were another cell's before it.
+        A short pass is repeated for :data:`BURST_SECONDS` and the median taken, without the first call, which finds
+        another cell's data in the caches.
         """
         run = self.forward if kind == "forward" else self.forward_backward
         gc.collect()
@@ -152,7 +153,7 @@ class Cell:
 
 
 def backend(spec: CellSpec):
-    """The context in which the fused ops run on the backend that was asked for."""
+    """The context in which the fused ops run on the backend of the spec."""
     if spec.backend == "native" or spec.rival != "fused":
         return contextlib.nullcontext()
     from segattn_ops import use_backend

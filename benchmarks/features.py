@@ -1,9 +1,9 @@
-"""Real features to run attention on: a photograph that a package ships, through a dilated ResNet-50.
+"""Real features for the attention: a photograph from scikit-image's wheel, through a dilated ResNet-50.
 
 The backbone is torchvision's ResNet-50 at output stride 8 (``replace_stride_with_dilation``), as in DANet and CCNet,
-and the 3 x 3 convolution to 512 channels that stands before the attention in their heads. Trained weights are used when
-they are given or already in torch's cache; nothing is downloaded. Without them the weights are random from a seed, and
-batch normalisation uses the photograph's own statistics, so that features keep a realistic scale.
+followed by the 3 x 3 convolution to 512 channels that precedes the attention in their heads. Trained weights are used
+if they are given or in torch's cache; nothing is downloaded. Otherwise the weights are random from a seed, and batch
+normalisation uses the photograph's own statistics, which keeps the features at a realistic scale.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def load_photograph(name: str) -> np.ndarray:
-    """(H, W, 3) uint8: one of :data:`PHOTOGRAPHS` (read from the installed package), or the path of an image file."""
+    """(H, W, 3) uint8 of one of :data:`PHOTOGRAPHS`, from the installed package, or of an image file."""
     if name in PHOTOGRAPHS:
         import skimage.data
 
@@ -50,7 +50,7 @@ def fit(photograph: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def cached_weights() -> Path | None:
-    """Trained ResNet-50 weights already in torch's cache, or None. Downloads nothing."""
+    """Trained ResNet-50 weights in torch's cache, or None. Downloads nothing."""
     from torchvision.models import ResNet50_Weights
 
     folder = Path(torch.hub.get_dir()) / "checkpoints"
@@ -77,12 +77,12 @@ class Extractor(nn.Module):
 
     Args:
         channels: C of the feature map.
-        weights: a ResNet-50 state dict (.pth or .safetensors) in torchvision's names; None for torch's cache, or, if
-            there is none, random weights.
-        seed: of the random weights.
+        weights: a ResNet-50 state dict (.pth or .safetensors) in torchvision's names; None for torch's cache, or random
+            weights without one.
+        seed: seed of the random weights.
 
     Raises:
-        ValueError: for weights that lack a convolution of the backbone.
+        ValueError: the weights lack a convolution of the backbone.
     """
 
     def __init__(self, channels: int = 512, weights: str | Path | None = None, seed: int = 0):
@@ -113,8 +113,8 @@ class Extractor(nn.Module):
         image = image.contiguous(memory_format=torch.channels_last)
         self.to(memory_format=torch.channels_last)
         self.backbone.train(not self.trained)
-        self.head.train()  # the head is never trained: it always takes the photograph's statistics
-        # Twice as fast where the processor multiplies bfloat16; what is measured takes the features as they come.
+        self.head.train()  # the head is untrained, so it uses the photograph's statistics
+        # Twice as fast on processors with bfloat16 products; the benchmarks do not depend on the features' accuracy.
         fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
         with torch.autocast("cpu", torch.bfloat16, enabled=fast):
             features = self.head(self.backbone(image))
@@ -122,11 +122,11 @@ class Extractor(nn.Module):
 
 
 class FeatureSource:
-    """Features for any size up to the largest, all cut from one pass over one photograph.
+    """Features for any size up to the largest, cut from one pass over one photograph.
 
     Args:
         photograph: (H, W, 3) uint8.
-        sizes: feature-map sizes (height, width) that will be asked for.
+        sizes: feature-map sizes (height, width) that will be used.
     """
 
     def __init__(self, photograph: np.ndarray, sizes: list[tuple[int, int]], extractor: Extractor, seed: int = 0):
@@ -137,23 +137,23 @@ class FeatureSource:
 
     def _window(self, height: int, width: int) -> tuple[int, int]:
         if height > self.height or width > self.width:
-            raise ValueError(f"features go up to {self.height}x{self.width} (asked for {height}x{width})")
+            raise ValueError(f"features go up to {self.height}x{self.width} (got {height}x{width})")
         return (self.height - height) // 2, (self.width - width) // 2
 
     def window(self, height: int, width: int) -> Tensor:
-        """(1, C, height, width): the middle of the features."""
+        """(1, C, height, width): the centre of the features."""
         top, left = self._window(height, width)
         return self.features[:, :, top : top + height, left : left + width].contiguous()
 
     def picture(self, height: int, width: int) -> np.ndarray:
-        """The part of the photograph that :meth:`window` sees, (8 height, 8 width, 3)."""
+        """The part of the photograph under :meth:`window`, (8 height, 8 width, 3)."""
         top, left = (STRIDE * offset for offset in self._window(height, width))
         return self.photograph[top : top + STRIDE * height, left : left + STRIDE * width]
 
     def leaves(self, workload: Workload) -> dict[str, Tensor]:
         """The workload's operands: the features, or their seeded 1 x 1 projections, in its dtype.
 
-        The samples of a batch are the features shifted along the width, so that no two are equal.
+        The samples of a batch are the features shifted along the width, so that they differ.
         """
         x = self.window(workload.height, workload.width)
         if x.shape[1] != workload.channels:
@@ -166,18 +166,18 @@ class FeatureSource:
 
 def projections(workload: Workload, seed: int) -> dict[str, nn.Conv2d]:
     """The block's query, key and value convolutions with PyTorch's default initialisation, from a seed."""
-    inner, outer = workload.widths
+    key_channels, value_channels = workload.widths
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return {
             name: nn.Conv2d(workload.channels, width, 1)
-            for name, width in (("query", inner), ("key", inner), ("value", outer))
+            for name, width in (("query", key_channels), ("key", key_channels), ("value", value_channels))
         }
 
 
 @torch.no_grad()
 def operands(workload: Workload, x: Tensor, seed: int = 0) -> dict[str, Tensor]:
-    """The workload's leaves made from features x (B, C, H, W)."""
+    """The workload's leaves from features x (B, C, H, W)."""
     dtype = DTYPES[workload.dtype]
     if workload.op == "channel":
         return {"input": x.to(dtype)}

@@ -1,11 +1,10 @@
-"""Time and memory: how a figure is taken, on the host and on a device.
+"""Measurement of time and memory, on the host and on a device.
 
-Memory on the host is the kernel's own account. ``VmHWM`` of /proc/self/status is the peak of the resident set and
-``/proc/self/clear_refs`` resets it, so the peak over one call less the resident set before it is exact to the page,
-whatever library allocated: torch, BLAS, or a kernel's own scratch. Three things would blur it and are removed by
-the caller: memory that glibc keeps after a free (blocks from 64 KiB on are made mappings of their own, which are
-returned at once, and the heap is trimmed), code pages first touched during the call (the libraries' are populated),
-and whatever the first call of an op sets up (it is warmed up at a small size).
+Memory on the host is the Linux kernel's account: ``VmHWM`` of /proc/self/status is the peak of the resident set and
+``/proc/self/clear_refs`` resets it. The peak over one call minus the resident set before it is exact to the page for
+every allocator: torch, BLAS, or a kernel's scratch. The caller removes three sources of error: memory that glibc keeps
+after a free (blocks of 64 KiB or more become mappings, which are returned at once, and the heap is trimmed), code pages
+first touched during the call (they are populated), and the set-up of an op's first call (a small call runs before).
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _CODE = ("libtorch_cpu", "libtorch_python", "libc10.", "libgomp", "libiomp", "li
 
 
 def available_bytes(device: str = "cpu") -> int:
-    """Memory that can still be taken without swapping: MemAvailable, or what the device's allocator could get."""
+    """Memory that can be allocated without swapping: MemAvailable, or what the device's allocator can get."""
     if torch.device(device).type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -48,7 +47,7 @@ def host_memory_is_measurable() -> bool:
 
 
 def _set_glibc_thresholds(mapped: int, trimmed: int) -> None:
-    """Blocks from `mapped` bytes on are mappings of their own; free memory beyond `trimmed` bytes goes back."""
+    """Blocks of at least `mapped` bytes become mappings; free memory beyond `trimmed` bytes is returned."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, mapped)
@@ -56,18 +55,18 @@ def _set_glibc_thresholds(mapped: int, trimmed: int) -> None:
 
 
 def return_freed_memory_at_once() -> None:
-    """Has glibc give every freed block of 64 KiB or more back to the system: for measuring memory."""
+    """Makes glibc return every freed block of 64 KiB or more to the system, for measuring memory."""
     _set_glibc_thresholds(65536, 0)
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep freed blocks of up to 32 MiB, as it does by itself in any process that has freed a block of that
-    size before: for measuring time. A mapping for each result would cost its page faults in every call."""
+    """Makes glibc keep freed blocks of up to 32 MiB, for measuring time, as it does by default once a process has freed
+    such a block. A mapping for each result would cost page faults in every call."""
     _set_glibc_thresholds(32 * MIB, 64 * MIB)
 
 
 def populate_code() -> None:
-    """Maps the pages of the computing libraries now, so that running code for the first time takes no memory later."""
+    """Maps the code pages of the computing libraries, so that the measured call does not."""
     libc = ctypes.CDLL(None, use_errno=True)
     for line in Path("/proc/self/maps").read_text().splitlines():
         fields = line.split(maxsplit=5)
@@ -94,7 +93,7 @@ def _trim() -> None:
 
 
 class HostMemory:
-    """Peak of the resident set of this process above where it started. See the module's docstring."""
+    """Peak of this process's resident set above its start. See the module's docstring."""
 
     def __init__(self):
         _trim()
@@ -102,12 +101,12 @@ class HostMemory:
         self.before = _status_bytes("VmRSS")
 
     def peak(self) -> int:
-        """Bytes of the highest point since the start."""
+        """Bytes of the peak since the start."""
         return max(_status_bytes("VmHWM") - self.before, 0)
 
 
 class DeviceMemory:
-    """Peak of what torch's caching allocator handed out, above where it started."""
+    """Peak of what torch's caching allocator handed out, above its start."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -123,15 +122,16 @@ class DeviceMemory:
 
 def wake_threads(seconds: float = 0.01) -> None:
     """Keeps all of torch's threads busy for a moment. After a pause the kernel may wake two of them on one core and
-    leave them there for tens of milliseconds: criss-cross attention of 16 ms took 29 in a third of the calls."""
-    numbers = torch.ones(2**18)  # 1 MiB: small beside the operands, so that caches stay as they are
+    leave them there for tens of milliseconds: criss-cross attention took 29 ms instead of 16 in a third of the
+    calls."""
+    numbers = torch.ones(2**18)  # 1 MiB: small beside the operands, so that it leaves the caches warm
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         numbers.sin_()
 
 
 def time_host(run: Callable[[], object]) -> float:
-    """Seconds of one call, results released after the clock stopped."""
+    """Seconds of one call; the results are released after the clock stops."""
     start = time.perf_counter()
     result = run()
     seconds = time.perf_counter() - start
@@ -140,19 +140,19 @@ def time_host(run: Callable[[], object]) -> float:
 
 
 class DeviceTimer:
-    """Seconds of one call between two device events, the L2 cache flushed before it and the host's launches hidden.
+    """Seconds of one call between two device events, with a cold L2 cache and the host's launches hidden.
 
-    Before the first event come a write of a buffer of twice the L2's size and a kernel that only waits. While it waits
-    the host enqueues the whole call, so the events enclose the device's work without gaps between launches. The wait is
-    a multiple of the time that the host took to enqueue the call before; the first wait is long enough for a forward
-    and backward of eager PyTorch. ``hidden`` says whether the last call was enqueued in time: whether the first event
-    was still pending when the host was done. A call that synchronises itself is never hidden, because its host code
-    continues only after the wait; its figure includes host time. So does the figure of a call whose launches take the
-    host more than ``LONGEST`` seconds.
+    A write of twice the L2's size and a kernel that only waits precede the first event. During the wait the host
+    enqueues the whole call, so the events enclose the device's work without gaps between launches. The wait is a
+    multiple of the host's time for the previous call; the first wait suffices for a forward and backward of eager
+    PyTorch. ``hidden`` says whether the last call was enqueued in time, that is, whether the first event was still
+    pending when the host was done. A call that synchronises is never hidden, because its host code continues only after
+    the wait; its figure includes host time. So does that of a call whose launches take the host more than ``LONGEST``
+    seconds.
     """
 
     FIRST, SHORTEST, LONGEST = 5e-3, 1e-3, 20e-3  # seconds of waiting
-    MARGIN = 2.0  # the wait over the host's time for the call before
+    MARGIN = 2.0  # the wait over the host's time for the previous call
     CALIBRATION_CYCLES = 10_000_000
 
     def __init__(self, device: torch.device):
@@ -165,7 +165,7 @@ class DeviceTimer:
         self.cycles_per_second = self._clock()
 
     def _clock(self) -> float:
-        """Cycles the device counts in a second: the most of three trials, because an idle device starts slowly."""
+        """Cycles per second of the device: the highest of three trials, because an idle device starts slowly."""
         seconds = []
         with torch.cuda.device(self.device):
             for _ in range(3):
@@ -210,7 +210,7 @@ class Timing:
 
     @property
     def spread(self) -> float:
-        """(max - min) / median: differences below it are noise."""
+        """(max - min) / median; smaller differences are noise."""
         return (max(self.seconds) - min(self.seconds)) / self.median if self.median else 0.0
 
     def as_dict(self) -> dict:

@@ -1,7 +1,7 @@
 """The cost tables of the CCNet and ANN papers, by formula, counted on this package's modules, and measured.
 
-``python -m benchmarks.papers`` prints them; ``--measure`` also runs CCNet's blocks at the paper's size for memory.
-Conventions differ: CCNet counts FLOPs as 2 x multiply-accumulates and the block's convolutions with them; ANN counts
+``python -m benchmarks.papers`` prints them; ``--measure`` also measures the memory of CCNet's blocks at the paper's
+size. Conventions differ: CCNet counts FLOPs as 2 x multiply-accumulates, including the block's convolutions; ANN counts
 multiply-accumulates of "three convolutions and two products", without the last convolution.
 """
 
@@ -22,9 +22,9 @@ from segattn_ops import nn
 from . import features
 from .workloads import Workload
 
-# Huang et al., "CCNet: Criss-Cross Attention for Semantic Segmentation" (2019): a 769 x 769 image, that is a feature
-# map of 1 x 512 x 97 x 97, query and key of 64 channels. GFLOP and MB of the attention block alone; that the MB are of
-# forward and backward in float32 is not said, but four N x N maps and the features fit.
+# Huang et al., "CCNet: Criss-Cross Attention for Semantic Segmentation" (2019): a 769 x 769 image, a feature map of
+# 1 x 512 x 97 x 97, 64 key channels. GFLOP and MB of the attention block alone. The paper does not say what the MB
+# include; four N x N attention maps and the features, as in a float32 forward and backward, match.
 CCNET_SHAPE = (1, 512, 97, 97)
 CCNET_PUBLISHED = {"Non-local": (108.0, 1411.0), "RCCA, R = 2": (16.5, 127.0)}
 # Zhu et al., "Asymmetric Non-local Neural Networks for Semantic Segmentation" (2019): 2048 channels in, key and value
@@ -36,7 +36,7 @@ ANN_KEYS = 1 + 9 + 36 + 64
 
 @dataclass(frozen=True)
 class Row:
-    """One line: what the paper printed, what its formula gives, what the module executes by torch's FLOP counter."""
+    """The paper's figure, that of its formula, and that of torch's FLOP counter for the module."""
 
     name: str
     unit: str
@@ -49,23 +49,23 @@ class Row:
 def ccnet_formula(recurrence: int | None) -> float:
     """GFLOP of a block at CCNet's size: convolutions (with biases), attention, scaled residual. None: Non-local."""
     _, channels, height, width = CCNET_SHAPE
-    n, inner = height * width, channels // 8
-    projections = (2 * channels + 1) * (2 * inner + channels) * n
+    n, key_channels = height * width, channels // 8
+    projections = (2 * channels + 1) * (2 * key_channels + channels) * n
     keys = n if recurrence is None else height + width - 1
-    attention = 2 * n * keys * (inner + channels)
+    attention = 2 * n * keys * (key_channels + channels)
     residual = 2 * channels * n
     return (recurrence or 1) * (projections + attention + residual) / 1e9
 
 
 def ann_formula(height: int, width: int, keys: int | None = None) -> float:
     """Billions of multiply-accumulates: three 1 x 1 convolutions at every position, two products with the keys."""
-    channels, inner = ANN_CHANNELS
+    channels, projected = ANN_CHANNELS
     n = height * width
-    return (3 * n * channels * inner + 2 * n * (keys or n) * inner) / 1e9
+    return (3 * n * channels * projected + 2 * n * (keys or n) * projected) / 1e9
 
 
 def counted_flops(module: torch.nn.Module, *shapes: tuple[int, ...]) -> dict[str, int]:
-    """FLOPs that torch's counter sees in one forward, by submodule path; "Global" is all. Runs on fake tensors."""
+    """FLOPs that torch counts in one forward on fake tensors, by submodule path; "Global" is the total."""
     counter = FlopCounterMode(display=False)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), counter:
         module(*(torch.empty(shape) for shape in shapes))
@@ -73,7 +73,7 @@ def counted_flops(module: torch.nn.Module, *shapes: tuple[int, ...]) -> dict[str
 
 
 def ccnet_rows() -> list[Row]:
-    """Position attention stands for the paper's Non-local block: the same maths at query and key width C / 8."""
+    """CCNet's table. Position attention is the paper's Non-local block: the same computation at C / 8 key channels."""
     channels = CCNET_SHAPE[1]
     blocks = {
         "Non-local": (nn.PositionAttention(channels), None),
@@ -88,18 +88,18 @@ def ccnet_rows() -> list[Row]:
 
 
 def ann_rows() -> list[Row]:
-    """APNB's module executes less than the paper counts: one projection serves query and key, and the value is
-    projected after pooling to 110 positions, which is the same since pooling and a 1 x 1 convolution commute."""
-    channels, inner = ANN_CHANNELS
+    """ANN's table. APNB's module executes less than the paper counts: query and key share a projection, and the value
+    is projected after pooling to 110 positions, which is equivalent because pooling and a 1 x 1 convolution commute."""
+    channels, projected = ANN_CHANNELS
     rows = []
     for (height, width), (non_local, pyramid) in ANN_PUBLISHED.items():
         shape = (1, channels, height, width)
-        block = nn.NonLocal2d(channels, inner, norm_layer=None).eval()
+        block = nn.NonLocal2d(channels, projected, norm_layer=None).eval()
         counts = counted_flops(block, shape)
         counted = (counts["Global"] - counts["NonLocal2d.W"]) / 2e9
         size = f"{height} x {width}"
         rows.append(Row(f"NB {size}", "GMAC", non_local, ann_formula(height, width), counted))
-        stage = nn.AsymmetricAttention(channels, channels, inner, inner, channels, shared=True).eval()
+        stage = nn.AsymmetricAttention(channels, channels, projected, projected, channels, shared=True).eval()
         counts = counted_flops(_Self(stage), shape)
         counted = (counts["Global"] - counts["_Self.stage.W"]) / 2e9
         rows.append(Row(f"APNB {size}", "GMAC", pyramid, ann_formula(height, width, ANN_KEYS), counted))
@@ -107,7 +107,7 @@ def ann_rows() -> list[Row]:
 
 
 class _Self(torch.nn.Module):
-    """APNB's use of its stage: keys and queries from the same map."""
+    """APNB's use of its stage: keys and queries from the same feature map."""
 
     def __init__(self, stage: torch.nn.Module):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The attention of two points of the photograph, drawn over it: position attention, criss-cross once and twice."""
+"""The attention of two points of the photograph, drawn over it: position attention, criss-cross with R = 1 and 2."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ POINTS = {
 
 
 def _block(kind: type[torch.nn.Module], workload: Workload, seed: int, **arguments) -> torch.nn.Module:
-    """The benchmark's own projections in the package's module, so that the picture shows what was timed."""
+    """The package's module with the benchmark's projections, so that the picture shows what was timed."""
     block = kind(workload.channels, key_channels=workload.key_channels, **arguments)
     for name, convolution in projections(workload, seed).items():
         getattr(block, f"{name}_conv").load_state_dict(convolution.state_dict())
@@ -47,7 +47,7 @@ def draw(
     maps = {title: visualize.attention_maps(block, x, points)[0] for title, block in blocks.items()}
     caption = (
         f"{size[0]} x {size[1]} positions of a dilated ResNet-50 with {weights}; the projections are random: "
-        "this shows how the attentions reach, not what a trained network looks at."
+        "this shows the reach of each attention, not the attention of a trained network."
     )
     visualize.draw_attention(source.picture(*size), maps, points, path, caption)
     return path

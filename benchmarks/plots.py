@@ -1,4 +1,4 @@
-"""Time and memory against the number of positions, log-log, one panel for each op."""
+"""Time and memory over the number of positions, log-log, one panel per op."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _axes(ax, entries: list[dict]) -> None:
     ax.set_yscale("log")
     sizes = {entry["positions"]: f"{entry['positions']}\n{entry['height']}x{entry['width']}" for entry in entries}
     keep, last = [], None
-    for n in sorted(sizes):  # labels that would touch are left out
+    for n in sorted(sizes):  # skips labels that would overlap
         if last is None or n / last >= 2:
             keep.append(n)
             last = n
@@ -83,7 +83,7 @@ def _axes(ax, entries: list[dict]) -> None:
 
 
 def draw_time(records: list[dict], path: Path) -> Path:
-    """Milliseconds of forward (above) and of forward + backward (below) against N."""
+    """Milliseconds of forward (top) and forward + backward (bottom) over N."""
     panels = groups(records)
     figure, axes = _figure(len(panels), 2)
     for column, (key, entries) in enumerate(panels.items()):
@@ -111,7 +111,7 @@ def draw_time(records: list[dict], path: Path) -> Path:
 
 
 def draw_memory(records: list[dict], path: Path) -> Path | None:
-    """Extra memory of forward + backward against N. Hollow, dotted: by formula, where a rival would not fit."""
+    """Extra memory of forward + backward over N. Hollow, dotted: by formula, where a rival would not fit."""
     panels = {key: entries for key, entries in groups(records).items() if any(e.get("memory") for e in entries)}
     if not panels:
         return None

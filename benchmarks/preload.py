@@ -1,8 +1,8 @@
-"""What the server of cell processes imports before it forks. Imports only: a thread started here would not survive."""
+"""The imports of the server that forks cell processes. Imports only: threads do not survive the fork."""
 
 import os
 
-# The compiler must not start worker processes from a server that forks.
+# Keeps the compiler from starting worker processes in the forking server.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import torch._dynamo

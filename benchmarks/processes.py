@@ -1,8 +1,8 @@
-"""A cell in a process of its own, driven over a pipe.
+"""A cell in its own process, driven over a pipe.
 
 The processes are forked from a server that has imported torch and started no thread: a cell starts in a tenth of a
-second, and nothing of another cell's allocations is in it. Several cells of one workload live side by side and wait, so
-that their timed passes can be interleaved; a waiting cell holds its operands and does nothing.
+second and holds no other cell's allocations. The cells of one workload exist side by side, so that their timed passes
+can be interleaved; a waiting cell holds its operands and is idle.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _serve(connection, spec: CellSpec) -> None:
 
 
 def start_server() -> None:
-    """Starts importing what the cells need, so that it is done while the caller does something else."""
+    """Starts the server, which imports what the cells need in the background."""
     from multiprocessing import forkserver
 
     multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
@@ -46,7 +46,7 @@ def start_server() -> None:
 
 
 class CellProcess:
-    """Client side of a cell: each method of :class:`Cell` by name, with a time limit."""
+    """The caller's side of a cell: calls methods of :class:`Cell` by name, with a time limit."""
 
     def __init__(self, spec: CellSpec, timeout: float = 60.0):
         context = multiprocessing.get_context("forkserver")
@@ -59,7 +59,7 @@ class CellProcess:
         self._answer(timeout)
 
     def call(self, name: str, *arguments, timeout: float = 120.0):
-        """The result of the cell's method, or :class:`CellFailed`."""
+        """The result of the cell's method; raises :class:`CellFailed`."""
         try:
             self._connection.send((name, arguments))
         except (BrokenPipeError, OSError) as error:
@@ -93,5 +93,5 @@ class CellProcess:
     def _death(self) -> str:
         self._process.join(timeout=5)
         code = self._process.exitcode
-        reason = "was killed, most likely for want of memory" if code == -9 else f"ended with exit code {code}"
+        reason = "was killed, most likely for lack of memory" if code == -9 else f"ended with exit code {code}"
         return f"the cell's process {reason}"

@@ -1,4 +1,4 @@
-"""What a run leaves behind: JSON with every raw figure, Markdown, and tables in the terminal."""
+"""The results of a run: JSON with every raw figure, Markdown, and tables in the terminal."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from . import rivals, validate, workloads
 
 MIB = 2**20
 NOTES = """\
-Milliseconds are medians of interleaved repeats within one run; *forward* runs without recording for autograd, *forward
-+ backward* takes the gradients of all inputs. GFLOP/s counts the definition's FLOPs over forward + backward, the same
-for every rival. *Extra memory* is the peak of a process of its own over forward + backward, less inputs, output and
-gradients. *error* is the largest relative L2 error of output and gradients against float64. In brackets: the rival's
-figure over that of segattn_ops at the same size."""
+Milliseconds are medians of interleaved repeats within one run; *forward* runs under no_grad, *forward + backward*
+includes the gradients of all inputs. GFLOP/s counts the definition's FLOPs over forward + backward, the same for every
+rival. *Extra memory* is the peak over forward + backward in a separate process, minus inputs, output and gradients.
+*error* is the largest relative L2 error of output and gradients against float64. In brackets: the rival's figure over
+that of segattn_ops at the same size (2 means that the rival needs twice as much)."""
 
 
 def machine(device: str, threads: int) -> dict:
-    """What the figures were measured on."""
+    """The machine and the versions."""
     info = {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -64,7 +64,7 @@ def _total_memory() -> int:
 
 
 def commit() -> str | None:
-    """The tree's commit, with "+" when the working copy differs from it; None outside a git checkout."""
+    """The commit, with "+" if the working copy differs from it; None outside a git checkout."""
     root = Path(__file__).resolve().parent.parent
     try:
         head = subprocess.run(
@@ -83,7 +83,7 @@ def commit() -> str | None:
 
 
 def build(command: str, device: str, threads: int, records: list[dict], **extra) -> dict:
-    """The report as one dictionary, as it is written to report.json."""
+    """The content of report.json."""
     import segattn_ops
 
     return {
@@ -99,14 +99,14 @@ def build(command: str, device: str, threads: int, records: list[dict], **extra)
 
 
 def write_json(report: dict, path: Path) -> None:
-    """Atomically, so that an interrupted run never leaves half a file."""
+    """Writes the file atomically, so that an interrupted run leaves no partial one."""
     part = path.with_suffix(".part")
     part.write_text(json.dumps(report, indent=1, default=str) + "\n")
     part.replace(path)
 
 
 def groups(records: list[dict]) -> dict[tuple, list[dict]]:
-    """Records by (op, dtype, batch), in the order met."""
+    """Records by (op, dtype, batch), in order."""
     found: dict[tuple, list[dict]] = {}
     for entry in records:
         found.setdefault((entry["op"], entry["dtype"], entry["batch"]), []).append(entry)
@@ -125,7 +125,7 @@ COLUMNS = ("size", "N", "", "forward ms", "forward + backward ms", "GFLOP/s", "e
 
 
 def rows(records: list[dict]) -> list[list[str]]:
-    """Table rows of one group, one a measured cell, see :data:`COLUMNS`."""
+    """Table rows of one group, one per measured cell; see :data:`COLUMNS`."""
     fused = {size_of(e): e for e in records if e["rival"] == "fused" and e["status"] == "measured"}
     table = []
     for entry in records:
@@ -153,7 +153,7 @@ def _memory(entry: dict, ours: dict | None) -> str:
 
 
 def remarks(records: list[dict]) -> list[str]:
-    """A line for every cell that did not run, with the reason, and for every figure that needs a word."""
+    """A line for every cell that did not run, with the reason, and for every figure with a note."""
     lines = []
     reasons: dict[tuple[str, str], list[str]] = {}
     for entry in records:
@@ -187,7 +187,7 @@ def summary_columns(records: list[dict]) -> list[str]:
 
 
 def summary(records: list[dict]) -> list[list[str]]:
-    """One line for each op and dtype: the largest of the sizes at which most rivals ran."""
+    """One line per op and dtype, at the largest of the sizes at which most rivals ran."""
     lines = []
     for (op, dtype, batch), entries in groups(records).items():
         measured: dict[str, dict[str, dict]] = {}
@@ -222,7 +222,7 @@ def markdown_table(columns: list[str] | tuple[str, ...], table: list[list[str]])
 
 
 def where(report: dict) -> str:
-    """The machine in a line."""
+    """The machine in one line."""
     facts = report["machine"]
     place = f"{facts['processor']}, {facts['threads']} threads, {facts['memory_bytes'] / 2**30:.0f} GiB"
     if "gpu" in facts:
@@ -231,7 +231,7 @@ def where(report: dict) -> str:
 
 
 def markdown(report: dict) -> str:
-    """The report as Markdown; pictures are referred to by file name."""
+    """The report as Markdown, with pictures by file name."""
     records = report["cells"]
     parts = [
         "# segattn_ops against the alternatives",
@@ -249,7 +249,7 @@ def markdown(report: dict) -> str:
 
 
 def print_tables(report: dict, console) -> None:
-    """The tables in the terminal: one for each op and dtype, then the summary."""
+    """Prints a table per op and dtype, then the summary."""
     from rich import box
     from rich.table import Table
 

@@ -1,12 +1,11 @@
-"""The formulations that are compared, each as a function of the same leaves (see ``Workload.leaves``).
+"""The compared formulations, each a function of the same leaves (see ``Workload.leaves``).
 
-``eager`` is the definition as the papers' code runs it, written here in plain PyTorch: two batched matrix products
-around a softmax for position and channel attention (DANet), and for criss-cross attention the two-branch einsum with
--inf on the column's diagonal (in mmcv that form replaced hand-written kernels, because it was faster than they were).
-``compile`` is ``torch.compile`` of that, at fixed shapes. ``sdpa`` is ``scaled_dot_product_attention`` with one head
-(``sdpa_flash`` and so on: with that backend or not at all). ``sdpa_flash_split`` brings a value wider than the flash
-backend takes into it: the value's parts are heads that share the query and the key.
-``flex`` is FlexAttention, with a row-or-column mask for criss-cross. ``fused`` is this package.
+``fused`` is this package. ``eager`` is the definition as in the papers' code, in plain PyTorch: two batched matrix
+products around a softmax for position and channel attention (DANet), and for criss-cross attention the two-branch
+einsum with -inf on the column's diagonal (in mmcv this form replaced slower hand-written kernels). ``compile`` is
+``torch.compile`` of ``eager``, at fixed shapes. ``sdpa`` is ``scaled_dot_product_attention`` with one head;
+``sdpa_flash`` and so on force that backend. ``sdpa_flash_split`` splits a value that is too wide for the flash backend
+into heads that share the query and the key. ``flex`` is FlexAttention, with a row-or-column mask for criss-cross.
 """
 
 from __future__ import annotations
@@ -76,19 +75,19 @@ def eager_criss_cross(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def _tokens(operand: Tensor) -> Tensor:
-    """(B,C,*S) -> (B,1,N,C), contiguous: no fused backend of SDPA takes channels with a stride."""
+    """(B,C,*S) -> (B,1,N,C), contiguous: no fused backend of SDPA accepts strided channels."""
     return operand.flatten(2).transpose(1, 2).unsqueeze(1).contiguous()
 
 
 def sdpa_position(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The same through ``scaled_dot_product_attention`` with one head; PyTorch chooses the backend."""
+    """The same with ``scaled_dot_product_attention``, one head; PyTorch chooses the backend."""
     tokens = (_tokens(operand) for operand in (query, key, value))
     output = F.scaled_dot_product_attention(*tokens, scale=1.0)
     return output.squeeze(1).transpose(1, 2).unflatten(2, query.shape[2:])
 
 
 def sdpa_position_by(backend: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """:func:`sdpa_position` with one backend allowed; raises RuntimeError where that backend refuses."""
+    """:func:`sdpa_position` with one backend; raises RuntimeError if it does not support the operands."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     with sdpa_kernel(getattr(SDPBackend, backend)):
@@ -96,17 +95,17 @@ def sdpa_position_by(backend: str, query: Tensor, key: Tensor, value: Tensor) ->
 
 
 def sdpa_position_split(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The same through SDPA's flash backend, which wants query, key and value of one width of at most 256 channels.
+    """The same with SDPA's flash backend, which needs query, key and value of one width of at most 256 channels.
 
-    The value's channels are cut into parts of at most 256, each a head. All heads share the query and the key, padded
-    with zeros to the width of a part. One call passes over the keys once for each part. The scale stays that of the
-    unpadded query. Raises RuntimeError where the backend refuses, ValueError where the query is wider than 256.
+    The value's channels are split into heads of at most 256. All heads share the query and the key, zero-padded to the
+    width of a head. One call iterates over the keys once per head. The scale is that of the unpadded query. Raises
+    RuntimeError if the backend does not support the operands, ValueError if the query has more than 256 channels.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    channels, inner = value.shape[1], query.shape[1]
-    parts, width = split_heads(inner, channels)
-    shared = (F.pad(_tokens(operand), (0, width - inner)).expand(-1, parts, -1, -1) for operand in (query, key))
+    channels, key_channels = value.shape[1], query.shape[1]
+    parts, width = split_heads(key_channels, channels)
+    shared = (F.pad(_tokens(operand), (0, width - key_channels)).expand(-1, parts, -1, -1) for operand in (query, key))
     part = -(-channels // parts)
     values = F.pad(value.flatten(2), (0, 0, 0, parts * part - channels)).unflatten(1, (parts, part))
     values = F.pad(values.transpose(2, 3), (0, width - part)).contiguous()  # (B,parts,N,width)
@@ -155,10 +154,10 @@ def _compiled_flex():
 def flex_options(value: Tensor) -> dict | None:
     """FlexAttention's ``kernel_options`` for a (B,C,*S) value: on a GPU, tiles that fit a block's shared memory.
 
-    Flex chooses tiles by the query's width, 64 here, and then has no room for 512 value channels: compiled for sm_90 in
-    bfloat16, its kernels want 448 KiB forward and 361 KiB backward, of 227. With these tiles they want 152 and 76 KiB
+    Flex chooses tiles by the query's width, 64 here, which leaves no room for 512 value channels: compiled for sm_90 in
+    bfloat16, its kernels need 448 KiB forward and 361 KiB backward, of 227. With these tiles they need 152 and 76 KiB
     and spill no registers; in float32 42 and 73 KiB, with some spills. M1 and N1 belong to the kernel of grad_key and
-    grad_value, which keeps N1 keys and walks M1 queries at a time; M2 and N2 to that of grad_query.
+    grad_value, which keeps N1 keys and iterates over M1 queries at a time; M2 and N2 to that of grad_query.
     """
     if not value.is_cuda or value.shape[1] <= 256:
         return None
@@ -176,7 +175,7 @@ def flex_options(value: Tensor) -> dict | None:
 
 
 def flex_attention(query: Tensor, key: Tensor, value: Tensor, criss_cross: bool = False) -> Tensor:
-    """The same through FlexAttention; criss-cross is a mask, so that blocks outside row and column are skipped."""
+    """The same with FlexAttention; criss-cross is a mask, so that blocks outside row and column are skipped."""
     tokens = (operand.flatten(2).transpose(1, 2).unsqueeze(1) for operand in (query, key, value))
     mask = _criss_cross_mask(*query.shape[2:], query.device) if criss_cross else None
     output = _compiled_flex()(*tokens, block_mask=mask, scale=1.0, kernel_options=flex_options(value))
@@ -214,7 +213,7 @@ _FORMULATIONS = {
 
 
 def formulation(rival: str, op: str) -> Callable[..., Tensor]:
-    """The function that computes ``op`` as ``rival`` does, taking the tensors of ``Workload.leaves`` in their order."""
+    """The rival's function for ``op``; its arguments are the tensors of ``Workload.leaves``, in their order."""
     if rival not in RIVALS:
         raise ValueError(f"rival must be one of {', '.join(RIVALS)} (got {rival})")
     if op not in APPLICABLE[rival]:
@@ -227,7 +226,7 @@ def formulation(rival: str, op: str) -> Callable[..., Tensor]:
 
 
 def uses_compiler(rival: str) -> bool:
-    """Whether the first call at a size compiles for that size, which must not be timed nor counted as memory."""
+    """Whether the first call at a size compiles, which must be excluded from time and memory."""
     return rival in ("compile", "flex")
 
 
@@ -236,27 +235,29 @@ def applicable(rivals: tuple[str, ...], workload: Workload) -> list[str]:
 
 
 @lru_cache(maxsize=64)
-def _sdpa_backend(inner: int, outer: int, queries: int, keys: int, dtype: torch.dtype, device: str) -> str:
+def _sdpa_backend(
+    key_channels: int, value_channels: int, queries: int, keys: int, dtype: torch.dtype, device: str
+) -> str:
     from torch.nn.attention import SDPBackend
 
     query, key, value = (
         torch.empty(1, 1, n, width, dtype=dtype, device=device, requires_grad=True)
-        for n, width in ((queries, inner), (keys, inner), (keys, outer))
+        for n, width in ((queries, key_channels), (keys, key_channels), (keys, value_channels))
     )
     return SDPBackend(torch._fused_sdp_choice(query, key, value, scale=1.0)).name
 
 
 def sdpa_backend(workload: Workload, device: str | torch.device) -> str:
-    """The backend PyTorch chooses for ``sdpa`` at a pairwise workload with gradients on ``device``, by its name in
-    ``torch.nn.attention.SDPBackend``. Sizes are asked for up to 4096 positions: no choice depends on more."""
-    inner, outer = workload.widths
+    """The backend PyTorch chooses for ``sdpa`` at a pairwise workload with gradients on ``device``: a name of
+    ``torch.nn.attention.SDPBackend``. Queried at 4096 positions at most, beyond which no choice changes."""
+    key_channels, value_channels = workload.widths
     queries, keys = min(workload.positions, 4096), min(workload.keys, 4096)
-    return _sdpa_backend(inner, outer, queries, keys, DTYPES[workload.dtype], str(device))
+    return _sdpa_backend(key_channels, value_channels, queries, keys, DTYPES[workload.dtype], str(device))
 
 
 def needed_bytes(workload: Workload, rival: str, device: str | torch.device = "cpu") -> int:
-    """:func:`~benchmarks.workloads.peak_bytes` on ``device``: ``sdpa`` is charged for maps if PyTorch chooses its math
-    path there, and for none if a fused backend takes the workload."""
+    """:func:`~benchmarks.workloads.peak_bytes` on ``device``: ``sdpa`` is charged for attention maps only if PyTorch
+    chooses its math path there."""
     if rival == "sdpa":
         return peak_bytes(workload, rival, sdpa_backend(workload, device))
     return peak_bytes(workload, rival)

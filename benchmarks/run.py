@@ -1,4 +1,4 @@
-"""Runs the cells of one workload after another and returns their records, plain dictionaries as the JSON holds them."""
+"""Runs the cells of one workload after another and returns their records, the dictionaries of the JSON."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from .workloads import PAIRWISE, Workload, flops, recomputing_flops
 
 @dataclass(frozen=True)
 class Options:
-    """What is the same for every cell of a run."""
+    """Options of all cells of a run."""
 
     rivals: tuple[str, ...]
     device: str = "cpu"
     threads: int = 2
     backend: str = "native"
-    compile_from: int = 8192  # positions from which rivals that compile take part
+    compile_from: int = 8192  # least number of positions for rivals that compile
     repeats: int | None = None
 
 
 def record(
     workload: Workload, rival: str, status: str, reason: str | None = None, device: str | torch.device = "cpu"
 ) -> dict:
-    """What is known of a cell before it runs; the bytes it needs are those on ``device``."""
+    """The record of a cell before it runs; the needed bytes are those on ``device``."""
     forward, both = flops(workload)
     needed = rivals.needed_bytes(workload, rival, device)
     return {
@@ -60,30 +60,30 @@ def record(
 
 
 class Runner:
-    """Drives the cells of each workload: start, check, measure memory, then time them in turn.
+    """Runs the cells of each workload: starts and checks them, measures memory, then times them in turn.
 
-    ``on_cell(label, done)`` is told before (done False) and after (done True) each cell.
+    ``on_cell(label, done)`` is called before (done False) and after (done True) each cell.
     """
 
     def __init__(self, options: Options, schedule: Schedule, on_cell: Callable[[str, bool], None] = lambda *_: None):
         self.options, self.schedule, self.on_cell = options, schedule, on_cell
 
     def run(self, workloads: Iterable[Workload], source: FeatureSource) -> Iterator[list[dict]]:
-        """Each workload's records, as soon as it is done. A wrong fused result raises ``WrongResult``."""
+        """Yields each workload's records. A wrong fused result raises ``WrongResult``."""
         workloads = list(workloads)
         for index, workload in enumerate(workloads):
             with tempfile.TemporaryDirectory(prefix="segattn-benchmark-") as folder:
                 path = os.path.join(folder, "inputs.pt")
                 started = time.monotonic()
                 save_inputs(path, workload, source.leaves(workload), grad_output(workload))
-                # The only references that take noticeable time; at small sizes it is not proportional to the work.
+                # Only these references take noticeable time; at small sizes it is not proportional to the work.
                 if workload.op in PAIRWISE and workload.positions >= 4096:
                     self.schedule.reference_rate = (time.monotonic() - started) / flops(workload)[1]
                 yield self._group(workload, path, workloads[index + 1 :])
 
     def _group(self, workload: Workload, path: str, to_come: list[Workload]) -> list[dict]:
         records, cells = {}, {}
-        # Eager comes first: its error is the measure of the others'.
+        # Eager first: the fused op's error is compared with its error.
         names = sorted(rivals.applicable(self.options.rivals, workload), key=lambda name: name != "eager")
         eager_errors = None
         try:
@@ -107,7 +107,7 @@ class Runner:
         return record(workload, name, status, reason, self.options.device)
 
     def _start(self, workload, name, path, to_come, eager_errors) -> tuple[dict, CellProcess | None]:
-        """A checked cell with its memory measured, or the record of why there is none."""
+        """The record of a cell and the cell, checked and its memory measured; None if it does not run."""
         if rivals.uses_compiler(name) and workload.positions * workload.batch < self.options.compile_from:
             reason = f"not compiled below {self.options.compile_from} positions"
             return self._record(workload, name, "skipped", reason), None
@@ -147,10 +147,10 @@ class Runner:
         return entry, cell
 
     def _time(self, workload: Workload, records: dict, cells: dict[str, CellProcess], to_come: list[Workload]) -> None:
-        """Times the cells in turn, each once a round, so that a drift of the machine meets all of them.
+        """Times the cells in turn, each once per round, so that drift of the machine affects all of them equally.
 
-        A round before the first is not counted: the first pass was measured for its memory, with all of it given back,
-        and the next takes it anew (a recurrent criss-cross block of 120 ms took 310).
+        The first round is discarded: the memory measurement before it returned all memory to the system, which made a
+        recurrent criss-cross block take 310 ms instead of 120.
         """
         round_seconds = sum(
             sum(records[name]["first_pass"][kind] for kind in ("forward", "forward_backward")) for name in cells

@@ -1,8 +1,8 @@
-"""Decides what runs, and how often, inside a time budget and the memory there is.
+"""Decides which cells run, and how often, within a time budget and the available memory.
 
-Sizes go from small to large, so that every cell's time is predicted from its own rate at the size before. A rival runs
-if its maps fit in memory and if, after it, time is left for the fused op at every size still to come; a cell that does
-not run says why, in the report, instead of crashing or being forgotten.
+Sizes go from small to large, so that a cell's rate at one size predicts its time at the next. A rival runs if its
+attention maps fit in memory and the fused op still has time at every later size. The report names each skipped cell and
+the reason.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from .rivals import needed_bytes, uses_compiler
 from .workloads import Workload, flops
 
 GIB = 2**30
-MEMORY_SHARE = 0.9  # of what is available, what a cell may need
+MEMORY_SHARE = 0.9  # of the available memory, that a cell may need
 START_SECONDS = 0.4  # forking, loading operands, warming up
 COMPILE_SECONDS = 6.0  # torch.compile of one cell, forward and backward
-CHEAP = 0.015  # of the budget: what takes less runs anyway, while the rates are still guesses
-GUESS = 60e9  # FLOP/s of a cell whose rate nobody has seen yet
-TIMED_SECONDS = 5.0  # what the repeats of one workload may take, if three rounds allow
+CHEAP = 0.015  # of the budget: a cell that takes less runs regardless, since early predictions are guesses
+GUESS = 60e9  # FLOP/s of a cell without a measured rate
+TIMED_SECONDS = 5.0  # for the repeats of one workload, with at least three rounds
 ROUNDS = (3, 9)
 SINGLE_SECONDS = 18.0  # a round longer than this is not repeated
 
 
 @dataclass
 class Schedule:
-    """Clock, rates and verdicts of one run. ``budget`` is in seconds, counted from creation; None for no limit."""
+    """Clock, rates and decisions of one run. ``budget`` is in seconds from creation; None for no limit."""
 
     budget: float | None
     device: str = "cpu"
-    reference_rate: float = 0.0  # seconds of the float64 reference per FLOP of a workload, the last one seen
+    reference_rate: float = 0.0  # seconds of the latest float64 reference per FLOP of its workload
     rates: dict[tuple[str, str, str], float] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
 
@@ -46,22 +46,22 @@ class Schedule:
         return flops(workload)[1] / rate
 
     def learn(self, workload: Workload, rival: str, seconds: float) -> None:
-        """Takes the rate of a measured forward + backward for the sizes to come."""
+        """Stores the rate of a measured forward + backward, for later sizes."""
         self.rates[workload.op, rival, workload.dtype] = flops(workload)[1] / seconds
 
     def cost(self, workload: Workload, rival: str) -> float:
-        """Seconds a cell takes in all: start, compilation, the checked first pass, its share of the repeats."""
+        """Total seconds of a cell: start, compilation, the checked first pass, its share of the repeats."""
         once = self.predict(workload, rival)
         round_seconds = once * 4 / 3  # forward alone, then forward and backward
         setup = START_SECONDS + (COMPILE_SECONDS + round_seconds if uses_compiler(rival) else 0.0)
         return setup + once + round_seconds
 
     def least(self, workload: Workload) -> float:
-        """Seconds that the fused op needs at least: its float64 reference, start, and one checked pass."""
+        """Least seconds of the fused op: float64 reference, start, and one checked pass."""
         return START_SECONDS + self.reference_rate * flops(workload)[1] + self.predict(workload, "fused")
 
     def verdict(self, workload: Workload, rival: str, available: int, to_come: list[Workload]) -> str | None:
-        """None if the cell may run, or the reason why it does not, as the report prints it."""
+        """None if the cell may run, else the reason, as the report prints it."""
         needed = needed_bytes(workload, rival, self.device)
         if needed > MEMORY_SHARE * available:
             return f"would not fit: needs {needed / GIB:.1f} GiB, {available / GIB:.1f} GiB available"
@@ -74,14 +74,13 @@ class Schedule:
         return None
 
     def spare(self, to_come: list[Workload]) -> float:
-        """Seconds left for anything but the fused op at the sizes to come."""
+        """Seconds left after what the fused op needs at later sizes."""
         if self.budget is None:
             return float("inf")
         return self.budget - self.elapsed - sum(self.least(later) for later in to_come)
 
     def rounds(self, round_seconds: float, to_come: list[Workload]) -> int:
-        """How often a workload's cells are timed, all once a round, after a round that does not count; 0: not repeated,
-        the first pass is the figure."""
+        """The number of timed rounds of a workload after a discarded one; 0: the first pass is the figure."""
         if round_seconds > SINGLE_SECONDS:
             return 0
         wanted = int(min(max(TIMED_SECONDS / max(round_seconds, 1e-9), ROUNDS[0]), ROUNDS[1]))

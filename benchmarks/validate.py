@@ -1,9 +1,9 @@
-"""Whether a result is right: every output and gradient against float64, before a time is believed.
+"""Checks every output and gradient against float64.
 
-Channel and criss-cross attention are computed whole in float64. Position attention at N positions would cost more than
-what is measured, so a sample is computed: the output and the query gradient at 64 positions (each depends on its own
-row of the map only), and the key and value gradients at 64 positions, which need their column of the map and for
-that every row's log-sum-exp and sum of attention * grad_attention.
+Channel and criss-cross attention are computed completely in float64. For position attention that would cost more than
+the measurement, so it is sampled: the output and the query gradient at 64 positions (each depends only on its own row
+of the attention map), and the key and value gradients at 64 positions, which need their column of the attention map,
+and for that the logsumexp and delta of every row.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from . import rivals
 from .workloads import PAIRWISE, Workload
 
 SAMPLES = 64
-# Up to this many weights, what is needed of all rows is computed in float64, beyond it in float32.
+# Up to this many weights the statistics of all rows are computed in float64, beyond in float32.
 FLOAT64_WEIGHTS = 2**26
-# Added to twice eager's error: the relative L2 error that the dtype's own rounding explains at any size, measured
-# against float64 of the same, already rounded, inputs.
+# Added to twice eager's error: the relative L2 error from the dtype's rounding alone at any size, against float64 of
+# the same, already rounded, inputs.
 FLOOR = {"float64": 1e-12, "float32": 2e-6, "bfloat16": 4e-3, "float16": 5e-4}
-# What is allowed where no eager result is at hand (it would not fit). Query gradients are sums of N terms of both signs
-# that cancel: float32 rounding alone is 2.4e-5 at N = 32768 (torch.compile's is 1.9e-5 at N = 9409). To it comes what
-# rounding energies of the size met does to their softmax (channel energies are sums over all positions: thousands).
+# The limit without an eager result (it would not fit). Query gradients are sums of N terms that partly cancel: float32
+# rounding alone gives 2.4e-5 at N = 32768 (torch.compile 1.9e-5 at N = 9409). ROUNDING times the largest energy is
+# added, for the effect of rounded energies on their softmax (channel energies are sums over all positions: thousands).
 ALONE = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 4e-2, "float16": 5e-3}
 ROUNDING = {"float64": 2e-16, "float32": 1e-7, "bfloat16": 1e-7, "float16": 1e-7}  # energies are kept in float32
-GROSS = 0.1  # a rival whose relative error is above this computes something else
-ZERO = 1e-12  # below this share of the terms that cancel in it, a float64 gradient is zero but for its own rounding
+GROSS = 0.1  # a rival with a larger relative error computes something else
+ZERO = 1e-12  # a float64 gradient below this share of its cancelling terms is zero up to rounding
 
 
 class WrongResult(RuntimeError):
-    """A formulation's result is not the attention it should be."""
+    """A formulation's result is wrong."""
 
 
 class _Uncentred(TorchFunctionMode):
-    """Softmax whose backward leaves out the subtraction of sum(P dP): the first of the two terms that cancel in it."""
+    """A softmax whose backward omits the subtraction of delta, leaving the first of the two terms that cancel."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.softmax:
@@ -51,29 +51,29 @@ def _flat64(tensor: Tensor) -> Tensor:
 
 
 def _scale_of_zero(gradient: Tensor, terms: Tensor) -> float:
-    """The norm of the cancelling terms where the gradient is zero in exact arithmetic (a softmax over one key, or over
-    equal ones), and its own norm is rounding; 0 where an error relative to the gradient itself has a meaning."""
+    """The norm of the cancelling terms if the gradient is zero in exact arithmetic (a softmax over one key, or over
+    equal ones), where its own norm is only rounding; otherwise 0: the error is relative to the gradient itself."""
     size = float(terms.norm())
     return size if float(gradient.norm()) <= ZERO * size else 0.0
 
 
 def expected(workload: Workload, leaves: dict[str, Tensor], grad_output: Tensor, seed: int = 0) -> dict[str, Tensor]:
-    """What any formulation's results are compared with: float64 tensors, on the leaves' device, and in ``scales`` what
-    the error of a gradient is relative to at least, by the gradient's name in :func:`errors`."""
+    """The reference of all formulations: float64 tensors on the leaves' device, and in ``scales``, by the gradient's
+    name in :func:`errors`, a lower bound of the norm to which a gradient's error is relative."""
     if workload.op in PAIRWISE:
         return _expected_position(leaves["query"], leaves["key"], leaves["value"], grad_output, seed)
     inputs = {name: leaf.detach().double() for name, leaf in leaves.items()}
     if workload.op == "rcca":
-        inputs["gamma"] = inputs["gamma"].expand(grad_output.shape).contiguous()  # its gradient by elements
+        inputs["gamma"] = inputs["gamma"].expand(grad_output.shape).contiguous()  # for the gradient per element
     output, gradients = _eager64(workload, inputs, grad_output)
     reference = {"output": output.detach(), **gradients, "scales": {}}
     if workload.op == "rcca":
-        # One number, a sum of terms of both signs, which by chance cancel to any degree. The terms' rounding errors are
-        # independent, so the sum's has a standard deviation of the dtype's rounding times the terms' L2 norm. A single
-        # draw, unlike a norm over many, often reaches two standard deviations, and eager's own draw may be near zero.
+        # A scalar sum of terms that may cancel to any degree. The terms' rounding errors are independent, so the error
+        # of the sum has a standard deviation of the dtype's rounding times the terms' L2 norm. A single value, unlike a
+        # norm over many, often reaches two standard deviations, while eager's error may be near zero.
         reference["gamma"] = gradients["gamma"].sum().view(1)
         reference["scales"]["grad_gamma"] = 2 * float(gradients["gamma"].norm())
-    # Joined with their weights in the comparison, biases need no scale: the key's always has gradient zero.
+    # Biases are compared together with their weights and need no scale: the gradient of the key's bias is always zero.
     sizes = {name: float(gradient.norm()) for name, gradient in gradients.items() if not name.endswith("_bias")}
     if min(sizes.values()) < 1e-6 * max(sizes.values()):
         with _Uncentred():
@@ -112,28 +112,28 @@ def _expected_position(query: Tensor, key: Tensor, value: Tensor, grad_output: T
         "scales": {"grad_query": _scale_of_zero(grad_query, k @ (attention * grad_attention).transpose(1, 2))},
     }
     dtype = torch.float32 if n * m > FLOAT64_WEIGHTS and query.dtype != torch.float64 else torch.float64
-    reference["logsumexp"], reference["row_sums"] = _row_statistics(query, key, value, grad_output, dtype)
+    reference["logsumexp"], reference["delta"] = _row_statistics(query, key, value, grad_output, dtype)
     return reference
 
 
 def _row_statistics(
     query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """(B, N) twice: the log-sum-exp of each row of energies, and the row sums of attention * grad_attention.
+    """(B, N) twice: the logsumexp of each row of energies, and delta.
 
-    The row sums must not come from the output under test: rounded to 16 bits it hides what that rounding does to the
-    gradients. A block of queries at a time, so that no map is stored. In float32 the errors, a few 1e-7, are far below
-    what is allowed to what is made of them, and N^2 exponentials take half the time.
+    delta must not be computed from the output under test: an output rounded to 16 bits hides the effect of that
+    rounding on the gradients. Blocks of queries avoid storing the attention map. In float32 the errors, a few 1e-7, are
+    far below the limits of the results, and N^2 exponentials take half the time.
     """
     q, k, v, g = (operand.detach().flatten(2).to(dtype) for operand in (query, key, value, grad_output))
     block = max(1, 2**22 // k.shape[2])
-    logsumexp, row_sums = [], []
+    logsumexp, delta = [], []
     for rows, grads in zip(q.split(block, dim=2), g.split(block, dim=2), strict=True):
         energy = rows.transpose(1, 2) @ k
         logsumexp.append(energy.logsumexp(-1))
         attention = energy.sub_(logsumexp[-1].unsqueeze(-1)).exp_()
-        row_sums.append((grads * (v @ attention.transpose(1, 2))).sum(1))
-    return torch.cat(logsumexp, dim=1).double(), torch.cat(row_sums, dim=1).double()
+        delta.append((grads * (v @ attention.transpose(1, 2))).sum(1))
+    return torch.cat(logsumexp, dim=1).double(), torch.cat(delta, dim=1).double()
 
 
 def errors(
@@ -146,8 +146,8 @@ def errors(
 ) -> dict[str, float]:
     """||x - reference|| / ||reference|| of the output and of each gradient, and the largest energy.
 
-    Where a gradient cancels to nothing, the error is relative to the terms that cancel (``scales`` of
-    :func:`expected`): any rounding is infinitely large beside zero.
+    The error of a gradient that is zero in exact arithmetic is relative to the terms that cancel (``scales`` of
+    :func:`expected`).
     """
     if output.shape != grad_output.shape:
         raise WrongResult(f"{workload.label}: output has shape {list(output.shape)}, not {list(grad_output.shape)}")
@@ -170,7 +170,7 @@ def _position_pairs(
     k, v = (_flat64(leaves[name]).index_select(2, reference["key_index"]) for name in ("key", "value"))
     attention = torch.exp(q.transpose(1, 2) @ k - reference["logsumexp"].unsqueeze(-1))  # (B, N, samples)
     grad_attention = g.transpose(1, 2) @ v
-    grad_key = q @ (attention * (grad_attention - reference["row_sums"].unsqueeze(-1)))
+    grad_key = q @ (attention * (grad_attention - reference["delta"].unsqueeze(-1)))
     scales = reference["scales"] | {"grad_key": _scale_of_zero(grad_key, q @ (attention * grad_attention))}
 
     def sample(tensor: Tensor, index: str) -> Tensor:
@@ -186,8 +186,8 @@ def _position_pairs(
 
 
 def _with_biases_joined(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
-    """A convolution's weight and bias as one vector: the key's bias has gradient 0 (softmax does not see it), and no
-    relative error of its own."""
+    """A convolution's weight and bias as one vector: the gradient of the key's bias is zero, since softmax is invariant
+    to it, and has no relative error."""
 
     def joined(weight: str, side: int) -> Tensor:
         bias = weight.removesuffix("_weight") + "_bias"
@@ -212,8 +212,8 @@ def _relative_error(result: Tensor, reference: Tensor, scale: float = 0.0) -> fl
 def check(workload: Workload, name: str, found: dict[str, float], eager: dict[str, float] | None) -> None:
     """Raises :class:`WrongResult` unless each error is at most twice eager's in the same dtype plus the dtype's floor.
 
-    ``found`` and ``eager`` come from :func:`errors`. Where no eager result exists (None: it would not fit) or it is
-    useless (a channel energy beyond float16's range is NaN), what rounding explains is allowed, see :data:`ALONE`.
+    ``found`` and ``eager`` come from :func:`errors`. Without an eager result (None: it would not fit), or with a
+    useless one (channel energies beyond float16's range are NaN), the limit is that of :data:`ALONE`.
     """
     floor = FLOOR[workload.dtype]
     rounding = ROUNDING[workload.dtype] * found["energy"]

@@ -1,8 +1,8 @@
-"""What is measured: the ops, their operands, and the arithmetic and the memory they need, by formula.
+"""The measured ops, their operands, and formulas for their arithmetic and memory.
 
-Nothing here runs an op. A :class:`Workload` is one op at one size; :func:`flops` counts what its *definition* costs
-(2 x multiply-accumulates, the same number for every rival, so that GFLOP/s compare like times), and
-:func:`peak_bytes` what a rival needs, so that a cell that would not fit in memory is never started.
+A :class:`Workload` is one op at one size. :func:`flops` counts the FLOPs of its *definition* (2 x multiply-accumulates,
+the same for every rival, so that GFLOP/s compare like times). :func:`peak_bytes` is the memory of a rival, so that a
+cell that would not fit is not started.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TITLES = {
     "ann": "Attention to a pooled pyramid, 110 keys (ANN)",
 }
 RECURRENCE = 2
-PYRAMID = (1, 3, 6, 8)  # ANN pools keys and values to these squares: 110 of them
+PYRAMID = (1, 3, 6, 8)  # sides of the grids to which ANN pools keys and values: 110 positions
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 
@@ -31,8 +31,8 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float1
 class Workload:
     """One op at one size.
 
-    ``channels`` is C, the feature map's channels; ``key_channels`` is E of DANet and CCNet (C / 8 in both). The
-    Non-local block projects query, key and value to C / 2 channels, as its paper does, and so does ANN.
+    ``channels`` is C, the channels of the feature map; ``key_channels`` is E of DANet and CCNet (C / 8 in both).
+    Non-local and ANN project query, key and value to C / 2 channels, as in their papers.
     """
 
     op: str
@@ -65,7 +65,7 @@ class Workload:
 
     @property
     def keys(self) -> int:
-        """Positions of key and value."""
+        """Number of positions of key and value."""
         return sum(side * side for side in PYRAMID) if self.op == "ann" else self.positions
 
     @property
@@ -83,7 +83,7 @@ class Workload:
 
     @property
     def widths(self) -> tuple[int, int]:
-        """(query and key channels, value channels) of the attention itself."""
+        """(key channels, value channels) of the attention itself."""
         if self.op in ("non_local", "ann"):
             return max(self.channels // 2, 1), max(self.channels // 2, 1)
         if self.op == "channel":
@@ -91,42 +91,42 @@ class Workload:
         return self.key_channels, self.channels
 
     def leaves(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the tensors whose gradients are taken, in the order the op takes them."""
+        """Names and shapes of the tensors whose gradients are taken, in the op's order."""
         spatial = (self.height, self.width)
-        inner, outer = self.widths
+        key_channels, value_channels = self.widths
         if self.op == "channel":
             return {"input": (self.batch, self.channels, *spatial)}
         if self.op == "rcca":
             return {
                 "input": (self.batch, self.channels, *spatial),
-                "query_weight": (inner, self.channels, 1, 1),
-                "query_bias": (inner,),
-                "key_weight": (inner, self.channels, 1, 1),
-                "key_bias": (inner,),
-                "value_weight": (outer, self.channels, 1, 1),
-                "value_bias": (outer,),
+                "query_weight": (key_channels, self.channels, 1, 1),
+                "query_bias": (key_channels,),
+                "key_weight": (key_channels, self.channels, 1, 1),
+                "key_bias": (key_channels,),
+                "value_weight": (value_channels, self.channels, 1, 1),
+                "value_bias": (value_channels,),
                 "gamma": (1,),
             }
         key_spatial = (self.keys,) if self.op == "ann" else spatial
         return {
-            "query": (self.batch, inner, *spatial),
-            "key": (self.batch, inner, *key_spatial),
-            "value": (self.batch, outer, *key_spatial),
+            "query": (self.batch, key_channels, *spatial),
+            "key": (self.batch, key_channels, *key_spatial),
+            "value": (self.batch, value_channels, *key_spatial),
         }
 
     def output_shape(self) -> tuple[int, ...]:
         return (self.batch, self.widths[1], self.height, self.width)
 
     def operand_bytes(self) -> int:
-        """Inputs and grad_output, which exist before the op runs."""
+        """Bytes of inputs and grad_output, which exist before the op runs."""
         return self.itemsize * (sum(prod(shape) for shape in self.leaves().values()) + prod(self.output_shape()))
 
     def result_bytes(self) -> int:
-        """Output and gradients, which every rival must produce."""
+        """Bytes of output and gradients."""
         return self.operand_bytes()
 
     def least_bytes(self) -> tuple[int, int]:
-        """Bytes that a forward must move, inputs and output once, and a backward, inputs, grad_output and gradients."""
+        """Least bytes moved by a forward (inputs and output) and a backward (inputs, grad_output and gradients)."""
         inputs = self.itemsize * sum(prod(shape) for shape in self.leaves().values())
         return self.operand_bytes(), self.operand_bytes() + inputs
 
@@ -136,41 +136,40 @@ def flops(workload: Workload) -> tuple[int, int]:
 
     Position and Non-local: 2 N^2 (E + C), ANN 2 N 110 (E + C). Channel: 4 C^2 N. Criss-cross:
     2 N (H + W - 1) (E + C), each position with the H + W - 1 positions of its row and column. The backward of a product
-    of two matrices is two products of its size. A fused kernel that recomputes does more than this, an op on half a
-    symmetric matrix less; neither counts.
+    of two matrices is two products of its size. The count ignores recomputation and symmetry in a fused kernel.
     """
     n, b = workload.positions, workload.batch
-    inner, outer = workload.widths
+    key_channels, value_channels = workload.widths
     neighbours = workload.height + workload.width - 1
     if workload.op == "channel":
-        forward = 4 * outer * outer * n
+        forward = 4 * value_channels * value_channels * n
     elif workload.op == "criss_cross":
-        forward = 2 * n * neighbours * (inner + outer)
+        forward = 2 * n * neighbours * (key_channels + value_channels)
     elif workload.op == "rcca":
-        projections = 2 * n * workload.channels * (2 * inner + outer)
-        forward = RECURRENCE * (projections + 2 * n * neighbours * (inner + outer))
+        projections = 2 * n * workload.channels * (2 * key_channels + value_channels)
+        forward = RECURRENCE * (projections + 2 * n * neighbours * (key_channels + value_channels))
     else:
-        forward = 2 * n * workload.keys * (inner + outer)
+        forward = 2 * n * workload.keys * (key_channels + value_channels)
     return b * forward, b * 3 * forward
 
 
 def recomputing_flops(workload: Workload) -> int:
-    """FLOPs a fused forward + backward executes when it stores no map: one more product Q^T K in the backward."""
+    """FLOPs of a fused forward + backward that stores no attention map: one more product Q^T K in the backward."""
     extra = {"criss_cross": 1, "rcca": RECURRENCE, "channel": 0, **dict.fromkeys(PAIRWISE, 1)}[workload.op]
-    inner, _ = workload.widths
+    key_channels, _ = workload.widths
     n = workload.positions
     neighbours = workload.keys if workload.op in PAIRWISE else workload.height + workload.width - 1
-    return flops(workload)[1] + workload.batch * extra * 2 * n * neighbours * inner
+    return flops(workload)[1] + workload.batch * extra * 2 * n * neighbours * key_channels
 
 
-# Attention maps alive at once, at the worst moment of forward + backward, in units of one map in its dtype.
-# Eager: the map, its gradient, that gradient made contiguous for softmax's backward, the energy's gradient.
-# torch.compile fuses softmax's backward with that copy. SDPA's math path keeps the map and the two gradients.
-# Measured at 97 x 97 (float32, MiB, maps of 338): eager 1369, torch.compile 990, SDPA 1026.
-LIVE_MAPS = {"eager": 4.0, "compile": 3.0, "sdpa": 3.1}
+# Attention maps alive at the peak of forward + backward.
+# Eager: the attention map, its gradient, that gradient made contiguous for softmax's backward, the energies' gradient.
+# torch.compile fuses softmax's backward with that copy. SDPA's math path keeps the attention map and both gradients.
+# Measured at 97 x 97 (float32, MiB, attention maps of 338): eager 1369, torch.compile 990, SDPA 1026.
+LIVE_ATTENTION_MAPS = {"eager": 4.0, "compile": 3.0, "sdpa": 3.1}
 
 
-def map_bytes(workload: Workload, rival: str = "eager") -> int:
+def attention_map_bytes(workload: Workload, rival: str = "eager") -> int:
     """Bytes of one attention map of the definition, as ``rival`` stores it."""
     n = workload.positions
     itemsize = workload.itemsize
@@ -183,41 +182,44 @@ def map_bytes(workload: Workload, rival: str = "eager") -> int:
     return workload.batch * n * workload.keys * itemsize
 
 
-FLASH_WIDTH = 256  # channels at most in a head of SDPA's flash backend
+FLASH_WIDTH = 256  # most channels of a head of SDPA's flash backend
 
 
-def split_heads(inner: int, outer: int) -> tuple[int, int]:
-    """(number of parts, their padded width) of ``outer`` value channels in heads of SDPA's flash backend, each of which
-    also holds the ``inner`` channels of query and key: as few parts as possible, of a multiple of 8 channels each.
+def split_heads(key_channels: int, value_channels: int) -> tuple[int, int]:
+    """(number of heads, their padded channels) for a value in SDPA's flash backend, whose heads also hold the channels
+    of query and key: as few heads as possible, each of a multiple of 8 channels.
 
     Raises:
-        ValueError: where the query is wider than a head can be.
+        ValueError: the query has too many channels for a head.
     """
-    if inner > FLASH_WIDTH:
-        raise ValueError(f"the query must have at most {FLASH_WIDTH} channels for SDPA's flash backend (got {inner})")
-    parts = -(-outer // FLASH_WIDTH)
-    return parts, -(-max(inner, -(-outer // parts)) // 8) * 8
+    if key_channels > FLASH_WIDTH:
+        raise ValueError(
+            f"the query must have at most {FLASH_WIDTH} channels for SDPA's flash backend (got {key_channels})"
+        )
+    parts = -(-value_channels // FLASH_WIDTH)
+    return parts, -(-max(key_channels, -(-value_channels // parts)) // 8) * 8
 
 
 def split_bytes(workload: Workload) -> int:
-    """Bytes that ``sdpa_flash_split`` needs beyond operands and results: query and key once and, for each part, value,
-    output, grad_output and the gradients of query, key and value, all padded to one width; and, as on a GPU, grad_query
-    in float32."""
-    inner, outer = workload.widths
-    parts, width = split_heads(min(inner, FLASH_WIDTH), outer)
+    """Bytes of ``sdpa_flash_split`` beyond operands and results: query and key once and, for each part, value, output,
+    grad_output and the gradients of query, key and value, all padded to one width; and grad_query in float32, as on a
+    GPU."""
+    key_channels, value_channels = workload.widths
+    parts, width = split_heads(min(key_channels, FLASH_WIDTH), value_channels)
     queries, keys = workload.positions * workload.batch, workload.keys * workload.batch
     padded = width * ((1 + 3 * parts) * queries + (1 + 3 * parts) * keys)
     return workload.itemsize * padded + 4 * width * parts * queries
 
 
 def peak_bytes(workload: Workload, rival: str, sdpa_backend: str = "MATH") -> int:
-    """Bytes that forward + backward of ``rival`` needs at its worst moment, operands and results included.
+    """Peak bytes of forward + backward of ``rival``, including operands and results.
 
-    The maps decide; to them come the operands, the results, and one more set of each for copies made on the way
-    (layout changes of the rivals, packed operands and partial sums of the fused kernels). ``sdpa`` has maps only if its
-    backend, a name of ``torch.nn.attention.SDPBackend``, is MATH; see :func:`benchmarks.rivals.needed_bytes`.
+    The sum of the attention maps, the operands, the results, and one more set of operands and results for copies
+    (layout changes of the rivals, packed operands and partial sums of the fused kernels). ``sdpa`` stores attention
+    maps only if its backend, a name of ``torch.nn.attention.SDPBackend``, is MATH; see
+    :func:`benchmarks.rivals.needed_bytes`.
     """
-    maps = LIVE_MAPS.get(rival, 0.0) * (RECURRENCE if workload.op == "rcca" else 1)
+    maps = LIVE_ATTENTION_MAPS.get(rival, 0.0) * (RECURRENCE if workload.op == "rcca" else 1)
     if rival == "sdpa" and sdpa_backend != "MATH":
         maps = 0.0
     activations = workload.operand_bytes() + workload.result_bytes()
@@ -225,7 +227,7 @@ def peak_bytes(workload: Workload, rival: str, sdpa_backend: str = "MATH") -> in
         return activations + split_bytes(workload)
     if workload.op == "rcca":
         activations *= 1 + RECURRENCE
-    return int(maps * map_bytes(workload, rival)) + 2 * activations
+    return int(maps * attention_map_bytes(workload, rival)) + 2 * activations
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -1,4 +1,5 @@
-"""What a build uses before torch is imported. setup.py runs this file by itself, without importing the package."""
+"""Compiler flags, the CUDA toolkit and the fingerprint of the sources. setup.py runs this file by path, before torch
+and without the package."""
 
 import glob
 import hashlib
@@ -8,7 +9,16 @@ import shutil
 import subprocess
 from pathlib import Path
 
-# Where the toolkit and its profilers are installed when they are not on PATH, the newest version last.
+LANGUAGE = ("-std=c++20",)
+# PyTorch's stable ABI from 2.10 on and the limited API of Python 3.10: one wheel serves every later version.
+STABLE_ABI = ("-DPy_LIMITED_API=0x030A0000", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY")
+CXX_FLAGS = ("-O3", *LANGUAGE, "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", *STABLE_ABI)
+# What decides nvcc's device code; setup.py adds the architectures and the visibility of host symbols.
+NVCC_FLAGS = ("-O3", *LANGUAGE, "--expt-relaxed-constexpr", "-DUSE_CUDA", *STABLE_ABI)
+
+BUILD_SCRIPTS = ("setup.py", "segattn_ops/_build_tools.py")  # they hold the flags
+
+# Folders of the toolkit and its profilers where they are not on PATH, in rising preference.
 USUAL_PLACES = (
     "/opt/cuda/bin",
     "/usr/local/cuda-*/bin",
@@ -20,18 +30,18 @@ USUAL_PLACES = (
 
 
 def fingerprint(root: Path, python: bool = False) -> str:
-    """Hash of the sources that the libraries are compiled from, committed or not, and of the package's Python files if
-    ``python``."""
+    """A hash of what the libraries are compiled from (csrc and the build scripts), committed or not; with all Python
+    files of the package if ``python``."""
     digest = hashlib.sha256()
-    files = [root / "setup.py", *(root / "csrc").rglob("*.*")]
-    files += (root / "segattn_ops").rglob("*.py") if python else []
+    files = {root / name for name in BUILD_SCRIPTS} | set((root / "csrc").rglob("*.*"))
+    files |= set((root / "segattn_ops").rglob("*.py")) if python else set()
     for path in sorted(files):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
 def find_program(name: str) -> str | None:
-    """The path of a program of the CUDA toolkit: from CUDA_HOME, PATH, or the usual places; None if it is not found."""
+    """The path of a program of the CUDA toolkit, from CUDA_HOME, PATH or :data:`USUAL_PLACES`; None if absent."""
     home = os.environ.get("CUDA_HOME")
     if home and (found := shutil.which(name, path=os.path.join(home, "bin"))):
         return found
@@ -46,8 +56,8 @@ def _version(folder: str) -> list[int]:
 
 
 def find_cuda_toolkit() -> tuple[str | None, str]:
-    """The toolkit's folder and how it was found. `nvcc --dryrun` prints it; nvcc's own folder may be another, because
-    nvcc may be a wrapper script."""
+    """The toolkit's folder and how it was found: from ``nvcc --dryrun``, since nvcc may be a wrapper script in another
+    folder. (None, reason) without one."""
     if home := os.environ.get("CUDA_HOME"):
         return home, "CUDA_HOME"
     nvcc = find_program("nvcc")

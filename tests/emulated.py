@@ -1,4 +1,4 @@
-"""What the tests of emulated CUDA kernels share."""
+"""Shared by the tests of emulated CUDA kernels."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from .emulator import build
 
 @pytest.fixture
 def emulator(emulated_library):
-    """The control module, on an H200, its counters at zero."""
+    """The control module, on an H200 with counters at zero; restores all settings."""
     emulated_library.set_device(90)
     emulated_library.reset()
     yield emulated_library
@@ -28,7 +28,7 @@ def emulator(emulated_library):
 
 
 def register_backend():
-    """Makes "emulated" a choice of use_backend; the emulated library is loaded."""
+    """Adds "emulated" to the choices of use_backend. The emulated library must be loaded."""
     if "emulated" not in _backend._NAMESPACES:
         _backend.add_backend("emulated", "segattn_emulated")
 
@@ -41,7 +41,7 @@ def traced(emulator):
 
 
 def global_bytes(launch, sectors=True):
-    """By kind of access: whole sectors, as they cross the memory system, or the bytes asked for."""
+    """Bytes by kind of global access: in whole sectors, as the memory system moves them, or as requested."""
     return {
         kind: 32 * counted["sectors"] if sectors else counted["bytes"]
         for kind, counted in launch["memory"].items()
@@ -50,7 +50,7 @@ def global_bytes(launch, sectors=True):
 
 
 def conflicts(launch):
-    """Passes over shared memory in units of those that accesses without bank conflicts would take."""
+    """Passes over shared memory, relative to those without bank conflicts."""
     counted = [c for kind, c in launch["memory"].items() if kind.startswith("shared")]
     return sum(c["wavefronts"] for c in counted) / sum(c["ideal_wavefronts"] for c in counted)
 
@@ -65,7 +65,7 @@ def assert_same_bits(emulator, function):
 
 
 def run_in(variant, file, selection, seconds=1500):
-    """Runs some tests of a file again, over another build of the kernels, which has to be the only one of a process."""
+    """Runs some tests of a file over another build of the kernels, in a new process: a process can load one build."""
     if os.environ.get("SEGATTN_EMULATOR_VARIANT", "plain") != "plain":
         pytest.skip(f"started by the plain build only, not by the {variant} build itself")
     launcher = ["-m", "tests.emulator.asan"] if variant == "asan" else []

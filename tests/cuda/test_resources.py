@@ -8,16 +8,16 @@ import re
 
 import pytest
 
-from benchmarks import cuda_resources
+from tools import compilers, cuda_resources
 
 COMPILED = 80
 
 
 @pytest.fixture(scope="module")
 def compiled():
-    if cuda_resources.nvcc() is None:
-        pytest.skip("no nvcc on PATH and CUDA_HOME is not set")
-    assert cuda_resources.cuobjdump() is not None, "neither the toolkit's cuobjdump nor triton's"
+    if compilers.nvcc() is None:
+        pytest.skip("no nvcc")
+    assert compilers.cuobjdump() is not None, "neither the toolkit's cuobjdump nor triton's"
     found = cuda_resources.compiled(cuda_resources.sources(), (COMPILED,))
     if (built := cuda_resources.library()) is not None:
         architectures = set(cuda_resources.ARCHITECTURES) - {COMPILED}
@@ -28,8 +28,7 @@ def compiled():
 
 @pytest.fixture(scope="module")
 def launches(compiled, emulated_library):
-    architectures = sorted({k.architecture for k in compiled})
-    return cuda_resources.launches(tuple(architectures))
+    return cuda_resources.launches(emulated_library, tuple(sorted({k.architecture for k in compiled})))
 
 
 def test_nothing_spills(compiled):
@@ -61,7 +60,7 @@ def test_table_is_up_to_date(compiled, launches):
     head, *body = lines
     cells = {row[0].strip("`"): dict(zip(head[1:], row[1:], strict=True)) for row in body}
     same_compiler = re.search(r"nvcc ([\d.]+);", text)[1] == cuda_resources.nvcc_release()
-    again = "; run `python -m benchmarks.cuda_resources`"
+    again = "; run `python -m tools.cuda_resources`"
     for kernel in compiled:
         if "__half" in kernel.name and kernel.name.replace("__half", "bfloat16") in cells:
             continue  # the table omits float16, the twin of bfloat16

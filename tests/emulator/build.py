@@ -1,24 +1,21 @@
-"""Compiles the project's CUDA source for the CPU, with the emulator under it, and loads the result.
+"""Compiles the project's CUDA source for the CPU, on top of the emulator, and loads the result.
 
-Each variant is two libraries: the emulator's runtime, never instrumented, which is a Python module as well, and the
-kernels with their host code, compiled with the variant's flags. A process holds one variant of the operators, since
-each registers them as `segattn_emulated`; the self-tests' kernels register nothing, so several variants may be loaded.
+Each variant has two libraries: the emulator's runtime, a Python module that is never instrumented, and the kernels with
+their host code, compiled with the variant's flags. A process can load one variant of the operators, since each
+registers them as `segattn_emulated`. The self-tests' kernels register nothing: several variants of them can be loaded.
 
     python -m tests.emulator.build plain race        # builds without loading
 """
 
-import fcntl
 import functools
 import hashlib
 import importlib.util
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -26,25 +23,25 @@ from types import ModuleType
 import torch
 from torch.utils import cpp_extension
 
+from tools.compilers import CSRC, ROOT, build_tools, compiler, locked, ninja_path, nvcc, output_name, run_ninja
+
 HERE = Path(__file__).parent.resolve()
-ROOT = HERE.parent.parent
 FLOAT_HEADERS = ("cuda_fp16.h", "cuda_fp16.hpp", "cuda_bf16.h", "cuda_bf16.hpp")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """How one variant differs: compiler flags of the kernels with their host code, compiler flags of the runtime,
-    linker flags of both."""
+    """Compiler flags of the kernels with their host code, compiler flags of the runtime, linker flags of both."""
 
     kernels: tuple[str, ...]
     runtime: tuple[str, ...] = ()
     link: tuple[str, ...] = ()
 
 
-# Checks that call a handler of the runtime's own (runtime/checks.cpp), which names the place in the kernel.
+# Checks whose handlers are in runtime/checks.cpp, which names the source location.
 CHECKS = "-fsanitize=alignment,bounds,null,integer-divide-by-zero,shift"
-# One access in the source stays one access in the code: no merging of loads and stores, no scalars for structures
-# (a float4 load would become four loads), no vectorisation.
+# Keep accesses as in the source: no merging of loads and stores, no scalar replacement of structures (a float4 load
+# would become four loads), no vectorization.
 ACCESSES_AS_WRITTEN = ("-fno-tree-sra", "-fno-tree-vectorize", "-fno-tree-slp-vectorize", "-fno-store-merging")
 
 VARIANTS = {
@@ -60,20 +57,20 @@ VARIANTS = {
 
 
 def build_folder() -> Path:
-    """Where everything is built: SEGATTN_EMULATOR_BUILD, or build/emulator in the source tree."""
+    """The folder of all builds: SEGATTN_EMULATOR_BUILD, or build/emulator in the source tree."""
     return Path(os.environ.get("SEGATTN_EMULATOR_BUILD", ROOT / "build" / "emulator"))
 
 
 @functools.cache
 def float_headers() -> Path:
-    """The folder of CUDA's cuda_fp16.h and cuda_bf16.h: of the toolkit of nvcc, or of pip's nvidia-cuda-runtime.
+    """The folder of CUDA's cuda_fp16.h and cuda_bf16.h, in the toolkit of nvcc or in pip's nvidia-cuda-runtime.
 
     Raises:
-        FileNotFoundError: where neither has them.
+        FileNotFoundError: neither is installed.
     """
     candidates = []
-    if nvcc := shutil.which("nvcc"):
-        dry_run = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True, check=False)
+    if program := nvcc():
+        dry_run = subprocess.run([program, "--dryrun", "x.cu"], capture_output=True, text=True, check=False)
         candidates += [Path(p) for p in re.findall(r'"?-I([^"\s]+)"?', dry_run.stderr + dry_run.stdout)]
     if home := os.environ.get("CUDA_HOME"):
         candidates.append(Path(home) / "include")
@@ -89,22 +86,9 @@ def float_headers() -> Path:
     )
 
 
-@contextmanager
-def locked(folder: Path):
-    """One process builds, the others wait (pytest-xdist starts several at once)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "build.lock", "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-def compiler() -> str:
-    return os.environ.get("CXX", "g++")
-
-
 @functools.cache
 def machine() -> str:
-    """What the object files depend on besides the sources: compiler, torch, Python, processor."""
+    """The inputs of the object files besides the sources: compiler, torch, Python, processor."""
     version = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=True).stdout
     cpu = Path("/proc/cpuinfo")
     flags = re.search(r"^(?:flags|Features)\s*:.*$", cpu.read_text(), re.MULTILINE) if cpu.exists() else None
@@ -112,7 +96,7 @@ def machine() -> str:
 
 
 def _cuda_headers(folder: Path) -> Path:
-    """A folder with copies of CUDA's float headers, so that everything else of CUDA is out of reach."""
+    """A folder with copies of CUDA's float headers, so that no other header of CUDA can be included."""
     copies = folder / "cuda_headers"
     copies.mkdir(exist_ok=True)
     for name in FLOAT_HEADERS:
@@ -124,7 +108,7 @@ def _cuda_headers(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Library:
-    """One shared library: sources and flags; `extends` names the library it calls into."""
+    """A shared library; `extends` is the library it links to."""
 
     name: str
     sources: tuple[Path, ...]
@@ -142,7 +126,7 @@ def _libraries(variant_name: str) -> list[Library]:
         ("-O3", "-march=native", "-fvisibility-inlines-hidden", "-fno-semantic-interposition", *variant.runtime),
         ("-ldl", *variant.link),
     )
-    # Kernels share no library with pybind11: the thread-local storage of theirs is taken for static shared memory.
+    # A separate library from pybind11: all thread-local storage of a kernel library counts as static shared memory.
     selftest_kernels = Library(
         f"emulator_selftest_kernels_{variant_name}",
         tuple(sorted(HERE.glob("selftest_*.cu"))),
@@ -159,13 +143,12 @@ def _libraries(variant_name: str) -> list[Library]:
     )
     kernels = Library(
         f"segattn_emulated_{variant_name}",
-        (ROOT / "csrc" / "ops.cpp", *sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))),
+        (CSRC / "ops.cpp", *sorted((CSRC / "cuda").rglob("*.cu"))),
         (
             *variant.kernels,
             "-DSEGATTN_NAMESPACE=segattn_emulated",
             "-DSEGATTN_DISPATCH_KEY=CPU",
-            "-DTORCH_TARGET_VERSION=0x020a000000000000",
-            "-DTORCH_STABLE_ONLY",
+            *build_tools.STABLE_ABI,
         ),
         ("-ltorch_cpu", "-ltorch", "-lc10", *variant.link),
         extends=runtime.name,
@@ -174,16 +157,19 @@ def _libraries(variant_name: str) -> list[Library]:
     return [replace(library, cflags=(*library.cflags, module.format(library.name))) for library in libraries]
 
 
-def _ninja_path(path: object) -> str:
-    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-
-
 def _ninja_file(variant_name: str, folder: Path) -> str:
-    ours = [HERE / "include", ROOT / "csrc"]
+    ours = [HERE / "include", CSRC]
     others = [_cuda_headers(folder), *cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
     system = [f"-I{path}" for path in ours] + [f"-isystem {path}" for path in others]
-    # nvcc, too, lets a kernel look at memory through pointers of different types.
-    common = ["-std=c++20", "-fPIC", "-g1", "-fno-canonical-system-headers", "-fno-gnu-unique", "-fno-strict-aliasing"]
+    # -fno-strict-aliasing: nvcc also lets a kernel access memory through pointers of different types.
+    common = [
+        *build_tools.LANGUAGE,
+        "-fPIC",
+        "-g1",
+        "-fno-canonical-system-headers",
+        "-fno-gnu-unique",
+        "-fno-strict-aliasing",
+    ]
     common += ["-Wall", "-Wno-unknown-pragmas", "-DSEGATTN_EMULATED"]
     library_paths = [f"-L{path} -Wl,-rpath,{path}" for path in cpp_extension.library_paths()]
     lines = [
@@ -201,8 +187,8 @@ def _ninja_file(variant_name: str, folder: Path) -> str:
     for library in _libraries(variant_name):
         objects = []
         for source in library.sources:
-            objects.append(f"{library.name}.{source.name}.o")
-            lines += [f"build {objects[-1]}: compile {_ninja_path(source)}", f"  flags = {' '.join(library.cflags)}"]
+            objects.append(ninja_path(output_name(source, f".{library.name}.o")))
+            lines += [f"build {objects[-1]}: compile {ninja_path(source)}", f"  flags = {' '.join(library.cflags)}"]
         base = f"{library.extends}.so" if library.extends else ""
         lines += [
             f"build {library.name}.so: link {' '.join(objects)} {base}",
@@ -219,29 +205,18 @@ def _folder(variant_name: str) -> Path:
 
 
 def build(variant_name: str, *names: str) -> Path:
-    """Builds libraries of a variant ("runtime", "selftest", "kernels"; all without names) and returns their folder.
-    Only what has changed since the last time is compiled. MAX_JOBS limits the parallel compilers.
+    """Builds libraries of a variant ("runtime", "selftest", "kernels"; all of them without names), incrementally, and
+    returns their folder. MAX_JOBS limits the parallel compilers.
 
     Raises:
-        RuntimeError: with the compiler's output, when that fails.
+        RuntimeError: with the compiler's output, if the build fails.
     """
     folder = _folder(variant_name)
     targets = [library_name(variant_name, name) for name in names]
     with locked(folder):
-        text = _ninja_file(variant_name, folder)
-        ninja_file = folder / "build.ninja"
-        if not ninja_file.exists() or ninja_file.read_text() != text:
-            ninja_file.write_text(text)
-        command = [shutil.which("ninja") or sys.executable, "-C", str(folder), *targets]
-        if command[0] == sys.executable:
-            command[1:1] = ["-m", "ninja"]
-        if jobs := os.environ.get("MAX_JOBS"):
-            command += ["-j", jobs]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        printed = run_ninja(folder, _ninja_file(variant_name, folder), *targets)
     if os.environ.get("SEGATTN_EMULATOR_VERBOSE"):
-        print(done.stdout)
-    if done.returncode != 0:
-        raise RuntimeError(f"the emulator's {variant_name} build failed:\n{done.stdout}")
+        print(printed)
     return folder
 
 
@@ -261,20 +236,20 @@ def _module(variant_name: str, name: str) -> ModuleType:
 
 
 def runtime(variant_name: str) -> ModuleType:
-    """The control module: reset(), report(), set_seed(), set_device(); see runtime/module.cpp."""
+    """The control module (runtime/module.cpp): reset(), report(), set_seed(), set_device()."""
     return _module(variant_name, "runtime")
 
 
 def selftest(variant_name: str) -> ModuleType:
-    """The kernels of tests/tools/test_emulator.py."""
+    """The module with the kernels of tests/tools/test_emulator.py."""
     runtime(variant_name)
     return _module(variant_name, "selftest")
 
 
 @functools.cache
 def load(variant_name: str) -> ModuleType:
-    """Builds what is needed, registers the operators of `segattn_emulated` with their Python side, and returns the
-    control module. A process can load one variant only."""
+    """Builds a variant, registers the operators of `segattn_emulated` with their fakes and autograd, and returns the
+    control module. A process can load only one variant."""
     import segattn_ops
 
     control = runtime(variant_name)

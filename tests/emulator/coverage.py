@@ -1,10 +1,10 @@
-"""Line coverage of csrc/cuda under the emulator, by gcov (which comes with gcc):
+"""Line coverage of csrc/cuda under the emulator, with gcc's gcov:
 
     python -m tests.emulator.coverage [--only position] [--minimum 95] [pytest arguments]
 
-Builds the `coverage` variant, runs the op suite and the kernels' own tests on it (or what the arguments name), and
-prints, for each file of csrc/cuda, how many of its lines ran and which did not. A line of a template counts as run when
-any instantiation ran it. Exits with 1 when the files together are below the minimum.
+Builds the `coverage` variant, runs the op suite and the kernels' own tests on it (or the given pytest arguments), and
+prints for each file of csrc/cuda how many lines ran and which did not. A line of a template counts as run if any
+instantiation ran it. Exits with 1 if the total is below the minimum.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 from . import build
 
 CUDA_SOURCES = build.ROOT / "csrc" / "cuda"
-# The op suite has no shape for every device and path; the kernels' own tests have.
+# The op suite's shapes do not reach every path of every device; the kernels' own tests do.
 SUITE = (
     "tests/ops/test_ops.py",
     *(f"tests/cuda/test_{name}.py" for name in ("position", "channel", "criss_cross", "host")),
@@ -32,12 +32,12 @@ def run_suite(arguments: list[str]) -> int:
 
 
 def line_counts(folder: Path) -> dict[Path, dict[int, int]]:
-    """For each file of csrc/cuda, by line that has code, how often it ran."""
+    """For each file of csrc/cuda, how often each line with code ran."""
     counts: dict[Path, dict[int, int]] = defaultdict(lambda: defaultdict(int))
     prefix = build.library_name("coverage", "kernels")
     gcov = os.environ.get("GCOV", "gcov")
-    for data in sorted(folder.glob(f"{prefix}.*.gcda")):
-        command = [gcov, "--json-format", "--stdout", data.name]
+    for data in sorted(folder.rglob(f"*.{prefix}.gcda")):
+        command = [gcov, "--json-format", "--stdout", str(data.relative_to(folder))]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
         for text in done.stdout.splitlines():
             for file in json.loads(text)["files"]:
@@ -61,7 +61,7 @@ def ranges(numbers: list[int]) -> str:
 
 
 def report(counts: dict[Path, dict[int, int]], only: str) -> float:
-    """Prints the table and returns the percentage of lines that ran."""
+    """Prints a line per file and returns the percentage of lines that ran."""
     ran = total = 0
     for path in sorted(counts):
         name = path.relative_to(CUDA_SOURCES).as_posix()
@@ -83,7 +83,7 @@ def main() -> int:
     parser.add_argument("--minimum", type=float, default=0.0, help="percentage below which to fail")
     options, pytest_arguments = parser.parse_known_args()
     folder = build.build("coverage", "runtime", "kernels")
-    for data in folder.glob("*.gcda"):
+    for data in folder.rglob("*.gcda"):
         data.unlink()
     failed = run_suite(pytest_arguments)
     percentage = report(line_counts(folder), options.only)

@@ -1,4 +1,4 @@
-"""The fixture through which the op suite gets the emulated CUDA kernels (tests/conftest.py imports it)."""
+"""The fixture that loads the emulated CUDA kernels (imported by tests/conftest.py)."""
 
 import os
 
@@ -9,6 +9,6 @@ from . import build
 
 @pytest.fixture(scope="session")
 def emulated_library():
-    """The control module of the emulator, the operators of `segattn_emulated` registered. SEGATTN_EMULATOR_VARIANT
-    chooses the build: plain (default), race, asan (see tests/emulator/asan.py) or coverage."""
+    """The emulator's control module, with the operators of `segattn_emulated` registered. SEGATTN_EMULATOR_VARIANT
+    selects the build: plain (default), race, asan (see tests/emulator/asan.py) or coverage."""
     return build.load(os.environ.get("SEGATTN_EMULATOR_VARIANT", "plain"))

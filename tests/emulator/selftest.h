@@ -1,4 +1,4 @@
-// What the self-tests' kernels offer to Python (selftest_module.cpp).
+// The self-tests' kernels, as selftest_module.cpp exposes them to Python.
 #pragma once
 
 #include <functional>
@@ -21,7 +21,7 @@ struct Case {
 // The kernels with a fault and a corrected twin (selftest_kernels.cu).
 const std::vector<Case>& cases();
 
-// Single instructions (selftest_instructions.cu); `broken` says nothing to them.
+// Single instructions (selftest_instructions.cu); they ignore `broken`.
 const std::vector<Case>& instructions();
 
 }  // namespace segattn::selftest

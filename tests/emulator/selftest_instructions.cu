@@ -1,4 +1,4 @@
-// Single instructions on data chosen by the test: tensor-core fragments, matrix loads, shuffles, memory patterns to count.
+// Single instructions on the test's data: tensor-core fragments, matrix loads, shuffles, memory access patterns.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -49,41 +49,31 @@ __global__ void mma_tf32(const float* in, float* out, int) {
     out[4 * lane + i] = f.d[i];
 }
 
-// in: 32 rows of 8 16-bit elements, four matrices; out: registers [32][kMatrices]
-template <int kMatrices, bool kTransposed>
+// in: four matrices, 32 rows of 8 16-bit elements; out: registers [32][4]
+template <bool kTransposed>
 __global__ void load_matrix(const float* in, float* out, int) {
   SEGATTN_DYNAMIC_SHARED(float, rows);
   const int lane = int(threadIdx.x);
   for (int i = 0; i < 4; ++i)
     rows[4 * lane + i] = in[4 * lane + i];
   __syncwarp();
-  uint32_t r[kMatrices];
-  if constexpr (kMatrices == 4) {
-    if constexpr (kTransposed) {
-      ptx::ldmatrix_x4_trans(r, rows + 4 * lane);
-    } else {
-      ptx::ldmatrix_x4(r, rows + 4 * lane);
-    }
+  uint32_t r[4];
+  if constexpr (kTransposed) {
+    ptx::ldmatrix_x4_trans(r, rows + 4 * lane);
   } else {
-    // lanes from 16 on give addresses that are not used
-    const float* row = rows + 4 * (lane % 16);
-    if constexpr (kTransposed) {
-      ptx::ldmatrix_x2_trans(r, row);
-    } else {
-      ptx::ldmatrix_x2(r, row);
-    }
+    ptx::ldmatrix_x4(r, rows + 4 * lane);
   }
-  for (int i = 0; i < kMatrices; ++i)
-    out[kMatrices * lane + i] = __uint_as_float(r[i]);
+  for (int i = 0; i < 4; ++i)
+    out[4 * lane + i] = __uint_as_float(r[i]);
 }
 
-// out: for each lane the results of 4 shuffles (index, up, down, xor) within segments of `size` lanes by 3, then ballot,
-// any, all of "in > 0" and the sum of the lane numbers
+// out: for each lane the results of 4 shuffles (index, up, down, xor) by 3 within segments of `size` lanes, then
+// ballot, any and all of "in > 0"
 __global__ void warp_functions(const float* in, float* out, int size) {
   const unsigned all = 0xffffffffu;
   const int lane = int(threadIdx.x);
   const float x = in[lane];
-  float* row = out + 8 * lane;
+  float* row = out + 7 * lane;
   row[0] = __shfl_sync(all, x, 3, size);
   row[1] = __shfl_up_sync(all, x, 3, size);
   row[2] = __shfl_down_sync(all, x, 3, size);
@@ -91,10 +81,9 @@ __global__ void warp_functions(const float* in, float* out, int size) {
   row[4] = __uint_as_float(__ballot_sync(all, x > 0));
   row[5] = float(__any_sync(all, x > 0));
   row[6] = float(__all_sync(all, x > 0));
-  row[7] = float(__reduce_add_sync(all, unsigned(lane)));
 }
 
-// Two halves of a warp shuffle apart from each other; the rest of the block counts at a barrier.
+// The two halves of each warp shuffle separately; then the block counts at barriers.
 __global__ void masks_and_counts(const float* in, float* out, int size) {
   const int i = int(threadIdx.x), lane = i % 32;
   float x = in[i];
@@ -142,7 +131,7 @@ __global__ void global_partial(const float* in, float* out, int size) {
     out[threadIdx.x] = in[threadIdx.x];
 }
 
-// Each lane reads `size` elements a warp apart, one warp instruction after the other without synchronisation
+// Each lane reads `size` elements, a warp's width apart, without synchronization between the warp instructions
 __global__ void global_loop(const float* in, float* out, int size) {
   float sum = 0;
   for (int i = int(threadIdx.x); i < 32 * size; i += 32)
@@ -210,7 +199,7 @@ __global__ void operations(const float* in, float* out, int size) {
   out[threadIdx.x] = x;
 }
 
-// Asks for `size` bytes of dynamic shared memory and uses the last of them
+// Requests `size` bytes of dynamic shared memory and uses the last one
 __global__ void shared_limit(const float*, float* out, int size) {
   SEGATTN_DYNAMIC_SHARED(unsigned char, bytes);
   bytes[size - 1] = 7;
@@ -232,10 +221,8 @@ const std::vector<Case>& instructions() {
       {"mma_float16", on_one_warp(mma_16bit<__half>, "mma_16bit")},
       {"mma_bfloat16", on_one_warp(mma_16bit<__nv_bfloat16>, "mma_16bit")},
       {"mma_tf32", on_one_warp(mma_tf32, "mma_tf32")},
-      {"ldmatrix_x4", on_one_warp(load_matrix<4, false>, "load_matrix", kRows)},
-      {"ldmatrix_x4_trans", on_one_warp(load_matrix<4, true>, "load_matrix", kRows)},
-      {"ldmatrix_x2", on_one_warp(load_matrix<2, false>, "load_matrix", kRows)},
-      {"ldmatrix_x2_trans", on_one_warp(load_matrix<2, true>, "load_matrix", kRows)},
+      {"ldmatrix_x4", on_one_warp(load_matrix<false>, "load_matrix", kRows)},
+      {"ldmatrix_x4_trans", on_one_warp(load_matrix<true>, "load_matrix", kRows)},
       {"warp_functions", on_one_warp(warp_functions, "warp_functions")},
       {"masks_and_counts",
        [](bool, const Buffers& b) {
@@ -262,7 +249,7 @@ const std::vector<Case>& instructions() {
        [](bool, const Buffers& b) {
          launch_kernel(shared_limit, "shared_limit", 1, 1, size_t(b.size), nullptr, b.in, b.out, b.size);
        }},
-      // Launches that a GPU refuses; `size` is the number in question.
+      // Launches that a GPU rejects when `size` exceeds a limit.
       {"block_threads",
        [](bool, const Buffers& b) {
          launch_kernel(coordinates, "coordinates", 1, unsigned(b.size), 0, nullptr, b.in, b.out, b.size);

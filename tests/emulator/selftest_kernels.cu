@@ -1,5 +1,5 @@
-// Kernels with one fault each, and their corrected twins (tests/tools/test_emulator.py): a checker that finds nothing is worth
-// something only if it is known to find what is there. kBroken chooses the twin. Valid CUDA, like the real kernels.
+// Kernels with one fault each and their corrected twins (tests/tools/test_emulator.py), which show that each check
+// finds its fault and nothing else. kBroken chooses the twin. Valid CUDA, like the real kernels.
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
@@ -29,7 +29,7 @@ __global__ void reverse(const float* in, float* out, int size) {
     out[i] = tile[size - 1 - i];
 }
 
-// The same through a static array, which every block must find spoiled anew.
+// The same through a static array, which is poisoned before every block. Broken: only the first block writes it.
 template <bool kBroken>
 __global__ void reverse_static(const float* in, float* out, int size) {
   __shared__ float tile[kThreads];
@@ -62,7 +62,7 @@ __global__ void global_bounds(const float* in, float* out, int size) {
   out[i] = in[i] + in[right];
 }
 
-// Copies through shared memory asynchronously. Broken: reads without waiting for the copy.
+// An asynchronous copy through shared memory. Broken: reads without waiting for the copy.
 template <bool kBroken>
 __global__ void async_copy(const float* in, float* out, int) {
   SEGATTN_DYNAMIC_SHARED(float, tile);
@@ -77,7 +77,8 @@ __global__ void async_copy(const float* in, float* out, int) {
     out[4 * i + k] = tile[4 * other + k];
 }
 
-// Two tiles in turn in one buffer. Broken: the second copy starts while others may still read the first tile.
+// Two tiles in one buffer, one after the other. Broken: the second copy starts while others may still read the first
+// tile.
 template <bool kBroken>
 __global__ void async_refill(const float* in, float* out, int) {
   SEGATTN_DYNAMIC_SHARED(float, tile);
@@ -94,7 +95,7 @@ __global__ void async_refill(const float* in, float* out, int) {
   }
 }
 
-// Broken: a group is waited for that is not the newest one, whose data are then used.
+// Broken: uses the newest group's data after a wait that leaves that group in flight.
 template <bool kBroken>
 __global__ void async_groups(const float* in, float* out, int) {
   SEGATTN_DYNAMIC_SHARED(float, tile);
@@ -111,12 +112,12 @@ __global__ void async_groups(const float* in, float* out, int) {
     out[size + 4 * i + k] = tile[size + 4 * i + k];
 }
 
-// Broken: half the block goes to a barrier of its own, which needs all threads.
+// Broken: one lane of each warp waits at __syncwarp, the others at __syncthreads.
 template <bool kBroken>
 __global__ void deadlock(const float* in, float* out, int) {
   const int i = int(threadIdx.x);
-  if (kBroken && i >= kThreads / 2) {
-    ptx::barrier_sync(1, kThreads);
+  if (kBroken && i % 32 == 0) {
+    __syncwarp();
   } else {
     __syncthreads();
   }
@@ -163,7 +164,7 @@ __global__ void divergent_mma(const float* in, float* out, int) {
   out[i] = d[0];
 }
 
-// Broken: a lane shuffles with a mask that does not name it.
+// Broken: lanes shuffle with a mask that excludes them.
 template <bool kBroken>
 __global__ void shuffle_mask(const float* in, float* out, int) {
   const int i = int(threadIdx.x);
@@ -171,7 +172,7 @@ __global__ void shuffle_mask(const float* in, float* out, int) {
   out[i] = __shfl_xor_sync(mask, in[i], 1);
 }
 
-// Broken: lanes read what other lanes of the warp wrote without __syncwarp.
+// Broken: lanes read what other lanes of the warp wrote, without __syncwarp.
 template <bool kBroken>
 __global__ void warp_exchange(const float* in, float* out, int) {
   SEGATTN_DYNAMIC_SHARED(float, tile);
@@ -182,7 +183,7 @@ __global__ void warp_exchange(const float* in, float* out, int) {
   out[i] = tile[i ^ 5];
 }
 
-// Broken: a shuffle in place of __syncwarp. It makes the lanes meet, but orders no memory accesses.
+// Broken: a shuffle instead of __syncwarp. The lanes meet, but their memory accesses are not ordered.
 template <bool kBroken>
 __global__ void warp_exchange_by_shuffle(const float* in, float* out, int) {
   SEGATTN_DYNAMIC_SHARED(float, tile);
@@ -194,23 +195,6 @@ __global__ void warp_exchange_by_shuffle(const float* in, float* out, int) {
     __syncwarp();
   }
   out[i] = tile[i ^ 5];
-}
-
-// Two warps hand a tile over through a named barrier. Broken: the producer arrives before it writes.
-template <bool kBroken>
-__global__ void producer_consumer(const float* in, float* out, int) {
-  SEGATTN_DYNAMIC_SHARED(float, tile);
-  const int i = int(threadIdx.x), lane = i % 32;
-  if (i < 32) {
-    if constexpr (kBroken)
-      ptx::barrier_arrive(1, 64);
-    tile[lane] = in[lane];
-    if constexpr (!kBroken)
-      ptx::barrier_arrive(1, 64);
-  } else {
-    ptx::barrier_sync(1, 64);
-    out[lane] = tile[31 - lane];
-  }
 }
 
 // Broken: every block writes the same elements.
@@ -270,7 +254,7 @@ __global__ void misaligned_matrix(const float* in, float* out, int) {
   out[i] = __uint_as_float(r[0]);
 }
 
-// Broken: the asynchronous copy ends beyond the shared memory the launch asked for.
+// Broken: the asynchronous copy ends beyond the requested shared memory.
 template <bool kBroken>
 __global__ void async_bounds(const float* in, float* out, int) {
   SEGATTN_DYNAMIC_SHARED(float, tile);
@@ -303,7 +287,8 @@ __device__ uint32_t pack(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-// out (16 x 8) = a (16 x 16, row-major) b (16 x 8, row-major), a before b in `in`. Broken: two of a's registers swapped.
+// out (16 x 8) = a (16 x 16, row-major) b (16 x 8, row-major), a before b in `in`. Broken: two of a's registers
+// swapped.
 template <bool kBroken>
 __global__ void lane_mapping(const float* in, float* out, int) {
   const float *a = in, *b = in + 256;
@@ -351,7 +336,6 @@ const std::vector<Case>& cases() {
       SEGATTN_SELFTEST(shuffle_mask, 1, kThreads, 0),
       SEGATTN_SELFTEST(warp_exchange, 1, kThreads, kThreads),
       SEGATTN_SELFTEST(warp_exchange_by_shuffle, 1, kThreads, kThreads),
-      SEGATTN_SELFTEST(producer_consumer, 1, 64, 32),
       SEGATTN_SELFTEST(block_overlap, b.size / 32, 32, 0),
       SEGATTN_SELFTEST(block_reads_other, b.size / 32, 32, 0),
       SEGATTN_SELFTEST(global_exchange, 1, b.size, 0),

@@ -1,7 +1,7 @@
-"""The sums of tensor cores in exact arithmetic, one element at a time: what runtime/mma_sum.h is held against.
+"""The sums of tensor cores in exact arithmetic, one element at a time: the reference for runtime/mma_sum.h.
 
 Sources: P. Xie, Y. Wang, F. Yang, M. Yang, "MMA-Sim: Bit-Accurate Reference Model of Tensor Cores and Matrix Cores"
-(2025), compared with the hardware bit by bit; M. Fasi, N. Higham, M. Mikaitis, S. Pranesh, "Numerical behavior of
+(2025), bit-exact on the hardware; M. Fasi, N. Higham, M. Mikaitis, S. Pranesh, "Numerical behavior of
 NVIDIA tensor cores" (2021) for the A100.
 """
 
@@ -12,7 +12,7 @@ from fractions import Fraction
 
 @dataclass(frozen=True)
 class Generation:
-    block_bytes: int  # of the contraction that one addition takes
+    block_bytes: int  # of the contraction, added at once
     fraction_bits: int  # kept below the largest exponent
 
 
@@ -20,7 +20,7 @@ GENERATIONS = {80: Generation(16, 24), 86: Generation(16, 24), 89: Generation(16
 
 
 def exponent(value: float, lowest: int) -> int:
-    """Of a significand in [1, 2), or below 1 for a subnormal number."""
+    """The exponent for a significand in [1, 2), or below 1 for a subnormal number."""
     return max(math.frexp(value)[1] - 1, lowest)
 
 
@@ -36,7 +36,7 @@ def to_float32(exact: Fraction, towards_zero: bool) -> float:
 
 
 def truncated(a: list[float], b: list[float], c: float, generation: Generation, item_bytes: int, lowest: int) -> float:
-    """c + a . b; lowest: the smallest exponent of the factors' format."""
+    """c + a . b as a tensor core adds; lowest: the lowest exponent of the factors' format."""
     block = generation.block_bytes // item_bytes
     for first in range(0, len(a), block):
         pairs = [(x, y) for x, y in zip(a[first : first + block], b[first : first + block], strict=True) if x * y != 0]
@@ -49,7 +49,7 @@ def truncated(a: list[float], b: list[float], c: float, generation: Generation, 
 
 
 def to_nearest(a: list[float], b: list[float], c: float) -> float:
-    """c + a . b, each sum rounded in order of the contraction."""
+    """c + a . b, each addition rounded to nearest, in order of the contraction."""
     for x, y in zip(a, b, strict=True):
         c = to_float32(Fraction(c) + Fraction(x) * Fraction(y), towards_zero=False)
     return c

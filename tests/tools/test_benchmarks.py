@@ -1,4 +1,4 @@
-"""The benchmark measures what it says: formulas against counts, memory against known allocations, refusals, reports."""
+"""The benchmarks: formulas against counts, memory against known allocations, skipped cells, reports."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ def results(workload: Workload, leaves: dict, grad_output: torch.Tensor, rival: 
 
 class TestFormulas:
     @pytest.mark.parametrize("op", workloads.OPS)
-    def test_flops_are_what_the_counter_sees(self, op):
+    def test_flops_match_the_counter(self, op):
         workload = small(op, batch=2)
         leaves, grad_output = operands(workload)
         function = rivals.formulation("eager", op)
@@ -50,13 +50,13 @@ class TestFormulas:
             torch.autograd.grad(function(*leaves.values()), list(leaves.values()), grad_output)
         counted = forward.get_total_flops(), both.get_total_flops()
         expected = workloads.flops(workload)
-        if op in ("criss_cross", "rcca"):  # eager computes self twice: H + W neighbours, one of them masked
+        if op in ("criss_cross", "rcca"):  # eager has each position twice among its H + W keys, one of them masked
             n, side = workload.positions, workload.height + workload.width
             attention = 2 * 2 * n * (side - 1) * 20 * (2 if op == "rcca" else 1)  # batch 2, E + C = 20
             expected = [f + k * (attention * side // (side - 1) - attention) for f, k in zip(expected, (1, 3))]  # noqa: B905
         assert list(counted) == list(expected)
 
-    def test_issue_figures_at_97x97(self):
+    def test_figures_at_97x97(self):
         forward, both = workloads.flops(Workload("position", 97, 97))
         assert forward / 1e9 == pytest.approx(101.99, abs=0.01)
         assert (workloads.recomputing_flops(Workload("position", 97, 97)) - forward) / 1e9 == pytest.approx(
@@ -64,10 +64,10 @@ class TestFormulas:
         )
         assert workloads.flops(Workload("channel", 97, 97))[0] / 1e9 == pytest.approx(9.87, abs=0.01)
         assert workloads.flops(Workload("criss_cross", 97, 97))[0] / 1e9 == pytest.approx(2.09, abs=0.01)
-        assert workloads.map_bytes(Workload("position", 97, 97)) / MIB == pytest.approx(338, abs=0.5)
-        assert workloads.map_bytes(Workload("position", 128, 256)) == 4 * 2**30
+        assert workloads.attention_map_bytes(Workload("position", 97, 97)) / MIB == pytest.approx(338, abs=0.5)
+        assert workloads.attention_map_bytes(Workload("position", 128, 256)) == 4 * 2**30
 
-    def test_recomputing_flops_are_those_the_operators_declare(self):
+    def test_recomputing_flops_match_the_operators(self):
         workload = Workload("position", 97, 97)
         shapes = [torch.Size(shape) for shape in workload.leaves().values()]
         declared = position._flops(*shapes) + position._flops_backward(None, *shapes, None, None)
@@ -123,7 +123,7 @@ class TestRivals:
 
 class TestValidation:
     @pytest.mark.parametrize("op", workloads.OPS)
-    def test_right_results_have_no_error(self, op):
+    def test_correct_results_have_no_error(self, op):
         workload = small(op, height=13)  # 143 positions: position attention is sampled
         leaves, grad_output = operands(workload, gain=2.0)
         expected = validate.expected(workload, leaves, grad_output)
@@ -168,13 +168,13 @@ class TestValidation:
         with pytest.raises(validate.WrongResult, match="output has shape"):
             validate.errors(workload, leaves, grad_output, expected, output[..., :-1], gradients)
 
-    def test_eagers_own_error_is_the_measure(self):
+    def test_errors_are_compared_with_eager(self):
         workload = small("position", dtype="float32")
         found = {"output": 1e-4, "energy": 0.0}
         validate.check(workload, "fused", found, {"output": 6e-5})
         with pytest.raises(validate.WrongResult):
             validate.check(workload, "fused", found, {"output": 4e-5})
-        with pytest.raises(validate.WrongResult):  # a NaN of eager's excuses nothing
+        with pytest.raises(validate.WrongResult):  # a NaN of eager does not raise the limit
             validate.check(workload, "fused", {"output": 2e-4, "energy": 0.0}, {"output": math.inf})
 
 
@@ -194,7 +194,7 @@ print(returned, faults())
 """
 
 
-def test_timed_calls_do_not_pay_for_page_faults():
+def test_timed_calls_have_no_page_faults():
     done = subprocess.run([sys.executable, "-c", REUSED], capture_output=True, text=True, check=True)
     returned, kept = map(int, done.stdout.split())
     assert kept < returned / 8 or returned < 64  # (not glibc, or huge pages)
@@ -221,9 +221,9 @@ class TestMemory:
         assert int(done.stdout) / MIB == pytest.approx(64, abs=1.5)
 
     @pytest.mark.parametrize("rival", ["eager", "sdpa", pytest.param("compile", marks=pytest.mark.slow)])
-    def test_what_a_rival_needs_is_predicted(self, rival, tmp_path):
-        """The formula that refuses cells that would not fit, against a process: within 25%. (torch.compile keeps two
-        maps or three, by size: three at 97 x 97; the formula takes the worse.)"""
+    def test_needed_bytes_match_the_measurement(self, rival, tmp_path):
+        """The formula against a measured process, within 25%. (torch.compile keeps two or three attention maps,
+        depending on the size; the formula assumes three, as at 97 x 97.)"""
         workload = Workload("position", 57, 71, channels=64, key_channels=32)
         path = str(tmp_path / "inputs.pt")
         save_inputs(path, workload, *operands(workload))
@@ -279,7 +279,7 @@ class TestCells:
 
 
 class TestSchedule:
-    def test_a_map_beyond_the_memory_is_refused(self):
+    def test_an_attention_map_beyond_the_memory_is_skipped(self):
         plan = schedule.Schedule(None)
         workload = Workload("position", 128, 256)
         reason = plan.verdict(workload, "eager", 8 * 2**30, [])
@@ -287,7 +287,7 @@ class TestSchedule:
         assert plan.verdict(workload, "eager", 64 * 2**30, []) is None
         assert plan.verdict(workload, "fused", 2 * 2**30, []) is None
 
-    def test_time_is_kept_for_the_fused_op_at_later_sizes(self):
+    def test_time_is_reserved_for_the_fused_op_at_later_sizes(self):
         plan = schedule.Schedule(100.0)
         now, later = Workload("position", 32, 32), Workload("position", 128, 256)
         plan.learn(now, "eager", workloads.flops(now)[1] / 100e9)
@@ -308,7 +308,7 @@ class TestSchedule:
 
 
 class FakeCell:
-    """Stands in for a process: answers at once, writes down what was asked."""
+    """A stand-in for a process that answers at once and records the calls."""
 
     log: list = []
     error = 1e-7
@@ -352,7 +352,7 @@ class TestRunner:
         records = self.run(small("position", dtype="float32"), repeats=2)
         timed = [(rival, kind[0]) for rival, name, *kind in fake_cells.log if name == "timed_pass"]
         one_round = [(r, k) for r in ("eager", "fused", "sdpa") for k in ("forward", "forward_backward")]
-        assert timed == one_round * 3  # the first does not count
+        assert timed == one_round * 3  # the first round is discarded
         assert [entry["rival"] for entry in records] == ["fused", "eager", "sdpa"]
         assert records[0]["forward"] == {"median": 0.5, "spread": 0.0, "seconds": [0.5, 0.5]}
         assert sum(name == "close" for _, name, *_ in fake_cells.log) == 3
@@ -364,7 +364,7 @@ class TestRunner:
         assert not any(name == "timed_pass" for _, name, *_ in fake_cells.log)
         assert sum(name == "close" for _, name, *_ in fake_cells.log) == 2
 
-    def test_what_would_not_fit_is_said_and_not_started(self, fake_cells, monkeypatch):
+    def test_a_cell_that_would_not_fit_is_reported(self, fake_cells, monkeypatch):
         monkeypatch.setattr(measure, "available_bytes", lambda device: 2**20)
         records = self.run(small("position", 32, 32, dtype="float32"), repeats=1)
         reasons = {entry["rival"]: entry["reason"] for entry in records}
@@ -373,7 +373,7 @@ class TestRunner:
         assert reasons["sdpa"].startswith("would not fit")
         assert {rival for rival, *_ in fake_cells.log} == {"fused"}
 
-    def test_a_rival_that_fails_is_a_line_not_a_crash(self, monkeypatch, fake_cells):
+    def test_a_failing_rival_is_reported(self, monkeypatch, fake_cells):
         def call(self, name, *arguments, timeout=0.0):
             if self.spec.rival == "sdpa" and name == "first_pass":
                 raise CellFailed("the cell's process was killed")
@@ -401,7 +401,7 @@ class TestFeatures:
         assert min(photograph.shape[:2]) >= 300
         assert photograph.std() > 20
 
-    def test_an_own_picture_and_a_missing_one(self, tmp_path):
+    def test_photographs_from_files(self, tmp_path):
         from PIL import Image
 
         path = tmp_path / "picture.png"
@@ -449,7 +449,7 @@ def run_main(*arguments: str) -> int:
 
 
 @pytest.mark.slow
-def test_main_job_leaves_a_report(tmp_path, capsys):
+def test_main_job_writes_a_report(tmp_path, capsys):
     folder = tmp_path / "report"
     status = run_main(
         *("--sizes", "8x8,9x12", "--channels", "16", "--rivals", "fused,eager,sdpa", "--backend", "reference"),
@@ -500,7 +500,7 @@ def test_bad_arguments_are_named(arguments, message, capsys):
 @pytest.mark.parametrize(
     "device, message", [("tpu", "must be cpu"), ("cuda:99", "CUDA devices"), ("mps", "must be cpu")]
 )
-def test_a_device_that_is_not_there(device, message, capsys, tmp_path):
+def test_missing_devices_are_named(device, message, capsys, tmp_path):
     assert run_main("--device", device, "--output", str(tmp_path / "report")) == 2
     assert message in capsys.readouterr().out.replace("\n", " ")
     assert not (tmp_path / "report").exists()
@@ -508,7 +508,7 @@ def test_a_device_that_is_not_there(device, message, capsys, tmp_path):
 
 class TestPapers:
     @pytest.mark.parametrize("row", papers.ccnet_rows() + papers.ann_rows(), ids=lambda row: row.name)
-    def test_published_costs_come_out_of_the_formulas(self, row):
+    def test_formulas_match_the_published_costs(self, row):
         digits = f"{row.published:g}".partition(".")[2]
         assert row.formula == pytest.approx(row.published, abs=0.6 * 10 ** -len(digits))
         if row.name.startswith("APNB"):
@@ -516,7 +516,7 @@ class TestPapers:
         else:
             assert row.counted == pytest.approx(row.formula, rel=2.5e-3)  # no biases, no residual
 
-    def test_apnb_executes_what_the_docstring_says(self):
+    def test_apnb_executes_less(self):
         channels, inner = papers.ANN_CHANNELS
         for (height, width), row in zip(papers.ANN_PUBLISHED, papers.ann_rows()[1::2], strict=True):
             n, keys = height * width, papers.ANN_KEYS

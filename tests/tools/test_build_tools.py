@@ -1,4 +1,4 @@
-"""Finding the CUDA toolkit, and recognising what the libraries were built of."""
+"""The search for the CUDA toolkit, and the fingerprint of the sources."""
 
 import os
 from pathlib import Path
@@ -18,7 +18,7 @@ def program(folder: Path, name: str, text: str = "") -> Path:
 
 @pytest.fixture
 def bare(tmp_path, monkeypatch):
-    """Nothing on PATH but a folder of ours, no CUDA_HOME, and the usual places in a temporary folder."""
+    """A PATH with one test folder, no CUDA_HOME, and the usual places in a temporary folder."""
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.setenv("PATH", os.pathsep.join([str(tmp_path / "path"), "/bin", "/usr/bin"]))
     monkeypatch.setattr(_build_tools, "USUAL_PLACES", (f"{tmp_path}/cuda-*/bin", f"{tmp_path}/cuda/bin"))
@@ -29,14 +29,14 @@ class TestToolkit:
     def test_nowhere(self, bare):
         assert _build_tools.find_program("nvcc-of-a-test") is None
 
-    def test_outside_path_the_newest_is_taken(self, bare):
+    def test_newest_outside_path(self, bare):
         program(bare / "cuda-9.2" / "bin", "tool-of-a-test")
         newest = program(bare / "cuda-13.0" / "bin", "tool-of-a-test")
         assert _build_tools.find_program("tool-of-a-test") == str(newest)
         chosen = program(bare / "cuda" / "bin", "tool-of-a-test")
         assert _build_tools.find_program("tool-of-a-test") == str(chosen)
 
-    def test_path_and_cuda_home_come_first(self, bare, monkeypatch):
+    def test_path_and_cuda_home_first(self, bare, monkeypatch):
         program(bare / "cuda" / "bin", "tool-of-a-test")
         on_path = program(bare / "path", "tool-of-a-test")
         assert _build_tools.find_program("tool-of-a-test") == str(on_path)
@@ -45,7 +45,7 @@ class TestToolkit:
         assert _build_tools.find_program("tool-of-a-test") == str(at_home)
         assert _build_tools.find_cuda_toolkit() == (str(bare / "home"), "CUDA_HOME")
 
-    def test_an_nvcc_outside_path_is_asked_for_its_toolkit(self, bare, monkeypatch):
+    def test_the_toolkit_of_nvcc(self, bare, monkeypatch):
         monkeypatch.setenv("PATH", str(bare / "path"))
         nvcc = program(bare / "cuda-13.0" / "bin", "nvcc", f"echo '#$ TOP={bare}/cuda-13.0' >&2")
         assert _build_tools.find_cuda_toolkit() == (os.path.realpath(bare / "cuda-13.0"), f"{nvcc} --dryrun")
@@ -54,15 +54,15 @@ class TestToolkit:
 
 
 class TestFingerprint:
-    def test_it_follows_the_sources(self, tmp_path):
-        for name in ("setup.py", "csrc/kernel.cuh", "segattn_ops/ops.py"):
+    def test_follows_the_sources(self, tmp_path):
+        for name in (*_build_tools.BUILD_SCRIPTS, "csrc/kernel.cuh", "segattn_ops/ops.py"):
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_text("1")
         first, whole = (_build_tools.fingerprint(tmp_path, python=python) for python in (False, True))
         assert _build_tools.fingerprint(tmp_path) == first
         assert whole != first
         (tmp_path / "segattn_ops/ops.py").write_text("2")
-        assert _build_tools.fingerprint(tmp_path) == first  # the libraries are the same
+        assert _build_tools.fingerprint(tmp_path) == first  # the libraries do not depend on it
         assert _build_tools.fingerprint(tmp_path, python=True) != whole
         (tmp_path / "csrc/kernel.cuh").write_text("2")
         assert _build_tools.fingerprint(tmp_path) != first

@@ -1,4 +1,4 @@
-"""The clock of the GPU benchmarks, on a stand-in for the device: the order of its commands, and the wait that hides the
+"""The timer of the GPU benchmarks, on a fake device: the order of its commands, and the wait that hides the
 host's launches."""
 
 import pytest
@@ -6,15 +6,15 @@ import torch
 
 from benchmarks import measure
 
-CYCLES = 2e9  # a second of the stand-in
+CYCLES = 2e9  # per second of the fake device
 
 
 class FakeDevice:
-    """A device that runs commands in order from a queue, beside a host whose clock only moves when told."""
+    """A device that runs commands in order from a queue, and a host with a simulated clock."""
 
     def __init__(self):
         self.host = 0.0
-        self.free = 0.0  # when the device is done with what it has
+        self.free = 0.0  # when the device has finished its queue
         self.log = []
         self.current = None
 
@@ -40,7 +40,7 @@ class FakeDevice:
         return Current()
 
     def launch(self, name, seconds, host=10e-6):
-        """A kernel of so many seconds, which takes the host ``host`` seconds to enqueue."""
+        """Enqueues a kernel of ``seconds``, which takes the host ``host`` seconds."""
         self.host += host
         self.enqueue(name, seconds)
 
@@ -95,8 +95,8 @@ def test_the_order_is_flush_wait_start_run_end(timer, fake):
     assert fake.log == ["flush", "sleep", "event", "run", "event", "synchronize"]
 
 
-def test_launches_of_a_short_call_are_not_in_its_time(timer, fake):
-    """Five kernels of 10 us that take the host 2 ms each to enqueue: 50 us, from the second call on."""
+def test_launches_of_a_short_call_are_hidden(timer, fake):
+    """Five kernels of 10 us, each enqueued in 2 ms: 50 us from the second call on."""
 
     def run():
         for _ in range(5):
@@ -104,14 +104,14 @@ def test_launches_of_a_short_call_are_not_in_its_time(timer, fake):
 
     first = timer(run)
     assert not timer.hidden
-    assert first > 2e-3  # longer than the first wait: the host shows
+    assert first > 2e-3  # longer than the first wait: includes the host
     for _ in range(3):
         assert timer(run) == pytest.approx(50e-6)
         assert timer.hidden
     assert timer.wait == pytest.approx(timer.MARGIN * 10e-3)
 
 
-def test_the_first_call_hides_what_eager_takes(timer, fake):
+def test_the_first_wait_hides_eager(timer, fake):
     def run():
         for _ in range(200):
             fake.launch("kernel", 1e-6, host=20e-6)
@@ -143,7 +143,7 @@ def test_a_call_that_synchronises_is_not_hidden(timer, fake):
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_slow_host_on_a_gpu():
-    """Ten small kernels with 200 us of host time between them are measured as they are without."""
+    """200 us of host time between ten small kernels does not change the measured time."""
     timer = measure.DeviceTimer(torch.device("cuda"))
     x = torch.zeros(2**20, device="cuda")
 

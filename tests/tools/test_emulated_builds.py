@@ -1,10 +1,10 @@
-"""The op suite on the emulator's builds that look for faults: no data races, no access out of bounds."""
+"""The op suite on the emulator's race and asan builds: no data races, no out-of-bounds accesses."""
 
 import pytest
 
 from ..emulated import run_in
 
-# float64's scalar path is slow in these builds; float16's kernels are bfloat16's.
+# Without float64, whose scalar path is slow in these builds, and float16, whose kernels are those of bfloat16.
 CHOICE = "(as_exact_as_eager or any_strides) and not float64 and not -float16"
 
 

@@ -1,5 +1,5 @@
-"""The emulator itself: kernels with one fault each are caught and their corrected twins pass, instructions do what the
-PTX ISA says, launches fail where a GPU's would, counters count what was worked out by hand."""
+"""The emulator itself: it finds the fault of each faulty kernel and passes its corrected twin, instructions follow the
+PTX ISA, launches fail as on a GPU, and counters match figures worked out by hand."""
 
 import os
 import subprocess
@@ -16,9 +16,9 @@ from ..emulator import asan, build
 from ..emulator.tensor_core_model import GENERATIONS, to_nearest, truncated
 
 NAN = float("nan")
-WRONG = "wrong numbers"  # not an error: the output differs from the right one
+WRONG = "wrong numbers"  # no error, but the output differs from the right one
 IN_ASAN = os.environ.get("SEGATTN_EMULATOR_VARIANT") == "asan"
-# The sanitizer has to be loaded first, so those tests run in a process of their own (test_under_address_sanitizer).
+# AddressSanitizer must be loaded first, so its tests run in a separate process (test_under_address_sanitizer).
 HERE = ["asan"] if IN_ASAN else ["plain", "race"]
 
 
@@ -67,10 +67,10 @@ class Fault:
     """A kernel of selftest_kernels.cu.
 
     Args:
-        name: the kernel's.
-        x: its input.
-        right: its output without the fault.
-        found: by variant, what the broken kernel's error says, or WRONG. A variant left out cannot see the fault.
+        name: name of the kernel.
+        x: input.
+        right: output without the fault.
+        found: by variant, a pattern of the broken kernel's error, or WRONG. Variants left out cannot find the fault.
         size: the kernel's size argument.
     """
 
@@ -103,7 +103,7 @@ def everywhere(pattern: str) -> dict[str, str]:
 
 
 def unordered(pattern: str) -> dict[str, str]:
-    """A missing barrier: some schedules give wrong numbers, which the default one does; the race build always knows."""
+    """A missing barrier: wrong numbers under some schedules, including the default one; an error in the race build."""
     return {"plain": WRONG, "race": pattern, "asan": WRONG}
 
 
@@ -121,8 +121,8 @@ FAULTS = (
         X,
         everywhere(
             r"deadlock in kernel deadlock, block \(0, 0, 0\): 128 threads wait and none can run\n"
-            r"  threads 0-63: wait at __syncthreads \(selftest_kernels.cu:\d+\)\n"
-            r"  threads 64-127: wait at bar.sync \(selftest_kernels.cu:\d+\) of barrier 1, where 64 of 128 threads"
+            r"  thread 0: wait at __syncwarp \(selftest_kernels.cu:\d+\) for lanes 0xffffffff\n"
+            r"  threads 1-31: wait at __syncthreads \(selftest_kernels.cu:\d+\)\n"
         ),
     ),
     Fault("divergent_barrier", X, X, everywhere(r"divergent barrier: this thread is at __syncthreads \(.*")),
@@ -131,7 +131,6 @@ FAULTS = (
     Fault("shuffle_mask", X, X.view(-1, 2).flip(1).flatten(), everywhere("not in its own mask 0x0000ffff")),
     Fault("warp_exchange", X, X[torch.arange(128) ^ 5], unordered(BARRIER)),
     Fault("warp_exchange_by_shuffle", X, X[torch.arange(128) ^ 5], {"race": BARRIER}),
-    Fault("producer_consumer", X, X[:32].flip(0), {"race": BARRIER}),
     Fault("block_overlap", X, X, {**everywhere(WRONG), "race": f"writes at .*{OTHER_BLOCK} wrote"}),
     Fault("block_reads_other", X, torch.cat([X, X]), {**everywhere(WRONG), "race": OTHER_BLOCK}),
     Fault("global_exchange", X, torch.cat([X, X.flip(0)]), unordered(BARRIER)),
@@ -169,9 +168,9 @@ def test_corrected_kernel_passes(variant, fault, seed):
 def test_fault_is_found(variant, fault):
     pattern = fault.found.get(variant)
     if pattern is None:
-        pytest.skip("not for this build to find")
+        pytest.skip("this build cannot find the fault")
     right = right_output(fault)
-    # Broken kernels may write to more places than right ones, but not beyond this.
+    # Broken kernels may write more elements than correct ones, but no more than this.
     out_size = max(len(right), 2 * fault.size)
     if pattern is not WRONG:
         with pytest.raises(RuntimeError, match=f"(?s)emulator: .*{pattern}"):
@@ -182,7 +181,7 @@ def test_fault_is_found(variant, fault):
 
 
 def test_missing_barrier_shows_in_numbers_under_most_schedules():
-    """What makes plain builds worth running under several seeds."""
+    """Plain builds find missing barriers by running under several seeds."""
     fault = next(f for f in FAULTS if f.name == "reverse")
     wrong = 0
     for seed in range(20):
@@ -206,7 +205,7 @@ def test_fault_leaves_the_emulator_usable(variant):
     torch.testing.assert_close(run_case(variant, "deadlock", False, X, 128, 128), X)
 
 
-@pytest.mark.skipif(IN_ASAN, reason="this is the process it starts")
+@pytest.mark.skipif(IN_ASAN, reason="runs in the process that this test starts")
 def test_under_address_sanitizer():
     build.build("asan", "selftest")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(Path(__file__))]
@@ -219,7 +218,7 @@ def test_under_address_sanitizer():
 
 
 def fragments() -> dict[str, list[list[tuple[int, int]]]]:
-    """fragments.txt: by name, at each row and column, the lane and the number of the element among the lane's."""
+    """The tables of fragments.txt by name: at each row and column, the lane and the index among the lane's elements."""
     tables, rows = {}, []
     for line in (Path(build.__file__).parent / "fragments.txt").read_text().splitlines():
         if line.startswith("["):
@@ -230,7 +229,7 @@ def fragments() -> dict[str, list[list[tuple[int, int]]]]:
 
 
 def to_lanes(matrix: Tensor, table: list) -> Tensor:
-    """The matrix as the lanes hold it: (32, elements a lane)."""
+    """The matrix as the lanes hold it: (32, elements per lane)."""
     count = 1 + max(i for row in table for _, i in row)
     lanes = torch.zeros(32, count, dtype=matrix.dtype)
     for r, row in enumerate(table):
@@ -259,7 +258,7 @@ MMA = pytest.mark.parametrize(
 
 
 def run_mma(variant: str, name: str, dtype: torch.dtype, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """c + a b by one mma"""
+    """c + a b by one mma."""
     tables, depth = fragments(), a.shape[1]
     shape = "mma.m16n8k16" if depth == 16 else "mma.m16n8k8.tf32"
     registers = [
@@ -275,7 +274,7 @@ def run_mma(variant: str, name: str, dtype: torch.dtype, a: Tensor, b: Tensor, c
 @MMA
 def test_mma_by_the_table(variant, name, dtype, depth):
     generator = torch.Generator().manual_seed(0)
-    # Integers: every product and sum is exact in every dtype, so the comparison is too.
+    # Small integers: every product and sum is exact in every dtype.
     a, b, c = (torch.randint(-8, 9, s, generator=generator).float() for s in ((16, depth), (depth, 8), (16, 8)))
     assert torch.equal(run_mma(variant, name, dtype, a, b, c), a @ b + c)
 
@@ -288,8 +287,8 @@ def to_operand(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def sums_to_round(dtype: torch.dtype, depth: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """a, b, c: terms of about one size; of many; of the format's smallest numbers and float32's largest; those of the
-    products' sum that cancels; zeros."""
+    """a, b, c whose terms have similar magnitudes; c much larger; widely varying magnitudes; the format's smallest
+    numbers; float32's largest; sums that cancel; zeros."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -343,8 +342,8 @@ def test_mma_to_nearest(variant, name, dtype, depth):
 
 
 def test_mma_keeps_one_bit_more_from_hopper_on(variant):
-    """1 and eight products of 2^-25, a quarter of its unit in the last place, are 1 + 2^-22 on an H100 and 1 on an
-    A100; minus them, 1 - 2^-22 and 1."""
+    """1 plus eight products of 2^-25, a quarter of a unit in the last place of 1, is 1 + 2^-22 on an H100 and 1 on an
+    A100; 1 minus them is 1 - 2^-22 and 1."""
     a, b, c = torch.full((16, 8), 2.0**-12), torch.full((8, 8), 2.0**-13), torch.ones(16, 8)
     for sign in (1, -1):
         for architecture, kept in ((80, 0), (90, 2.0**-22)):
@@ -354,7 +353,7 @@ def test_mma_keeps_one_bit_more_from_hopper_on(variant):
 
 @MMA
 def test_mma_of_infinities_and_nan(variant, name, dtype, depth):
-    """Only the rows and columns that hold one notice; the others are truncated as ever."""
+    """They affect only sums that contain them; the others are truncated as usual."""
     generator = torch.Generator().manual_seed(0)
     a, b, c = (torch.randn(s, generator=generator) for s in ((16, depth), (depth, 8), (16, 8)))
     a, b = to_operand(a, dtype), to_operand(b, dtype)
@@ -387,27 +386,26 @@ def test_mma_rounding_by_environment(rounding):
 
 def test_mma_tf32_ignores_the_low_bits(variant):
     x = torch.zeros(320)
-    x[0] = torch.tensor(0x3F801FFF, dtype=torch.int32).view(torch.float32)  # 1 and all 13 bits that do not count
+    x[0] = torch.tensor(0x3F801FFF, dtype=torch.int32).view(torch.float32)  # 1 with all 13 ignored bits set
     x[128] = 1.0
     assert run_instruction(variant, "mma_tf32", x, 0, 128)[0] == 1.0
 
 
-@pytest.mark.parametrize("matrices", [2, 4])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_ldmatrix_by_the_table(variant, matrices, transposed):
+def test_ldmatrix_by_the_table(variant, transposed):
     suffix = "_trans" if transposed else ""
     table = fragments()[f"ldmatrix{suffix.replace('_', '.')} 8x8"]
     elements = torch.arange(32 * 8, dtype=torch.int16).view(4, 8, 8)
-    out = run_instruction(variant, f"ldmatrix_x{matrices}{suffix}", elements.view(torch.float32), 0, 32 * matrices)
-    registers = out.view(torch.int16).view(32, matrices, 2)
-    for i in range(matrices):
+    out = run_instruction(variant, f"ldmatrix_x4{suffix}", elements.view(torch.float32), 0, 32 * 4)
+    registers = out.view(torch.int16).view(32, 4, 2)
+    for i in range(4):
         assert torch.equal(to_matrix(registers[:, i], table), elements[i])
 
 
 @pytest.mark.parametrize("width", [4, 8, 32])
 def test_shuffles_and_votes(variant, width):
     x = torch.where(torch.arange(32) % 3 == 0, -1.0, 1.0) * ramp(32)
-    got = run_instruction(variant, "warp_functions", x, width, 32 * 8).view(32, 8)
+    got = run_instruction(variant, "warp_functions", x, width, 32 * 7).view(32, 7)
     lane = torch.arange(32)
     segment, inside = lane // width * width, lane % width
     right = [
@@ -419,7 +417,7 @@ def test_shuffles_and_votes(variant, width):
     torch.testing.assert_close(got[:, :4], torch.stack(right, 1))
     ballot = sum(1 << i for i in range(32) if x[i] > 0)
     assert (got[:, 4].contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF == ballot).all()
-    assert got[:, 5:].tolist() == [[1.0, 0.0, 496.0]] * 32
+    assert got[:, 5:].tolist() == [[1.0, 0.0]] * 32
 
 
 def test_partial_masks_and_counting_barriers(variant):
@@ -473,7 +471,7 @@ def counted(traced, name: str, size: int, x: Tensor | None = None, out_size: int
 
 
 def aligned(size: int) -> Tensor:
-    """torch's buffers start on 64 bytes; sectors are 32."""
+    """A ramp that starts on a 32-byte sector: torch aligns buffers to 64 bytes."""
     x = ramp(size)
     assert x.data_ptr() % 64 == 0
     return x
@@ -481,10 +479,10 @@ def aligned(size: int) -> Tensor:
 
 # One warp of 32 lanes: (kernel, size, kind, warp instructions, bytes, 32-byte sectors)
 GLOBAL_TRAFFIC = [
-    ("global_stride", 1, "global_read", 1, 128, 4),  # 32 * 4 bytes in a row
+    ("global_stride", 1, "global_read", 1, 128, 4),  # 128 contiguous bytes
     ("global_stride", 2, "global_read", 1, 128, 8),  # every second element
-    ("global_stride", 8, "global_read", 1, 128, 32),  # a sector each
-    ("global_stride", 0, "global_read", 1, 128, 1),  # all the same element
+    ("global_stride", 8, "global_read", 1, 128, 32),  # one sector per lane
+    ("global_stride", 0, "global_read", 1, 128, 1),  # all lanes read one element
     ("global_stride", 8, "global_write", 1, 128, 4),
     ("global_offset", 8, "global_read", 1, 128, 4),  # 32 bytes further on
     ("global_offset", 1, "global_read", 1, 128, 5),  # straddles a fifth sector
@@ -494,9 +492,9 @@ GLOBAL_TRAFFIC = [
     ("global_half", 0, "global_write", 1, 64, 2),
     ("global_partial", 5, "global_read", 1, 20, 1),  # 5 lanes
     ("global_partial", 12, "global_read", 1, 48, 2),
-    ("global_loop", 7, "global_read", 7, 7 * 128, 7 * 4),  # lanes run one after the other, instructions stay apart
+    ("global_loop", 7, "global_read", 7, 7 * 128, 7 * 4),  # one instruction per iteration, although lanes run in turn
     ("async_partial", 16, "global_async_read", 1, 512, 16),
-    ("async_partial", 8, "global_async_read", 1, 256, 16),  # half of each 16 bytes, still every sector
+    ("async_partial", 8, "global_async_read", 1, 256, 16),  # half of each 16 bytes, but every sector
 ]
 
 
@@ -514,7 +512,7 @@ SHARED_TRAFFIC = [
     ("shared_stride", 8, "shared_read", 8, 1),
     ("shared_stride", 8, "shared_write", 8, 1),
     ("shared_stride", 32, "shared_read", 32, 1),  # one bank
-    ("shared_stride", 33, "shared_read", 1, 1),  # the padded column
+    ("shared_stride", 33, "shared_read", 1, 1),  # a padded column
     ("shared_broadcast", 32, "shared_read", 1, 1),
     ("shared_broadcast", 2, "shared_read", 1, 1),
     ("shared_vector", 1, "shared_read", 4, 4),  # 512 bytes take four passes of 128
@@ -534,11 +532,11 @@ def test_bank_conflicts(traced, name, size, kind, wavefronts, ideal):
     assert (memory["wavefronts"], memory["ideal_wavefronts"]) == (wavefronts, ideal)
 
 
-def test_places_name_the_source_line(traced):
+def test_locations_name_the_source_line(traced):
     launch = counted(traced, "shared_stride", 8)
     lines = (Path(build.__file__).parent / "selftest_instructions.cu").read_text().splitlines()
-    (write,) = [p for p in launch["places"] if p["kind"] == "shared_write"]
-    file, line = write["place"].split(":")
+    (write,) = [p for p in launch["locations"] if p["kind"] == "shared_write"]
+    file, line = write["location"].split(":")
     assert file == "selftest_instructions.cu"
     assert lines[int(line) - 1].strip() == "tile[i] = in[0];"
     assert write["wavefronts"] == 8

@@ -1,4 +1,4 @@
-"""The GPU suite's cells and processes, on the CPU in the GPU's place: measured, wrong, failed, crashed, and ended."""
+"""The GPU suite's cells and processes, run on the CPU: measured, wrong, failed, crashed, and timed out."""
 
 import json
 import os
@@ -10,10 +10,12 @@ import time
 import pytest
 import torch
 
-from benchmarks import children, gpu_bench, gpu_cells, gpu_suite, gpu_worker, measure, native, rivals, validate
-from benchmarks.gpu_bench import Refused, TooLong, Worker, WorkerLost
-from benchmarks.gpu_state import Clock, State
-from benchmarks.gpu_work import FAMILIES, Selection
+from benchmarks import measure, rivals, validate
+from benchmarks.gpu import bench, cells, children, client, native, suite
+from benchmarks.gpu.client import Refused, TooLong, Worker, WorkerLost
+from benchmarks.gpu.selection import FAMILIES, Selection
+from benchmarks.gpu.state import Clock, State
+from benchmarks.gpu.worker import Server
 from benchmarks.workloads import Workload
 from segattn_ops import _backend
 
@@ -22,14 +24,14 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """The cells are tiny, and threads that wait for one another take their time where test processes share a core."""
+    """One thread: the cells are tiny, and waiting threads are slow when test processes share a core."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-# A worker without torch, for what the suite makes of its end.
+# A worker without torch, for the ways in which a worker ends.
 FAKE = """
 import json, os, sys, time
 for line in sys.stdin:
@@ -59,22 +61,22 @@ def state(tmp_path):
 
 @pytest.fixture
 def inside(monkeypatch):
-    """The worker's requests are answered in this process, through the same JSON; what was asked is remembered."""
+    """Serves the worker's requests in this process, through the same JSON, and records them."""
     asked = []
 
     class Inside(Worker):
         def ask(self, name, timeout, **arguments):
             asked.append((name, arguments))
-            self.server = getattr(self, "server", None) or gpu_worker.Server(CPU)
-            return gpu_bench.result_of(json.loads(json.dumps(self.server.answer(name, arguments), default=str)))
+            self.server = getattr(self, "server", None) or Server(CPU)
+            return client.result_of(json.loads(json.dumps(self.server.answer(name, arguments), default=str)))
 
-    monkeypatch.setattr(gpu_bench, "Worker", Inside)
-    monkeypatch.setattr(gpu_cells, "SECONDS", 0.0)
+    monkeypatch.setattr(bench, "Worker", Inside)
+    monkeypatch.setattr(cells, "SECONDS", 0.0)
     return asked
 
 
 class TestChildren:
-    def test_output_and_status_come_back(self):
+    def test_output_and_status(self):
         code = "import sys; print('said'); print('warned', file=sys.stderr); sys.exit(3)"
         first, second = children.run([[sys.executable, "-c", code], ["true"]], 30, {"A": "1"})
         assert (first.status, first.output.split()) == (3, ["said", "warned"])
@@ -86,7 +88,7 @@ class TestChildren:
         assert missing.status == 127
 
     def test_the_time_limit_ends_what_the_command_started(self, tmp_path, monkeypatch):
-        """A grandchild that ignores the interrupt, as a profiled program may."""
+        """Including a grandchild that ignores the interrupt, as a profiled program may."""
         monkeypatch.setattr(children, "GRACE", 0.5)
         mark = tmp_path / "pid"
         code = f"trap '' INT; sh -c 'trap \"\" INT; echo $$ > {mark}; echo begun; sleep 60; sleep 60' & wait"
@@ -105,9 +107,11 @@ class TestChildren:
 
     @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
     def test_children_end_with_their_parent(self, tmp_path):
-        """The parent is killed without a word, as at the time limit of a lent machine."""
+        """The parent is killed with SIGKILL, as at the time limit of a lent machine."""
         mark = tmp_path / "pid"
-        code = f"from benchmarks import children\nchildren.run([['sh', '-c', 'echo $$ > {mark}; sleep 60; true']], 60)"
+        code = (
+            f"from benchmarks.gpu import children\nchildren.run([['sh', '-c', 'echo $$ > {mark}; sleep 60; true']], 60)"
+        )
         parent = subprocess.Popen([sys.executable, "-c", code], cwd=children.ROOT)
         try:
             _wait_for(lambda: mark.exists() and mark.read_text().strip())
@@ -125,7 +129,7 @@ def _wait_for(condition, seconds: float = 60.0) -> bool:
 
 
 def _gone(pid: int) -> bool:
-    """Whether a process ends, or is a zombie that nobody waits for in a container."""
+    """Whether a process ends, or is a zombie, as an orphan may be in a container."""
 
     def ended() -> bool:
         try:
@@ -144,7 +148,7 @@ class TestWorker:
         with Worker("cpu", [sys.executable, "-c", FAKE]) as found:
             yield found
 
-    def test_one_process_answers_until_it_ends(self, worker):
+    def test_one_process_serves_until_it_ends(self, worker):
         first = worker.ask("pid", 10)
         with pytest.raises(Refused, match="ValueError: no"):
             worker.ask("refuse", 10)
@@ -157,7 +161,7 @@ class TestWorker:
             worker.ask("lose", 10)
         assert worker.ask("pid", 10) not in (first, second)
 
-    def test_what_takes_too_long_is_ended(self, worker):
+    def test_timeout_ends_the_process(self, worker):
         pid = worker.ask("pid", 10)
         with pytest.raises(TooLong):
             worker.ask("sleep", 0.3)
@@ -166,9 +170,9 @@ class TestWorker:
 
 
 class TestServer:
-    def test_a_device_that_does_not_answer_is_a_crash(self, monkeypatch):
-        """An illegal access shows at the next synchronisation, and at every one after it."""
-        server = gpu_worker.Server(CPU)
+    def test_a_device_that_does_not_respond_is_a_crash(self, monkeypatch):
+        """An illegal access raises at the next synchronisation and at every later one."""
+        server = Server(CPU)
 
         def lost():
             raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
@@ -179,20 +183,20 @@ class TestServer:
         monkeypatch.setattr(server, "ceilings", lambda: 1 / 0)
         assert "crashed" in server.answer("ceilings", {})
 
-    def test_what_raises_is_an_answer(self, monkeypatch):
-        server = gpu_worker.Server(CPU)
+    def test_exceptions_are_answers(self, monkeypatch):
+        server = Server(CPU)
         monkeypatch.setattr(server, "ceilings", lambda: 1 / 0)
         assert server.answer("ceilings", {}) == {"error": "ZeroDivisionError: division by zero"}
 
-    def test_libraries_that_raise_are_a_fault_of_theirs(self, monkeypatch):
-        """The build must still learn what device it is for."""
+    def test_libraries_that_raise_are_reported_as_a_fault(self, monkeypatch):
+        """The build still needs the machine's facts."""
         monkeypatch.setattr(native, "fault", lambda device: 1 / 0)
-        facts = gpu_worker.Server(CPU).answer("identify", {})["result"]
-        assert facts["fault"] == "the libraries here do not serve: ZeroDivisionError: division by zero"
+        facts = Server(CPU).answer("identify", {})["result"]
+        assert facts["fault"] == "the libraries here cannot be used: ZeroDivisionError: division by zero"
         assert facts["machine"]["device"] == "cpu"
 
-    def test_the_ceilings_can_be_rehearsed(self):
-        found = gpu_worker.Server(CPU).answer("ceilings", {})["result"]
+    def test_ceilings_on_a_cpu(self):
+        found = Server(CPU).answer("ceilings", {})["result"]
         assert all(value > 0 for value in found.values())
 
 
@@ -200,10 +204,10 @@ class TestBench:
     @pytest.mark.parametrize("family", FAMILIES)
     def test_cells_are_recorded_once(self, family, state, inside):
         work = chosen(family)
-        assert gpu_bench.bench(state, Clock(1000), work, "cpu") is True
+        assert bench.run(state, Clock(1000), work, "cpu") is True
         assert {entry["op"] for entry in state.cells.values()} == set(FAMILIES[family])
         for entry in state.cells.values():
-            if entry["rival"] == "sdpa_cudnn":  # not on a CPU: a line, not a crash
+            if entry["rival"] == "sdpa_cudnn":  # fails on a CPU
                 assert entry["status"] == "failed"
                 assert "RuntimeError" in entry["reason"]
                 continue
@@ -212,55 +216,55 @@ class TestBench:
                 assert entry[kind]["median"] > 0
             assert validate.worst(entry["errors"]) < 1e-4
         inside.clear()
-        assert gpu_bench.bench(State(state.path), Clock(1000), work, "cpu") is True
+        assert bench.run(State(state.path), Clock(1000), work, "cpu") is True
         assert [name for name, _ in inside] == ["require_native"]
 
-    def test_eagers_errors_are_taken_from_its_record(self, state, inside):
+    def test_eager_errors_come_from_its_record(self, state, inside):
         work = chosen("channel", rivals=("eager", "fused"))
-        assert gpu_bench.bench(state, Clock(1000), work, "cpu") is True
+        assert bench.run(state, Clock(1000), work, "cpu") is True
         (eager,) = [entry for entry in state.cells.values() if entry["rival"] == "eager"]
         last = inside[-1][1]
         assert (last["rival"], last["run_eager"], last["eager_errors"]) == ("fused", False, eager["errors"])
 
-    def test_without_eagers_record_it_runs_for_its_errors(self, state, inside, monkeypatch):
+    def test_without_an_eager_record_eager_runs(self, state, inside, monkeypatch):
         seen = []
         check = validate.check
         monkeypatch.setattr(validate, "check", lambda *arguments: seen.append(arguments[3]) or check(*arguments))
-        assert gpu_bench.bench(state, Clock(1000), chosen("channel", rivals=("fused",)), "cpu") is True
+        assert bench.run(state, Clock(1000), chosen("channel", rivals=("fused",)), "cpu") is True
         assert 0 < seen[0]["output"] < 1e-5
 
-    def test_no_time_left_means_more_to_do(self, state, inside):
-        assert gpu_bench.bench(state, Clock(10), chosen("channel"), "cpu") is None
+    def test_out_of_time(self, state, inside):
+        assert bench.run(state, Clock(10), chosen("channel"), "cpu") is None
         assert not state.cells
 
     def test_a_wrong_fused_result_is_final(self, state, inside, monkeypatch):
         right = rivals.fused_channel
         monkeypatch.setitem(rivals._FORMULATIONS["fused"], "channel", lambda x: 1.001 * right(x))
         work = chosen("channel", rivals=("eager", "fused"))
-        assert gpu_bench.bench(state, Clock(1000), work, "cpu") is False
+        assert bench.run(state, Clock(1000), work, "cpu") is False
         (entry,) = [entry for entry in state.cells.values() if entry["rival"] == "fused"]
         assert entry["status"] == "wrong"
         assert "output of segattn_ops is wrong" in entry["reason"]
         inside.clear()
-        assert gpu_bench.bench(State(state.path), Clock(1000), work, "cpu") is False
+        assert bench.run(State(state.path), Clock(1000), work, "cpu") is False
         assert [name for name, _ in inside] == ["require_native"]
 
-    def test_what_would_not_fit_is_not_started(self, state, inside, monkeypatch):
+    def test_a_cell_that_would_not_fit_is_not_started(self, state, inside, monkeypatch):
         monkeypatch.setattr(measure, "available_bytes", lambda device: 1000)
-        monkeypatch.setattr(gpu_cells, "DeviceCell", lambda *_: pytest.fail("started"))
-        assert gpu_bench.bench(state, Clock(1000), chosen("channel"), "cpu") is True
+        monkeypatch.setattr(cells, "DeviceCell", lambda *_: pytest.fail("started"))
+        assert bench.run(state, Clock(1000), chosen("channel"), "cpu") is True
         assert all(entry["reason"].startswith("would not fit") for entry in state.cells.values())
 
     def test_a_failed_rival_is_skipped_at_the_other_sizes(self, state, inside):
         work = chosen("position", sizes=((5, 7), (3, 3)), rivals=("sdpa_cudnn",))
-        assert gpu_bench.bench(state, Clock(1000), work, "cpu") is True
+        assert bench.run(state, Clock(1000), work, "cpu") is True
         found = {entry["height"]: entry for entry in state.cells.values() if entry["op"] == "position"}
         assert found[5]["status"] == "failed"
         assert found[3]["status"] == "skipped"
         assert found[3]["reason"].startswith("SDPA cuDNN failed at 5x7 B=3")
 
-    def test_a_crash_ends_one_cell_and_once(self, state, monkeypatch):
-        """ "started" is in the file while the cell runs, and "crashed" when its process is gone."""
+    def test_a_crash_ends_one_cell_once(self, state, monkeypatch):
+        """The file says "started" while the cell runs, and "crashed" after its process has died."""
         asked, running = [], []
 
         class Crashing(Worker):
@@ -271,40 +275,40 @@ class TestBench:
                 running.append([entry["status"] for entry in json.loads(state.path.read_text())["cells"]])
                 raise WorkerLost("its process was ended by signal 11")
 
-        monkeypatch.setattr(gpu_bench, "Worker", Crashing)
+        monkeypatch.setattr(bench, "Worker", Crashing)
         work = chosen("channel", rivals=("eager", "fused"), sizes=((5, 7), (3, 3)))
-        assert gpu_bench.bench(state, Clock(1000), work, "cpu") is False
-        # Eager, which crashed, is not tried at the other size; the fused op is, alone.
+        assert bench.run(state, Clock(1000), work, "cpu") is False
+        # Eager crashed and is skipped at the other size; the fused op runs there.
         assert asked == ["eager", "fused", "fused"]
         assert running[:2] == [["started"], ["crashed", "started"]]
-        assert gpu_bench.bench(State(state.path), Clock(1000), work, "cpu") is False
+        assert bench.run(State(state.path), Clock(1000), work, "cpu") is False
         assert len(asked) == 3
 
-    def test_a_cell_that_takes_too_long_is_final_and_the_suites_own_limit_is_not(self, state, monkeypatch):
+    def test_only_a_cells_own_time_limit_is_final(self, state, monkeypatch):
         class Slow(Worker):
             def ask(self, name, timeout, **arguments):
                 if name == "require_native":
                     return {}
                 raise TooLong("took longer than it may and was stopped")
 
-        monkeypatch.setattr(gpu_bench, "Worker", Slow)
+        monkeypatch.setattr(bench, "Worker", Slow)
         work = chosen("channel", rivals=("fused",))
-        assert gpu_bench.bench(state, Clock(50), work, "cpu") is None
+        assert bench.run(state, Clock(50), work, "cpu") is None
         assert [entry["status"] for entry in state.cells.values()] == ["stopped"]
-        assert gpu_bench.bench(state, Clock(1000), work, "cpu") is False
+        assert bench.run(state, Clock(1000), work, "cpu") is False
         assert [entry["status"] for entry in state.cells.values()] == ["failed"]
 
     def test_without_native_kernels_nothing_is_measured(self, state, inside, monkeypatch, capsys):
         monkeypatch.setitem(_backend.LIBRARIES.missing, "cpu", "no library (a test)")
-        assert gpu_bench.bench(state, Clock(1000), chosen("channel"), "cpu") is False
+        assert bench.run(state, Clock(1000), chosen("channel"), "cpu") is False
         assert not state.cells
         assert "no native cpu kernels here" in capsys.readouterr().out
-        cell = gpu_cells.DeviceCell(small("channel"), CPU)
+        cell = cells.DeviceCell(small("channel"), CPU)
         with pytest.raises(native.NotNative):
             cell.measure("fused")
 
-    def test_fused_is_native_whatever_the_environment_says(self, inside):
-        cell = gpu_cells.DeviceCell(small("channel"), CPU)
+    def test_fused_uses_the_native_backend(self, inside):
+        cell = cells.DeviceCell(small("channel"), CPU)
         seen = []
         right = rivals.fused_channel
 
@@ -318,7 +322,7 @@ class TestBench:
         assert set(seen) == {"native"}
 
     def test_the_last_sample_of_a_batch_is_checked(self):
-        cell = gpu_cells.DeviceCell(small("position", batch=4), CPU)
+        cell = cells.DeviceCell(small("position", batch=4), CPU)
         leaves = tuple(cell.leaves.values())
         output = rivals.formulation("fused", "position")(*leaves)
         gradients = torch.autograd.grad(output, leaves, cell.grad_output)
@@ -327,8 +331,8 @@ class TestBench:
         broken[3] *= 1.01
         assert cell.errors(broken, gradients)["output"] > 1e-3
 
-    def test_waiting_for_the_host_is_written_down(self, inside):
-        cell = gpu_cells.DeviceCell(small("channel"), CPU)
+    def test_waiting_for_the_host_is_recorded(self, inside):
+        cell = cells.DeviceCell(small("channel"), CPU)
 
         class Timer:
             hidden = False
@@ -341,14 +345,14 @@ class TestBench:
         assert cell.measure("eager")["host_exposed"] == ["forward", "forward_backward", "backward"]
 
 
-def test_the_whole_command_in_processes_of_its_own(tmp_path, capsys):
-    """What runs on a GPU, on the CPU: libraries checked in one process, cells measured in another."""
+def test_the_command_with_its_processes(tmp_path, capsys):
+    """The whole suite on the CPU: libraries are checked in one process, cells measured in another."""
     if reason := native.fault(CPU):
         pytest.skip(reason)
     path = tmp_path / "gpu.json"
     arguments = ["--device=cpu", "--piece=build", "--piece=bench", "--families=channel", "--sizes=5x7"]
     arguments += ["--dtypes=float32", "--batches=2", "--rivals=eager,fused", f"--output={path}"]
-    assert gpu_suite.main(arguments) == 0
+    assert suite.main(arguments) == 0
     stored = json.loads(path.read_text())
     assert stored["commands"] == ["python -m benchmarks.gpu_suite " + " ".join(arguments)]
     assert stored["pieces"]["build"]["libraries"]["built_here"] is False

@@ -1,11 +1,12 @@
-"""Pictures of the GPU suite's JSON: what is drawn where, from a file with known figures."""
+"""Pictures of the GPU suite's JSON, from a file with known figures."""
 
 import json
 
 import pytest
 
-from benchmarks import gpu_cells, gpu_plots, rivals, run
-from benchmarks.gpu_driver import FAMILIES
+from benchmarks import measure, rivals, run
+from benchmarks.gpu import ceilings, plots
+from benchmarks.gpu.selection import FAMILIES
 from benchmarks.workloads import OPS, Workload
 
 CEILINGS = {
@@ -37,7 +38,7 @@ def entry(workload: Workload, rival: str, forward: float, backward: float, **cha
 def cells_of(workload: Workload, names=tuple(SLOWNESS)) -> list[dict]:
     """Rivals at fixed multiples of the bound."""
     record = run.record(workload, "fused", "measured")
-    least = [gpu_plots.bound(record, kind, CEILINGS)[0] for kind in gpu_plots.KINDS]
+    least = [plots.bound(record, kind, CEILINGS)[0] for kind in plots.KINDS]
     names = [name for name in names if workload.op in rivals.APPLICABLE[name]]
     return [entry(workload, name, least[0] * SLOWNESS[name], 1.5 * least[1] * SLOWNESS[name]) for name in names]
 
@@ -61,40 +62,40 @@ def whole_run() -> dict:
 
 
 class TestFigures:
-    def test_every_op_has_a_workload_again(self):
+    def test_workloads_of_records(self):
         for op in OPS:
             workload = Workload(op, 6, 5, "float16", 2, 24, 64 if op in ("channel", "non_local", "ann") else 4)
             assert Workload.of(run.record(workload, "fused", "measured")) == workload
 
-    def test_bytes_that_must_move(self):
+    def test_least_bytes(self):
         forward, backward = Workload("position", 97, 97, "bfloat16", 8).least_bytes()
         assert forward == 2 * 8 * 9409 * (64 + 64 + 512 + 512)
         assert backward == 2 * 8 * 9409 * (2 * (64 + 64 + 512) + 512)
 
     def test_the_bound_is_the_larger_of_two(self):
         position = run.record(Workload("position", 97, 97, "bfloat16", 8), "fused", "measured")
-        least, by = gpu_plots.bound(position, "backward", CEILINGS)
+        least, by = plots.bound(position, "backward", CEILINGS)
         assert (least, by) == (pytest.approx(2 * 8 * 101.99e9 / 700e12, rel=1e-3), "FLOP")
         crossed = run.record(Workload("criss_cross", 97, 97, "bfloat16", 8), "fused", "measured")
-        least, by = gpu_plots.bound(crossed, "forward", CEILINGS)
+        least, by = plots.bound(crossed, "forward", CEILINGS)
         assert (least, by) == (pytest.approx(2 * 8 * 9409 * 1152 / 4e12), "bytes")
-        assert gpu_plots.bound(position, "forward", {}) is None
+        assert plots.bound(position, "forward", {}) is None
 
-    def test_float32_may_take_three_tf32_products(self):
-        assert gpu_plots.flop_ceiling(CEILINGS, "float32") == 130e12
-        assert gpu_plots.flop_ceiling(CEILINGS | {"matmul_tf32_flop_per_second": 90e12}, "float32") == 50e12
-        assert gpu_plots.flop_ceiling(CEILINGS, "float64") is None
+    def test_float32_ceiling_includes_three_tf32_products(self):
+        assert plots.flop_ceiling(CEILINGS, "float32") == 130e12
+        assert plots.flop_ceiling(CEILINGS | {"matmul_tf32_flop_per_second": 90e12}, "float32") == 50e12
+        assert plots.flop_ceiling(CEILINGS, "float64") is None
 
-    def test_the_names_are_those_the_suite_measures(self, monkeypatch):
-        """The ceilings' names in the JSON, from the function that makes them, on small tensors."""
+    def test_names_of_the_ceilings(self, monkeypatch):
+        """The names of the ceilings in the JSON, from the function that measures them, on small tensors."""
         import torch
 
-        monkeypatch.setattr(gpu_cells.measure, "DeviceTimer", lambda device: lambda function: function() is None or 1.0)
+        monkeypatch.setattr(measure, "DeviceTimer", lambda device: lambda function: function() is None or 1.0)
         randn = torch.randn
         monkeypatch.setattr(torch, "randn", lambda *shape, device: randn([2] * len(shape)))
-        found = gpu_cells.ceilings(torch.device("cpu"))
+        found = ceilings.reached(torch.device("cpu"))
         for dtype in ("bfloat16", "float16", "float32"):
-            assert gpu_plots.flop_ceiling(found, dtype)
+            assert plots.flop_ceiling(found, dtype)
         assert set(found) == set(CEILINGS)
 
     def test_other_sources_are_left_out(self):
@@ -102,22 +103,22 @@ class TestFigures:
         old = entry(workload, "eager", 1.0, 1.0, sources="before", date="2026-01-01T00:00:00+00:00")
         new = entry(workload, "fused", 1.0, 1.0)
         skipped = run.record(workload, "compile", "skipped", "why")
-        assert gpu_plots.current_cells(content([old, new, skipped])) == [new]
-        assert gpu_plots.current_cells(content([skipped])) == []
+        assert plots.current_cells(content([old, new, skipped])) == [new]
+        assert plots.current_cells(content([skipped])) == []
         other_device = entry(workload, "eager", 1.0, 1.0, device="another", date="2026-01-01T00:00:00+00:00")
-        assert gpu_plots.current_cells(content([other_device, new])) == [new]
+        assert plots.current_cells(content([other_device, new])) == [new]
 
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The axes of every figure that is drawn, by file name, in place of the files."""
+    """Collects the axes of every figure by file name instead of writing files."""
     seen = {}
 
     def keep(figure, axes, path, heading):
         seen[path.name] = axes.flat[0], axes.flat[1], heading
         return path
 
-    monkeypatch.setattr(gpu_plots, "finish", keep)
+    monkeypatch.setattr(plots, "finish", keep)
     return seen
 
 
@@ -128,9 +129,9 @@ def points(ax) -> dict[str, list[tuple[float, float]]]:
 
 
 class TestPictures:
-    def test_figures_are_where_they_belong(self, drawn, tmp_path):
+    def test_figures_and_positions(self, drawn, tmp_path):
         near, far = Workload("position", 97, 97, "bfloat16", 8), Workload("position", 128, 128, "bfloat16", 8)
-        gpu_plots.draw(content(cells_of(far) + cells_of(near, ("eager", "fused"))), tmp_path)
+        plots.draw(content(cells_of(far) + cells_of(near, ("eager", "fused"))), tmp_path)
         assert set(drawn) == {"position-throughput.png", "position-rivals.png", "position-bound.png"}
         forward, backward, heading = drawn["position-throughput.png"]
         assert "a GPU" in heading
@@ -147,26 +148,26 @@ class TestPictures:
         assert points(forward) == {"bound by FLOP": [(pytest.approx(2), 0), (pytest.approx(2), 1)]}
         assert points(backward) == {"bound by FLOP": [(pytest.approx(3), 0), (pytest.approx(3), 1)]}
 
-    def test_times_with_the_hosts_are_hollow(self, drawn, tmp_path):
+    def test_times_that_include_the_host_are_hollow(self, drawn, tmp_path):
         cells = cells_of(Workload("channel", 97, 97, "bfloat16"), ("fused", "eager"))
         cells[1]["host_exposed"] = ["forward"]
-        gpu_plots.draw(content(cells), tmp_path)
+        plots.draw(content(cells), tmp_path)
         forward, backward, _ = drawn["channel-rivals.png"]
-        assert set(points(forward)) == {gpu_plots.HOLLOW}
-        assert {"eager", gpu_plots.HOLLOW} <= set(forward.get_legend_handles_labels()[1])
+        assert set(points(forward)) == {plots.HOLLOW}
+        assert {"eager", plots.HOLLOW} <= set(forward.get_legend_handles_labels()[1])
         assert set(points(backward)) == {"eager"}
         assert set(points(drawn["channel-bound.png"][0])) == {"bound by FLOP"}
 
-    def test_what_is_missing_is_not_drawn(self, drawn, tmp_path):
+    def test_missing_figures_are_not_drawn(self, drawn, tmp_path):
         workload = Workload("criss_cross", 97, 97, "float64")
         alone = content([entry(workload, "fused", 1e-3, 2e-3)])
-        gpu_plots.draw(alone, tmp_path)  # no rival, and no ceiling for its dtype
+        plots.draw(alone, tmp_path)  # no rival, and no ceiling for its dtype
         assert set(drawn) == {"criss-cross-throughput.png"}
 
     def test_the_command(self, tmp_path, capsys):
         path = tmp_path / "gpu.json"
         path.write_text(json.dumps(whole_run()))
-        assert gpu_plots.main([str(path)]) == 0
+        assert plots.main([str(path)]) == 0
         names = {f"{family}-{kind}.png" for family in FAMILIES for kind in ("throughput", "rivals", "bound")}
         assert {picture.name for picture in tmp_path.glob("*.png")} == names
         assert all((tmp_path / name).stat().st_size > 20_000 for name in names)
@@ -179,7 +180,7 @@ class TestPictures:
         monkeypatch.setattr(pyplot, "close", figures.append)
         workload = Workload("position", 97, 97, "bfloat16", 8)
         cells = [entry(workload, name, 1e-3, 2e-3, host_exposed=["forward"]) for name in rivals.RIVALS]
-        gpu_plots.draw(content(cells), tmp_path)
+        plots.draw(content(cells), tmp_path)
         monkeypatch.undo()
         assert len(figures) == 3
         for figure in figures:
@@ -191,10 +192,10 @@ class TestPictures:
     def test_nothing_to_draw(self, tmp_path, capsys):
         path = tmp_path / "gpu.json"
         path.write_text(json.dumps(content([])))
-        assert gpu_plots.main([str(path)]) == 1
+        assert plots.main([str(path)]) == 1
         path.write_text('{"schema": 7}')
-        assert gpu_plots.main([str(path)]) == 1
-        assert gpu_plots.main([str(tmp_path / "missing.json")]) == 1
+        assert plots.main([str(path)]) == 1
+        assert plots.main([str(tmp_path / "missing.json")]) == 1
         printed = capsys.readouterr().out
         for expected in ("no measured cells", "schema 7", "missing.json"):
             assert expected in printed

@@ -1,4 +1,4 @@
-"""What of the GPU suite needs no GPU: what is selected, resuming, the build, commands, the plan, the table."""
+"""The parts of the GPU suite that need no GPU: selection, resuming, build, commands, plan, table."""
 
 import json
 import shutil
@@ -9,22 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import (
-    children,
-    gpu_driver,
-    gpu_pieces,
-    gpu_plan,
-    gpu_state,
-    gpu_suite,
-    gpu_table,
-    native,
-    report,
-    run,
-)
-from benchmarks.children import Finished
-from benchmarks.gpu_work import FAMILIES, RIVALS, SIZES, Selection
+from benchmarks import rivals, run
+from benchmarks.gpu import bench, build, children, driver, native, plan, profile, report, sanitize, smoke, suite, tests
+from benchmarks.gpu import state as gpu_state
+from benchmarks.gpu import steps as gpu_steps
+from benchmarks.gpu.children import Finished
+from benchmarks.gpu.selection import FAMILIES, RIVALS, SIZES, Selection
+from benchmarks.report import machine
 from benchmarks.workloads import OPS, Workload
 from segattn_ops import _backend
+from tools import compilers
 
 CPU = torch.device("cpu")
 ALL = Selection()
@@ -41,22 +35,22 @@ def state(tmp_path):
 
 
 @without_gpu
-def test_without_a_gpu_it_says_so_and_exits_cleanly(tmp_path, capsys):
-    assert gpu_suite.main(["--output", str(tmp_path / "gpu.json")]) == 0
+def test_without_a_gpu_it_exits_cleanly(tmp_path, capsys):
+    assert suite.main(["--output", str(tmp_path / "gpu.json")]) == 0
     assert "no CUDA device" in capsys.readouterr().out
     assert not (tmp_path / "gpu.json").exists()
 
 
-def test_what_comes_before_the_build_loads_no_library(tmp_path):
-    """A library that is loaded cannot be replaced by the build, and without one "fused" would be the reference."""
+def test_no_library_is_loaded_before_the_build(tmp_path):
+    """The build cannot replace a loaded library, and without one "fused" would be the reference."""
     code = (
-        "import sys; sys.modules['segattn_ops'] = None; from benchmarks import gpu_suite\n"
-        f"assert gpu_suite.main(['--dry-run', '--output', {str(tmp_path / 'gpu.json')!r}]) == 0\n"
-        "assert gpu_suite.main(['--plan']) == 0"
+        "import sys; sys.modules['segattn_ops'] = None; from benchmarks.gpu import suite\n"
+        f"assert suite.main(['--dry-run', '--output', {str(tmp_path / 'gpu.json')!r}]) == 0\n"
+        "assert suite.main(['--plan']) == 0"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=children.ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=compilers.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for piece in ("build", *gpu_suite.PIECES):
+    for piece in suite.PIECES:
         assert f"{piece}:" in done.stdout
     for expected in (
         "position 97x97 B=8 bfloat16: eager, fused, sdpa",
@@ -68,14 +62,14 @@ def test_what_comes_before_the_build_loads_no_library(tmp_path):
         assert expected in done.stdout
 
 
-def test_the_host_rehearses_what_it_can(capsys, tmp_path):
+def test_pieces_on_the_host(capsys, tmp_path):
     output = ["--output", str(tmp_path / "gpu.json")]
-    assert gpu_suite.main(["--device", "cpu", "--dry-run", *output]) == 0
+    assert suite.main(["--device", "cpu", "--dry-run", *output]) == 0
     printed = capsys.readouterr().out
     assert "bench:" in printed
     assert "sanitize:" not in printed
     with pytest.raises(SystemExit):
-        gpu_suite.main(["--device", "cpu", "--piece", "tests", *output])
+        suite.main(["--device", "cpu", "--piece", "tests", *output])
     assert "--device cpu rehearses build, smoke, ceilings, bench (got --piece tests)" in capsys.readouterr().err
 
 
@@ -83,11 +77,11 @@ class TestSelection:
     def test_every_op_belongs_to_one_family(self):
         assert sorted(op for ops in FAMILIES.values() for op in ops) == sorted(OPS)
 
-    def test_every_rival_is_measured_eager_first(self):
-        assert set(RIVALS) == set(run.rivals.RIVALS)
+    def test_every_rival_with_eager_first(self):
+        assert set(RIVALS) == set(rivals.RIVALS)
         assert RIVALS[:2] == ("eager", "fused")
 
-    def test_the_most_important_come_first_and_none_twice(self):
+    def test_order_without_duplicates(self):
         planned = ALL.workloads()
         assert {(w.op, w.size, w.dtype, w.batch) for w in planned[:3]} == {
             (op, "97x97", "bfloat16", 8) for op in ("position", "criss_cross", "channel")
@@ -103,8 +97,8 @@ class TestSelection:
         chosen = Selection(sizes=((5, 7), (9, 9)), dtypes=("float32",), batches=(2,), rivals=("eager", "compile"))
         assert [w.size for w in chosen.workloads() if "compile" in chosen.rivals_of(w) and w.op == "channel"] == ["5x7"]
 
-    def test_the_command_line_narrows_it(self):
-        arguments = gpu_suite.parser().parse_args(
+    def test_the_command_line_selects(self):
+        arguments = suite.parser().parse_args(
             [
                 "--families",
                 "channel",
@@ -127,20 +121,20 @@ class TestSelection:
         "option, value",
         [("--rivals", "eager,mine"), ("--sizes", "97"), ("--dtypes", "int8"), ("--batches", "0"), ("--families", "x")],
     )
-    def test_what_is_unknown_is_refused(self, option, value, capsys):
+    def test_unknown_values_are_rejected(self, option, value, capsys):
         with pytest.raises(SystemExit):
-            gpu_suite.parser().parse_args([option, value])
+            suite.parser().parse_args([option, value])
         assert option in capsys.readouterr().err
 
-    def test_the_folder_that_comes_back_is_the_default(self, monkeypatch, tmp_path):
+    def test_default_output(self, monkeypatch, tmp_path):
         monkeypatch.setenv("OUT", str(tmp_path))
-        assert gpu_suite.default_output() == tmp_path / "gpu.json"
+        assert suite.default_output() == tmp_path / "gpu.json"
         monkeypatch.delenv("OUT")
-        assert gpu_suite.default_output() == Path("report/gpu/gpu.json")
+        assert suite.default_output() == Path("report/gpu/gpu.json")
 
 
 class TestResuming:
-    def test_cells_and_steps_survive_in_the_file(self, state):
+    def test_cells_and_steps_are_stored(self, state):
         workload = small("channel")
         state.set_cell(run.record(workload, "fused", "measured"))
         state.set_cell(run.record(workload, "eager", "stopped"))
@@ -148,14 +142,14 @@ class TestResuming:
         state.set_step("tests", "cuda", "failed")
         again = gpu_state.State(state.path)
         assert again.cell(workload, "fused")["status"] == "measured"
-        assert again.cell(workload, "eager") is None  # the time limit says nothing of it
+        assert again.cell(workload, "eager") is None  # the suite's time limit is not a result of the cell
         assert again.cell(small("channel", dtype="bfloat16"), "fused") is None
         assert again.step("smoke", "channel")["seconds"] == 1.0
         assert again.step("tests", "cuda") is None
         assert gpu_state.State(state.path, again=True).cell(workload, "fused") is None
 
     @pytest.mark.parametrize("status", ["wrong", "crashed", "failed", "skipped"])
-    def test_what_a_build_did_once_it_does_again(self, state, status):
+    def test_final_statuses(self, state, status):
         state.set_cell(run.record(small("channel"), "fused", status, "why"))
         assert gpu_state.State(state.path).cell(small("channel"), "fused")["status"] == status
 
@@ -176,7 +170,7 @@ class TestResuming:
         assert state.cell(small("channel"), "fused") is None
         assert state.step("ceilings", "device") is None
 
-    def test_a_cell_that_ends_the_suite_is_tried_twice(self, state):
+    def test_a_cell_that_ends_the_suite_runs_twice(self, state):
         workload = small("channel")
         for _ in range(gpu_state.STARTS):
             assert gpu_state.State(state.path).start_cell(workload, "fused")
@@ -184,40 +178,40 @@ class TestResuming:
         assert not gpu_state.State(state.path).start_cell(workload, "fused")
         assert gpu_state.State(state.path).cell(workload, "fused")["status"] == "crashed"
 
-    def test_a_rival_that_failed_is_not_tried_again_for_the_op_and_dtype(self, state):
+    def test_a_failed_rival_is_skipped_for_the_op_and_dtype(self, state):
         state.set_cell(run.record(small("position", 2), "sdpa_flash", "failed", "no kernel"))
         state.set_cell(run.record(small("position", 2), "eager", "failed", "out of memory: 80 GiB"))
         state.set_cell(run.record(small("position", 2), "sdpa", "skipped", "would not fit"))
         assert "SDPA flash failed at 5x7 B=2: no kernel" in state.refusal(small("position"), "sdpa_flash")
         assert state.refusal(small("position", dtype="bfloat16"), "sdpa_flash") is None
         assert state.refusal(small("non_local"), "sdpa_flash") is None
-        assert state.refusal(small("position", 1), "eager") is None  # smaller: it may fit
+        assert state.refusal(small("position", 1), "eager") is None  # smaller, so it may fit
         assert state.refusal(small("position", 3), "eager")
         assert state.refusal(small("position"), "sdpa") is None
 
-    def test_a_run_goes_on_from_another_file(self, state, tmp_path):
+    def test_resume_from_another_file(self, state, tmp_path):
         state.set_cell(run.record(small("channel"), "fused", "measured"))
         other = tmp_path / "other" / "gpu.json"
         resumed = gpu_state.State(other, resume=state.path)
         assert resumed.cell(small("channel"), "fused")
         resumed.save()
         state.path.unlink()
-        assert gpu_state.State(other, resume=state.path).cell(small("channel"), "fused")  # its own file comes first
+        assert gpu_state.State(other, resume=state.path).cell(small("channel"), "fused")  # --output takes precedence
 
-    def test_another_schema_is_refused(self, state):
+    def test_another_schema_is_rejected(self, state):
         state.save()
         state.path.write_text(json.dumps({"schema": 99}))
         with pytest.raises(ValueError, match="schema 99"):
             gpu_state.State(state.path)
 
-    def test_output_that_is_kept_is_bounded(self, state):
+    def test_stored_output_is_bounded(self, state):
         state.set_step("tests", "cuda", "failed", output=["x" * 10**6] * 1000)
         assert state.path.stat().st_size < 2 * gpu_state.OUTPUT_LINES * gpu_state.OUTPUT_WIDTH
 
 
 @pytest.fixture
 def commands(monkeypatch):
-    """Commands are remembered and answered by ``respond`` in place of being run."""
+    """Records commands and answers them by ``respond`` instead of running them."""
 
     class Remembered(list):
         environment: dict | None = None
@@ -243,41 +237,41 @@ class TestBuild:
     CLOCK = gpu_state.Clock(1000)
 
     def identified(self, monkeypatch, *faults):
-        """``identify`` finds these faults one after another."""
+        """Makes ``identify`` report these faults in turn."""
         answers = iter(faults)
         facts = {"capability": [9, 0], "build": {"torch_at_build": "2.14.1"}}
-        monkeypatch.setattr(gpu_pieces, "identify", lambda *_: facts | {"fault": next(answers)})
+        monkeypatch.setattr(build, "identify", lambda *_: facts | {"fault": next(answers)})
 
-    def test_carried_libraries_of_these_sources_are_not_built_again(self, state, monkeypatch, commands):
+    def test_matching_libraries_are_not_rebuilt(self, state, monkeypatch, commands):
         self.identified(monkeypatch, None)
-        assert gpu_pieces.build(state, self.CLOCK, "cuda") is True
+        assert build.run(state, self.CLOCK, ALL, "cuda") is True
         assert not commands
 
-    def test_a_remembered_build_is_no_library(self, state, monkeypatch, commands):
+    def test_a_recorded_build_does_not_replace_the_libraries(self, state, monkeypatch, commands):
         state.set_step("build", "libraries", "passed")
         self.identified(monkeypatch, "the CUDA kernels were not built", None)
         monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-        assert gpu_pieces.build(state, self.CLOCK, "cuda") is True
+        assert build.run(state, self.CLOCK, ALL, "cuda") is True
         assert [command[1:] for command in commands] == [["setup.py", "build_ext", "--inplace", "--force"]]
         assert commands.environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
         assert commands.environment["FORCE_CUDA"] == "1"
 
     def test_a_build_that_does_not_load_has_failed(self, state, monkeypatch, commands):
         self.identified(monkeypatch, "stale", "the CUDA library did not load")
-        assert gpu_pieces.build(state, self.CLOCK, "cuda") is False
+        assert build.run(state, self.CLOCK, ALL, "cuda") is False
         assert state.pieces["build"]["libraries"]["output"][-1] == "the CUDA library did not load"
 
     def test_a_build_that_fails_keeps_its_output(self, state, monkeypatch, commands):
         commands.respond = lambda command: Finished(1, "error: expected ;\n", 1.0)
         self.identified(monkeypatch, "stale")
-        assert gpu_pieces.build(state, self.CLOCK, "cuda") is False
+        assert build.run(state, self.CLOCK, ALL, "cuda") is False
         assert state.pieces["build"]["libraries"]["output"] == ["error: expected ;"]
 
     def test_nothing_runs_without_libraries(self, tmp_path, monkeypatch, capsys):
         self.identified(monkeypatch, "_C_cuda was built of other sources")
-        monkeypatch.setitem(gpu_suite.PIECES, "bench", lambda *_: pytest.fail("measured"))
+        monkeypatch.setattr(bench, "run", lambda *_: pytest.fail("measured"))
         arguments = ["--device", "cpu", "--piece", "bench", "--output", str(tmp_path / "gpu.json")]
-        assert gpu_suite.main(arguments) == 1
+        assert suite.main(arguments) == 1
         assert "built of other sources; run the piece build first" in capsys.readouterr().out
 
 
@@ -291,11 +285,11 @@ class TestNative:
 
     def test_the_driver_stops(self, monkeypatch, capsys):
         monkeypatch.setitem(_backend.LIBRARIES.missing, "cuda", "the CUDA kernels were not built (a test)")
-        assert gpu_driver.main(["--op", "channel", "--device", "cuda"]) == 2
+        assert driver.main(["--op", "channel", "--device", "cuda"]) == 2
         assert "no native cuda kernels" in capsys.readouterr().out
 
     def test_libraries_of_other_sources_are_named(self, monkeypatch):
-        sources = children.BUILD_TOOLS["fingerprint"](children.ROOT)
+        sources = compilers.build_tools.fingerprint(compilers.ROOT)
         used = ["_C", f"_cpu_{_backend.LIBRARIES.cpu_capability}"]
         monkeypatch.setitem(_backend.LIBRARIES.build_info, "sources", dict.fromkeys(used, sources))
         assert native.fault(CPU) is None
@@ -303,15 +297,15 @@ class TestNative:
         assert f"{used[1]} was built of other sources (another)" in native.fault(CPU)
 
     def test_a_tree_without_libraries_measures_nothing(self, tmp_path):
-        """The whole command in a copy of the tree in which nothing is built: an error, and not the reference's time."""
+        """In a copy of the tree without libraries the piece fails instead of timing the reference."""
         ignored = shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__")
-        for folder in ("benchmarks", "segattn_ops"):
-            shutil.copytree(children.ROOT / folder, tmp_path / folder, ignore=ignored)
-        shutil.copy(children.ROOT / "setup.py", tmp_path)
-        code = "import sys; from benchmarks import gpu_bench, gpu_state, gpu_work; from pathlib import Path\n"
-        code += "work = gpu_work.Selection(('channel',), ((5, 7),), ('float32',), (1,), ('eager', 'fused'))\n"
-        code += "state = gpu_state.State(Path('gpu.json'))\n"
-        code += "sys.exit({False: 7}.get(gpu_bench.bench(state, gpu_state.Clock(100), work, 'cpu')))"
+        for folder in ("benchmarks", "segattn_ops", "tools"):
+            shutil.copytree(compilers.ROOT / folder, tmp_path / folder, ignore=ignored)
+        shutil.copy(compilers.ROOT / "setup.py", tmp_path)
+        code = "import sys; from benchmarks.gpu import bench, selection, state; from pathlib import Path\n"
+        code += "work = selection.Selection(('channel',), ((5, 7),), ('float32',), (1,), ('eager', 'fused'))\n"
+        code += "found = state.State(Path('gpu.json'))\n"
+        code += "sys.exit({False: 7}.get(bench.run(found, state.Clock(100), work, 'cpu')))"
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 7, done.stderr
         assert "segattn_ops has no native cpu kernels here" in done.stdout
@@ -323,19 +317,19 @@ class TestCommands:
 
     @pytest.fixture(autouse=True)
     def tools(self, monkeypatch):
-        monkeypatch.setitem(children.BUILD_TOOLS, "find_program", lambda name: f"/bin/{name}")
+        monkeypatch.setattr(compilers.build_tools, "find_program", lambda name: f"/bin/{name}")
 
-    def test_smoke_looks_at_every_family_at_once(self, state, commands):
-        assert gpu_pieces.smoke(state, self.CLOCK, ALL, "cuda") is True
+    def test_smoke_runs_all_families_at_once(self, state, commands):
+        assert smoke.run(state, self.CLOCK, ALL, "cuda") is True
         assert commands.together == [len(FAMILIES)]
         assert {command[command.index("--op") + 1] for command in commands} == set(FAMILIES)
 
     def test_sanitizers_are_one_process_a_family_and_tool(self, state, commands):
         commands.respond = lambda command: Finished(0, "options: --kernel-name", 1.0)
-        assert gpu_pieces.sanitize(state, self.CLOCK, ALL, "cuda") is True
+        assert sanitize.run(state, self.CLOCK, ALL, "cuda") is True
         checks = [command for command in commands if "--tool" in command]
         pairs = {(command[command.index("--tool") + 1], command[command.index("--op") + 1]) for command in checks}
-        assert len(checks) == len(pairs) == len(FAMILIES) * len(gpu_pieces.SANITIZERS)
+        assert len(checks) == len(pairs) == len(FAMILIES) * len(sanitize.TOOLS)
         assert all("kns=segattn" in command for command in checks)
         for command in checks:
             assert ("--report-api-errors" in command) == ("memcheck" in command)
@@ -350,7 +344,7 @@ class TestCommands:
 
         commands.respond = respond
         state.save()
-        assert gpu_pieces.tests(state, self.CLOCK, ALL, "cuda") is False
+        assert tests.run(state, self.CLOCK, ALL, "cuda") is False
         (command,) = commands
         assert command[command.index("pytest") + 1 :][-2:] == ["--dist", "worksteal"] or "-n" not in command
         assert command[command.index("-m", 2 + command.index("pytest") - 1) + 1] == "cuda"
@@ -361,7 +355,7 @@ class TestCommands:
         assert step["counts"] == {"tests": 12, "failures": 1, "errors": 0, "skipped": 2}
 
     def test_a_run_in_which_every_test_is_skipped_has_failed(self, state, commands):
-        """Without a device, or without kernels, the tests skip themselves, and pytest calls that a success."""
+        """Tests are skipped without a device or without kernels, which pytest reports as a success."""
 
         def respond(command):
             path = next(word.removeprefix("--junitxml=") for word in command if word.startswith("--junitxml="))
@@ -370,115 +364,114 @@ class TestCommands:
 
         commands.respond = respond
         state.save()
-        assert gpu_pieces.tests(state, self.CLOCK, ALL, "cuda") is False
+        assert tests.run(state, self.CLOCK, ALL, "cuda") is False
         assert gpu_state.State(state.path).pieces["tests"]["cuda"]["output"][-1] == "no test ran: all were skipped"
 
-    def test_profiles_leave_the_clocks_alone_and_are_bounded(self, state, commands):
+    def test_profiles_keep_clocks_unlocked_and_are_bounded(self, state, commands):
         state.save()
 
         def respond(command):
-            Path(command[command.index("--log-file") + 1]).write_bytes(b"a" * (2 * gpu_pieces.FILE_BYTES) + b"end")
+            Path(command[command.index("--log-file") + 1]).write_bytes(b"a" * (2 * gpu_steps.FILE_BYTES) + b"end")
             return Finished(0, "", 1.0)
 
         commands.respond = respond
-        assert gpu_pieces.profile(state, self.CLOCK, ALL, "cuda") is True
+        assert profile.run(state, self.CLOCK, ALL, "cuda") is True
         assert commands.together == [1] * len(FAMILIES)  # two profilers would share the counters
         for command in commands:
             assert command[command.index("--clock-control") + 1] == "none"
             log = Path(command[command.index("--log-file") + 1]).read_bytes()
-            assert len(log) < gpu_pieces.FILE_BYTES + 100
+            assert len(log) < gpu_steps.FILE_BYTES + 100
             assert log.endswith(b"end")
 
     def test_missing_tools_are_failures(self, state, monkeypatch, capsys):
-        monkeypatch.setitem(children.BUILD_TOOLS, "find_program", lambda name: None)
-        assert gpu_pieces.sanitize(state, self.CLOCK, ALL, "cuda") is False
-        assert gpu_pieces.profile(state, self.CLOCK, ALL, "cuda") is False
+        monkeypatch.setattr(compilers.build_tools, "find_program", lambda name: None)
+        assert sanitize.run(state, self.CLOCK, ALL, "cuda") is False
+        assert profile.run(state, self.CLOCK, ALL, "cuda") is False
         assert "ncu is not on PATH or in the usual places" in capsys.readouterr().out
 
-    def test_passed_steps_are_not_run_again_and_failed_ones_are(self, state, commands):
+    def test_only_failed_steps_run_again(self, state, commands):
         step = {"a": ["true"], "b": ["false"]}
         commands.respond = lambda command: Finished(0 if command == ["true"] else 3, "why", 1.0)
-        assert gpu_pieces._steps(state, "smoke", step, self.CLOCK) is False
+        assert gpu_steps.run_steps(state, "smoke", step, self.CLOCK) is False
         stored = gpu_state.State(state.path).pieces["smoke"]["b"]
         assert (stored["status"], stored["exit_status"], stored["output"]) == ("failed", 3, ["why"])
-        assert gpu_pieces._steps(state, "smoke", step, self.CLOCK) is False
+        assert gpu_steps.run_steps(state, "smoke", step, self.CLOCK) is False
         assert commands == [["true"], ["false"], ["false"]]
 
     def test_the_time_limit_is_no_failure(self, state, commands):
-        assert gpu_pieces._steps(state, "smoke", {"a": ["true"]}, gpu_state.Clock(10)) is None
+        assert gpu_steps.run_steps(state, "smoke", {"a": ["true"]}, gpu_state.Clock(10)) is None
         assert not commands
         commands.respond = lambda command: Finished(children.TIMED_OUT, "begun", 1.0)
-        assert gpu_pieces._steps(state, "smoke", {"a": ["true"]}, self.CLOCK) is None
+        assert gpu_steps.run_steps(state, "smoke", {"a": ["true"]}, self.CLOCK) is None
         assert state.pieces["smoke"]["a"]["status"] == "stopped"
 
-    @pytest.mark.parametrize("verdicts, whole", [([True, True], True), ([True, None], None), ([None, False], False)])
-    def test_verdicts(self, verdicts, whole):
-        assert gpu_state.whole(verdicts) is whole
+    @pytest.mark.parametrize("verdicts, expected", [([True, True], True), ([True, None], None), ([None, False], False)])
+    def test_verdicts(self, verdicts, expected):
+        assert gpu_state.combined(verdicts) is expected
 
 
 class TestPlan:
-    def test_every_printed_command_is_one_of_the_suite(self):
-        commands = gpu_plan.invocations(gpu_plan.describe())
-        assert len(commands) == sum(len(call.invocations) for call in gpu_plan.calls())
-        parsed = [gpu_suite.parser().parse_args(command) for command in commands]
+    def test_printed_commands_parse(self):
+        commands = plan.invocations(plan.describe())
+        assert len(commands) == sum(len(call.invocations) for call in plan.calls())
+        parsed = [suite.parser().parse_args(command) for command in commands]
         asked = [piece for arguments in parsed for piece in arguments.piece]
-        assert set(asked) == {"build", *gpu_suite.PIECES}
+        assert set(asked) == set(suite.PIECES)
         benches = [arguments.rivals for arguments in parsed if "bench" in arguments.piece]
         assert set(benches[0]) | set(benches[1]) == set(RIVALS)
         assert "compile" not in benches[0]
         assert (parsed[1].sizes, parsed[1].dtypes) == ((SIZES[0],), ("bfloat16",))
-        assert all(call.command.startswith("python3 -m") and len(call.command) < 2000 for call in gpu_plan.calls())
+        assert all(call.command.startswith("python3 -m") and len(call.command) < 2000 for call in plan.calls())
 
     def test_the_calls_fit_the_time(self):
-        for call in gpu_plan.calls():
-            limits = [
-                gpu_suite.parser().parse_args(command).limit for command in gpu_plan.invocations([f"  {call.command}"])
-            ]
+        for call in plan.calls():
+            limits = [suite.parser().parse_args(command).limit for command in plan.invocations([f"  {call.command}"])]
             assert sum(limits) + 10 * len(limits) < call.seconds  # torch's import, and the interrupt's grace
-            assert call.seconds + gpu_plan.START_SECONDS < 660
+            assert call.seconds + plan.START_SECONDS < 660
             assert call.seconds < 600
-        total = sum(call.seconds + gpu_plan.START_SECONDS for call in gpu_plan.calls())
-        assert total <= gpu_plan.LENT_SECONDS
+        total = sum(call.seconds + plan.START_SECONDS for call in plan.calls())
+        assert total <= plan.LENT_SECONDS
 
-    def test_what_travels_is_within_the_limits(self):
-        assert len(gpu_plan.CARRIED) <= 8
-        for call in gpu_plan.calls():
+    def test_transfers_are_within_the_limits(self):
+        assert len(plan.CARRIED) <= 8
+        for call in plan.calls():
             assert len(call.returns) <= 8
-        assert gpu_pieces.FILE_BYTES <= 16 << 20
+        assert gpu_steps.FILE_BYTES <= 16 << 20
 
     @pytest.fixture
     def tree(self, tmp_path, monkeypatch):
         """A tree with libraries that match it."""
-        monkeypatch.setattr(children, "ROOT", tmp_path)
+        monkeypatch.setattr(compilers, "ROOT", tmp_path)
         (tmp_path / "csrc").mkdir()
         (tmp_path / "segattn_ops").mkdir()
-        (tmp_path / "setup.py").write_text("")
-        mark = children.BUILD_TOOLS["fingerprint"](tmp_path)
-        for name in gpu_plan.CARRIED[:-1]:
+        for name in compilers.build_tools.BUILD_SCRIPTS:
+            (tmp_path / name).write_text("")
+        mark = compilers.build_tools.fingerprint(tmp_path)
+        for name in plan.CARRIED[:-1]:
             (tmp_path / name).write_bytes(b"library")
-        names = [Path(name).name.removesuffix(".abi3.so") for name in gpu_plan.CARRIED[:-1]]
+        names = [Path(name).name.removesuffix(".abi3.so") for name in plan.CARRIED[:-1]]
         info = {"sources": dict.fromkeys(names, mark), "cuda": {"architectures": ["90"]}}
-        (tmp_path / gpu_plan.CARRIED[-1]).write_text(json.dumps(info))
+        (tmp_path / plan.CARRIED[-1]).write_text(json.dumps(info))
         return tmp_path
 
-    def test_it_says_whether_the_libraries_serve(self, tree):
-        assert "does not build" in "\n".join(gpu_plan.describe())
+    def test_the_state_of_the_libraries_is_printed(self, tree):
+        assert "does not build" in "\n".join(plan.describe())
         (tree / "setup.py").write_text("changed")
-        assert "_C was built of other sources" in "\n".join(gpu_plan.describe())
-        (tree / gpu_plan.CARRIED[1]).unlink()
-        lines = "\n".join(gpu_plan.describe())
+        assert "_C was built of other sources" in "\n".join(plan.describe())
+        (tree / plan.CARRIED[1]).unlink()
+        lines = "\n".join(plan.describe())
         assert "_C_cuda.abi3.so is not built" in lines
-        assert gpu_plan.BUILD in lines
+        assert plan.BUILD in lines
 
-    def test_it_says_what_does_not_fit(self, tree):
-        with (tree / gpu_plan.CARRIED[1]).open("wb") as file:
+    def test_a_transfer_that_does_not_fit_is_printed(self, tree):
+        with (tree / plan.CARRIED[1]).open("wb") as file:
             file.truncate(65 << 20)
-        assert "DOES NOT FIT in 64.0 MiB" in "\n".join(gpu_plan.describe())
+        assert "DOES NOT FIT in 64.0 MiB" in "\n".join(plan.describe())
 
     def test_the_wrong_architecture_is_named(self, tree):
-        path = tree / gpu_plan.CARRIED[-1]
+        path = tree / plan.CARRIED[-1]
         path.write_text(path.read_text().replace('"90"', '"80"'))
-        assert "no code for sm_90" in gpu_plan.carried_fault()
+        assert "no code for sm_90" in plan.carried_fault()
 
 
 class TestTable:
@@ -496,8 +489,8 @@ class TestTable:
         }
 
     def test_figures(self):
-        rows = gpu_table.table([self.entry("eager", 0.004, 0.008), self.entry("fused", 0.002, 0.004)])
-        ours = dict(zip(gpu_table.COLUMNS[:7], rows[0][:7], strict=True))
+        rows = report.table([self.entry("eager", 0.004, 0.008), self.entry("fused", 0.002, 0.004)])
+        ours = dict(zip(report.COLUMNS[:7], rows[0][:7], strict=True))
         assert ours[""] == "segattn_ops"
         assert float(ours["TFLOP/s"]) == pytest.approx(8 * 101.99e9 / 0.002 / 1e12, rel=1e-3)
         assert rows[0][7] == f"{2 * 8 * 9409 * (64 + 64 + 512 + 512) / 0.002 / 1e9:.0f}"
@@ -505,22 +498,22 @@ class TestTable:
         assert rows[1][11] == "2.00"
         assert rows[0][12:] == ["3.0", "2e-03"]
 
-    def test_times_with_the_hosts_in_them_are_marked(self):
-        (row,) = gpu_table.table([self.entry("fused", 0.002, 0.004, host_exposed=["backward"])])
+    def test_times_that_include_the_host_are_marked(self):
+        (row,) = report.table([self.entry("fused", 0.002, 0.004, host_exposed=["backward"])])
         assert (row[5], row[9]) == ("2.000", "4.000*")
 
-    def test_what_did_not_run_says_why(self):
+    def test_skipped_cells_show_the_reason(self):
         entry = run.record(Workload("position", 128, 256), "eager", "skipped", "would not fit: needs 17 GiB")
-        (row,) = gpu_table.table([entry])
+        (row,) = report.table([entry])
         assert row[5] == "skipped: would not fit: needs 17 GiB"
-        assert len(row) == len(gpu_table.COLUMNS)
+        assert len(row) == len(report.COLUMNS)
 
     def test_everything_is_in_the_markdown(self, state):
-        state.machine = report.machine("cpu", 1) | {"gpu": "a GPU", "cuda": "13.0"}
+        state.machine = machine("cpu", 1) | {"gpu": "a GPU", "cuda": "13.0"}
         state.pieces["sdpa"] = {"position bfloat16": {"default": "MATH", "FLASH_ATTENTION": "refused: head_dim"}}
         state.set_step("ceilings", "device", "passed", copy_bytes_per_second=4.1e12)
         state.set_cell(self.entry("fused", 0.002, 0.004))
-        text = gpu_table.write_table(state).read_text()
+        text = report.write_table(state).read_text()
         for expected in ("a GPU", "| copy_bytes_per_second | 4.10 |", "refused: head_dim", "| position | 97x97 | 8 |"):
             assert expected in text
 
@@ -528,7 +521,7 @@ class TestTable:
         state.set_cell(self.entry("eager", 0.004, 0.008))
         state.cells[gpu_state.key_of(self.entry("eager", 1, 1))]["sources"] = "before"
         state.set_cell(self.entry("fused", 0.002, 0.004))
-        text = gpu_table.write_table(state).read_text()
+        text = report.write_table(state).read_text()
         assert "| segattn_ops |" in text
         assert "| eager |" not in text
 
@@ -536,14 +529,14 @@ class TestTable:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_driver_checks_every_op_of_a_family(family, capsys):
     arguments = ["--op", family, "--device", "cpu", "--dtypes", "float32", "--size", "5x7", "--size", "1x1"]
-    assert gpu_driver.main(arguments) == 0
+    assert driver.main(arguments) == 0
     lines = capsys.readouterr().out.strip().splitlines()
     assert len(lines) == 2 * len(FAMILIES[family])
     assert all(line.endswith(": right") for line in lines)
 
 
 def test_the_driver_finds_a_wrong_result(monkeypatch, capsys):
-    right = gpu_driver.rivals.fused_channel
-    monkeypatch.setitem(gpu_driver.rivals._FORMULATIONS["fused"], "channel", lambda x: 1.001 * right(x))
-    assert gpu_driver.main(["--op", "channel", "--device", "cpu", "--dtypes", "float32", "--size", "5x7"]) == 1
+    right = driver.rivals.fused_channel
+    monkeypatch.setitem(driver.rivals._FORMULATIONS["fused"], "channel", lambda x: 1.001 * right(x))
+    assert driver.main(["--op", "channel", "--device", "cpu", "--dtypes", "float32", "--size", "5x7"]) == 1
     assert "wrong: channel 5x7" in capsys.readouterr().out

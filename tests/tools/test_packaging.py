@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Built for the baseline instruction set alone, in a folder of its own: a minute instead of several."""
+    """A wheel with the baseline instruction set only, built in a separate folder: a minute instead of several."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     ignored = [".git", ".venv", "build", "*.egg-info", "*.so", "report", "_build_info.json", "__pycache__"]
@@ -43,10 +43,10 @@ def test_wheel(wheel, tmp_path):
         assert f"segattn_ops/{library}.abi3.so" in names
     assert "segattn_ops/py.typed" in names
     info = json.loads(zipfile.ZipFile(wheel).read("segattn_ops/_build_info.json"))
-    # What tells whether libraries that were built elsewhere are of a tree's sources.
+    # By which libraries built elsewhere are matched with a tree's sources.
     assert info["sources"] == dict.fromkeys(["_C", "_cpu_baseline"], _build_tools.fingerprint(ROOT))
     assert f"segattn_ops-{version}.dist-info/licenses/LICENSE" in names
-    assert not [name for name in names if name.startswith(("tests", "benchmarks", "csrc"))]
+    assert not [name for name in names if name.startswith(("tests", "benchmarks", "tools", "csrc"))]
 
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path, wheel], check=True

@@ -15,12 +15,12 @@ FAR = Workload("position", 128, 256, "bfloat16")
 
 class TestBackendOfSdpa:
     def test_on_a_cpu(self):
-        """Its flash backend takes equal widths only, in every dtype: Non-local and ANN; position gets the math path."""
+        """The flash backend needs equal widths, in every dtype: Non-local and ANN. Position gets the math path."""
         for op, expected in (("position", "MATH"), ("non_local", "FLASH_ATTENTION"), ("ann", "FLASH_ATTENTION")):
             for dtype in workloads.DTYPES:
                 assert rivals.sdpa_backend(Workload(op, 20, 30, dtype), "cpu") == expected
 
-    def test_the_question_is_about_the_workload(self, monkeypatch):
+    def test_the_choice_is_made_for_the_workload(self, monkeypatch):
         asked = []
 
         def choose(query, key, value, scale):
@@ -39,10 +39,10 @@ class TestBackendOfSdpa:
         assert query.dtype == torch.float16
 
     @pytest.mark.parametrize("fused", ["FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"])
-    def test_a_fused_backend_is_charged_for_no_map(self, fused, monkeypatch):
-        """128 x 256, B = 8, needs 99 GiB of maps on the math path, and none on a fused backend."""
+    def test_a_fused_backend_stores_no_attention_map(self, fused, monkeypatch):
+        """128 x 256, B = 8, needs 99 GiB of attention maps on the math path, and none on a fused backend."""
         many = dataclasses.replace(FAR, batch=8)
-        maps = int(workloads.LIVE_MAPS["sdpa"] * workloads.map_bytes(many, "sdpa"))
+        maps = int(workloads.LIVE_ATTENTION_MAPS["sdpa"] * workloads.attention_map_bytes(many, "sdpa"))
         charged = workloads.peak_bytes(many, "sdpa")
         assert charged - workloads.peak_bytes(many, "sdpa", fused) == maps > 80 * 2**30
         plan = schedule.Schedule(None, "cuda")
@@ -51,7 +51,7 @@ class TestBackendOfSdpa:
             assert (plan.verdict(many, "sdpa", 78 * 2**30, []) is None) == runs
             assert (run.record(many, "sdpa", "measured", device="cuda")["needed_bytes"] == charged) != runs
 
-    def test_other_rivals_ask_nothing(self, monkeypatch):
+    def test_other_rivals_do_not_query_the_backend(self, monkeypatch):
         monkeypatch.setattr(rivals, "sdpa_backend", lambda *_: pytest.fail("asked"))
         for rival in set(rivals.RIVALS) - {"sdpa"}:
             assert rivals.needed_bytes(FAR, rival, "cuda") == workloads.peak_bytes(FAR, rival)
@@ -59,7 +59,7 @@ class TestBackendOfSdpa:
 
 class TestFlashInParts:
     @pytest.mark.parametrize(
-        "inner, outer, expected",
+        "key_channels, value_channels, expected",
         [
             (64, 512, (2, 256)),
             (64, 513, (3, 176)),
@@ -69,8 +69,8 @@ class TestFlashInParts:
             (1, 1, (1, 8)),
         ],
     )
-    def test_parts(self, inner, outer, expected):
-        assert workloads.split_heads(inner, outer) == expected
+    def test_parts(self, key_channels, value_channels, expected):
+        assert workloads.split_heads(key_channels, value_channels) == expected
 
     def test_a_query_wider_than_a_head(self):
         with pytest.raises(ValueError, match=r"at most 256 channels .*\(got 257\)"):
@@ -85,7 +85,8 @@ class TestFlashInParts:
         [("position", 512, 64), ("position", 300, 20), ("position", 600, 3), ("non_local", 48, 0), ("ann", 40, 0)],
     )
     def test_exact(self, op, channels, key_channels):
-        """Several parts, parts that do not divide, odd widths, other keys than queries: the definition, both ways."""
+        """Equals the definition, forward and backward: several and uneven parts, odd widths, fewer keys than
+        queries."""
         workload = Workload(op, 6, 7, "float64", 2, channels, key_channels or 1)
         leaves = features_of(workload)
         grad_output = features.grad_output(workload)
@@ -96,7 +97,7 @@ class TestFlashInParts:
         for got, expected in zip(*results, strict=True):
             torch.testing.assert_close(got, expected)
 
-    def test_it_is_the_flash_backend_with_one_width(self, monkeypatch):
+    def test_the_flash_backend_gets_one_width(self, monkeypatch):
         seen = []
         original = torch.nn.functional.scaled_dot_product_attention
 
@@ -131,8 +132,9 @@ class FakeValue:
 class TestFlexTiles:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
     def test_tiles_fit_a_block_of_an_h100(self, dtype):
-        """What a block keeps and what it walks over, once for each stage, is under 227 KiB at E = 64, C = 512. Tiles
-        divide each other and a mask's blocks of 128, as Flex demands. Triton, too, says 155,648 bytes."""
+        """The tiles that a block keeps plus those of each pipeline stage are below 227 KiB at E = 64, C = 512. Tiles
+        divide each other and a mask's blocks of 128, as FlexAttention requires. Triton reports the same 155,648
+        bytes."""
         options = rivals.flex_options(FakeValue(512, dtype))
         m, n, stages = options["fwd_BLOCK_M"], options["fwd_BLOCK_N"], options["num_stages"]
         m1, n1, m2, n2 = (options[f"bwd_BLOCK_{name}"] for name in ("M1", "N1", "M2", "N2"))
@@ -148,15 +150,15 @@ class TestFlexTiles:
         assert rivals.flex_options(torch.zeros(1, 512, 2, 2)) is None  # a CPU
         assert rivals.flex_options(FakeValue(256, torch.bfloat16)) is None  # Flex's own choice fits
 
-    def test_flex_knows_the_names(self):
-        """An option Flex does not know would be handed on and ignored: each must be one of those it documents."""
+    def test_option_names(self):
+        """FlexAttention ignores unknown options, so each must be one that it documents."""
         from torch.nn.attention.flex_attention import FlexKernelOptions
 
         known = FlexKernelOptions.__annotations__
         for name in rivals.flex_options(FakeValue(512, torch.bfloat16)):
             assert name.removeprefix("fwd_").removeprefix("bwd_") in known
 
-    def test_they_reach_flex(self, monkeypatch):
+    def test_options_reach_flex(self, monkeypatch):
         seen = {}
 
         def flex(query, key, value, **options):

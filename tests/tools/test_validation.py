@@ -10,7 +10,7 @@ EPSILON = {"float32": 1e-7, "float64": 1e-16, "float16": 1e-3, "bfloat16": 8e-3}
 
 
 def case(op: str, dtype: str, height: int = 1, width: int = 1, seed: int = 0):
-    """Leaves, grad_output, what float64 says, and eager's float64 results."""
+    """Leaves, grad_output, the float64 reference, and eager's float64 results."""
     workload = Workload(op, height, width, dtype, 2, channels=24, key_channels=6)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, 24, height, width, generator=generator).relu()
@@ -28,7 +28,7 @@ def in_float64(workload, leaves, grad_output):
 @pytest.mark.parametrize("dtype", EPSILON)
 @pytest.mark.parametrize("op", ["position", "non_local", "ann", "criss_cross", "rcca"])
 class TestZeroGradients:
-    """At one position the gradients of query and key are zero, and what a kernel leaves there is its rounding."""
+    """At one position the gradients of query and key are zero, and a kernel's are its rounding errors."""
 
     def found(self, op, dtype, error):
         workload, leaves, grad_output, expected = case(op, dtype)
@@ -42,26 +42,26 @@ class TestZeroGradients:
         gradients[index] = broken
         return workload, validate.errors(workload, leaves, grad_output, expected, output, tuple(gradients))
 
-    def test_rounding_is_right(self, op, dtype):
+    def test_rounding_passes(self, op, dtype):
         workload, found = self.found(op, dtype, EPSILON[dtype] / 4)
         validate.check(workload, "fused", found, {name: 0.0 for name in found})
 
-    def test_more_than_rounding_is_wrong(self, op, dtype):
+    def test_larger_errors_fail(self, op, dtype):
         workload, found = self.found(op, dtype, 20 * EPSILON[dtype] + 1e-5)
         with pytest.raises(validate.WrongResult, match="grad_query.* is wrong"):
             validate.check(workload, "fused", found, {name: 0.0 for name in found})
 
 
 @pytest.mark.parametrize("op", ["position", "ann", "criss_cross", "rcca"])
-def test_gradients_that_are_not_zero_keep_their_own_measure(op):
-    """The scale must not excuse a kernel whose gradients merely cancel: there eager's error is the measure."""
+def test_nonzero_gradients_are_compared_with_eager(op):
+    """Gradients that cancel without being zero have no scale: their error is compared with eager's."""
     expected = case(op, "bfloat16", 5, 7)[-1]
     assert all(scale == 0 for name, scale in expected["scales"].items() if name != "grad_gamma")
 
 
-def test_a_sum_that_cancels_by_chance_is_measured_by_its_terms():
+def test_a_cancelling_sum_is_compared_with_its_terms():
     workload, leaves, grad_output, _ = case("rcca", "float16", 3, 4)
-    # A grad_output for which gamma's gradient is nearly zero, which no kernel that rounds can reproduce.
+    # A grad_output for which gamma's gradient is nearly zero and its rounding error relatively large.
     inputs = {name: leaf.double() for name, leaf in leaves.items()}
     flat = grad_output.double().flatten()
     _, gradients = validate._eager64(workload, inputs, grad_output)
@@ -85,8 +85,8 @@ def test_a_sum_that_cancels_by_chance_is_measured_by_its_terms():
 
 
 @pytest.mark.parametrize("op", ["position", "criss_cross"])
-def test_sums_over_rows_are_exact_where_the_map_is_small(op):
-    """The output under test, rounded to 16 bits, would put its own error into the key's reference gradient."""
+def test_delta_is_exact_for_small_attention_maps(op):
+    """The reference gradient of the key must not use the output under test, which is rounded to 16 bits."""
     workload, leaves, grad_output, expected = case(op, "bfloat16", 5, 7)
     output, gradients = in_float64(workload, leaves, grad_output)
     rounded = output.bfloat16()

@@ -77,41 +77,12 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* 
                : "r"(shared_address(shared_row)));
 }
 
-// Two matrices; lanes 0..15 give the row addresses.
-__device__ __forceinline__ void ldmatrix_x2(uint32_t (&r)[2], const void* shared_row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(shared_address(shared_row)));
-}
-
-__device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], const void* shared_row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(shared_address(shared_row)));
-}
-
-// Starts copying 16 (8, 4) bytes to shared memory, past the registers. Only the first `source_bytes` (0 to all) are
-// read, the rest is filled with zeros. Both addresses are aligned to the size. Seen by this thread after
-// cp_async_wait, by others after a barrier as well. The 16-byte form goes past L1.
+// Starts copying 16 bytes to shared memory, bypassing registers and L1. Reads the first `source_bytes` (0 to 16) and
+// fills the rest with zeros. Both addresses are 16-byte aligned. The data are visible to this thread after
+// cp_async_wait, to others after a barrier as well.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, int source_bytes) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
-               "r"(source_bytes)
-               : "memory");
-#endif
-}
-
-__device__ __forceinline__ void cp_async_8(void* shared, const void* global, int source_bytes) {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(shared)), "l"(global),
-               "r"(source_bytes)
-               : "memory");
-#endif
-}
-
-__device__ __forceinline__ void cp_async_4(void* shared, const void* global, int source_bytes) {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global),
                "r"(source_bytes)
                : "memory");
 #endif

@@ -1,5 +1,5 @@
-// Stands in for CUDA's <cuda_runtime.h> when csrc/cuda is compiled by g++ for the emulator: qualifiers, built-in
-// variables, intrinsics (device_intrinsics.h) and the part of the runtime API that host launch code uses (runtime_api.h).
+// Stands in for CUDA's <cuda_runtime.h> when g++ compiles csrc/cuda for the emulator: qualifiers, built-in variables,
+// intrinsics (device_intrinsics.h) and the runtime API of host code (runtime_api.h).
 #pragma once
 
 #include "emulator.h"

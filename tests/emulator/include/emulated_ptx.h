@@ -1,5 +1,5 @@
-// The emulated twin of csrc/cuda/common/ptx.cuh: the same functions, by PTX's documented lane layouts (runtime/mma.cpp).
-// The trailing Site parameter is filled in by the compiler with the call's place in the kernel.
+// The emulated twin of csrc/cuda/common/ptx.cuh: the same functions, with PTX's documented lane layouts
+// (runtime/mma.cpp). The default of the last parameter is the source location of the call.
 #pragma once
 
 #include <cmath>
@@ -31,33 +31,15 @@ inline void mma_m16n8k8_tf32(
 }
 
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row, Site site = Site::current()) {
-  emulator::load_matrices(r, shared_row, 4, false, site);
+  emulator::load_matrices(r, shared_row, false, site);
 }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared_row, Site site = Site::current()) {
-  emulator::load_matrices(r, shared_row, 4, true, site);
-}
-inline void ldmatrix_x2(uint32_t (&r)[2], const void* shared_row, Site site = Site::current()) {
-  emulator::load_matrices(r, shared_row, 2, false, site);
-}
-inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* shared_row, Site site = Site::current()) {
-  emulator::load_matrices(r, shared_row, 2, true, site);
-}
-inline void stmatrix_x4(void* shared_row, const uint32_t (&r)[4], Site site = Site::current()) {
-  emulator::store_matrices(r, shared_row, 4, false, site);
-}
-inline void stmatrix_x4_trans(void* shared_row, const uint32_t (&r)[4], Site site = Site::current()) {
-  emulator::store_matrices(r, shared_row, 4, true, site);
+  emulator::load_matrices(r, shared_row, true, site);
 }
 
-// Copies source_bytes (0 .. size) from global to shared memory and fills the rest with zero, by the next wait.
-inline void cp_async_16(void* shared, const void* global, int source_bytes = 16, Site site = Site::current()) {
+// Copies source_bytes (0 to 16) from global to shared memory and fills the rest with zeros, by the next wait.
+inline void cp_async_16(void* shared, const void* global, int source_bytes, Site site = Site::current()) {
   emulator::async_copy(shared, global, 16, source_bytes, site);
-}
-inline void cp_async_8(void* shared, const void* global, int source_bytes = 8, Site site = Site::current()) {
-  emulator::async_copy(shared, global, 8, source_bytes, site);
-}
-inline void cp_async_4(void* shared, const void* global, int source_bytes = 4, Site site = Site::current()) {
-  emulator::async_copy(shared, global, 4, source_bytes, site);
 }
 inline void cp_async_commit() {
   emulator::async_commit();
@@ -68,39 +50,18 @@ inline void cp_async_wait() {
   emulator::async_wait(N);
 }
 
-// bar.sync id, threads and bar.arrive id, threads.
-inline void barrier_sync(int id, int threads, Site site = Site::current()) {
-  emulator::named_barrier(id, threads, true, site);
-}
-inline void barrier_arrive(int id, int threads, Site site = Site::current()) {
-  emulator::named_barrier(id, threads, false, site);
-}
-
 // ex2.approx.ftz.f32. The hardware's error is 2 ulp; the emulator's is below 1.
 inline float exp2_approx(float x) {
   const float y = std::exp2(x);
-  return std::fabs(y) < 0x1p-126f ? std::copysign(0.0f, y) : y;  // a NaN stays
-}
-inline float rcp_approx(float x) {
-  return 1.0f / x;
+  return std::fabs(y) < 0x1p-126f ? std::copysign(0.0f, y) : y;  // preserves NaN
 }
 
-// cvt.rna.tf32.f32: to 10 mantissa bits, ties away from zero. Infinities and NaN stay what they are.
+// cvt.rna.tf32.f32: to 10 mantissa bits, ties away from zero. Preserves infinities and NaN.
 inline uint32_t to_tf32(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
   return finite ? (bits + 0x1000u) & ~0x1fffu : bits;
-}
-
-// a * b + c, rounded once, and counted (see docs/emulator.md): SIMT kernels use it for their arithmetic.
-inline float fma(float a, float b, float c) {
-  emulator::count_fma(1);
-  return std::fma(a, b, c);
-}
-inline double fma(double a, double b, double c) {
-  emulator::count_fma(1);
-  return std::fma(a, b, c);
 }
 
 }  // namespace segattn::cuda::ptx

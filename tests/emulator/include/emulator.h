@@ -1,5 +1,5 @@
-// What emulated device code asks of the runtime. Kernels never include this file: they see it through the stand-ins
-// <cuda_runtime.h> and "emulated_ptx.h". The runtime (tests/emulator/runtime) is compiled without instrumentation.
+// The interface between emulated device code and the runtime. Kernels do not include it directly, but through the
+// stand-ins <cuda_runtime.h> and "emulated_ptx.h". The runtime (tests/emulator/runtime) is not instrumented.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,7 @@
 
 namespace segattn::emulator {
 
-// Where in the kernel a synchronising call stands. Return addresses would not do: the compiler may duplicate a call.
+// The source location of a synchronizing call. A return address is not enough: the compiler may duplicate a call.
 using Site = std::source_location;
 
 constexpr int kWarpSize = 32;
@@ -36,12 +36,9 @@ extern BlockVariables block;
 // ---- barriers -------------------------------------------------------------------------------------------------
 enum class BarrierReduction { kNone, kOr, kAnd, kCount };
 int block_barrier(BarrierReduction reduction, int predicate, Site site);
-// PTX bar.sync id, count (wait) and bar.arrive id, count (no wait). `threads` is a multiple of the warp size.
-void named_barrier(int id, int threads, bool wait, Site site);
 
 // ---- warp collectives -----------------------------------------------------------------------------------------
 void warp_barrier(unsigned mask, Site site);
-unsigned active_mask();
 
 enum class ShuffleKind { kIndex, kUp, kDown, kXor };
 uint64_t shuffle(ShuffleKind kind, unsigned mask, uint64_t value, int operand, int width, Site site);
@@ -49,16 +46,12 @@ uint64_t shuffle(ShuffleKind kind, unsigned mask, uint64_t value, int operand, i
 enum class VoteKind { kBallot, kAny, kAll };
 unsigned vote(VoteKind kind, unsigned mask, bool predicate, Site site);
 
-enum class ReduceKind { kAdd, kMinSigned, kMaxSigned, kMinUnsigned, kMaxUnsigned, kAnd, kOr, kXor };
-unsigned warp_reduce(ReduceKind kind, unsigned mask, unsigned value, Site site);
-
 enum class MmaType { kFloat16, kBfloat16, kTf32 };
 // d (4 floats a lane) += a (4 registers) * b (2 registers); m16n8k16, or m16n8k8 for tf32.
 void mma(MmaType type, float* d, const uint32_t* a, const uint32_t* b, Site site);
 
-// `matrices` (1, 2 or 4) 8x8 matrices of 16-bit elements; `row` is the shared-memory row this lane names.
-void load_matrices(uint32_t* registers, const void* row, int matrices, bool transposed, Site site);
-void store_matrices(const uint32_t* registers, void* row, int matrices, bool transposed, Site site);
+// Four 8x8 matrices of 16-bit elements; `row` is the shared-memory row whose address this lane gives.
+void load_matrices(uint32_t* registers, const void* row, bool transposed, Site site);
 
 // ---- asynchronous copies --------------------------------------------------------------------------------------
 void async_copy(void* shared, const void* global, int bytes, int source_bytes, Site site);
@@ -69,7 +62,7 @@ void async_wait(int groups_left);
 void count_fma(int operations);
 
 // ---- the library ----------------------------------------------------------------------------------------------
-// The architectures it is taken to be built for (nvcc's __CUDA_ARCH_LIST__, but 80 for sm_80).
+// The architectures the library counts as built for (nvcc's __CUDA_ARCH_LIST__, but 80 for sm_80).
 std::vector<int> built_architectures();
 
 // ---- memory ---------------------------------------------------------------------------------------------------

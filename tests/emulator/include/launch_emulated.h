@@ -1,4 +1,4 @@
-// Launching a kernel in the emulator: what csrc/cuda/common/launch.cuh forwards to when SEGATTN_EMULATED is defined.
+// Kernel launches in the emulator. csrc/cuda/common/launch.cuh forwards to them when SEGATTN_EMULATED is defined.
 #pragma once
 
 #include <cstddef>
@@ -14,7 +14,7 @@ namespace segattn::emulator {
 
 struct LaunchRequest {
   const void* kernel;
-  const char* name;  // used where the kernel's symbol cannot be found
+  const char* name;  // for a kernel whose symbol cannot be found
   dim3 grid_size;
   dim3 block_size;
   size_t dynamic_shared_bytes;
@@ -24,8 +24,8 @@ struct LaunchRequest {
   size_t argument_bytes;
 };
 
-// Checks the request as a GPU would (the error is also what cudaGetLastError then returns) and runs every block.
-// Throws std::runtime_error when the kernel itself does something wrong: a deadlock, a race, a misaligned access.
+// Checks the request as a GPU does and runs every block. cudaGetLastError then returns the same error. Throws
+// std::runtime_error for a fault of the kernel: a deadlock, a race, a misaligned access.
 cudaError_t launch(const LaunchRequest& request);
 
 template <class... P, class... A>
@@ -44,7 +44,7 @@ cudaError_t launch(
       &packed, sizeof packed});
 }
 
-// The block's dynamic shared memory, exactly as many bytes as the launch asked for.
+// The block's dynamic shared memory, exactly as many bytes as the launch requests.
 inline void* dynamic_shared_memory() {
   return block.dynamic_shared;
 }

@@ -1,4 +1,4 @@
-// CUDA's qualifiers for a compiler that does not know them.
+// CUDA's qualifiers for a host compiler.
 #pragma once
 
 #ifndef SEGATTN_EMULATED
@@ -14,5 +14,5 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __restrict__ __restrict
-// Thread-local storage gathers a library's static shared arrays in one segment, which the runtime can find and poison.
+// Thread-local storage places a library's static shared arrays in one segment, which the runtime finds and poisons.
 #define __shared__ static thread_local

@@ -1,4 +1,4 @@
-// CUDA's built-in vector types with CUDA's sizes and alignments, for a compiler that is not nvcc.
+// CUDA's built-in vector types with CUDA's sizes and alignments, for a host compiler.
 #pragma once
 
 #include "qualifiers.h"

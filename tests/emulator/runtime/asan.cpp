@@ -9,15 +9,15 @@
 #include <utility>
 
 #include "execution.h"
-#include "places.h"
+#include "source_locations.h"
 
 namespace segattn::emulator {
 namespace {
 
 std::string report;
 
-// Of the report's text, only where the address lies: "... is located 0 bytes to the right of 512-byte region ...".
-std::string location(const char* text) {
+// The part of the report that locates the address: "... is located 0 bytes to the right of 512-byte region ...".
+std::string region(const char* text) {
   const char* found = std::strstr(text, "is located ");
   if (found == nullptr)
     return "";
@@ -27,13 +27,13 @@ std::string location(const char* text) {
 
 void remember(const char* text) {
   if (current == nullptr)
-    std::abort();  // host code: nobody would ask for the report
+    std::abort();  // host code, outside any launch that could report it
   if (!report.empty())
     return;
   report = std::string(__asan_get_report_description()) + ": thread " + std::to_string(self().index) +
       (__asan_get_report_access_type() != 0 ? " writes " : " reads ") +
       std::to_string(__asan_get_report_access_size()) + " bytes at " +
-      describe_place(static_cast<char*>(__asan_get_report_pc()) + 1) + location(text);
+      describe_location(static_cast<char*>(__asan_get_report_pc()) + 1) + region(text);
 }
 
 const bool installed = [] {

@@ -1,5 +1,5 @@
-// Handlers of -fsanitize=alignment,null,bounds,shift,integer-divide-by-zero (the plain build). The compiler's own would
-// end the process; these end the launch, with the place in the source.
+// Handlers of -fsanitize=alignment,null,bounds,shift,integer-divide-by-zero. The compiler's own end the process; these
+// end the launch and name the source location.
 #include <cinttypes>
 #include <cstdint>
 
@@ -8,7 +8,7 @@
 namespace segattn::emulator {
 namespace {
 
-// Layouts of the data the compiler passes (GCC and Clang agree on them).
+// Layouts of the data that GCC and Clang pass.
 struct SourceLocation {
   const char* file;
   uint32_t line;

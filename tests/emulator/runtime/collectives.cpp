@@ -1,5 +1,4 @@
-// __syncwarp, shuffles, votes and reductions: lanes meet, the last to come computes every lane's result.
-#include <algorithm>
+// __syncwarp, shuffles and votes: the last lane to arrive computes every lane's result.
 #include <bit>
 
 #include "counters.h"
@@ -23,7 +22,7 @@ struct Shuffle {
   uint64_t result;
 };
 
-// PTX shfl: the source lane stays within the segment of `width` lanes, or the lane keeps its own value.
+// PTX shfl: a source lane outside the segment of `width` lanes leaves the lane its own value.
 int source_lane(const Shuffle& shuffle, int lane) {
   const int segment = lane & ~(shuffle.width - 1);
   const int last = segment + shuffle.width - 1;
@@ -45,7 +44,7 @@ void run_shuffle(void* const* operands, unsigned lanes) {
   for_each_lane(lanes, [&](int lane) {
     auto& shuffle = *static_cast<Shuffle*>(operands[lane]);
     const int source = source_lane(shuffle, lane) & 31;
-    // What a lane that takes no part gives is undefined: NaN, so that nobody can use it unnoticed.
+    // The value of a lane outside the mask is undefined: NaN, so that its use is visible.
     shuffle.result = lanes >> source & 1 ? static_cast<const Shuffle*>(operands[source])->value : ~uint64_t(0);
   });
   if constexpr (kTrace)
@@ -69,46 +68,6 @@ void run_vote(void* const* operands, unsigned lanes) {
     trace::warp_converged(self().warp, lanes);
 }
 
-struct Reduction {
-  ReduceKind kind;
-  unsigned value;
-  unsigned result;
-};
-
-unsigned combine(ReduceKind kind, unsigned a, unsigned b) {
-  switch (kind) {
-    case ReduceKind::kAdd:
-      return a + b;
-    case ReduceKind::kMinSigned:
-      return unsigned(std::min(int(a), int(b)));
-    case ReduceKind::kMaxSigned:
-      return unsigned(std::max(int(a), int(b)));
-    case ReduceKind::kMinUnsigned:
-      return std::min(a, b);
-    case ReduceKind::kMaxUnsigned:
-      return std::max(a, b);
-    case ReduceKind::kAnd:
-      return a & b;
-    case ReduceKind::kOr:
-      return a | b;
-    case ReduceKind::kXor:
-      return a ^ b;
-  }
-  return a;
-}
-
-void run_reduction(void* const* operands, unsigned lanes) {
-  const int first = std::countr_zero(lanes);
-  const auto& model = *static_cast<const Reduction*>(operands[first]);
-  unsigned result = model.value;
-  for_each_lane(lanes & (lanes - 1), [&](int lane) {
-    result = combine(model.kind, result, static_cast<const Reduction*>(operands[lane])->value);
-  });
-  for_each_lane(lanes, [&](int lane) { static_cast<Reduction*>(operands[lane])->result = result; });
-  if constexpr (kTrace)
-    trace::warp_converged(self().warp, lanes);
-}
-
 void run_warp_barrier(void* const*, unsigned lanes) {
   ++counters.warp_barriers;
   if constexpr (kTrace)
@@ -127,7 +86,7 @@ const char* name_of(VoteKind kind) {
 }  // namespace
 
 void warp_barrier(unsigned mask, Site site) {
-  // Since Volta, lanes may come to __syncwarp from different places.
+  // Since Volta, lanes may reach __syncwarp at different source locations.
   collective({"__syncwarp", false, false}, mask, site, nullptr, run_warp_barrier);
 }
 
@@ -143,12 +102,6 @@ uint64_t shuffle(ShuffleKind kind, unsigned mask, uint64_t value, int operand, i
 unsigned vote(VoteKind kind, unsigned mask, bool predicate, Site site) {
   Vote mine{kind, predicate, 0};
   collective({name_of(kind), true, false}, mask, site, &mine, run_vote);
-  return mine.result;
-}
-
-unsigned warp_reduce(ReduceKind kind, unsigned mask, unsigned value, Site site) {
-  Reduction mine{kind, value, 0};
-  collective({"__reduce_sync", true, false}, mask, site, &mine, run_reduction);
   return mine.result;
 }
 

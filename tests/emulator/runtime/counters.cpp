@@ -9,7 +9,7 @@ LaunchCounters counters;
 namespace {
 std::mutex mutex;
 std::vector<LaunchCounters> launches;
-// A long test session nobody asks for counters must not grow without bound.
+// Bounds the memory of a long test session that never calls reset().
 constexpr size_t kMaxRemembered = 4096;
 }  // namespace
 

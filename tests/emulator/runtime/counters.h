@@ -1,4 +1,4 @@
-// What a launch did, counted. Memory figures are filled in traced builds only.
+// Counters of a launch. Traced builds alone fill in those of memory.
 #pragma once
 
 #include <cstdint>
@@ -11,10 +11,10 @@
 
 namespace segattn::emulator {
 
-// Warp instructions of one kind at one place in the code.
+// Warp instructions of one kind at one source location.
 struct InstructionCounters {
   int64_t instructions = 0;
-  int64_t bytes = 0;             // asked for by all lanes together
+  int64_t bytes = 0;             // requested by all lanes together
   int64_t sectors = 0;           // global: 32-byte sectors touched
   int64_t wavefronts = 0;        // shared: passes needed
   int64_t ideal_wavefronts = 0;  // shared: passes without bank conflicts
@@ -38,18 +38,17 @@ struct LaunchCounters {
   int64_t stream = 0;  // 0: the default stream
   double seconds = 0;
   int64_t block_barriers = 0;
-  int64_t named_barriers = 0;
   int64_t warp_barriers = 0;
   int64_t shuffles = 0;
-  int64_t fma_operations = 0;        // through ptx::fma and __fmaf_rn only
+  int64_t fma_operations = 0;        // through __fmaf_rn and __fma_rn only
   int64_t mma_instructions[3] = {};  // by MmaType
   int64_t async_copies = 0;
   std::map<std::string, InstructionCounters> memory;  // "global_read", "shared_write", "shared_matrix_read", ...
-  // The same by place: "global_read" and the return address (or Site) of the access.
-  std::map<std::pair<std::string, const void*>, InstructionCounters> places;
+  // By kind and source location: "global_read" and the return address or Site of the access.
+  std::map<std::pair<std::string, const void*>, InstructionCounters> locations;
 };
 
-// Of the launch that runs now.
+// Of the running launch.
 extern LaunchCounters counters;
 
 void remember(LaunchCounters finished);

@@ -30,17 +30,15 @@ constexpr size_t operator""_KB(unsigned long long kilobytes) {
   return kilobytes * 1024;
 }
 
-// CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; multiprocessors: V100, T4, A100,
+// CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; multiprocessors of V100, T4, A100,
 // RTX 3080 Ti, RTX 4090, H200, B200, RTX 5090.
 constexpr Device kDevices[] = {
-    {70, 80, 96_KB, 96_KB, 2048, 32},     {75, 40, 64_KB, 64_KB, 1024, 16},    {80, 108, 163_KB, 164_KB, 2048, 32},
-    {86, 80, 99_KB, 100_KB, 1536, 16},    {89, 128, 99_KB, 100_KB, 1536, 24},  {90, 132, 227_KB, 228_KB, 2048, 32},
-    {100, 148, 227_KB, 228_KB, 2048, 32}, {120, 170, 99_KB, 100_KB, 1536, 24},
+    {70, 80, 96_KB},  {75, 40, 64_KB},   {80, 108, 163_KB},  {86, 80, 99_KB},
+    {89, 128, 99_KB}, {90, 132, 227_KB}, {100, 148, 227_KB}, {120, 170, 99_KB},
 };
 constexpr int kMaxThreadsPerBlock = 1024;
 constexpr unsigned kMaxGrid[3] = {0x7fffffffu, 65535, 65535};
 constexpr unsigned kMaxBlock[3] = {1024, 1024, 64};
-constexpr int kRegistersPerMultiprocessor = 65536;
 
 Device find_device(int architecture, int multiprocessors) {
   for (Device found : kDevices) {
@@ -83,7 +81,7 @@ MmaRounding& chosen_mma_rounding() {
   return chosen;
 }
 
-std::mutex launch_mutex;  // one launch at a time, whatever host threads there are
+std::mutex launch_mutex;  // one launch at a time, from any host thread
 std::map<const void*, size_t> dynamic_shared_limits;
 cudaError_t last_error = cudaSuccess;
 
@@ -131,7 +129,7 @@ std::string kernel_name(const LaunchRequest& request) {
   return parameters != std::string::npos && parameters > 0 ? name.substr(0, parameters) : name;
 }
 
-// Blocks come in a random order, as on a GPU; every one exactly once.
+// A random order of the blocks, each exactly once.
 class BlockOrder {
  public:
   BlockOrder(uint64_t blocks, Random& random) : blocks_(blocks), next_(random.next() % blocks), step_(1) {
@@ -170,7 +168,7 @@ void set_mma_rounding(const std::string& name) {
   chosen_mma_rounding() = find_mma_rounding(name);
 }
 MmaBlocks mma_blocks(int mma_depth) {
-  // From Hopper on an mma's 32 bytes are added at once, before it 16.
+  // Since Hopper 32 bytes of an mma's contraction are added at once, before 16.
   return device().architecture >= 90 ? MmaBlocks{mma_depth, 25} : MmaBlocks{mma_depth / 2, 24};
 }
 void reset_function_attributes() {
@@ -185,7 +183,7 @@ cudaError_t launch(const LaunchRequest& request) {
   if (launch_fails())
     return record(cudaErrorLaunchOutOfResources);
 
-  take_memory_error();  // of a launch that ended with another error
+  take_memory_error();  // discards that of a launch that failed otherwise
   const auto begin = std::chrono::steady_clock::now();
   counters = LaunchCounters{};
   counters.kernel = kernel_name(request);
@@ -236,38 +234,12 @@ cudaError_t launch(const LaunchRequest& request) {
 
 using namespace segattn::emulator;
 
-const char* cudaGetErrorName(cudaError_t error) {
-  switch (error) {
-    case cudaSuccess:
-      return "cudaSuccess";
-    case cudaErrorInvalidValue:
-      return "cudaErrorInvalidValue";
-    case cudaErrorMemoryAllocation:
-      return "cudaErrorMemoryAllocation";
-    case cudaErrorInvalidConfiguration:
-      return "cudaErrorInvalidConfiguration";
-    case cudaErrorInvalidDeviceFunction:
-      return "cudaErrorInvalidDeviceFunction";
-    case cudaErrorInvalidDevice:
-      return "cudaErrorInvalidDevice";
-    case cudaErrorNoKernelImageForDevice:
-      return "cudaErrorNoKernelImageForDevice";
-    case cudaErrorLaunchOutOfResources:
-      return "cudaErrorLaunchOutOfResources";
-    case cudaErrorNotSupported:
-      return "cudaErrorNotSupported";
-  }
-  return "unrecognized error code";
-}
-
 const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
     case cudaSuccess:
       return "no error";
     case cudaErrorInvalidValue:
       return "invalid argument";
-    case cudaErrorMemoryAllocation:
-      return "out of memory";
     case cudaErrorInvalidConfiguration:
       return "invalid configuration argument";
     case cudaErrorInvalidDeviceFunction:
@@ -278,16 +250,10 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "no kernel image is available for execution on the device";
     case cudaErrorLaunchOutOfResources:
       return "too many resources requested for launch";
-    case cudaErrorNotSupported:
-      return "operation not supported";
   }
   return "unrecognized error code";
 }
 
-cudaError_t cudaPeekAtLastError() {
-  count_call(__func__);
-  return last_error;
-}
 cudaError_t cudaGetLastError() {
   count_call(__func__);
   return std::exchange(last_error, cudaSuccess);
@@ -298,33 +264,6 @@ cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
-cudaError_t cudaSetDevice(int device) {
-  count_call(__func__);
-  return device == 0 ? cudaSuccess : record(cudaErrorInvalidDevice);
-}
-cudaError_t cudaGetDeviceCount(int* count) {
-  count_call(__func__);
-  *count = 1;
-  return cudaSuccess;
-}
-cudaError_t cudaDeviceSynchronize() {
-  count_call(__func__);
-  return cudaSuccess;
-}
-cudaError_t cudaStreamSynchronize(cudaStream_t) {
-  count_call(__func__);
-  return cudaSuccess;
-}
-cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  count_call(__func__);
-  *status = cudaStreamCaptureStatusNone;
-  return cudaSuccess;
-}
-cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
-  count_call(__func__);
-  std::memset(memory, value, bytes);
-  return cudaSuccess;
-}
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ordinal) {
   count_call(__func__);
@@ -332,79 +271,20 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ord
     return record(cudaErrorInvalidDevice);
   const Device& d = device();
   switch (attribute) {
-    case cudaDevAttrMaxThreadsPerBlock:
-      return *value = kMaxThreadsPerBlock, cudaSuccess;
-    case cudaDevAttrMaxBlockDimX:
-    case cudaDevAttrMaxBlockDimY:
-    case cudaDevAttrMaxBlockDimZ:
-      return *value = int(kMaxBlock[attribute - cudaDevAttrMaxBlockDimX]), cudaSuccess;
-    case cudaDevAttrMaxGridDimX:
-    case cudaDevAttrMaxGridDimY:
-    case cudaDevAttrMaxGridDimZ:
-      return *value = int(kMaxGrid[attribute - cudaDevAttrMaxGridDimX]), cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlock:
-      return *value = int(kSharedWithoutOptin), cudaSuccess;
-    case cudaDevAttrWarpSize:
-      return *value = kWarpSize, cudaSuccess;
-    case cudaDevAttrMaxRegistersPerBlock:
-    case cudaDevAttrMaxRegistersPerMultiprocessor:
-      return *value = kRegistersPerMultiprocessor, cudaSuccess;
     case cudaDevAttrMultiProcessorCount:
       return *value = d.multiprocessors, cudaSuccess;
-    case cudaDevAttrL2CacheSize:
-      return *value = 50 << 20, cudaSuccess;
-    case cudaDevAttrMaxThreadsPerMultiProcessor:
-      return *value = d.threads_per_multiprocessor, cudaSuccess;
     case cudaDevAttrComputeCapabilityMajor:
       return *value = d.architecture / 10, cudaSuccess;
     case cudaDevAttrComputeCapabilityMinor:
       return *value = d.architecture % 10, cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-      return *value = int(d.shared_per_multiprocessor), cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       return *value = int(d.shared_per_block_optin), cudaSuccess;
-    case cudaDevAttrMaxBlocksPerMultiprocessor:
-      return *value = d.blocks_per_multiprocessor, cudaSuccess;
-    case cudaDevAttrReservedSharedMemoryPerBlock:
-      return *value = int(kReservedSharedPerBlock), cudaSuccess;
   }
   return record(cudaErrorInvalidValue);
 }
 
-cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int ordinal) {
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
   count_call(__func__);
-  if (ordinal != 0)
-    return record(cudaErrorInvalidDevice);
-  const Device& d = device();
-  *properties = cudaDeviceProp{};
-  std::snprintf(properties->name, sizeof properties->name, "emulated sm_%d", d.architecture);
-  properties->major = d.architecture / 10;
-  properties->minor = d.architecture % 10;
-  properties->multiProcessorCount = d.multiprocessors;
-  properties->warpSize = kWarpSize;
-  properties->maxThreadsPerBlock = kMaxThreadsPerBlock;
-  for (int i = 0; i < 3; ++i) {
-    properties->maxThreadsDim[i] = int(kMaxBlock[i]);
-    properties->maxGridSize[i] = int(kMaxGrid[i]);
-  }
-  properties->maxThreadsPerMultiProcessor = d.threads_per_multiprocessor;
-  properties->maxBlocksPerMultiProcessor = d.blocks_per_multiprocessor;
-  properties->regsPerBlock = kRegistersPerMultiprocessor;
-  properties->regsPerMultiprocessor = kRegistersPerMultiprocessor;
-  properties->l2CacheSize = 50 << 20;
-  properties->totalGlobalMem = size_t(80) << 30;
-  properties->sharedMemPerBlock = kSharedWithoutOptin;
-  properties->sharedMemPerBlockOptin = d.shared_per_block_optin;
-  properties->sharedMemPerMultiprocessor = d.shared_per_multiprocessor;
-  properties->reservedSharedMemPerBlock = kReservedSharedPerBlock;
-  return cudaSuccess;
-}
-
-cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
-  count_call(__func__);
-  if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) {
-    return value >= -1 && value <= 100 ? cudaSuccess : record(cudaErrorInvalidValue);
-  }
   if (value < 0 || size_t(value) > device().shared_per_block_optin)
     return record(cudaErrorInvalidValue);
   const std::lock_guard lock(launch_mutex);
@@ -418,19 +298,5 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
   if (code == 0)
     return record(cudaErrorNoKernelImageForDevice);
   attributes->ptxVersion = attributes->binaryVersion = code;
-  return cudaSuccess;
-}
-
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-    int* blocks, const void* kernel, int block_size, size_t dynamic_shared_bytes) {
-  count_call(__func__);
-  if (block_size < 1 || block_size > kMaxThreadsPerBlock)
-    return record(cudaErrorInvalidValue);
-  const Device& d = device();
-  const size_t shared = dynamic_shared_bytes + kReservedSharedPerBlock;
-  const int by_shared =
-      dynamic_shared_bytes > dynamic_shared_limit(kernel) ? 0 : int(d.shared_per_multiprocessor / shared);
-  const int threads = (block_size + kWarpSize - 1) / kWarpSize * kWarpSize;
-  *blocks = std::min({by_shared, d.threads_per_multiprocessor / threads, d.blocks_per_multiprocessor});
   return cudaSuccess;
 }

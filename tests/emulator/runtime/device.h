@@ -11,29 +11,25 @@ struct Device {
   int architecture;  // 10 * major + minor
   int multiprocessors;
   size_t shared_per_block_optin;
-  size_t shared_per_multiprocessor;
-  int threads_per_multiprocessor;
-  int blocks_per_multiprocessor;
 };
 
 constexpr size_t kSharedWithoutOptin = 48 * 1024;
-constexpr size_t kReservedSharedPerBlock = 1024;
 
 const Device& device();
-// Throws std::invalid_argument for an architecture it does not know. multiprocessors = 0: that of a common product.
+// Throws std::invalid_argument for an unknown architecture. multiprocessors = 0: those of a common product.
 void set_device(int architecture, int multiprocessors = 0);
 
 uint64_t seed();
 void set_seed(uint64_t seed);
 
-// How mma rounds its float32 sums: as tensor cores do (runtime/mma_sum.h), or each addition to nearest.
+// How mma rounds float32 sums: as tensor cores do (runtime/mma_sum.h), or each addition to nearest.
 enum class MmaRounding { kTruncate, kNearest };
 MmaRounding mma_rounding();
 // "truncate" or "nearest"; throws std::invalid_argument for anything else.
 void set_mma_rounding(const std::string& name);
 
-// How the device's tensor cores cut up a contraction: `depth` elements of an mma are added at once, aligned to
-// `fraction_bits` binary places of the largest exponent.
+// How the device's tensor cores split a contraction: `depth` elements are added at once, aligned to `fraction_bits`
+// fraction bits below the largest exponent.
 struct MmaBlocks {
   int depth;
   int fraction_bits;
@@ -41,7 +37,7 @@ struct MmaBlocks {
 // mma_depth: of the instruction, 16 for 16-bit elements, 8 for TF32
 MmaBlocks mma_blocks(int mma_depth);
 
-// Forgets what cudaFuncSetAttribute was asked for, so that a test starts as a fresh process does.
+// Undoes cudaFuncSetAttribute, so that a test starts like a new process.
 void reset_function_attributes();
 
 }  // namespace segattn::emulator

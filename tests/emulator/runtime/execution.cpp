@@ -1,4 +1,4 @@
-// The scheduler: threads of a block as fibers, barriers, and warp operations at which lanes meet.
+// The scheduler: the threads of a block as fibers, block barriers, and warp operations.
 #include "execution.h"
 
 #include <algorithm>
@@ -19,8 +19,8 @@ BlockVariables block;
 
 namespace {
 
-// Of 256 suspensions, this many hand over to another warp although the own one could go on. Low, because
-// staying in a warp keeps its stacks in cache; not zero, because every interleaving has to be possible.
+// Of 256 suspensions, so many switch to another warp although the current one could continue. Low, since staying in a
+// warp keeps its stacks in cache; not zero, since every interleaving must be possible.
 constexpr uint32_t kWarpChangesPer256 = 4;
 
 struct State {
@@ -44,8 +44,6 @@ struct State {
   Site barrier_site;
   BarrierReduction barrier_reduction = BarrierReduction::kNone;
   int barrier_result = 0;
-
-  NamedBarrier named[kNamedBarriers];
 };
 State state;
 
@@ -84,17 +82,12 @@ std::string describe(const Thread& thread) {
   if (wait.operation == nullptr)
     return "can run";
   std::string text = format("wait at %s (%s)", wait.operation, emulator::describe(wait.site).c_str());
-  if (wait.barrier >= 0) {
-    const NamedBarrier& barrier = state.named[wait.barrier];
-    text += format(
-        " of barrier %d, where %zu of %d threads have come", wait.barrier, barrier.arrived.size(), barrier.expected);
-  }
   if (wait.mask != 0)
     text += format(" for lanes 0x%08x", wait.mask);
   return text;
 }
 
-// Neighbouring threads in the same situation share a line.
+// One line for each range of threads in the same state.
 std::string describe_threads() {
   std::string text;
   for (int first = 0; first < state.thread_count;) {
@@ -109,7 +102,7 @@ std::string describe_threads() {
   return text;
 }
 
-// Takes a thread from those that are ready; null when none is.
+// Removes a random thread from those that are ready; null if none is.
 Thread* choose() {
   if (state.ready_warps == 0)
     return nullptr;
@@ -126,8 +119,8 @@ Thread* choose() {
   return &state.threads[w * kWarpSize + lane];
 }
 
-// The next thread to run, or null when none can. The one after it is chosen as well, so that the top of its stack is in
-// cache when its turn comes: a switch costs little but what it misses there.
+// The next thread to run, or null if none can. The one after it is chosen too, so that the top of its stack can be
+// prefetched: cache misses there are most of the cost of a switch.
 Thread* pick() {
   Thread* next = state.upcoming != nullptr ? state.upcoming : choose();
   state.upcoming = choose();
@@ -159,7 +152,8 @@ void complete_block_barrier() {
     trace::block_synchronized();
 }
 
-// Completes the group if all its living lanes have come. `runner` is the lane that goes on without suspension, or -1.
+// Completes the group if all its lanes still in the kernel have arrived. `runner` is the lane that continues without
+// suspension, or -1.
 bool try_complete(Warp& warp, int warp_index, size_t group_index, int runner);
 
 void thread_exit() {
@@ -213,17 +207,11 @@ std::string describe(const Site& site) {
   return format("%s:%u", file != nullptr ? file + 1 : site.file_name(), unsigned(site.line()));
 }
 
-bool same_place(const Site& a, const Site& b) {
+bool same_location(const Site& a, const Site& b) {
   return a.line() == b.line() && a.column() == b.column() &&
       (a.file_name() == b.file_name() || std::strcmp(a.file_name(), b.file_name()) == 0);
 }
 
-Thread& thread_of(int index) {
-  return state.threads[index];
-}
-Warp& warp_of(const Thread& thread) {
-  return state.warps[thread.warp];
-}
 int thread_count() {
   return state.thread_count;
 }
@@ -265,7 +253,7 @@ int block_barrier(BarrierReduction reduction, int predicate, Site site) {
     state.barrier_site = site;
     state.barrier_reduction = reduction;
     state.count = 0;
-  } else if (reduction != state.barrier_reduction || !same_place(site, state.barrier_site)) {
+  } else if (reduction != state.barrier_reduction || !same_location(site, state.barrier_site)) {
     fail(
         "divergent barrier: this thread is at %s (%s), but %d other threads wait at %s (%s)", name_of(reduction),
         describe(site).c_str(), state.arrived, name_of(state.barrier_reduction), describe(state.barrier_site).c_str());
@@ -278,43 +266,6 @@ int block_barrier(BarrierReduction reduction, int predicate, Site site) {
     suspend(Wait{name_of(reduction), site});
   }
   return state.barrier_result;
-}
-
-void named_barrier(int id, int threads, bool wait, Site site) {
-  const char* operation = wait ? "bar.sync" : "bar.arrive";
-  if (id < 0 || id >= kNamedBarriers)
-    fail("%s (%s): barrier %d, there are 0 to 15", operation, describe(site).c_str(), id);
-  if (threads <= 0 || threads % kWarpSize != 0 || threads > (state.thread_count + 31) / 32 * 32) {
-    fail("%s (%s): %d threads is no multiple of 32 within the block", operation, describe(site).c_str(), threads);
-  }
-  NamedBarrier& barrier = state.named[id];
-  if (barrier.arrived.empty())
-    barrier.expected = threads;
-  if (barrier.expected != threads) {
-    fail(
-        "%s (%s): barrier %d for %d threads, but others wait there for %d", operation, describe(site).c_str(), id,
-        threads, barrier.expected);
-  }
-  const uint16_t index = self().index;
-  barrier.arrived.push_back(index);
-  if constexpr (kTrace)
-    trace::barrier_arrived(id, index);
-  if (wait)
-    barrier.waiting.push_back(index);
-  if (int(barrier.arrived.size()) < barrier.expected) {
-    if (wait)
-      suspend(Wait{operation, site, 0, id, threads});
-    return;
-  }
-  ++counters.named_barriers;
-  if constexpr (kTrace)
-    trace::barrier_released(id, barrier.waiting);
-  for (const uint16_t waiting : barrier.waiting) {
-    if (waiting != index)
-      make_ready(waiting / kWarpSize, 1u << waiting % kWarpSize);
-  }
-  barrier.arrived.clear();
-  barrier.waiting.clear();
 }
 
 void collective(const CollectiveRules& rules, unsigned mask, Site site, void* operand, CollectiveFunction run) {
@@ -339,7 +290,7 @@ void collective(const CollectiveRules& rules, unsigned mask, Site site, void* op
     warp.groups.push_back(WarpGroup{rules, mask, bit, site, run});
   } else {
     WarpGroup& group = warp.groups[index];
-    if (group.rules.operation != rules.operation || (rules.same_site && !same_place(group.site, site))) {
+    if (group.rules.operation != rules.operation || (rules.same_site && !same_location(group.site, site))) {
       fail(
           "divergent warp operation: this lane is at %s (%s), but lanes 0x%08x wait at %s (%s)", rules.operation,
           describe(site).c_str(), group.arrived, group.rules.operation, describe(group.site).c_str());
@@ -348,12 +299,6 @@ void collective(const CollectiveRules& rules, unsigned mask, Site site, void* op
   }
   if (!try_complete(warp, thread.warp, index, thread.lane))
     suspend(Wait{rules.operation, site, mask});
-}
-
-unsigned active_mask() {
-  // Lanes that are at a warp or block operation have left this one behind; which of the others run together is the
-  // hardware's choice, so any answer that contains the caller is allowed. The smallest is the most revealing.
-  return 1u << self().lane;
 }
 
 void start_execution(const LaunchRequest& request, std::string kernel_name) {
@@ -371,10 +316,6 @@ void run_block(uint64_t seed) {
   state.upcoming = nullptr;
   state.random = Random(seed);
   state.failure.clear();
-  for (NamedBarrier& barrier : state.named) {
-    barrier.arrived.clear();
-    barrier.waiting.clear();
-  }
   for (int w = 0; w < state.warp_count; ++w) {
     const int lanes = std::min(kWarpSize, state.thread_count - w * kWarpSize);
     Warp& warp = state.warps[w];

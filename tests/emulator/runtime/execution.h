@@ -1,4 +1,4 @@
-// Runs one block of threads as fibers. Internal to the runtime.
+// The threads of a block as fibers, and the warp operations at which lanes meet. Internal to the runtime.
 #pragma once
 
 #include <bit>
@@ -14,7 +14,6 @@ namespace segattn::emulator {
 
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxWarps = kMaxThreads / kWarpSize;
-constexpr int kNamedBarriers = 16;
 
 struct AsyncCopy {
   void* shared;
@@ -24,13 +23,11 @@ struct AsyncCopy {
   Site site;
 };
 
-// What a suspended thread waits for; for reports.
+// What a suspended thread waits for, for error messages.
 struct Wait {
   const char* operation = nullptr;  // null: running or ready
   Site site;
   unsigned mask = 0;  // warp operations
-  int barrier = -1;   // named barriers
-  int barrier_threads = 0;
 };
 
 struct Thread : ThreadVariables {
@@ -40,17 +37,17 @@ struct Thread : ThreadVariables {
   uint8_t warp = 0;
   bool exited = false;
   Wait wait;
-  std::vector<AsyncCopy> copies;    // not yet landed, oldest first
+  std::vector<AsyncCopy> copies;    // in flight, oldest first
   std::vector<size_t> copy_groups;  // for each committed group, the number of copies up to its end
 };
 
-// Works on the operands (one a lane, null for lanes outside `lanes`) once all lanes have come.
+// Computes a warp operation from the operands of all lanes of `lanes`; those of other lanes are null.
 using CollectiveFunction = void (*)(void* const* operands, unsigned lanes);
 
 struct CollectiveRules {
   const char* operation;
-  bool same_site;   // calls from different places of the kernel are an error
-  bool every_lane;  // all 32 lanes must exist and not have left the kernel
+  bool same_site;   // calls from different source locations are an error
+  bool every_lane;  // all 32 lanes must exist and still be in the kernel
 };
 
 struct WarpGroup {
@@ -65,42 +62,34 @@ struct Warp {
   unsigned alive = 0;
   unsigned ready = 0;
   unsigned at_block_barrier = 0;
-  std::vector<WarpGroup> groups;  // collectives some lanes of which have come
+  std::vector<WarpGroup> groups;  // operations at which some lanes wait
   void* operands[kWarpSize] = {};
-};
-
-struct NamedBarrier {
-  int expected = 0;
-  std::vector<uint16_t> arrived;  // threads, waiting or not
-  std::vector<uint16_t> waiting;
 };
 
 inline Thread& self() {
   return *static_cast<Thread*>(current);
 }
-Thread& thread_of(int index);
-Warp& warp_of(const Thread& thread);
 int thread_count();
 
-// Suspends the running thread until somebody makes it ready.
+// Suspends the running thread until make_ready() names it.
 void suspend(const Wait& wait);
 void make_ready(int warp, unsigned lanes);
 
-// Joins the lanes of `mask` at one operation; the last to come runs it for all, then every lane goes on.
+// Joins the lanes of `mask` at one operation. The last one to arrive runs it for all; then all continue.
 void collective(const CollectiveRules& rules, unsigned mask, Site site, void* operand, CollectiveFunction run);
 
-// A Site as a bare pointer, for those who keep many.
+// A Site as a pointer, a smaller key.
 static_assert(sizeof(Site) == sizeof(const void*), "std::source_location is a pointer in libstdc++");
-inline const void* place_of(const Site& site) {
+inline const void* location_of(const Site& site) {
   return std::bit_cast<const void*>(site);
 }
 
-// Fails unless the bytes lie in the block's shared memory, aligned to their number.
+// Fails unless the bytes lie in the block's shared memory, aligned to their count.
 void check_shared(const char* operation, const void* address, int bytes, const Site& site);
-// Whether the bytes may be touched; known in AddressSanitizer builds only, true in others.
+// Whether the bytes may be accessed; known in AddressSanitizer builds only, true in others.
 bool addressable(const void* address, size_t bytes);
 
-bool same_place(const Site& a, const Site& b);
+bool same_location(const Site& a, const Site& b);
 std::string describe(const Site& site);
 
 }  // namespace segattn::emulator

@@ -40,8 +40,8 @@ char* stack_arena() {
 }  // namespace
 
 #if defined(__x86_64__)
-// Saves the registers a call preserves, exchanges the stack pointer, restores. `jmp` and not `ret`: all fibers resume at
-// the same few places, which the indirect-branch predictor learns and the return predictor cannot.
+// Saves the callee-saved registers, exchanges the stack pointer, restores. `jmp` instead of `ret`: all fibers resume at
+// the same few addresses, which the indirect-branch predictor learns and the return predictor cannot.
 extern "C" void segattn_emulator_switch(void** save, void* resume);
 asm(R"(
 .text
@@ -70,7 +70,7 @@ segattn_emulator_switch:
 )");
 
 static void* initial_stack(char* top, void (*entry)()) {
-  void** frame = reinterpret_cast<void**>(top) - 8;  // 6 registers, the address to continue at, a null return address
+  void** frame = reinterpret_cast<void**>(top) - 8;  // 6 registers, the resume address, a null return address
   for (int i = 0; i < 8; ++i)
     frame[i] = nullptr;
   frame[6] = reinterpret_cast<void*>(entry);
@@ -122,12 +122,12 @@ static void* initial_stack(char* top, void (*entry)()) {
   return frame;
 }
 #else
-// The portable way, several times slower: a context of ucontext.h, kept beside the stacks.
+// Portable, several times slower: ucontext.h, with the contexts kept apart from the stacks.
 static std::array<ucontext_t, kMaxFibers + 1> contexts;
 
 static void segattn_emulator_switch(void** save, void* resume) {
   if (*save == nullptr)
-    *save = &contexts[kMaxFibers];  // the host's own flow of control
+    *save = &contexts[kMaxFibers];  // the host's own context
   swapcontext(static_cast<ucontext_t*>(*save), static_cast<ucontext_t*>(resume));
 }
 #endif
@@ -143,7 +143,7 @@ void prepare_fiber(Fiber& fiber, int index, void (*entry)()) {
   fiber.stack_bytes = kStackBytes;
   fiber.fake_stack = nullptr;
 #if defined(__SANITIZE_ADDRESS__)
-  // A fiber abandoned after an error leaves its frames' red zones behind.
+  // A fiber abandoned after an error leaves its frames' red zones poisoned.
   __asan_unpoison_memory_region(bottom, kStackBytes);
 #endif
 #if defined(SEGATTN_EMULATOR_UCONTEXT)
@@ -155,7 +155,7 @@ void prepare_fiber(Fiber& fiber, int index, void (*entry)()) {
   makecontext(&context, entry, 0);
   fiber.stack_pointer = &context;
 #else
-  // Stacks start at different offsets: 256 KB apart, all would compete for the same few cache sets.
+  // Staggered: stacks 256 KB apart would all map to the same few cache sets.
   const size_t stagger = size_t(index % 32) * 192;
   fiber.stack_pointer = initial_stack(bottom + kStackBytes - stagger, entry);
 #endif

@@ -1,26 +1,26 @@
-// What code compiled with -fsanitize=thread calls around its memory accesses; here they go to the race detector and the
-// counters instead of ThreadSanitizer.
+// The functions that code compiled with -fsanitize=thread calls at its memory accesses. They feed the race detector and
+// the counters instead of ThreadSanitizer.
 #include "trace.h"
 
 #if defined(SEGATTN_EMULATOR_TRACE)
 
 #include "../include/emulator.h"
-#include "places.h"
+#include "source_locations.h"
 
 namespace segattn::emulator {
 namespace {
 
 using trace::Access;
 
-inline void on_access(Access kind, const void* address, size_t bytes, bool aligned, const void* place) {
+inline void on_access(Access kind, const void* address, size_t bytes, bool aligned, const void* location) {
   if (current == nullptr)
     return;
   if (aligned && reinterpret_cast<uintptr_t>(address) % bytes != 0) {
     fail(
         "misaligned access: %p is not aligned to the %zu bytes of a %s at %s", address, bytes,
-        kind == Access::kRead ? "read" : "write", describe_place(place).c_str());
+        kind == Access::kRead ? "read" : "write", describe_location(location).c_str());
   }
-  trace::access(kind, address, bytes, place);
+  trace::access(kind, address, bytes, location);
 }
 
 }  // namespace

@@ -12,7 +12,7 @@
 namespace segattn::emulator {
 namespace {
 
-std::mutex mutex;  // autograd calls from threads of its own
+std::mutex mutex;  // autograd calls from its own threads
 std::map<std::string, int64_t> counted_calls;
 int64_t launches_before_failure = -1;
 int64_t blocks_at_ends = -1;

@@ -19,7 +19,7 @@ namespace {
 
 const SharedMemory* active = nullptr;
 
-// Blocks start on a multiple of all 32 banks' width, so that bank numbers mean something.
+// A multiple of the 128 bytes of all 32 banks, so that addresses determine banks.
 constexpr size_t kDynamicAlignment = 1024;
 
 struct Segment {
@@ -28,7 +28,7 @@ struct Segment {
   size_t bytes = 0;
 };
 
-// The static shared arrays of the library that holds `code` are its thread-local storage (include/cuda_runtime.h).
+// Static shared arrays are the thread-local storage of the library that holds `code` (include/qualifiers.h).
 Segment static_shared_segment(const void* code) {
   Segment segment{code};
   dl_iterate_phdr(

@@ -1,4 +1,4 @@
-// A launch's shared memory: the dynamic buffer, exactly as large as asked for, and the library's static arrays.
+// A launch's shared memory: the dynamic buffer, exactly as large as requested, and the library's static arrays.
 #pragma once
 
 #include <cstddef>
@@ -29,7 +29,8 @@ class SharedMemory {
   trace::Memory memory_;
 };
 
-// AddressSanitizer's first report since the last call, in a line; empty when all was well (and in other builds). Needs ASAN_OPTIONS=halt_on_error=0, otherwise AddressSanitizer ends the process itself.
+// AddressSanitizer's first report since the last call, in one line; empty without one and in other builds. Needs
+// ASAN_OPTIONS=halt_on_error=0, otherwise AddressSanitizer ends the process.
 std::string take_memory_error();
 
 }  // namespace segattn::emulator

@@ -1,7 +1,7 @@
-// mma.sync, ldmatrix and stmatrix, computed once a warp from the registers of all 32 lanes.
+// mma.sync and ldmatrix, computed once per warp from the registers of all 32 lanes.
 //
 // Layouts: PTX ISA 9.0, sections "Matrix Fragments for mma.m16n8k16 with floating point type", "... mma.m16n8k8" and
-// "Warp-level matrix load instruction: ldmatrix". tests/emulator/fragments.py states the same layouts independently.
+// "Warp-level matrix load instruction: ldmatrix". tests/emulator/fragments.txt holds the same layouts independently.
 #include <bit>
 #include <cstring>
 
@@ -107,64 +107,33 @@ void run_mma_tf32(void* const* operands, unsigned lanes) {
     trace::warp_converged(self().warp, lanes);
 }
 
-struct MatrixTransfer {
+struct MatrixLoad {
   uint32_t* registers;
-  char* row;
-  int matrices;
-  bool transposed;
+  const char* row;
 };
 
+constexpr int kMatrices = 4;
 constexpr int kRowBytes = 16;
 
-// Element (row, column) of matrix i lies in the row that lane 8 i + row names.
-uint16_t* element(void* const* operands, int matrix, int row, int column) {
-  return reinterpret_cast<uint16_t*>(static_cast<const MatrixTransfer*>(operands[8 * matrix + row])->row) + column;
+// Element (row, column) of matrix i is in the row whose address lane 8 i + row gives.
+const uint16_t* element(void* const* operands, int matrix, int row, int column) {
+  return reinterpret_cast<const uint16_t*>(static_cast<const MatrixLoad*>(operands[8 * matrix + row])->row) + column;
 }
 
-template <class F>
-void for_elements(void* const* operands, F&& body) {
-  const auto& model = *static_cast<const MatrixTransfer*>(operands[0]);
-  for (int matrix = 0; matrix < model.matrices; ++matrix) {
+template <bool kTransposed>
+void run_load(void* const* operands, unsigned lanes) {
+  for (int matrix = 0; matrix < kMatrices; ++matrix) {
     for (int lane = 0; lane < kWarpSize; ++lane) {
-      uint32_t& word = static_cast<const MatrixTransfer*>(operands[lane])->registers[matrix];
       const int outer = lane / 4, pair = lane % 4 * 2;
-      if (model.transposed) {
-        body(word, element(operands, matrix, pair, outer), element(operands, matrix, pair + 1, outer));
-      } else {
-        uint16_t* both = element(operands, matrix, outer, pair);
-        body(word, both, both + 1);
-      }
+      const uint16_t low =
+          kTransposed ? *element(operands, matrix, pair, outer) : *element(operands, matrix, outer, pair);
+      const uint16_t high =
+          kTransposed ? *element(operands, matrix, pair + 1, outer) : *element(operands, matrix, outer, pair + 1);
+      static_cast<const MatrixLoad*>(operands[lane])->registers[matrix] = uint32_t(low) | uint32_t(high) << 16;
     }
   }
-}
-
-void run_load(void* const* operands, unsigned lanes) {
-  for_elements(operands, [](uint32_t& word, const uint16_t* low, const uint16_t* high) {
-    word = uint32_t(*low) | uint32_t(*high) << 16;
-  });
   if constexpr (kTrace)
     trace::warp_converged(self().warp, lanes);
-}
-
-void run_store(void* const* operands, unsigned lanes) {
-  for_elements(operands, [](uint32_t word, uint16_t* low, uint16_t* high) {
-    *low = uint16_t(word);
-    *high = uint16_t(word >> 16);
-  });
-  if constexpr (kTrace)
-    trace::warp_converged(self().warp, lanes);
-}
-
-void transfer(
-    const char* operation, trace::Access kind, uint32_t* registers, const void* row, int matrices, bool transposed,
-    Site site, CollectiveFunction run) {
-  MatrixTransfer mine{registers, static_cast<char*>(const_cast<void*>(row)), matrices, transposed};
-  if (self().lane < 8 * matrices) {
-    check_shared(operation, row, kRowBytes, site);
-    if constexpr (kTrace)
-      trace::access(kind, row, kRowBytes, place_of(site));
-  }
-  collective({operation, true, true}, kFullMask, site, &mine, run);
 }
 
 }  // namespace
@@ -181,22 +150,13 @@ void mma(MmaType type, float* d, const uint32_t* a, const uint32_t* b, Site site
   }
 }
 
-void load_matrices(uint32_t* registers, const void* row, int matrices, bool transposed, Site site) {
-  constexpr const char* kNames[2][3] = {
-      {"ldmatrix.x1", "ldmatrix.x2", "ldmatrix.x4"}, {"ldmatrix.x1.trans", "ldmatrix.x2.trans", "ldmatrix.x4.trans"}};
-  transfer(
-      kNames[transposed][matrices / 2], trace::Access::kMatrixRead, registers, row, matrices, transposed, site,
-      run_load);
-}
-
-void store_matrices(const uint32_t* registers, void* row, int matrices, bool transposed, Site site) {
-  if (device().architecture < 90)
-    fail("stmatrix (%s) needs sm_90", describe(site).c_str());
-  constexpr const char* kNames[2][3] = {
-      {"stmatrix.x1", "stmatrix.x2", "stmatrix.x4"}, {"stmatrix.x1.trans", "stmatrix.x2.trans", "stmatrix.x4.trans"}};
-  transfer(
-      kNames[transposed][matrices / 2], trace::Access::kMatrixWrite, const_cast<uint32_t*>(registers), row, matrices,
-      transposed, site, run_store);
+void load_matrices(uint32_t* registers, const void* row, bool transposed, Site site) {
+  const char* operation = transposed ? "ldmatrix.x4.trans" : "ldmatrix.x4";
+  check_shared(operation, row, kRowBytes, site);
+  if constexpr (kTrace)
+    trace::access(trace::Access::kMatrixRead, row, kRowBytes, location_of(site));
+  MatrixLoad mine{registers, static_cast<const char*>(row)};
+  collective({operation, true, true}, kFullMask, site, &mine, transposed ? run_load<true> : run_load<false>);
 }
 
 }  // namespace segattn::emulator

@@ -1,11 +1,11 @@
-// How a tensor core adds the products of one mma to float32 accumulators. As measured on the hardware (docs/emulator.md
-// names the papers), the contraction is taken in blocks, and for each block
+// How a tensor core adds the products of one mma to float32 accumulators, as measured on hardware (docs/emulator.md cites
+// the papers). The contraction is split into blocks. In each block
 //   1. products are exact,
-//   2. every product and the accumulator are aligned to the largest exponent among them, and what lies below
-//      `fraction_bits` binary places of it is cut off, towards zero,
+//   2. every product and the accumulator are aligned to the largest exponent among them and truncated to `fraction_bits`
+//      fraction bits below it,
 //   3. the aligned numbers are added exactly,
-//   4. the sum becomes float32, again rounded towards zero.
-// The exponent of a product is the sum of its factors' exponents: significands are in [1, 4). Subnormal factors keep
+//   4. the sum is rounded to float32 towards zero.
+// The exponent of a product is the sum of its factors' exponents: its significand is in [1, 4). Subnormal factors have
 // their format's lowest exponent.
 #pragma once
 
@@ -38,13 +38,13 @@ constexpr int kLowestExponent = -126;  // float32's, bfloat16's and TF32's
 constexpr int kLowestExponentFloat16 = -14;
 constexpr int kNoExponent = -1000;  // of a zero: never the largest
 
-// Over all values but zeros.
+// Of all nonzero values.
 struct ExponentRange {
   int lowest = 1000, highest = kNoExponent;
   bool finite = true;  // no infinity and no NaN
 };
 
-// lowest: of the values' format
+// lowest: the lowest exponent of the values' format.
 template <int kSize>
 ExponentRange find_exponents(int32_t* exponents, const float* values, int lowest) {
   ExponentRange range;
@@ -83,21 +83,21 @@ Row<Real> power_of_two(Row<int32_t> exponent) {
   return std::bit_cast<Row<Real>>(bits);
 }
 
-// To float32, towards zero. An overflow stays infinite.
+// To float32, towards zero. Overflow gives infinity.
 inline Row<float> truncate(Row<double> exact) {
   const Row<float> nearest = __builtin_convertvector(exact, Row<float>);
   const Row<int64_t> magnitude = ~(int64_t(1) << 63) & std::bit_cast<Row<int64_t>>(exact);
   const Row<int64_t> rounded =
       ~(int64_t(1) << 63) & std::bit_cast<Row<int64_t>>(__builtin_convertvector(nearest, Row<double>));
   constexpr int64_t kInfinity = int64_t(0x7ff) << 52;
-  // -1 where rounding to nearest went away from zero: one step back
+  // -1 where rounding to nearest went away from zero: steps back by one unit.
   const Row<int64_t> away = (rounded > magnitude) & (rounded < kInfinity);
   const Row<int32_t> step = __builtin_convertvector(away, Row<int32_t>);
   return std::bit_cast<Row<float>>(std::bit_cast<Row<int32_t>>(nearest) + step);
 }
 
-// One row of an mma, kBlock of the contraction at a time. Real holds the products and their multiples by powers of two:
-// double does always, float where exponents are moderate. lowest: of the exponents that values are aligned to.
+// One row of an mma, kBlock of the contraction at a time. Real must represent the products and their scaled values:
+// double always does, float does for moderate exponents. lowest: the lowest exponent that values are aligned to.
 template <class Real, int kBlock, int kDepth>
 Row<float> add_row(
     Row<float> sum, const float (&a)[kDepth], const int32_t (&a_exponents)[kDepth], const float (&b)[kDepth][8],
@@ -111,7 +111,7 @@ Row<float> add_row(
       largest = exponent > largest ? exponent : largest;
     }
     const Row<Real> scale = power_of_two<Real>(fraction_bits - largest);
-    // A product is below 2^27 now: two sums of 8 and the accumulator fit 32 bits.
+    // A scaled product is below 2^27: two sums of 8 and the accumulator fit 32 bits.
     Row<int32_t> even = __builtin_convertvector(__builtin_convertvector(sum, Row<Real>) * scale, Row<int32_t>);
     Row<int32_t> odd = {};
     for (int k = first; k < end; k += 2) {
@@ -148,7 +148,7 @@ void add_rows(
   }
 }
 
-// d += a * b. lowest_exponent: of the factors' format.
+// d += a * b. lowest_exponent: that of the factors' format.
 template <int kDepth>
 void add_products_truncated(float (&d)[16][8], MmaOperands<kDepth>& factors, int lowest_exponent, MmaBlocks blocks) {
   MmaExponents<kDepth> exponents;
@@ -157,14 +157,14 @@ void add_products_truncated(float (&d)[16][8], MmaOperands<kDepth>& factors, int
   const ExponentRange b = find_exponents<8 * kDepth>(exponents.b[0], factors.b[0], lowest_exponent);
   const ExponentRange sums = find_exponents<16 * 8>(sum_exponents, d[0], kLowestExponent);
   if (a.finite && b.finite && sums.finite) {
-    constexpr int kModerate = 90;  // float's own limits are 126, and 25 places below the largest are looked at
+    constexpr int kModerate = 90;  // float's own limit is 126, and 25 bits below the largest exponent matter
     const bool moderate = std::max(a.highest + b.highest, sums.highest) < kModerate &&
         std::min(a.lowest + b.lowest, sums.lowest) > -kModerate;
     return moderate ? add_rows<float>(d, factors, exponents, blocks, -kModerate)
                     : add_rows<double>(d, factors, exponents, blocks, kLowestExponent);
   }
 
-  // Infinities and NaN make what IEEE 754 says; the other sums do not see them.
+  // Sums with infinities or NaN follow IEEE 754; the others are computed without them.
   double ieee[16][8];
   for (int m = 0; m < 16; ++m) {
     for (int n = 0; n < 8; ++n) {
@@ -187,7 +187,7 @@ void add_products_truncated(float (&d)[16][8], MmaOperands<kDepth>& factors, int
   }
 }
 
-// d += a * b, every sum rounded to nearest in order of the contraction.
+// d += a * b, each addition rounded to nearest, in order of the contraction.
 template <int kDepth>
 void add_products_to_nearest(float (&d)[16][8], const MmaOperands<kDepth>& factors) {
   for (int m = 0; m < 16; ++m) {

@@ -1,4 +1,4 @@
-// The Python side of the runtime: settings, and what the launches did.
+// The Python module of the runtime: settings and the launches' counters.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -6,7 +6,7 @@
 #include "counters.h"
 #include "device.h"
 #include "host.h"
-#include "places.h"
+#include "source_locations.h"
 #include "trace.h"
 
 namespace py = pybind11;
@@ -43,7 +43,6 @@ py::dict as_dict(const LaunchCounters& launch) {
   result["stream"] = launch.stream;
   result["seconds"] = launch.seconds;
   result["block_barriers"] = launch.block_barriers;
-  result["named_barriers"] = launch.named_barriers;
   result["warp_barriers"] = launch.warp_barriers;
   result["shuffles"] = launch.shuffles;
   result["async_copies"] = launch.async_copies;
@@ -58,15 +57,15 @@ py::dict as_dict(const LaunchCounters& launch) {
   if (kTrace) {
     for (const auto& [kind, counted] : launch.memory)
       memory[kind.c_str()] = as_dict(counted);
-    py::list places;
-    for (const auto& [place, counted] : launch.places) {
+    py::list locations;
+    for (const auto& [kind_and_location, counted] : launch.locations) {
       py::dict entry = as_dict(counted);
-      entry["kind"] = place.first;
-      entry["place"] = describe_place(place.second);
-      places.append(entry);
+      entry["kind"] = kind_and_location.first;
+      entry["location"] = describe_location(kind_and_location.second);
+      locations.append(entry);
     }
     result["memory"] = memory;
-    result["places"] = places;
+    result["locations"] = locations;
   }
   return result;
 }
@@ -95,7 +94,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("calls", &calls, "How often host code called each function of the runtime API since reset().");
   m.def(
       "set_failing_launch", &set_failing_launch, py::arg("launches"),
-      "After so many launches that succeed one fails, as for lack of resources; negative: none.");
+      "One launch fails with a lack of resources after so many have succeeded; negative: none.");
   m.def(
       "set_current_stream",
       [](int64_t stream) {
@@ -106,12 +105,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       py::arg("stream"), "The number of PyTorch's current stream, as report() shows it for each launch; 1 at first.");
   m.def(
       "set_blocks_at_ends", &set_blocks_at_ends, py::arg("blocks"),
-      "So many first and last blocks of every launch run, the others do not; 0: none does; negative: all.");
+      "Runs only so many first and last blocks of every launch; 0: none; negative: all.");
   m.def(
       "set_built_architectures", &set_built_architectures, py::arg("architectures"),
-      "What the library is taken to be built for, 80 for sm_80; none: what the emulated device is.");
+      "Architectures the library reports as built for, 80 for sm_80; empty: that of the emulated device.");
   m.def("set_seed", &set_seed, py::arg("seed"), "Chooses the schedule of threads and blocks.");
-  m.def("seed", &seed);
   m.def(
       "set_mma_rounding", &set_mma_rounding, py::arg("rounding"),
       "How mma adds: 'truncate', as tensor cores do, or 'nearest'. ValueError for anything else.");
@@ -123,12 +121,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         reset_function_attributes();
       },
       py::arg("architecture"), py::arg("multiprocessors") = 0,
-      "Chooses the emulated architecture, 80 for sm_80. ValueError for one it does not know.");
-#if defined(SEGATTN_EMULATOR_TRACE)
-  m.def(
-      "set_race_checks", &trace::set_race_checks, py::arg("on"),
-      "Off: only counters, which need no shadow of all global memory.");
-#endif
-  m.def("architecture", [] { return device().architecture; });
-  m.def("multiprocessors", [] { return device().multiprocessors; });
+      "Chooses the emulated architecture, 80 for sm_80. ValueError for an unknown one.");
 }

@@ -1,4 +1,4 @@
-// A small fast generator for schedules (xorshift64*): the same seed gives the same schedule on every machine.
+// A fast generator for schedules (xorshift64*): a seed gives the same schedule on every machine.
 #pragma once
 
 #include <bit>
@@ -24,7 +24,7 @@ class Random {
     return uint32_t((state_ * 0x2545f4914f6cdd1du) >> 32);
   }
 
-  // One of the set bits of `mask`, which has at least one; each is as likely as the others.
+  // A uniformly random set bit of `mask`, which is not zero.
   int bit_of(uint32_t mask) {
     uint32_t skip = uint32_t(uint64_t(next()) * uint32_t(std::popcount(mask)) >> 32);
 #if defined(__BMI2__)

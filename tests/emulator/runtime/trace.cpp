@@ -6,8 +6,8 @@
 
 #include "counters.h"
 #include "execution.h"
-#include "places.h"
 #include "races.h"
+#include "source_locations.h"
 #include "traffic.h"
 
 namespace segattn::emulator::trace {
@@ -18,13 +18,12 @@ TrafficCounter traffic;
 Memory memory;
 Image kernel_image;
 Image runtime_image;
-bool find_races = true;
 
 bool inside(const void* address, const void* begin, size_t bytes) {
   return uintptr_t(address) - uintptr_t(begin) < bytes;
 }
 
-// Static arrays follow the dynamic ones in the race detector's numbering, from the next multiple of 128 bytes on.
+// In the race detector's shared address space static arrays follow the dynamic memory, 128-byte aligned.
 size_t static_offset() {
   return (memory.dynamic_bytes + 127) / 128 * 128;
 }
@@ -40,22 +39,20 @@ ptrdiff_t shared_offset(const void* address) {
   return -1;
 }
 
-// Registers that live on the stack, kernel parameters, constants, the emulator's own variables.
+// Thread-private memory on the stack, kernel parameters, constants, and the emulator's own variables.
 bool is_private(const void* address) {
   return on_fiber_stack(address) || inside(address, memory.arguments, memory.argument_bytes) ||
       kernel_image.contains(address) || runtime_image.contains(address);
 }
 
 bool is_write(Access kind) {
-  return kind == Access::kWrite || kind == Access::kMatrixWrite || kind == Access::kAsyncWrite;
+  return kind == Access::kWrite || kind == Access::kAsyncWrite;
 }
 
 Traffic shared_traffic(Access kind) {
   switch (kind) {
     case Access::kMatrixRead:
       return Traffic::kSharedMatrixRead;
-    case Access::kMatrixWrite:
-      return Traffic::kSharedMatrixWrite;
     case Access::kAsyncWrite:
       return Traffic::kSharedAsyncWrite;
     default:
@@ -69,22 +66,16 @@ Traffic global_traffic(Access kind) {
                                     : Traffic::kGlobalRead;
 }
 
-void check_races(const void* address, ptrdiff_t offset, size_t bytes, bool write, const void* place) {
-  if (!find_races)
-    return;
+void check_races(const void* address, ptrdiff_t offset, size_t bytes, bool write, const void* location) {
   constexpr uintptr_t kUnit = RaceDetector::kUnitBytes;
   const uintptr_t position = offset >= 0 ? uintptr_t(offset) : uintptr_t(address);
   const uintptr_t first = position / kUnit, last = (position + bytes - 1) / kUnit;
   races.access(
       offset >= 0 ? RaceDetector::Space::kShared : RaceDetector::Space::kGlobal, first, last - first + 1, write,
-      self().index, place);
+      self().index, location);
 }
 
 }  // namespace
-
-void set_race_checks(bool on) {
-  find_races = on;
-}
 
 void launch_started(const Memory& of_launch) {
   memory = of_launch;
@@ -113,31 +104,24 @@ void launch_finished(LaunchCounters& counters) {
   throw std::runtime_error(text);
 }
 
-void access(Access kind, const void* address, size_t bytes, const void* place) {
+void access(Access kind, const void* address, size_t bytes, const void* location) {
   if (is_private(address))
     return;
   const Thread& thread = self();
   const ptrdiff_t offset = shared_offset(address);
-  check_races(address, offset, bytes, is_write(kind), place);
+  check_races(address, offset, bytes, is_write(kind), location);
   traffic.access(
       offset >= 0 ? shared_traffic(kind) : global_traffic(kind), offset >= 0 ? uintptr_t(offset) : uintptr_t(address),
-      bytes, thread.warp, thread.lane, place);
+      bytes, thread.warp, thread.lane, location);
 }
 
-void landed(const void* address, size_t bytes, const void* place) {
-  check_races(address, shared_offset(address), bytes, true, place);
+void landed(const void* address, size_t bytes, const void* location) {
+  check_races(address, shared_offset(address), bytes, true, location);
 }
 
 void block_synchronized() {
   races.block_synchronized();
   block_finished();
-}
-
-void barrier_arrived(int barrier, int thread) {
-  races.barrier_arrived(barrier, thread);
-}
-void barrier_released(int barrier, const std::vector<uint16_t>& waiting) {
-  races.barrier_released(barrier, waiting);
 }
 
 void warp_synchronized(int warp, unsigned lanes) {

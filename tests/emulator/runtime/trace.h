@@ -1,9 +1,8 @@
-// What the race detector and the counters are told. Builds without SEGATTN_EMULATOR_TRACE compile all of it away.
+// Events for the race detector and the counters. Builds without SEGATTN_EMULATOR_TRACE compile all of it away.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <vector>
 
 namespace segattn::emulator {
 
@@ -20,9 +19,9 @@ constexpr bool kTrace = false;
 
 namespace segattn::emulator::trace {
 
-enum class Access : uint8_t { kRead, kWrite, kMatrixRead, kMatrixWrite, kAsyncRead, kAsyncWrite };
+enum class Access : uint8_t { kRead, kWrite, kMatrixRead, kAsyncRead, kAsyncWrite };
 
-// The launch's memory.
+// Memory of a launch.
 struct Memory {
   const char* dynamic_shared = nullptr;
   size_t dynamic_bytes = 0;
@@ -39,22 +38,16 @@ void block_finished();
 // Throws std::runtime_error when races were found.
 void launch_finished(LaunchCounters& counters);
 
-// An access of the running thread, from the instruction at `place` (a return address, or a call's Site).
-void access(Access kind, const void* address, size_t bytes, const void* place);
+// An access of the running thread by the instruction at `location` (a return address, or a call's Site).
+void access(Access kind, const void* address, size_t bytes, const void* location);
 
-// The data of an asynchronous copy arrive: a write that is not counted again.
-void landed(const void* address, size_t bytes, const void* place);
-
-// Off: only counters, which need no shadow of all global memory.
-void set_race_checks(bool on);
+// The data of an asynchronous copy arrive: a write for the race detector, not counted again.
+void landed(const void* address, size_t bytes, const void* location);
 
 // All threads of the block have met.
 void block_synchronized();
-// Named barriers: a thread has come; all have, and those that wait go on.
-void barrier_arrived(int barrier, int thread);
-void barrier_released(int barrier, const std::vector<uint16_t>& waiting);
 void warp_synchronized(int warp, unsigned lanes);
-// The lanes have met, which orders no memory accesses but lines up their instruction streams.
+// The lanes have met without ordering memory accesses: their next accesses start new warp instructions.
 void warp_converged(int warp, unsigned lanes);
 
 }  // namespace segattn::emulator::trace

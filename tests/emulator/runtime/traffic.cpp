@@ -14,7 +14,7 @@ bool is_global(Traffic kind) {
   return kind <= Traffic::kGlobalAsyncRead;
 }
 
-// Passes over the banks that these lanes' accesses take together: the most different words any bank has to deliver.
+// Passes over the banks for these lanes' accesses: the most distinct words in one bank.
 template <class Instruction>
 int wavefronts(const Instruction& instruction, int first_lane, int lanes) {
   uintptr_t words[kBanks][kWarpSize];
@@ -29,7 +29,7 @@ int wavefronts(const Instruction& instruction, int first_lane, int lanes) {
       const int bank = int(word % kBanks);
       uintptr_t* end = words[bank] + count[bank];
       if (std::find(words[bank], end, word) != end)
-        continue;  // a word is delivered to any number of lanes at once
+        continue;  // one pass delivers a word to any number of lanes
       *end = word;
       most = std::max(most, ++count[bank]);
     }
@@ -62,9 +62,9 @@ int sectors(const Instruction& instruction) {
 }  // namespace
 
 const char* name_of(Traffic kind) {
-  constexpr const char* kNames[kTrafficKinds] = {"global_read",        "global_write",       "global_async_read",
-                                                 "shared_read",        "shared_write",       "shared_async_write",
-                                                 "shared_matrix_read", "shared_matrix_write"};
+  constexpr const char* kNames[kTrafficKinds] = {"global_read",       "global_write", "global_async_read",
+                                                 "shared_read",       "shared_write", "shared_async_write",
+                                                 "shared_matrix_read"};
   return kNames[int(kind)];
 }
 
@@ -73,27 +73,27 @@ void TrafficCounter::start_launch() {
   warps_.resize(1024 / kWarpSize);
 }
 
-TrafficCounter::Place& TrafficCounter::find(Warp& warp, Traffic kind, const void* place) {
-  const Key key{place, kind};
+TrafficCounter::LocationTraffic& TrafficCounter::find(Warp& warp, Traffic kind, const void* location) {
+  const Key key{location, kind};
   const size_t slot = (KeyHash()(key) >> 20) % std::size(warp.recent);
-  if (warp.recent_key[slot] == key && !warp.places.empty())
-    return warp.places[warp.recent[slot]];
-  const auto [found, is_new] = warp.index.try_emplace(key, uint32_t(warp.places.size()));
+  if (warp.recent_key[slot] == key && !warp.locations.empty())
+    return warp.locations[warp.recent[slot]];
+  const auto [found, is_new] = warp.index.try_emplace(key, uint32_t(warp.locations.size()));
   if (is_new)
-    warp.places.push_back(Place{place, kind, {}, {}, {}});
+    warp.locations.push_back(LocationTraffic{location, kind, {}, {}, {}});
   warp.recent_key[slot] = key;
   warp.recent[slot] = found->second;
-  return warp.places[found->second];
+  return warp.locations[found->second];
 }
 
 void TrafficCounter::access(
-    Traffic kind, uintptr_t address, size_t bytes, int warp_index, int lane, const void* place) {
+    Traffic kind, uintptr_t address, size_t bytes, int warp_index, int lane, const void* location) {
   Warp& warp = warps_[warp_index];
-  Place& at = find(warp, kind, place);
+  LocationTraffic& at = find(warp, kind, location);
   const uint32_t occurrence = at.occurrences[lane]++;
   if (occurrence >= at.pending.size()) {
     if (at.pending.empty())
-      warp.active.push_back(uint32_t(&at - warp.places.data()));
+      warp.active.push_back(uint32_t(&at - warp.locations.data()));
     at.pending.emplace_back();
   }
   Instruction& instruction = at.pending[occurrence];
@@ -105,11 +105,11 @@ void TrafficCounter::access(
 void TrafficCounter::flush(int warp_index) {
   Warp& warp = warps_[warp_index];
   for (const uint32_t index : warp.active) {
-    Place& place = warp.places[index];
-    for (const Instruction& instruction : place.pending)
-      count(place.kind, instruction, place.total);
-    place.pending.clear();
-    std::fill(std::begin(place.occurrences), std::end(place.occurrences), 0u);
+    LocationTraffic& traffic = warp.locations[index];
+    for (const Instruction& instruction : traffic.pending)
+      count(traffic.kind, instruction, traffic.total);
+    traffic.pending.clear();
+    std::fill(std::begin(traffic.occurrences), std::end(traffic.occurrences), 0u);
   }
   warp.active.clear();
 }
@@ -137,9 +137,9 @@ void TrafficCounter::count(Traffic kind, const Instruction& instruction, Instruc
 
 void TrafficCounter::add_to(LaunchCounters& counters) const {
   for (const Warp& warp : warps_) {
-    for (const Place& place : warp.places) {
-      counters.memory[name_of(place.kind)].add(place.total);
-      counters.places[{name_of(place.kind), place.place}].add(place.total);
+    for (const LocationTraffic& traffic : warp.locations) {
+      counters.memory[name_of(traffic.kind)].add(traffic.total);
+      counters.locations[{name_of(traffic.kind), traffic.location}].add(traffic.total);
     }
   }
 }

@@ -1,5 +1,5 @@
-// Counts memory traffic as the hardware sees it: by warp instructions. Accesses of a warp's lanes belong to one
-// instruction when they come from the same place and are, since the lanes last met, the same lane-wise occurrence of it.
+// Counts memory traffic by warp instructions, as the hardware executes it. Accesses of a warp's lanes belong to one
+// instruction if they come from the same source location and are each lane's n-th access there since the lanes last met.
 #pragma once
 
 #include <cstddef>
@@ -20,17 +20,16 @@ enum class Traffic : uint8_t {
   kSharedWrite,
   kSharedAsyncWrite,
   kSharedMatrixRead,
-  kSharedMatrixWrite,
 };
-constexpr int kTrafficKinds = 8;
+constexpr int kTrafficKinds = 7;
 const char* name_of(Traffic kind);
 
 class TrafficCounter {
  public:
   void start_launch();
-  // `address`: for shared memory the offset from a multiple of 128 bytes.
-  void access(Traffic kind, uintptr_t address, size_t bytes, int warp, int lane, const void* place);
-  // The lanes of the warp have met: what comes next belongs to other instructions.
+  // `address`: in shared memory the offset from a multiple of 128 bytes.
+  void access(Traffic kind, uintptr_t address, size_t bytes, int warp, int lane, const void* location);
+  // Called when the lanes of the warp meet: later accesses belong to other instructions.
   void flush(int warp);
   void add_to(LaunchCounters& counters) const;
 
@@ -40,30 +39,32 @@ class TrafficCounter {
     uintptr_t address[kWarpSize];
     uint8_t bytes[kWarpSize];
   };
-  struct Place {
-    const void* place;
+  // The accesses of one kind at one source location.
+  // The accesses of one kind at one source location.
+  struct LocationTraffic {
+    const void* location;
     Traffic kind;
     uint32_t occurrences[kWarpSize] = {};
     std::vector<Instruction> pending;
     InstructionCounters total;
   };
   struct Key {
-    const void* place;
+    const void* location;
     Traffic kind;
     bool operator==(const Key&) const = default;
   };
   struct KeyHash {
-    size_t operator()(const Key& key) const { return size_t(key.place) * 0x9e3779b97f4a7c15u + size_t(key.kind); }
+    size_t operator()(const Key& key) const { return size_t(key.location) * 0x9e3779b97f4a7c15u + size_t(key.kind); }
   };
   struct Warp {
     std::unordered_map<Key, uint32_t, KeyHash> index;
-    std::vector<Place> places;
-    std::vector<uint32_t> active;  // places with pending instructions
-    Key recent_key[64] = {};       // a small cache over `index`
+    std::vector<LocationTraffic> locations;
+    std::vector<uint32_t> active;  // locations with pending instructions
+    Key recent_key[64] = {};       // a direct-mapped cache of `index`
     uint32_t recent[64] = {};
   };
 
-  Place& find(Warp& warp, Traffic kind, const void* place);
+  LocationTraffic& find(Warp& warp, Traffic kind, const void* location);
   static void count(Traffic kind, const Instruction& instruction, InstructionCounters& total);
 
   std::vector<Warp> warps_;

@@ -1,7 +1,7 @@
-"""What ``gpu_suite --plan`` prints: how to spend half an hour on a machine that is lent bare, call by call.
+"""``gpu_suite --plan``: the calls that fill half an hour on a lent machine.
 
-Such a machine has the toolkit, torch and the profilers, gets a copy of the working tree and the files named to be
-carried, runs one command, and gives back the files in ``$OUT``. Nothing else is kept between calls.
+Such a machine has the toolkit, torch and the profilers. A call copies the working tree and the carried files to it,
+runs one command, and returns the files in ``$OUT``; nothing else is kept between calls.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import shlex
 import subprocess
 from dataclasses import dataclass
 
-from . import children
-from .gpu_work import COMPILED, DTYPES, FAMILIES, RIVALS, SIZES
+from tools import compilers
 
-START_SECONDS = 90  # until a call's command runs: the machine's start and the transfers
-TRANSFER_BYTES = 64 << 20  # of the working tree and the carried files, a call
+from .selection import COMPILED, DTYPES, FAMILIES, RIVALS, SIZES
+
+START_SECONDS = 90  # before a call's command runs: the machine's start and the transfers
+TRANSFER_BYTES = 64 << 20  # limit of the working tree and the carried files, per call
 LENT_SECONDS = 1800
-# Without CPU kernels for newer processors: what is measured runs on the device, and every processor runs these.
+# Only the baseline CPU kernels, which run on every processor: the suite measures the device.
 CARRIED = (
     "segattn_ops/_C.abi3.so",
     "segattn_ops/_C_cuda.abi3.so",
@@ -30,7 +31,7 @@ SUITE = "python3 -m benchmarks.gpu_suite"
 
 @dataclass(frozen=True)
 class Call:
-    """One command line for the machine: the suite's invocations, run one after another, and the time limit of all."""
+    """One command line for the machine: invocations of the suite in sequence, and the time limit of all."""
 
     title: str
     invocations: tuple[str, ...]
@@ -73,26 +74,26 @@ def calls() -> list[Call]:
 
 
 def tree_bytes() -> int | None:
-    """Of the files that travel without being named: tracked, and untracked ones that are not ignored."""
+    """Bytes of the working tree as it is copied: tracked files, and untracked ones that are not ignored."""
     listing = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=children.ROOT,
+        cwd=compilers.ROOT,
         capture_output=True,
         check=False,
     )
     if listing.returncode:
         return None
-    paths = (children.ROOT / name.decode() for name in listing.stdout.split(b"\0") if name)
+    paths = (compilers.ROOT / name.decode() for name in listing.stdout.split(b"\0") if name)
     return sum(path.stat().st_size for path in paths if path.is_file())
 
 
 def carried_fault() -> str | None:
-    """Why the libraries here would not serve on the machine, by the files alone; None if they would."""
-    missing = [name for name in CARRIED if not (children.ROOT / name).exists()]
+    """Why the libraries here could not be used on the machine, judged by the files alone; None if they could."""
+    missing = [name for name in CARRIED if not (compilers.ROOT / name).exists()]
     if missing:
         return f"{missing[0]} is not built"
-    info = json.loads((children.ROOT / CARRIED[-1]).read_text())
-    sources = children.BUILD_TOOLS["fingerprint"](children.ROOT)
+    info = json.loads((compilers.ROOT / CARRIED[-1]).read_text())
+    sources = compilers.build_tools.fingerprint(compilers.ROOT)
     for name in CARRIED[:-1]:
         library = name.removeprefix("segattn_ops/").removesuffix(".abi3.so")
         if info.get("sources", {}).get(library) != sources:
@@ -113,7 +114,7 @@ def describe() -> list[str]:
         "",
         "Carry with every call:",
     ]
-    sizes = {name: path.stat().st_size for name in CARRIED if (path := children.ROOT / name).exists()}
+    sizes = {name: path.stat().st_size for name in CARRIED if (path := compilers.ROOT / name).exists()}
     lines += [f"  {name}  {_mib(sizes[name]) if name in sizes else 'not built'}" for name in CARRIED]
     tree = tree_bytes()
     travels = sum(sizes.values()) + (tree or 0)
@@ -137,7 +138,7 @@ def describe() -> list[str]:
 
 
 def invocations(lines: list[str]) -> list[list[str]]:
-    """The arguments of every command of the suite in printed lines."""
+    """The arguments of every suite command in printed lines."""
     commands = [part for line in lines for part in line.strip().split("; ") if part.startswith(SUITE)]
     return [shlex.split(command)[len(SUITE.split()) :] for command in commands]
 

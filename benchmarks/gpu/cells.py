@@ -1,25 +1,24 @@
-"""One cell on a GPU: checked against float64, then forward and backward timed apart, in the caller's process."""
+"""One cell on a GPU: checked against float64, then forward and backward timed separately, in the caller's process."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
-import statistics
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
-from . import features, measure, native, rivals, run, validate
-from .workloads import DTYPES, Workload
+from .. import features, measure, rivals, run, validate
+from ..workloads import DTYPES, Workload
+from . import native
 
 ROUNDS = 25
-SECONDS = 0.5  # of repeats, for one cell and kind: 25 rounds of 20 ms, and what takes longer varies less
+SECONDS = 0.5  # of repeats per cell and kind: 25 rounds of 20 ms; longer calls vary less and need fewer
 
 
 class DeviceCell:
-    """A workload's operands on the device, shared by all rivals, and the float64 values they are compared with."""
+    """A workload's operands on the device, shared by all rivals, and the float64 reference values."""
 
     def __init__(self, workload: Workload, device: torch.device, seed: int = 0):
         self.workload, self.device = workload, device
@@ -28,7 +27,7 @@ class DeviceCell:
         x = torch.randn(shape, generator=generator, device=device).relu_()
         self.leaves = {name: leaf.requires_grad_() for name, leaf in features.operands(workload, x, seed).items()}
         self.grad_output = features.grad_output(workload, seed + 1, device)
-        self.checked = sorted({0, workload.batch - 1})  # the samples that are computed in float64
+        self.checked = sorted({0, workload.batch - 1})  # the samples compared with float64
         self.checked_workload = replace(workload, batch=len(self.checked))
         self.reference = validate.expected(
             self.checked_workload, self._checked(self.leaves), self.grad_output[self.checked], seed
@@ -38,15 +37,15 @@ class DeviceCell:
         self.time = measure.DeviceTimer(device) if self.on_device else measure.time_host
 
     def _checked(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The checked samples of the tensors that have a batch; the others (weights) as they are."""
+        """The checked samples of tensors with a batch dimension; the others (weights) unchanged."""
         return {
             name: tensor.detach()[self.checked] if _has_batch(self.workload, name) else tensor.detach()
             for name, tensor in tensors.items()
         }
 
     def errors(self, output: torch.Tensor, gradients: tuple[torch.Tensor, ...]) -> dict[str, float]:
-        """As ``validate.errors`` on the checked samples; a weight's gradient, a sum over all samples, is left out where
-        not all are checked."""
+        """``validate.errors`` on the checked samples. Gradients of weights sum over all samples: they are left out
+        unless all are checked."""
         got = self._checked(dict(zip(self.leaves, gradients, strict=True)))
         found = validate.errors(
             self.checked_workload,
@@ -62,7 +61,7 @@ class DeviceCell:
         return {name: error for name, error in found.items() if name not in weights}
 
     def learn_eager(self) -> None:
-        """Eager's errors, which are the measure of the fused op's; it leaves them unknown where eager does not run."""
+        """Sets eager's errors, with which the fused op's are compared; they stay None if eager runs out of memory."""
         leaves = tuple(self.leaves.values())
         with contextlib.suppress(torch.cuda.OutOfMemoryError):
             output = rivals.formulation("eager", self.workload.op)(*leaves)
@@ -70,8 +69,8 @@ class DeviceCell:
             self.eager_errors = self.errors(output, gradients)
 
     def measure(self, rival: str) -> dict:
-        """Errors, extra memory, seconds of forward, backward and both, and in which of them the device waited for the
-        host. Raises what the rival raises, and ``NotNative`` for the fused op without its kernels."""
+        """Errors, extra memory, seconds of forward, backward and both, and which of these include time the device
+        waited for the host. Raises what the rival raises, and ``NotNative`` for the fused op without its kernels."""
         if rival != "fused":
             return self._measure(rival)
         native.require_native(self.device.type)
@@ -93,7 +92,7 @@ class DeviceCell:
             return output, torch.autograd.grad(output, leaves, self.grad_output)
 
         if rivals.uses_compiler(rival):
-            torch._dynamo.reset()  # past a few recompilations of one function, dynamo would quietly run it eagerly
+            torch._dynamo.reset()  # after a few recompilations of one function, dynamo silently runs it eagerly
         forward()
         forward_backward()
         meter = measure.DeviceMemory(self.device) if self.on_device else None
@@ -121,7 +120,7 @@ class DeviceCell:
         return {"errors": found, "memory": memory, "host_exposed": exposed} | timings
 
     def _timed(self, function) -> float:
-        """Seconds of one call. ``hidden`` becomes False where the device waited for the host in it."""
+        """Seconds of one call. ``hidden`` becomes False if the device waited for the host."""
         seconds = self.time(function)
         self.hidden &= getattr(self.time, "hidden", True)
         return seconds
@@ -136,7 +135,7 @@ class DeviceCell:
             gc.enable()
 
     def _backward(self, function, leaves) -> list[float]:
-        """The backward alone: its forward runs before the first event, and the cache is flushed between them."""
+        """The backward alone: the forward runs before the first event, and the cache is flushed in between."""
         seconds = []
         while len(seconds) < 3 or (len(seconds) < ROUNDS and sum(seconds) < SECONDS):
             output = function(*leaves)
@@ -144,7 +143,7 @@ class DeviceCell:
         return seconds
 
     def _captured(self, forward) -> torch.cuda.CUDAGraph | None:
-        """The forward as a CUDA graph, for small batches, where launches are what takes the time; None if it cannot."""
+        """The forward as a CUDA graph, for batch 1, where launches dominate; None if it cannot be captured."""
         if self.workload.batch > 1 or not self.on_device:
             return None
         graph = torch.cuda.CUDAGraph()
@@ -167,25 +166,26 @@ def cell_record(workload: Workload, rival: str, cell: Callable[[], DeviceCell], 
     try:
         return entry | cell().measure(rival)
     except native.NotNative:
-        raise  # no fact about this cell
+        raise  # not a property of this cell
     except validate.WrongResult as wrong:
         return entry | {"status": "wrong", "reason": str(wrong)}
     except torch.cuda.OutOfMemoryError as error:
         return entry | {"status": "failed", "reason": f"out of memory: {str(error).splitlines()[0]}"[:300]}
-    except Exception as error:  # a rival's refusal is a line of the report, whatever it raises
+    except Exception as error:  # of any kind: a rival that fails is a line of the report
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         return entry | {"status": "failed", "reason": reason[:300]}
 
 
 def sdpa_choice(workload: Workload, device: torch.device) -> dict[str, str]:
-    """Which of ``scaled_dot_product_attention``'s backends take this workload, and which one PyTorch chooses itself."""
+    """Which of ``scaled_dot_product_attention``'s backends accept this workload, and which one PyTorch chooses."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
 
-    inner, outer = workload.widths
+    key_channels, value_channels = workload.widths
     n, dtype = min(workload.positions, 4096), DTYPES[workload.dtype]
     query, key, value = (
-        torch.randn(1, 1, n, width, device=device, dtype=dtype, requires_grad=True) for width in (inner, inner, outer)
+        torch.randn(1, 1, n, width, device=device, dtype=dtype, requires_grad=True)
+        for width in (key_channels, key_channels, value_channels)
     )
     answers = {"default": SDPBackend(torch._fused_sdp_choice(query, key, value)).name}
     for name in (*rivals.SDPA_BACKENDS.values(), "MATH"):
@@ -197,33 +197,3 @@ def sdpa_choice(workload: Workload, device: torch.device) -> dict[str, str]:
         except RuntimeError as error:
             answers[name] = f"refused: {str(error).splitlines()[0]}"
     return answers
-
-
-def ceilings(device: torch.device) -> dict[str, float]:
-    """What the device reaches: bytes/s of a copy (read + written), FLOP/s of large products of random matrices; on a
-    CPU, of small ones, which rehearses the code and is no figure."""
-    on_device = device.type == "cuda"
-    timer = measure.DeviceTimer(device) if on_device else measure.time_host
-
-    def median(function) -> float:
-        function()
-        return statistics.median(timer(function) for _ in range(15))
-
-    source = torch.randn(2**29 if on_device else 2**20, device=device)  # 2 GiB
-    target = torch.empty_like(source)
-    seconds = median(functools.partial(target.copy_, source))
-    found = {"copy_bytes_per_second": 2 * source.numel() * source.element_size() / seconds}
-    del source, target
-    n = 8192 if on_device else 256
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    for name, dtype, tf32 in (
-        ("bfloat16", torch.bfloat16, False),
-        ("float16", torch.float16, False),
-        ("float32", torch.float32, False),
-        ("tf32", torch.float32, True),
-    ):
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        torch.backends.cuda.matmul.allow_tf32 = tf32
-        found[f"matmul_{name}_flop_per_second"] = 2 * n**3 / median(functools.partial(torch.matmul, a, b))
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    return found

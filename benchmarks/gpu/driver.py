@@ -1,7 +1,7 @@
-"""Runs one op family's kernels on small odd shapes, against the reference: what compute-sanitizer and ncu look at.
+"""Runs one op family's kernels on small odd shapes and compares the results with float64.
 
-``python -m benchmarks.gpu_driver --op position [--size 9x11] [--dtypes bfloat16,float32] [--once]``. Exit status 1:
-a result is wrong; 2: the package's kernels for the device are not loaded.
+compute-sanitizer and ncu run it: ``python -m benchmarks.gpu.driver --op position [--size 9x11] [--dtypes
+bfloat16,float32] [--once]``. Exit status 1: a result is wrong; 2: the package's kernels for the device are not loaded.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ import sys
 
 import torch
 
-from . import features, native, rivals, validate
-from .gpu_work import FAMILIES
-from .workloads import DTYPES, Workload, parse_size
+from .. import features, rivals, validate
+from ..workloads import DTYPES, Workload, parse_size
+from . import native
+from .selection import FAMILIES
 
 SMALL = ((9, 11), (1, 33), (17, 1), (1, 1))
 
 
 def exercise(workload: Workload, device: torch.device, check: bool) -> None:
-    """Forward and backward of the native kernels; ``check`` compares with float64 under the tolerance rule."""
+    """Runs the native kernels forward and backward; ``check`` compares them with float64 under the tolerance rule."""
     from segattn_ops import use_backend
 
     x = torch.randn(workload.batch, workload.channels, workload.height, workload.width, device=device).relu()
@@ -30,7 +31,7 @@ def exercise(workload: Workload, device: torch.device, check: bool) -> None:
         output = rivals.formulation("fused", workload.op)(*operands)
         gradients = torch.autograd.grad(output, operands, grad_output)
     if device.type == "cuda":
-        torch.cuda.synchronize(device)  # an error of these kernels is theirs, and not of the comparison's
+        torch.cuda.synchronize(device)  # a failed launch raises here, not in the comparison
     if not check:
         return
     expected = validate.expected(workload, leaves, grad_output)
@@ -42,7 +43,7 @@ def exercise(workload: Workload, device: torch.device, check: bool) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_driver", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.driver", description=__doc__.splitlines()[0])
     parser.add_argument("--op", choices=tuple(FAMILIES), required=True)
     parser.add_argument("--size", type=parse_size, action="append", help="HxW, repeatable; small odd ones if not given")
     parser.add_argument("--dtypes", default="bfloat16,float16,float32,float64")
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--channels", type=int, default=40)
     parser.add_argument("--key-channels", type=int, default=12)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--once", action="store_true", help="no comparison: the package's kernels and nothing else")
+    parser.add_argument("--once", action="store_true", help="no comparison: only the package's kernels")
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
     dtypes = arguments.dtypes.split(",")
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         native.require_native(device.type)
     except native.NotNative as missing:
-        print(f"gpu_driver: {missing}")
+        print(f"benchmarks.gpu.driver: {missing}")
         return 2
     torch.manual_seed(0)
     wrong = 0
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
                 else:
                     print(f"{workload.label}: right" if not arguments.once else workload.label, flush=True)
     if wrong:
-        print(f"gpu_driver: {wrong} results are wrong")
+        print(f"benchmarks.gpu.driver: {wrong} results are wrong")
     return 1 if wrong else 0
 
 

@@ -1,34 +1,33 @@
-"""What ptxas makes of the CUDA kernels, all of them: registers, local memory (spills), shared memory, occupancy,
-tensor-core instructions.
+"""Resources of every compiled CUDA kernel: registers, local memory (spills), shared memory, occupancy, tensor-core
+instructions.
 
-    python -m benchmarks.cuda_resources      # writes docs/cuda_resources.md
+    python -m tools.cuda_resources      # writes docs/cuda_resources.md
 
-Needs no GPU, but nvcc, cuobjdump (the toolkit's or triton's) and the emulator (tests/emulator), whose dry runs say what
-each kernel is launched with: the same host code, nothing run. tests/cuda/test_resources.py holds the built library
-against the table.
+Needs nvcc, cuobjdump (the toolkit's or triton's) and the emulator (tests/emulator), but no GPU: the host code runs on
+the emulator, which records each launch without running the kernel. tests/cuda/test_resources.py compares the built
+library with the table.
 """
 
-import os
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from itertools import product
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
-ROOT = Path(__file__).parent.parent
+from .compilers import CSRC, ROOT, build_tools, cuobjdump, locked, ninja_path, nvcc, output_name, run_ninja
+
 TABLE = ROOT / "docs" / "cuda_resources.md"
 ARCHITECTURES = (80, 86, 90)
-RESERVED_SHARED_BYTES = (
-    1024  # of every block from sm_80 on, for the system; cuobjdump counts them from sm_90 on, where a kernel has any
-)
-REGISTERS = 65536
+# The system reserves these of every block from sm_80 on. cuobjdump includes them from sm_90 on, for kernels that use
+# shared memory.
+RESERVED_SHARED_BYTES = 1024
+REGISTERS = 65536  # of a multiprocessor
 
 
 @dataclass(frozen=True)
@@ -49,12 +48,12 @@ MULTIPROCESSORS = {
 
 @dataclass(frozen=True)
 class Kernel:
-    """Compiled for one architecture."""
+    """A kernel compiled for one architecture."""
 
     name: str
     architecture: int
     registers: int
-    local_bytes: int  # of a thread, in memory: spilled registers, or an array that is indexed at run time
+    local_bytes: int  # per thread: spilled registers, or an array indexed at run time
     static_shared_bytes: int
     tensor_core_instructions: int  # in the SASS
 
@@ -75,12 +74,7 @@ def blocks_per_multiprocessor(kernel: Kernel, launch: Launch) -> int:
     )
 
 
-# ---- what was compiled -----------------------------------------------------------------------------------------------
-
-
-def nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc") or (home and shutil.which("nvcc", path=f"{home}/bin"))
+# ---- compiled kernels ------------------------------------------------------------------------------------------------
 
 
 def nvcc_release() -> str:
@@ -88,16 +82,8 @@ def nvcc_release() -> str:
     return re.search(r"V([\d.]+)", text)[1]
 
 
-@cache
-def cuobjdump() -> str | None:
-    if found := shutil.which("cuobjdump"):
-        return found
-    packaged = Path(sysconfig.get_paths()["purelib"]) / "triton" / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return str(packaged) if packaged.exists() else None
-
-
 def readable(names: list[str]) -> dict[str, str]:
-    """Mangled name -> "weighted_sum_kernel<...>"."""
+    """Mangled names to names like "weighted_sum_kernel<...>"."""
     if not names:
         return {}
     done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
@@ -105,7 +91,7 @@ def readable(names: list[str]) -> dict[str, str]:
 
 
 def short(name: str) -> str:
-    """Without result, parameters and namespaces."""
+    """A demangled name without return type, parameters and namespaces."""
     name = re.sub(r"^void |segattn::cuda::|__nv_|\(anonymous namespace\)::", "", name)
     return re.sub(r" (?=>)", "", re.sub(r"\([^()]*\)$", "", name))
 
@@ -115,7 +101,7 @@ def _dump(option: str, file: Path) -> str:
 
 
 def read(file: Path) -> list[Kernel]:
-    """The kernels in a fat binary, or in a shared library with some."""
+    """The kernels of a fat binary or of a shared library."""
     tensor_core = {}
     for part in re.split(r"code for sm_", _dump("-sass", file))[1:]:
         architecture = int(re.match(r"\d+", part)[0])
@@ -137,47 +123,39 @@ def read(file: Path) -> list[Kernel]:
 
 
 def library() -> Path | None:
-    """The CUDA library that was built in place."""
+    """The CUDA library built in place, None if absent."""
     return next((ROOT / "segattn_ops").glob("_C_cuda*.so"), None)
 
 
 def sources() -> list[Path]:
-    return sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
+    return sorted((CSRC / "cuda").rglob("*.cu"))
 
 
 def compiled(files: list[Path], architectures: tuple[int, ...] = ARCHITECTURES) -> list[Kernel]:
-    """The kernels of some sources. Their fat binaries stay in build/cuda_resources: only what has changed since is
-    compiled, by ninja, MAX_JOBS at a time."""
+    """The kernels of some sources. ninja keeps their fat binaries in build/cuda_resources and compiles what changed."""
     from torch.utils import cpp_extension
 
-    from tests.emulator.build import locked
-
     folder = ROOT / "build" / "cuda_resources" / "_".join(map(str, architectures))
-    flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA", "-DPy_LIMITED_API=0x030A0000"]
-    flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
-    flags += [f"-I{path}" for path in (ROOT / "csrc", *cpp_extension.include_paths(), sysconfig.get_paths()["include"])]
+    flags = list(build_tools.NVCC_FLAGS)
+    flags += [f"-I{path}" for path in (CSRC, *cpp_extension.include_paths(), sysconfig.get_paths()["include"])]
     flags += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
     lines = ["rule compile", f"  command = {nvcc()} {' '.join(flags)} -MD -MF $out.d -fatbin $in -o $out"]
     lines += ["  depfile = $out.d", "  deps = gcc"]
-    lines += [f"build {file.stem}.fatbin: compile {file}" for file in files]
-    jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
-    command = [sys.executable, "-m", "ninja", "-C", str(folder), "-j", jobs]
-    with locked(folder):  # pytest-xdist may ask twice at once
-        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(done.stdout + done.stderr)
-    kernels = [kernel for file in files for kernel in read(folder / f"{file.stem}.fatbin")]
+    binaries = {file: output_name(file, ".fatbin") for file in files}
+    lines += [f"build {ninja_path(binary)}: compile {ninja_path(file)}" for file, binary in binaries.items()]
+    with locked(folder):
+        run_ninja(folder, "\n".join(lines) + "\n")
+    kernels = [kernel for binary in binaries.values() for kernel in read(folder / binary)]
     unique = {(k.name, k.architecture): k for k in kernels}
     return [unique[key] for key in sorted(unique)]
 
 
-# ---- what it is launched with ----------------------------------------------------------------------------------------
+# ---- launches --------------------------------------------------------------------------------------------------------
 
-# E, C and the image's side of the problems whose launches are looked at; the first that launches a kernel counts: the
-# papers' sizes, and what takes the paths beside.
+# (key_channels, value_channels, height and width) of the problems whose launches are recorded: the papers' sizes first,
+# then sizes that take the other paths. The first problem that launches a kernel decides its row.
 PROBLEMS = ((64, 512, 97), (64, 128, 97), (200, 512, 97), (200, 128, 97), (1024, 512, 97), (8, 8, 300))
-# and whether TF32 is allowed
+# (dtype, whether TF32 is allowed)
 DTYPES = (
     (torch.bfloat16, False),
     (torch.float16, False),
@@ -187,8 +165,8 @@ DTYPES = (
 )
 
 
-def _call_everything(operators, embedding: int, channels: int, side: int, dtype: torch.dtype) -> None:
-    """Every operator forward and backward on one sample of side x side positions."""
+def _call_everything(operators, key_channels: int, value_channels: int, side: int, dtype: torch.dtype) -> None:
+    """Calls every operator forward and backward on one sample of side x side positions."""
 
     def call(operator: str, *arguments) -> None:
         result = getattr(operators, operator)(*arguments)
@@ -199,25 +177,26 @@ def _call_everything(operators, embedding: int, channels: int, side: int, dtype:
     def features(*shape: int) -> torch.Tensor:
         return torch.zeros(1, *shape, dtype=dtype, requires_grad=True)
 
-    query, key = features(embedding, side, side), features(embedding, side, side)
-    value, weights = features(channels, side, side), features(2 * side - 1, side, side)
+    query, key = features(key_channels, side, side), features(key_channels, side, side)
+    value, weights = features(value_channels, side, side), features(2 * side - 1, side, side)
     call("position_attention", query, key, value, 1.0)
     call("criss_cross_attention", query, key, value, 1.0)
     call("criss_cross_affinity", query, key)
     call("criss_cross_aggregation", weights, value)
-    few = [features(channels, 8, 8) for _ in range(3)]  # torch's own products are computed
+    few = [features(value_channels, 8, 8) for _ in range(3)]  # small: torch's own products do run
     call("channel_attention", *few, 1.0)
     call("channel_self_attention", few[0], 1.0)
-    gamma = torch.ones(1, channels, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
+    gamma = torch.ones(1, value_channels, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
     call("channel_self_attention", few[0], 1.0, gamma)
 
 
-def launches(architectures: tuple[int, ...] = ARCHITECTURES) -> dict[tuple[str, int], Launch]:
-    """By kernel and architecture: what the first of PROBLEMS that needs the kernel launches it with there, the largest
-    blocks of several launches (criss-cross attention has other blocks for columns than for rows)."""
-    from tests.emulator import build
+def launches(emulator: ModuleType, architectures: tuple[int, ...] = ARCHITECTURES) -> dict[tuple[str, int], Launch]:
+    """The launch of each (kernel, architecture) in the first of PROBLEMS that needs the kernel; the largest block of
+    several launches (criss-cross attention uses different blocks for columns and rows).
 
-    emulator = build.load("plain")
+    Args:
+        emulator: the control module that ``tests.emulator.build.load`` returns.
+    """
     operators = torch.ops.segattn_emulated
     found: dict[tuple[str, int], Launch] = {}
     emulator.set_blocks_at_ends(0)
@@ -240,7 +219,7 @@ def launches(architectures: tuple[int, ...] = ARCHITECTURES) -> dict[tuple[str, 
     return found
 
 
-# ---- the table -------------------------------------------------------------------------------------------------------
+# ---- table -----------------------------------------------------------------------------------------------------------
 
 
 def cell(kernel: Kernel, launch: Launch | None) -> str:
@@ -260,7 +239,7 @@ def rows(kernels: list[Kernel], found: dict[tuple[str, int], Launch]) -> Iterato
         by_name.setdefault(kernel.name, {})[kernel.architecture] = kernel
     for name, of in sorted(by_name.items()):
         if "__half" in name and name.replace("__half", "bfloat16") in by_name:
-            continue  # the twin is in the table
+            continue  # the table lists the bfloat16 twin
         cells = [cell(of[a], found.get((name, a))) if a in of else "" for a in ARCHITECTURES]
         yield f"| `{name}` | {max(k.static_shared_bytes for k in of.values())} | " + " | ".join(cells) + " |"
 
@@ -271,15 +250,16 @@ def table(kernels: list[Kernel], found: dict[tuple[str, int], Launch]) -> str:
     lines = [
         "# Resources of the CUDA kernels",
         "",
-        f"Made by `python -m benchmarks.cuda_resources` with nvcc {nvcc_release()}; `tests/cuda/test_resources.py`",
-        "holds the built library against it. For each architecture: registers a thread, threads a block, dynamic shared",
-        "memory in KB / blocks a multiprocessor / tensor-core instructions in the SASS. The launches are those of the",
-        "first problem that needs the kernel there, the largest blocks of several, and a dash means that none does;",
-        f"the problems are, as (E, C, height and width), {problems}.",
-        "The float16 kernels are the bfloat16 ones with another `mma`, and are left out.",
+        f"Written by `python -m tools.cuda_resources` with nvcc {nvcc_release()}; `tests/cuda/test_resources.py`",
+        "compares the built library with it. For each architecture: registers per thread / threads per block /",
+        "dynamic shared memory in KiB / blocks per multiprocessor / tensor-core instructions in the SASS. The launch",
+        "is that of the first problem that needs the kernel on the architecture, the largest block of several; a dash",
+        "means that no problem does. The float16 kernels are left out: they are the bfloat16 ones with another `mma`.",
         "",
-        f"Of {len(kernels)} kernels, counted for each architecture, {spilling} use local memory (spilled registers):",
-        'marked by "B local", a thread\'s bytes.',
+        f"The problems, as (E, C, height and width): {problems}.",
+        "",
+        f"{spilling} of {len(kernels)} kernels, counted per architecture, use local memory (spilled registers); these",
+        'are marked "B local", with the bytes per thread.',
         "",
         "| kernel | static shared bytes | " + " | ".join(f"sm_{a}" for a in ARCHITECTURES) + " |",
         "|---|---|" + "---|" * len(ARCHITECTURES),
@@ -289,11 +269,13 @@ def table(kernels: list[Kernel], found: dict[tuple[str, int], Launch]) -> str:
 
 
 def main() -> int:
+    from tests.emulator import build  # here: the emulator's tests import this module
+
     for tool in (nvcc, cuobjdump):
         if tool() is None:
-            print(f"{tool.__name__} is needed: neither on PATH nor in the places it is usually installed")
+            print(f"cuda_resources: no {tool.__name__} on PATH or where CUDA is usually installed")
             return 1
-    TABLE.write_text(table(compiled(sources()), launches()))
+    TABLE.write_text(table(compiled(sources()), launches(build.load("plain"))))
     print(TABLE.read_text())
     return 0
 

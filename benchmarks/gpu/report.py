@@ -1,12 +1,13 @@
-"""The GPU suite's results as Markdown: steps, ceilings, which of SDPA's backends took what, and a row a cell."""
+"""The suite's results as Markdown: steps, ceilings, SDPA's backends, and a row per cell."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from . import measure, report, rivals, validate, workloads
-from .gpu_state import State, key_of
-from .workloads import Workload
+from .. import measure, rivals, validate, workloads
+from ..report import markdown_table, size_of
+from ..workloads import Workload
+from .state import State, key_of
 
 COLUMNS = (
     "op",
@@ -28,7 +29,7 @@ EXPOSED = "*"
 
 
 def table(cells: list[dict]) -> list[list[str]]:
-    """A row a cell: TFLOP/s of the definition, GB/s of the least bytes that must move, time over the fused op's."""
+    """A row per cell: TFLOP/s of the definition, GB/s of the least bytes to move, time over the fused op's."""
     order = {name: index for index, name in enumerate(rivals.RIVALS)}
     ours = {key_of(entry): entry for entry in cells if entry["rival"] == "fused" and entry["status"] == "measured"}
     rows = []
@@ -36,7 +37,7 @@ def table(cells: list[dict]) -> list[list[str]]:
         cells, key=lambda e: (workloads.OPS.index(e["op"]), e["dtype"], e["positions"], e["batch"], order[e["rival"]])
     )
     for entry in groups:
-        row = [entry["op"], report.size_of(entry), str(entry["batch"]), entry["dtype"], rivals.TITLES[entry["rival"]]]
+        row = [entry["op"], size_of(entry), str(entry["batch"]), entry["dtype"], rivals.TITLES[entry["rival"]]]
         if entry["status"] != "measured":
             rows.append([*row, f"{entry['status']}: {entry['reason']}", *[""] * (len(COLUMNS) - len(row) - 1)])
             continue
@@ -61,7 +62,7 @@ def table(cells: list[dict]) -> list[list[str]]:
 
 
 def write_table(state: State) -> Path:
-    """A Markdown file beside the JSON: the steps, the ceilings and the table of what these sources were measured at."""
+    """Writes a Markdown file beside the JSON: steps, ceilings and the cells of these sources; returns its path."""
     facts = state.machine
     parts = ["# segattn_ops on a GPU", f"{facts.get('gpu')}, CUDA {facts.get('cuda')}, torch {facts.get('torch')}"]
     steps = [
@@ -70,15 +71,13 @@ def write_table(state: State) -> Path:
         for name, entry in entries.items()
         if "status" in entry
     ]
-    parts.append(report.markdown_table(("piece", "step", "status", "s", "commit"), steps))
+    parts.append(markdown_table(("piece", "step", "status", "s", "commit"), steps))
     if found := state.pieces.get("ceilings", {}).get("device"):
         lines = [[name, f"{value / 1e12:.2f}"] for name, value in found.items() if name.endswith("per_second")]
-        parts.append(report.markdown_table(("ceiling", "T/s"), lines))
+        parts.append(markdown_table(("ceiling", "T/s"), lines))
     for name, answers in state.pieces.get("sdpa", {}).items():
         parts.append(f"SDPA, {name}: " + "; ".join(f"{backend}: {answer}" for backend, answer in answers.items()) + ".")
-    parts.append(
-        report.markdown_table(COLUMNS, table([entry for entry in state.cells.values() if state.counts(entry)]))
-    )
+    parts.append(markdown_table(COLUMNS, table([entry for entry in state.cells.values() if state.counts(entry)])))
     parts.append(f"{EXPOSED} the device waited for the host: the time includes launches.")
     path = state.path.with_suffix(".md")
     path.write_text("\n\n".join(parts) + "\n")

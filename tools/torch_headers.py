@@ -1,9 +1,9 @@
-"""Headers of other PyTorch versions than the installed one, for tests/tools/test_torch_headers.py.
+"""Fetches the headers of other PyTorch versions than the installed one, for tests/tools/test_torch_headers.py.
 
-    python -m tests.tools.torch_headers      # fetches those of requirements/headers.txt into build/torch_headers
+    python -m tools.torch_headers      # those of requirements/headers.txt, into build/torch_headers
 
-They come from the wheels for macOS, which hold no CUDA libraries and are the smallest. The headers of the stable ABI
-are the same in the wheels for Linux.
+They come from the wheels for macOS, the smallest, since they hold no CUDA libraries. The headers of the stable ABI are
+the same on every platform.
 """
 
 import re
@@ -13,11 +13,12 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from .compilers import ROOT
+
 REQUIREMENTS = ROOT / "requirements" / "headers.txt"
 FOLDER = ROOT / "build" / "torch_headers"
 WANTED = ("torch/include/torch/csrc/", "torch/include/torch/headeronly/")
-# Of the wheel, not of the running Python: the headers are the same for every Python and every macOS.
+# Of the wheel; any will do, since the headers are the same for every Python and every macOS.
 PYTHON_VERSION = "3.11"
 PLATFORMS = ("macosx_11_0_arm64", "macosx_14_0_arm64")
 
@@ -27,15 +28,15 @@ def versions() -> list[str]:
 
 
 def include_folder(version: str) -> Path:
-    """Where the headers of a version are once they have been fetched."""
+    """The include folder of a version; it exists once the headers have been fetched."""
     return FOLDER / version / "torch" / "include"
 
 
 def fetch(version: str) -> None:
-    """Downloads a wheel and keeps its headers. A folder appears under its name only when it is complete.
+    """Downloads a wheel and keeps its headers. The version's folder appears only when it is complete.
 
     Raises:
-        subprocess.CalledProcessError: where pip finds or gets no wheel.
+        subprocess.CalledProcessError: where pip cannot download a wheel.
     """
     FOLDER.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=FOLDER) as scratch:

@@ -1,4 +1,4 @@
-"""The GPU suite's memory: one JSON file, read at the start and written, atomically, after every result."""
+"""The suite's results: one JSON file, read at the start and replaced atomically after every result."""
 
 from __future__ import annotations
 
@@ -7,29 +7,30 @@ import json
 import time
 from pathlib import Path
 
-from . import report
-from .children import BUILD_TOOLS, ROOT
-from .rivals import TITLES
-from .run import record
-from .workloads import Workload
+from tools.compilers import ROOT, build_tools
+
+from .. import report
+from ..rivals import TITLES
+from ..run import record
+from ..workloads import Workload
 
 SCHEMA = 1
-# A cell with one of these is not tried again with the same sources on the same kind of device. "started" is no such
-# status: the suite itself may have been stopped.
+# A cell with one of these is not run again with the same sources on the same kind of device. "started" is not final:
+# the suite itself may have been stopped.
 FINAL = ("measured", "skipped", "failed", "wrong", "crashed")
-STARTS = 2  # a cell during which the suite ended as often as this is taken to have ended it
+STARTS = 2  # a cell is recorded as crashed after the suite has ended this often while it ran
 OUTPUT_LINES, OUTPUT_WIDTH = 60, 400
 
 
 def key_of(entry: dict) -> str:
-    """What identifies a cell in the JSON."""
+    """The key of a cell in the JSON."""
     size = report.size_of(entry)
     return f"{entry['op']} {size} B={entry['batch']} {entry['dtype']} {entry['rival']}"
 
 
 def fingerprint() -> str:
-    """Of the sources that decide the figures, whether or not they are committed."""
-    return BUILD_TOOLS["fingerprint"](ROOT, python=True)
+    """The fingerprint of all sources that affect the figures, committed or not."""
+    return build_tools.fingerprint(ROOT, python=True)
 
 
 def _now() -> str:
@@ -37,15 +38,15 @@ def _now() -> str:
 
 
 class State:
-    """Results of steps and cells. What was found with other sources, or on another kind of device, is not counted.
+    """Results of steps and cells. Those of other sources or another kind of device do not count.
 
     Args:
-        path: where it is written.
-        resume: a file to start from where ``path`` does not exist yet.
-        again: start from nothing.
+        path: the JSON file.
+        resume: the file to start from if ``path`` does not exist.
+        again: ignore existing results.
 
     Raises:
-        ValueError: for a file of another schema.
+        ValueError: the file has another schema.
     """
 
     def __init__(self, path: Path, again: bool = False, resume: Path | None = None):
@@ -65,11 +66,11 @@ class State:
 
     @property
     def device(self) -> str | None:
-        """What figures are comparable on: the GPU's name, or "cpu"; None while it is unknown."""
+        """The device on which figures are comparable: the GPU's name, or "cpu"; None while unknown."""
         return self.machine.get("gpu", self.machine.get("device"))
 
     def counts(self, entry: dict) -> bool:
-        """Whether a record is of these sources and this kind of device."""
+        """Whether a record belongs to these sources and this kind of device."""
         return entry.get("sources") == self.sources and (self.device is None or entry.get("device") == self.device)
 
     def _mark(self, entry: dict) -> dict:
@@ -87,7 +88,7 @@ class State:
         self.save()
 
     def cell(self, workload: Workload, rival: str) -> dict | None:
-        """A cell's record, if it need not be tried again."""
+        """A cell's record, if it is final."""
         found = self.cells.get(key_of(record(workload, rival, "")))
         return found if found and self.counts(found) and found["status"] in FINAL else None
 
@@ -96,8 +97,8 @@ class State:
         self.save()
 
     def start_cell(self, workload: Workload, rival: str) -> bool:
-        """Writes down that a cell starts, so that a suite that ends with it leaves a trace. False, and the cell
-        crashed, where that happened :data:`STARTS` times."""
+        """Records that a cell starts, in case the suite ends with it. After :data:`STARTS` such ends the cell is
+        recorded as crashed, and the result is False."""
         entry = record(workload, rival, "started", "the suite ended while it ran")
         found = self.cells.get(key_of(entry), {})
         earlier = found.get("starts", 0) if self.counts(found) and found["status"] == "started" else 0
@@ -109,8 +110,8 @@ class State:
         return True
 
     def refusal(self, workload: Workload, rival: str) -> str | None:
-        """Why a rival is not tried at a workload: it failed at another one of the same op and dtype. Out of memory it
-        would be at a larger one alone."""
+        """Why a rival is skipped at a workload, or None: it failed at another one of the same op and dtype; where it
+        ran out of memory, at one that was not larger."""
         for entry in self.cells.values():
             same = (entry["op"], entry["dtype"], entry["rival"]) == (workload.op, workload.dtype, rival)
             if not same or not self.counts(entry) or entry["status"] not in ("failed", "crashed"):
@@ -144,6 +145,6 @@ class Clock:
         return self.end - time.monotonic()
 
 
-def whole(verdicts: list[bool | None]) -> bool | None:
-    """Of several parts: False if one failed, else None if one has more to do, else True."""
+def combined(verdicts: list[bool | None]) -> bool | None:
+    """False if one part failed, else None if one is unfinished, else True."""
     return False if False in verdicts else None if None in verdicts else True

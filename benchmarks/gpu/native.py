@@ -1,19 +1,19 @@
-"""Whether "fused" really is this package's kernels. Where they are missing the package serves the reference, with a
-warning: right for its users, but in a benchmark a figure of eager PyTorch under this package's name."""
+"""Checks that the package's own kernels run. Without them the package falls back to the reference with a warning, and a
+benchmark would report eager PyTorch as segattn_ops."""
 
 from __future__ import annotations
 
 import torch
 
-from .children import BUILD_TOOLS, ROOT
+from tools.compilers import ROOT, build_tools
 
 
 class NotNative(RuntimeError):
-    """The package's kernels are not what would run."""
+    """The package's kernels would not run."""
 
 
 def require_native(device_type: str) -> None:
-    """Raises :class:`NotNative` unless the libraries with the kernels for "cpu" or "cuda" are loaded."""
+    """Raises :class:`NotNative` unless the kernels for "cpu" or "cuda" are loaded."""
     import segattn_ops
 
     config = segattn_ops.build_config()[device_type]
@@ -23,9 +23,9 @@ def require_native(device_type: str) -> None:
 
 
 def fault(device: torch.device) -> str | None:
-    """Why the libraries of this tree do not serve, or None: they are of these sources, load, and run on the device.
+    """Why the libraries of this tree cannot be used, or None if they match the sources, load, and run on the device.
 
-    Loads the libraries, so it belongs in a process that ends before they are built anew.
+    Loads the libraries: call it in a process that ends before they are rebuilt.
     """
     import segattn_ops
     from segattn_ops import _backend
@@ -37,7 +37,7 @@ def fault(device: torch.device) -> str | None:
     config = segattn_ops.build_config()
     used = ["_C", f"_cpu_{config['cpu']['instruction_set']}", *(["_C_cuda"] if device.type == "cuda" else [])]
     marks = _backend.LIBRARIES.build_info.get("sources", {})
-    sources = BUILD_TOOLS["fingerprint"](ROOT)
+    sources = build_tools.fingerprint(ROOT)
     for name in used:
         if marks.get(name) != sources:
             return f"{name} was built of other sources ({marks.get(name, 'unknown')}) than this tree's ({sources})"
@@ -47,6 +47,6 @@ def fault(device: torch.device) -> str | None:
             segattn_ops.position_attention(x, x, x).sum().backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    except RuntimeError as error:  # no code for this architecture, say
+    except RuntimeError as error:  # such as no code for this architecture
         return f"a kernel does not run on {device}: {str(error).splitlines()[0]}"
     return None

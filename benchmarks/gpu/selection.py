@@ -1,11 +1,11 @@
-"""What the GPU suite measures: op families, sizes, dtypes, batches and rivals, the most important first."""
+"""What the suite measures: op families, sizes, dtypes, batches and rivals, in order of importance."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from . import rivals
-from .workloads import Workload
+from .. import rivals
+from ..workloads import Workload
 
 FAMILIES = {
     "position": ("position", "non_local", "ann"),
@@ -15,15 +15,15 @@ FAMILIES = {
 SIZES = ((97, 97), (128, 128), (64, 64), (128, 256))
 DTYPES = ("bfloat16", "float32", "float16")
 BATCHES = {"position": (8, 1), "criss-cross": (8, 1, 32), "channel": (8, 1)}
-ONCE = ("rcca", "non_local", "ann")  # CCNet's whole block, the Non-local widths, few keys: at one size and dtype
+ONCE = ("rcca", "non_local", "ann")  # CCNet's whole block, Non-local's channels, few keys: at one size and dtype
 COMPILED = tuple(name for name in rivals.RIVALS if rivals.uses_compiler(name))
-# Eager first, whose error is the measure of the fused op's; compilers last, which take longest to start.
+# Eager first: the fused op's error is compared with its error. Compilers last: they take longest to start.
 RIVALS = ("eager", "fused", *(name for name in rivals.RIVALS if name not in ("eager", "fused", *COMPILED)), *COMPILED)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """A part of the work, as the command line asks for it. ``batches`` None: what belongs to each family."""
+    """The part of the work that the command line selects. ``batches`` None: each family's own."""
 
     families: tuple[str, ...] = tuple(FAMILIES)
     sizes: tuple[tuple[int, int], ...] = SIZES
@@ -33,12 +33,12 @@ class Selection:
 
     @property
     def main(self) -> tuple[tuple[int, int], str]:
-        """The size and dtype of what is measured once: 97 x 97 bfloat16, or the first of what was asked for."""
+        """The size and dtype of what is measured once: 97 x 97 bfloat16, or the first selected ones."""
         size = SIZES[0] if SIZES[0] in self.sizes else self.sizes[0]
         return size, DTYPES[0] if DTYPES[0] in self.dtypes else self.dtypes[0]
 
     def workloads(self) -> list[Workload]:
-        """All families' workloads, in such an order that a run that is cut short has the most important of each."""
+        """All workloads, ordered so that a run cut short has measured the most important ones of each family."""
         planned = []
         for dtype_rank, dtype in enumerate(self.dtypes):
             for size_rank, size in enumerate(self.sizes):
@@ -53,7 +53,7 @@ class Selection:
         return [workload for _, workload in sorted(planned, key=lambda ranked: ranked[0])]
 
     def rivals_of(self, workload: Workload) -> list[str]:
-        """The rivals that take part at a workload; those that compile do at the main size, dtype and batch alone."""
+        """The rivals measured at a workload; those that compile only at the main size, dtype and first batch."""
         family = next(name for name, ops in FAMILIES.items() if workload.op in ops)
         first = (self.batches or BATCHES[family])[0]
         size, dtype = self.main

@@ -1,10 +1,9 @@
-"""Child processes that end: with their command, at their time limit, or with this process, and all they started too."""
+"""Child processes that end with their command, at a time limit or with this process, including all they started."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -13,15 +12,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-# By path: importing it from the package would load the libraries into a process that is to build them.
-BUILD_TOOLS = runpy.run_path(str(ROOT / "segattn_ops" / "_build_tools.py"))
+from tools.compilers import ROOT
+
 TIMED_OUT = 124
-GRACE = 4.0  # seconds between the interrupt, at which pytest writes its report, and the kill
+GRACE = 4.0  # seconds between the interrupt, on which pytest writes its report, and the kill
 
 
 def start(command: list[str], environment: dict | None = None, **streams) -> subprocess.Popen:
-    """The command under a guard (see guard.py), in a process group of its own, in the root of the tree."""
+    """Starts a command under a guard (see guard.py), in its own process group, in the root of the tree."""
     guard = [sys.executable, "-I", "-S", str(Path(__file__).with_name("guard.py")), str(os.getpid())]
     return subprocess.Popen(
         [*guard, *command], cwd=ROOT, env=os.environ | (environment or {}), start_new_session=True, **streams
@@ -34,23 +32,32 @@ def signal_group(process: subprocess.Popen, number: int) -> None:
 
 
 def end(process: subprocess.Popen) -> None:
-    """Kills the process and everything of its group."""
+    """Kills the process and its group."""
     signal_group(process, signal.SIGKILL)
     process.wait()
 
 
 @dataclass(frozen=True)
 class Finished:
-    """How a command ended: its exit status (:data:`TIMED_OUT` where the time limit ended it), output and seconds."""
+    """A finished command: its exit status (:data:`TIMED_OUT` at the time limit), output and seconds."""
 
     status: int
     output: str
     seconds: float
 
+    @property
+    def verdict(self) -> str:
+        return {0: "passed", TIMED_OUT: "stopped"}.get(self.status, "failed")
+
+    @property
+    def passed(self) -> bool | None:
+        """True, False, or None where the time limit ended it."""
+        return {"passed": True, "stopped": None}.get(self.verdict, False)
+
 
 def run(commands: list[list[str]], seconds: float, environment: dict | None = None) -> list[Finished]:
-    """Runs the commands side by side and waits for all. At the time limit they are interrupted, and killed if they do
-    not end then; what they had printed is kept."""
+    """Runs the commands side by side. At the time limit they are interrupted and, :data:`GRACE` seconds later, killed;
+    their output is kept."""
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(tempfile.TemporaryFile()) for _ in commands]

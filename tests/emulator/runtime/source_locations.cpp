@@ -1,4 +1,4 @@
-#include "places.h"
+#include "source_locations.h"
 
 #include <bit>
 #include <cstdint>
@@ -13,17 +13,17 @@
 namespace segattn::emulator {
 namespace {
 
-struct Found {
+struct LoadedSegment {
   uintptr_t address;
   Image image;
   bool executable = false;
 };
 
-Found find(const void* address) {
-  Found found{uintptr_t(address), {}, false};
+LoadedSegment find_segment(const void* address) {
+  LoadedSegment found{uintptr_t(address), {}, false};
   dl_iterate_phdr(
       [](dl_phdr_info* info, size_t, void* argument) {
-        auto& f = *static_cast<Found*>(argument);
+        auto& f = *static_cast<LoadedSegment*>(argument);
         uintptr_t begin = UINTPTR_MAX, end = 0;
         bool holds = false, executable = false;
         for (int i = 0; i < info->dlpi_phnum; ++i) {
@@ -48,11 +48,11 @@ Found find(const void* address) {
   return found;
 }
 
-// "function at /path/file.cuh:12" from addr2line, shortened to "file.cuh:12"
+// The "/path/file.cuh:12" of addr2line, shortened to "file.cuh:12".
 std::string look_up(const void* return_address) {
   Dl_info info{};
   if (dladdr(return_address, &info) == 0)
-    return "an unknown place";
+    return "an unknown location";
   const size_t offset = uintptr_t(return_address) - uintptr_t(info.dli_fbase) - 1;
   char command[4096];
   std::snprintf(command, sizeof command, "addr2line -e '%s' 0x%zx 2>/dev/null", info.dli_fname, offset);
@@ -75,16 +75,16 @@ std::string look_up(const void* return_address) {
 }  // namespace
 
 Image image_of(const void* address) {
-  return find(address).image;
+  return find_segment(address).image;
 }
 
-std::string describe_place(const void* place) {
+std::string describe_location(const void* location) {
   static std::mutex mutex;
   static std::unordered_map<const void*, std::string> known;
   const std::lock_guard lock(mutex);
-  std::string& name = known[place];
+  std::string& name = known[location];
   if (name.empty())
-    name = find(place).executable ? look_up(place) : describe(std::bit_cast<Site>(place));
+    name = find_segment(location).executable ? look_up(location) : describe(std::bit_cast<Site>(location));
   return name;
 }
 

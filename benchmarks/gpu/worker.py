@@ -1,8 +1,8 @@
-"""The process in which the GPU suite's cells run: answers requests on its standard input, a line of JSON each.
+"""The process in which the suite's cells run: answers requests on standard input, one line of JSON each.
 
-``python -m benchmarks.gpu_worker --device cuda``. After every request the device is synchronised. Where that fails (an
-illegal access ends the CUDA context, and every later call in the process fails with it), the answer says so, and the
-process ends: the suite goes on in another one.
+``python -m benchmarks.gpu.worker --device cuda``. The device is synchronised after every request. If that fails, the
+answer says so and the process ends, since an illegal access destroys the CUDA context; the suite continues in another
+worker.
 """
 
 from __future__ import annotations
@@ -15,29 +15,26 @@ import sys
 
 import torch
 
-from . import gpu_cells, measure, native, report, rivals, run, schedule
-from .workloads import Workload
-
-
-class Crashed(RuntimeError):
-    """The device does not answer any more in this process."""
+from .. import measure, report, rivals, run, schedule
+from ..workloads import Workload
+from . import ceilings, cells, native
 
 
 class Server:
-    """The requests, as methods. It keeps the operands of the workload at hand, which its rivals share."""
+    """The requests, as methods. Keeps the operands of the last workload, which its rivals share."""
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.held: gpu_cells.DeviceCell | None = None
+        self.held: cells.DeviceCell | None = None
 
     def identify(self) -> dict:
-        """The machine, the device's capability, what was built, and why the libraries do not serve, if so."""
+        """The machine, the device's compute capability, what was built, and why the libraries cannot be used, if so."""
         try:
             import segattn_ops
 
             build, fault = segattn_ops.build_config(), native.fault(self.device)
-        except Exception as error:  # operators with another tree's schemas, say
-            build, fault = None, f"the libraries here do not serve: {_reason(error)}"
+        except Exception as error:  # such as operators with another tree's schemas
+            build, fault = None, f"the libraries here cannot be used: {_reason(error)}"
         return {
             "machine": report.machine(str(self.device), torch.get_num_threads()),
             "capability": torch.cuda.get_device_capability(self.device) if self.device.type == "cuda" else None,
@@ -50,18 +47,18 @@ class Server:
         native.require_native(self.device.type)
 
     def cell(self, workload: dict, rival: str, eager_errors: dict | None, run_eager: bool) -> dict:
-        """One cell's record. Without ``eager_errors`` eager runs first, if it may, for the fused op to be compared."""
+        """One cell's record. Without ``eager_errors``, ``run_eager`` runs eager first, to compare the fused op with."""
         work = Workload(**workload)
         if reason := self._too_large(work, rival):
             return run.record(work, rival, "skipped", reason, self.device)
         if self.held is None or self.held.workload != work:
             self.held = None
             self.release()
-        return gpu_cells.cell_record(work, rival, self._cell_of(work, eager_errors, run_eager), self.device)
+        return cells.cell_record(work, rival, self._cell_of(work, eager_errors, run_eager), self.device)
 
     def _cell_of(self, work: Workload, eager_errors: dict | None, run_eager: bool):
-        def made() -> gpu_cells.DeviceCell:
-            self.held = self.held or gpu_cells.DeviceCell(work, self.device)
+        def made() -> cells.DeviceCell:
+            self.held = self.held or cells.DeviceCell(work, self.device)
             self.held.eager_errors = eager_errors or self.held.eager_errors
             if run_eager and self.held.eager_errors is None and not self._too_large(work, "eager"):
                 self.held.learn_eager()
@@ -70,7 +67,7 @@ class Server:
         return made
 
     def _too_large(self, work: Workload, rival: str) -> str | None:
-        # What the operands at hand take is theirs again.
+        # The operands already held count as available.
         held = work.operand_bytes() if self.held is not None and self.held.workload == work else 0
         needed = rivals.needed_bytes(work, rival, self.device)
         available = measure.available_bytes(str(self.device)) + held
@@ -79,10 +76,10 @@ class Server:
         return f"would not fit: needs {needed / schedule.GIB:.1f} GiB, {available / schedule.GIB:.1f} GiB available"
 
     def sdpa(self, workload: dict) -> dict:
-        return gpu_cells.sdpa_choice(Workload(**workload), self.device)
+        return cells.sdpa_choice(Workload(**workload), self.device)
 
     def ceilings(self) -> dict:
-        return gpu_cells.ceilings(self.device)
+        return ceilings.reached(self.device)
 
     def release(self) -> None:
         gc.collect()
@@ -94,10 +91,10 @@ class Server:
             torch.cuda.synchronize(self.device)
 
     def answer(self, name: str, arguments: dict) -> dict:
-        """``{"result": ...}``, ``{"error": reason}``, or, where the device is lost, ``{"crashed": reason}``."""
+        """``{"result": ...}``, ``{"error": reason}``, or ``{"crashed": reason}`` if the device is lost."""
         try:
             answer = {"result": getattr(self, name)(**arguments)}
-        except Exception as error:  # whatever a rival or a probe raises is an answer, and the next request is served
+        except Exception as error:  # of any kind: rivals raise many, and the next request must be served
             answer = {"error": _reason(error)}
         try:
             self.synchronize()
@@ -111,10 +108,10 @@ def _reason(error: BaseException) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_worker", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.worker", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args(argv)
-    # What a rival prints must not get between the answers.
+    # Rivals print to standard output too: answers get a descriptor of their own.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     server = Server(torch.device(arguments.device))
@@ -124,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
         answers.write(json.dumps(answer, default=str) + "\n")
         answers.flush()
         if "crashed" in answer:
-            os._exit(1)  # without the destructors, which would call the lost device
+            os._exit(1)  # skips destructors, which would call the lost device
     return 0
 
 

@@ -1,8 +1,8 @@
-"""Runs a command and ends with it whatever the command started: ``python guard.py PARENT COMMAND...``.
+"""Runs a command and kills all its descendants when the parent ends: ``python guard.py PARENT COMMAND...``.
 
-The guard leads a process group of its own (its parent starts it so). When the parent is gone, however it ended, the
-system tells the guard, and the guard kills the group: no profiler, test worker or compiler outlives the suite. This
-file is run by path and needs nothing but the standard library.
+The parent starts the guard as leader of a process group. When the parent ends, however it does, the guard receives a
+signal and kills the group, so that no profiler, test worker or compiler outlives the suite. Run by path; needs only the
+standard library.
 """
 
 import ctypes
@@ -20,12 +20,12 @@ def _end_group(*_) -> None:
 
 def main(parent: int, command: list[str]) -> int:
     signal.signal(signal.SIGTERM, _end_group)
-    # A function, where SIG_IGN would be inherited: the command is to stop at an interrupt and the guard to wait for it.
+    # A function, since the command would inherit SIG_IGN: it must stop at an interrupt while the guard waits for it.
     signal.signal(signal.SIGINT, lambda *_: None)
     libc = ctypes.CDLL(None)
     if hasattr(libc, "prctl"):
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it ended before it could be told of
+    if os.getppid() != parent:  # it ended before prctl took effect
         return 1
     try:
         status = subprocess.Popen(command).wait()
