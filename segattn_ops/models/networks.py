@@ -18,7 +18,7 @@ class SegmentationModel(nn.Module):
         backbone: image to a dictionary of feature maps.
         classifier: a head; its ``inputs`` name the feature maps it takes, in order. It returns logits or a dictionary
             of them.
-        aux_classifier: a head for the output "aux", which the loss alone uses. Set it to None after training.
+        aux_classifier: a head for the output "aux", which only the loss uses. Set it to None after training.
         align_corners: of the bilinear upsampling; False as torchvision and mmsegmentation, True as the authors of
             DANet, CCNet and ANN.
 

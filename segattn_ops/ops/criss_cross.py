@@ -38,7 +38,7 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor, scale: floa
         query: (B, E, H, W), float16, bfloat16, float32 or float64. Any strides; contiguous is fastest.
         key: (B, E, H, W).
         value: (B, C, H, W).
-        scale: multiplies the affinities; 1 in CCNet. Not differentiable.
+        scale: multiplies query . key; 1 in CCNet. Not differentiable.
 
     Returns:
         (B, C, H, W), in the inputs' dtype. Accumulated in float32, float64 for float64.

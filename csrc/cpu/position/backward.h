@@ -60,7 +60,7 @@ class PositionBackward {
   using UnitOrder = PositionSchedule::UnitOrder;
   static constexpr std::int64_t kLane = kLanes<A>;
   static constexpr std::int64_t kKeyUnit = 16;  // whole row panels and whole BFloat16Pairs
-  // The most elements of samples that are processed together, to bound the memory for large batches.
+  // Samples are processed together up to this number of elements, which bounds the memory for large batches.
   static constexpr std::int64_t kSumsLimit = std::int64_t{1} << 23;
   // The most elements of the packed operands of a sample that is packed once (8 MB of float; C = 512, E = 64: 1170
   // positions).
