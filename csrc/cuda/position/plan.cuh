@@ -31,6 +31,8 @@
 
 namespace segattn::cuda {
 
+// Arguments: owned positions, value channels, warps along the channels, stages, resident steps, least blocks per
+// multiprocessor.
 template <class Mma>
 struct WeightedSumTiles {
   static constexpr int kResident = 64 / Mma::kStep;  // mma steps of the owned fragments that stay in registers
@@ -121,6 +123,7 @@ WeightedSumPlan plan_weighted_sum(
   return plan;
 }
 
+// Arguments: queries, keys, warps along the queries and along the keys, stages, where grad_query is accumulated.
 template <class Mma>
 struct QueryKeyGradientTiles {
   using Deep = QueryKeyGradientTraits<Mma, 128, 128, 2, 4, 4, QueryGradientSums::kRegisters>;
