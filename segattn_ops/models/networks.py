@@ -61,8 +61,7 @@ class SegmentationModel(nn.Module):
 
 
 class DANet(SegmentationModel):
-    """DANet: Fu et al., CVPR 2019. Outputs "out", "position", "channel", and "aux" in training if there is such a
-    head."""
+    """DANet: Fu et al., CVPR 2019. Outputs "out", "position", "channel", and "aux" if there is such a head."""
 
 
 class CCNet(SegmentationModel):
@@ -70,13 +69,11 @@ class CCNet(SegmentationModel):
 
 
 class ANN(SegmentationModel):
-    """Asymmetric non-local network: Zhu et al., ICCV 2019. Outputs "out", and "aux" in training if there is such a
-    head."""
+    """Asymmetric non-local network: Zhu et al., ICCV 2019. Outputs "out", and "aux" if there is such a head."""
 
 
 class NonLocalNet(SegmentationModel):
-    """Non-local segmentation network (mmsegmentation's NLNet). Outputs "out", and "aux" in training if there is such a
-    head."""
+    """Non-local segmentation network (mmsegmentation's NLNet). Outputs "out", and "aux" if there is such a head."""
 
 
 class DFN(SegmentationModel):
