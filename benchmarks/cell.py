@@ -1,7 +1,7 @@
 """One formulation of one workload: prepared, checked, its memory measured, then timed.
 
 On the host a cell runs in its own process (see processes.py), so that the peak memory is its own. On a device it may
-run in the caller's process, since the device's allocator keeps its own account.
+run in the caller's process, since the device's allocator counts its own memory.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ HOW_TO_BUILD = "`pip install --no-build-isolation .` in the source tree (needs a
 
 @dataclass
 class Libraries:
-    """What is loaded. `missing` holds the reason for each device type without native kernels."""
+    """What is loaded. `missing` contains the reason for each device type without native kernels."""
 
     cpu_capability: str | None = None
     cpu_capability_supported: str | None = None
@@ -24,7 +24,7 @@ class Libraries:
     build_info: dict[str, Any] = field(default_factory=dict)
 
     def serves(self, device_type: str) -> bool:
-        """Meta tensors are served by the operators' fake implementations, which need the schemas alone."""
+        """Meta tensors are served by the operators' fake implementations, which need only the schemas."""
         if device_type == "meta":
             return "cpu" not in self.missing
         return device_type in ("cpu", "cuda") and device_type not in self.missing

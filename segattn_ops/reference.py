@@ -52,7 +52,7 @@ def criss_cross_affinity(query: Tensor, key: Tensor) -> Tensor:
     """Huang et al., "CCNet: Criss-Cross Attention for Semantic Segmentation" (2019), section 3.2, Affinity.
 
     query, key (B, E, H, W) -> (B, H + W - 1, H, W): channels [0, W) the row, self included, then the column, self
-    skipped: channel W + i is row i above the query's row and row i + 1 from it on.
+    skipped: channel W + i is row i if that is above the query's row, else row i + 1.
     """
     q, k = _upcast(query, key)
     height = query.shape[2]

@@ -96,8 +96,8 @@ def record_attention(model: nn.Module, points: Points) -> Iterator[dict[str, Ten
         points: (y, x) as fractions of the image.
 
     Yields:
-        A dictionary filled by each forward: module name -> (B, P, H, W) as :func:`attention_maps`. Of a module that
-        runs twice it holds the last.
+        A dictionary filled by each forward: module name -> (B, P, H, W) as :func:`attention_maps`. For a module that
+        runs twice it contains the last result.
 
     Raises:
         ValueError: if the model contains no such module, or for points outside the image.
@@ -188,7 +188,7 @@ def draw_attention(
 
     Args:
         image: as :func:`overlay`.
-        maps: title -> (P, h, w), the maps of the P points.
+        maps: title -> (P, h, w), the attention maps of the P points.
         points: (y, x) as fractions of the image.
         path: file to save the figure to; not saved if None.
         caption: a line below.

@@ -1,5 +1,5 @@
-"""The op families under test: function, definition, the eager computation that its error is compared with, and
-shapes."""
+"""The ops under test: for each its function, its definition, the eager computation that its error is compared with,
+and shapes. A ``Family`` here is one op, not one of the three op families of docs/architecture.md."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

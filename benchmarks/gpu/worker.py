@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.worker", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args(argv)
-    # Rivals print to standard output too: answers get a descriptor of their own.
+    # Rivals print to standard output too: answers get a separate descriptor.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     server = Server(torch.device(arguments.device))

@@ -26,11 +26,11 @@ class LoadReport:
         recognised: the layout of the checkpoint.
         loaded: names that were loaded.
         missing: names of the module that the checkpoint does not have.
-        unknown: names of the checkpoint that have no place in the module or in the layout.
+        unknown: names of the checkpoint that are not in the module or in the layout.
         mismatched: name, with the two shapes.
         left_out: names of parts that the module does not have (a backbone, for a head alone; an auxiliary head).
         filled: biases that the layout does not have, set to zero.
-        folded: biases that the module does not have, subtracted from the running mean behind them.
+        folded: biases that the module does not have, subtracted from the running mean of the norm after them.
         ignored: names that the network does not use.
         notes: further remarks.
     """
@@ -48,7 +48,7 @@ class LoadReport:
 
     @property
     def complete(self) -> bool:
-        """Whether every parameter was loaded and every name of the checkpoint found its place."""
+        """Whether every parameter was loaded and every name of the checkpoint was used."""
         return not (self.missing or self.unknown or self.mismatched)
 
     def __str__(self) -> str:
@@ -79,7 +79,7 @@ def load(
         module: takes the weights, in its own dtype and on its own device.
         source: a file (see :func:`~segattn_ops.checkpoints.read`; no pickled code is run) or a state dict, perhaps
             inside a checkpoint.
-        strict: raise unless every parameter of the module is found and every name of the checkpoint has a place.
+        strict: raise unless every parameter of the module is found and every name of the checkpoint is known.
         inplace_abn: take norm weights as InPlaceABN does, |weight| + 1e-5. For checkpoints trained by CCNet's own
             code.
 
@@ -184,7 +184,7 @@ def _fold(
     prepend: str,
     report: LoadReport,
 ) -> bool:
-    """Subtracts a bias that the module does not have from the running mean of the batch norm behind it."""
+    """Subtracts a bias that the module does not have from the running mean of the batch norm after it."""
     match = re.fullmatch(r"(.*\.)?0\.bias", name)
     mean = f"{match.group(1) or ''}1.running_mean" if match else None
     if mean is None or mean not in target:

@@ -182,7 +182,7 @@ def _non_local(module: nn.Module) -> list[Candidate]:
 
 def _modes(module: nn.Module, names: Mapping[str, str], value: _Conv, timm: bool) -> list[dict[str, Any]]:
     """The modes the block may have, likeliest first. mmcv's has an attribute; AlexHex7's four classes have one name and
-    differ in their forward alone."""
+    differ only in their forward."""
     if timm:
         return [{"mode": "embedded_gaussian", "scale": module.scale}]
     if "projection" in names:
@@ -231,7 +231,7 @@ def _asymmetric(module: nn.Module) -> list[Candidate]:
 
 
 def _overrides_forward(module: nn.Module, base: str) -> bool:
-    """Whether the class has a forward of its own above that of the base class with the given name."""
+    """Whether the class overrides the forward of the base class with the given name."""
     for cls in type(module).__mro__:
         if "forward" in vars(cls):
             return cls.__name__ != base

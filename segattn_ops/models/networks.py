@@ -18,7 +18,7 @@ class SegmentationModel(nn.Module):
         backbone: image to a dictionary of feature maps.
         classifier: a head; its ``inputs`` name the feature maps it takes, in order. It returns logits or a dictionary
             of them.
-        aux_classifier: a head for the output "aux", which the loss alone uses. Set it to None after training.
+        aux_classifier: a head for the output "aux", which only the loss uses. Set it to None after training.
         align_corners: of the bilinear upsampling; False as torchvision and mmsegmentation, True as the authors of
             DANet, CCNet and ANN.
 
@@ -61,8 +61,7 @@ class SegmentationModel(nn.Module):
 
 
 class DANet(SegmentationModel):
-    """DANet: Fu et al., CVPR 2019. Outputs "out", "position", "channel", and "aux" in training if there is such a
-    head."""
+    """DANet: Fu et al., CVPR 2019. Outputs "out", "position", "channel", and "aux" if there is such a head."""
 
 
 class CCNet(SegmentationModel):
@@ -70,13 +69,11 @@ class CCNet(SegmentationModel):
 
 
 class ANN(SegmentationModel):
-    """Asymmetric non-local network: Zhu et al., ICCV 2019. Outputs "out", and "aux" in training if there is such a
-    head."""
+    """Asymmetric non-local network: Zhu et al., ICCV 2019. Outputs "out", and "aux" if there is such a head."""
 
 
 class NonLocalNet(SegmentationModel):
-    """Non-local segmentation network (mmsegmentation's NLNet). Outputs "out", and "aux" in training if there is such a
-    head."""
+    """Non-local segmentation network (mmsegmentation's NLNet). Outputs "out", and "aux" if there is such a head."""
 
 
 class DFN(SegmentationModel):

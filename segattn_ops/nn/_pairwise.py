@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Prefix sums are held in double precision for this many channels at a time: 32 x 32768 positions are 8 MiB an array.
+# Prefix sums are held in double precision for this many channels at a time: 32 x 32768 positions are 8 MiB per array.
 _CHANNELS_AT_ONCE = 32
 
 

@@ -32,13 +32,14 @@ from ._register import Operator
 def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:
     """Softmax attention of each position over the H + W - 1 positions of its row and column, itself counted once:
     ``criss_cross_aggregation(softmax(scale * criss_cross_affinity(query, key)), value)`` in one operator, without
-    the (B, H + W - 1, H, W) attention map. Memory beyond the result is O(H W), forward and backward.
+    the (B, H + W - 1, H, W) attention map. Memory beyond the results is O(H W) forward and, for the mean keys,
+    O(E H W) backward.
 
     Args:
         query: (B, E, H, W), float16, bfloat16, float32 or float64. Any strides; contiguous is fastest.
         key: (B, E, H, W).
         value: (B, C, H, W).
-        scale: multiplies the affinities; 1 in CCNet. Not differentiable.
+        scale: multiplies query . key; 1 in CCNet. Not differentiable.
 
     Returns:
         (B, C, H, W), in the inputs' dtype. Accumulated in float32, float64 for float64.

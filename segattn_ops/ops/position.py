@@ -1,4 +1,5 @@
-"""Position attention: softmax attention over all positions of a feature map, without the N x N map."""
+"""Position attention: softmax attention over all positions of a feature map, without the N x N
+attention map."""
 
 import math
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ def position_attention(query: Tensor, key: Tensor, value: Tensor, scale: float =
     block, of DANet's position attention module and, with pooled keys and values, of ANN and DRANet.
 
     The N x M attention map is never stored: memory beyond the result is O(N + M), forward and backward. If a 16-bit
-    input requires a gradient, a second tensor of the result's size, its rounding error, is kept for the backward pass.
+    input requires a gradient, the rounding error of the result, a tensor of the same size, is kept for the backward.
 
     Args:
         query: (B, E, *S), float16, bfloat16, float32 or float64. Any strides; contiguous is fastest.
@@ -201,7 +202,7 @@ def _flops_backward(
 
 
 def _adjust_vmap(query: Tensor, key: Tensor, value: Tensor, scale: float, with_low: bool = False) -> tuple[Any, ...]:
-    """The tensors that vmap wraps do not require a gradient even if those inside do, so with_low is decided here."""
+    """Decides with_low again: a tensor that vmap wraps does not require a gradient even if the one inside does."""
     return query, key, value, scale, with_low or _needs_gradient(query, key, value)
 
 

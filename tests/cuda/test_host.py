@@ -1,4 +1,4 @@
-"""Host code of all CUDA operator families, emulated.
+"""Host code of all CUDA operators, emulated.
 
 Batches beyond the limit of a grid's second dimension, devices that the library was not built for, failing launches, and
 no waiting for the device, so that calls can be captured in a graph."""
@@ -11,7 +11,7 @@ import segattn_ops
 from ..emulated import register_backend
 from ..families import BY_OPERATOR, FAMILIES, Case
 
-# A small odd number of positions that runs every family's kernels, forward and backward.
+# A small odd number of positions that runs every operator's kernels, forward and backward.
 SMALL = {family.operator: family.cases[0] for family in FAMILIES}
 ONE_POSITION = {
     "position_attention": Case(((1, 2, 1), (1, 2, 1), (1, 3, 1)), 1.0),

@@ -171,7 +171,7 @@ __global__ void matrix_stride(const float*, float* out, int size) {
   out[threadIdx.x] = __uint_as_float(r[0]);
 }
 
-// Copies `size` of 16 bytes a lane, source and destination contiguous
+// Copies `size` of 16 bytes per lane, source and destination contiguous
 __global__ void async_partial(const float* in, float* out, int size) {
   SEGATTN_DYNAMIC_SHARED(float, tile);
   const int i = 4 * int(threadIdx.x);

@@ -144,7 +144,7 @@ def test_backward_uses_what_forward_used(monkeypatch):
 
 @pytest.mark.parametrize("name", _library.CPU_CAPABILITIES)
 def test_every_instruction_set_the_processor_has(name):
-    """A wheel runs on every processor: each set is forced in a process of its own and gives the reference's
+    """A wheel runs on every processor: each set is forced in a separate process and gives the reference's
     numbers."""
     config = segattn_ops.build_config()["cpu"]
     level = _library.CPU_CAPABILITIES.index

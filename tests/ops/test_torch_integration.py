@@ -56,7 +56,7 @@ def test_opcheck_with_low(kernels):
 
 
 def test_output_low_is_written_only_for_a_backward_pass(kernels):
-    """Inference does not pay for the write, which has the output's size."""
+    """Inference skips the write, which has the output's size."""
     family = BY_OPERATOR["position_attention"]
     inputs = family.make(family.cases[0], torch.bfloat16, kernels.device)
     calls = []

@@ -34,7 +34,7 @@ class ChannelApplication {
 
   std::int64_t units() const { return ceil_div(positions_, block_); }
 
-  // channels: the most channels of any term.
+  // channels: the maximum number of channels of any term.
   std::size_t scratch(std::int64_t channels) const {
     return scratch_bytes<P>(packed_b_size<P>(block_, channels)) + scratch_bytes<A>(panels_size<P>(rows_, block_));
   }

@@ -1,6 +1,6 @@
 // Channel attention, forward: energies contracted over positions, softmax of their rows, weights applied to value.
 //
-// Memory: the energies of the splits and the packed weights, C x K each; nothing of a feature map's size.
+// Memory: the energies of the splits and the packed weights, C x K each. No buffer has the size of a feature map.
 #pragma once
 
 #include "checks/channel.h"

@@ -10,7 +10,7 @@
 namespace segattn::cpu {
 
 // Fetches the cache line of `address` into L2, for writing unless it is const. GCC 12 drops calls of a function that
-// does nothing but prefetch, as free of side effects; the empty assembly keeps them.
+// only prefetches, because it has no side effects; the empty assembly keeps them.
 template <class T>
 inline void prefetch_to_l2(T* address) {
   __builtin_prefetch(address, std::is_const_v<T> ? 0 : 1, 2);

@@ -177,7 +177,8 @@ void micro_kernel(const MicroKernelArguments<P>& arguments) {
   const P* next_a = arguments.next_a;
   const std::int64_t next_step = arguments.next_step;
   const std::int64_t a_row = arguments.a_row;
-  // C is in L2, and the hardware prefetcher does not cross pages, each of which a panel of A fills.
+  // Prefetches C, which is in L2, into L1. The loop below prefetches the next panel of A: a panel fills a page, and the
+  // hardware prefetcher stops at the end of a page.
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 16
@@ -266,7 +267,7 @@ void tile_gemm(
           arguments.a_step = a.step_stride;
           arguments.a_row = a.row_stride;
           arguments.next_a = arguments.a + rows * a.row_stride;
-          arguments.next_step = a.step_stride == 1 ? 0 : rows;  // row-major: only the first line of the next rows
+          arguments.next_step = a.step_stride == 1 ? 0 : rows;  // row-major: only the first cache line of the next rows
         }
         arguments.c = c_panel + row * arguments.c_row;
         meanwhile(parts);

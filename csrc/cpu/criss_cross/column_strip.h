@@ -15,7 +15,7 @@
 
 namespace segattn::cpu {
 
-// Row stride of a matrix of vectors: an odd number of vectors, as even strides map the rows to few cache sets.
+// Row stride of a matrix of vectors: an odd number of vectors, because even strides map the rows to few cache sets.
 constexpr std::int64_t lane_stride(std::int64_t length, int lanes) {
   return (length | 1) * lanes;
 }

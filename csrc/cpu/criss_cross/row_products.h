@@ -85,7 +85,7 @@ class RowProducts {
     return width <= whole ? width : std::max(panel, whole * whole / width / panel * panel);
   }
 
-  // `channels`: the most channels of any product.
+  // `channels`: the maximum number of channels of any product.
   RowProducts(ImageSize image, std::int64_t channels)
       : image_(image),
         block_(query_block(image.width)),

@@ -12,7 +12,7 @@
 //   * from the tile's own P and dP, where one tile has all keys;
 //   * from output + output_low, where output_low is the rounding error of output, for 16-bit types;
 //   * from output, for float32. Afterwards s M is subtracted from grad_query, where s is the sum of dS over the keys,
-//     0 but for errors of D, and M = sum_j P_ij key_j is the query's mean key;
+//     0 except for errors of D, and M = sum_j P_ij key_j is the query's mean key;
 //   * from output, for float64, whose rounding error has no effect in practice.
 //
 // The logsumexp is rounded. Where it is large, exp(energy - logsumexp) has an error of eps * logsumexp / 2, which shows
@@ -60,7 +60,7 @@ class PositionBackward {
   using UnitOrder = PositionSchedule::UnitOrder;
   static constexpr std::int64_t kLane = kLanes<A>;
   static constexpr std::int64_t kKeyUnit = 16;  // whole row panels and whole BFloat16Pairs
-  // The most elements of samples that are processed together, to bound the memory for large batches.
+  // Samples are processed together up to this number of elements, which bounds the memory for large batches.
   static constexpr std::int64_t kSumsLimit = std::int64_t{1} << 23;
   // The most elements of the packed operands of a sample that is packed once (8 MB of float; C = 512, E = 64: 1170
   // positions).

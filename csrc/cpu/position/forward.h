@@ -1,7 +1,7 @@
 // Position attention, forward: online softmax over tiles of keys. Nothing of size queries x keys is stored.
 //
-// Tiles are transposed, key^T query: rows are keys, queries are along vector lanes. So the softmax runs down the
-// columns lane by lane, its result is the B operand of output += value P^T, and value needs no transpose in memory.
+// Tiles are transposed, key^T query: rows are keys, and queries are along vector lanes. The softmax then runs down the
+// columns, each in its lane. Its result is the B operand of output += value P^T, so value needs no transpose in memory.
 //
 // Keys and values are packed once, O(keys) memory. A work unit is a block of up to kBlockVectors vectors of queries,
 // which passes over all keys with its output sums in L2. A query's result depends neither on the cut into blocks nor on
@@ -43,7 +43,7 @@ class PositionForward {
   static constexpr std::int64_t kPackChannels = 128;
   // Vectors of queries of a block; its output sums take 393 KB at C = 512 with AVX-512.
   static constexpr std::int64_t kBlockVectors = 4 * kColumnVectors<P>;
-  // The most packed elements of samples that are processed together, to bound the memory for large batches.
+  // Samples are processed together up to this number of packed elements, which bounds the memory for large batches.
   static constexpr std::int64_t kPackedLimit = std::int64_t{1} << 23;
 
  public:
@@ -160,8 +160,8 @@ class PositionForward {
     store_results(sample, block, sums, maximum, total);
   }
 
-  // products (keys x width, one panel), from q.k to exp(energy - maximum). Updates the running maximum and total of
-  // each column; rescale is the factor of sums with the old maximum.
+  // Overwrites q.k in `products` (keys x width, one panel) with exp(energy - maximum). Updates the running maximum and
+  // total of each column. `rescale` becomes the factor for sums that were computed with the old maximum.
   void softmax_columns(A* products, std::int64_t keys, std::int64_t width, A* maximum, A* total, A* rescale) const {
     const V scale = broadcast<V>(arguments_.scale);
     for (std::int64_t i = 0; i < width; i += kLane) {

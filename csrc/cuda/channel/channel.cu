@@ -207,34 +207,20 @@ void add(
   });
 }
 
-// weights (B, C, K) @ value (B, K, *T): (B, C, *T).
-Tensor apply(const Tensor& weights, const Tensor& value, const std::vector<int64_t>& sizes) {
-  const Tensor output = allocate(value, sizes, value.scalar_type());
-  bmm(weights, matrices(value), torch::stable::view(output, {sizes[0], sizes[1], positions_of(value)}));
-  return output;
-}
-
-// (B, channels, *T)
-std::vector<int64_t> output_sizes(const Tensor& value, int64_t channels) {
-  const auto sizes = value.sizes();
-  std::vector<int64_t> result(sizes.begin(), sizes.end());
-  result[1] = channels;
-  return result;
-}
-
 Pair forward(
     const LaunchContext& context, const Tensor& query, const Tensor& key, const Tensor& value,
     const ChannelSizes& sizes, double scale, Symmetry symmetry, const std::optional<Tensor>& gamma = std::nullopt) {
-  const std::vector<int64_t> shape = output_sizes(value, sizes.query_channels);
+  const Tensor output = allocate_feature_map(value, sizes.query_channels);
   const Tensor logsumexp = allocate(query, {sizes.batch, sizes.query_channels}, accumulation_dtype(context.dtype));
   if (sizes.batch == 0) {
-    return {allocate(query, shape, context.dtype), logsumexp};
+    return {output, logsumexp};
   }
   const Tensor weights = softmax(context, products(context, query, key, symmetry), scale, gamma, logsumexp);
-  if (sizes.value_positions == 0) {
-    return {allocate(query, shape, context.dtype), logsumexp};
+  if (sizes.value_positions > 0) {
+    const Tensor matrix = torch::stable::view(output, {sizes.batch, sizes.query_channels, sizes.value_positions});
+    bmm(weights, matrices(value), matrix);
   }
-  return {apply(weights, value, shape), logsumexp};
+  return {output, logsumexp};
 }
 
 Pair channel_attention(const Tensor& query, const Tensor& key, const Tensor& value, double scale) {

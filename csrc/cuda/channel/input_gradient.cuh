@@ -50,7 +50,7 @@ __device__ __forceinline__ void input_gradient(const InputGradientParams& p, uns
   const auto tile = [&](int stage, int side) { return Tile(shared + (2 * stage + side) * Traits::kTileBytes); };
   const auto start = [&](int step) {
     if (step < steps) {
-      // Selected, not indexed: an array indexed at run time would be in local memory (96 bytes a thread).
+      // Selected, not indexed: an array indexed at run time would be in local memory (96 bytes per thread).
       const bool second = step >= steps_each;
       const auto left = matrix_of<T>(second ? p.symmetric : p.weights, sample, p.channels, p.channels);
       const auto right = matrix_of<T>(second ? p.input : p.grad_output, sample, p.channels, p.positions);

@@ -1,4 +1,4 @@
-// Kernel launches and dynamic shared memory, the two constructs that plain C++ lacks.
+// Kernel launches and dynamic shared memory: the two constructs of CUDA for which plain C++ has no syntax.
 //
 //   SEGATTN_DYNAMIC_SHARED(type, name);    in a kernel: `type* name`, a block's dynamic shared memory, 16-byte aligned
 //   SEGATTN_LAUNCH((kernel<1, 2>), grid, block, shared_bytes, stream, arguments...);

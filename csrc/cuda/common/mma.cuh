@@ -75,7 +75,7 @@ struct Mma16 {
 // split into two TF32 numbers, and the three largest of the four products are added, smallest first: 21 bits.
 //
 // Tensor cores round every sum towards zero, so the errors of a long contraction add up in one accumulator: 1e-4 of the
-// result after 9,409 products, a quarter of TF32's own rounding but 50 times what float32 may lose. With three
+// result after 9,409 products, a quarter of TF32's own rounding but 50 times the error allowed for float32. With three
 // products, every step therefore starts from zero, and float32 additions that round to nearest add it to the sum.
 template <int kProducts_>
 struct MmaTf32 {

@@ -24,6 +24,13 @@ inline Operand operand_of(const Tensor& tensor) {
   return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)};
 }
 
+// (B, channels, *S) for a feature map (B, _, *S), in its dtype.
+inline Tensor allocate_feature_map(const Tensor& like, int64_t channels) {
+  std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
+  sizes[1] = channels;
+  return allocate(like, sizes, like.scalar_type());
+}
+
 inline std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? std::optional(torch::stable::contiguous(*tensor)) : std::nullopt;
 }

@@ -1,6 +1,6 @@
-// The part of a block in every criss-cross kernel: its lines, its owned positions, and products of staged feature
-// tiles. A block has up to four pairs of neighbouring lines (rows or columns). The lines of an image are independent
-// except for the logsumexp that rows and columns share.
+// What the blocks of all criss-cross kernels share: their lines, their owned positions, and the products of feature
+// tiles staged in shared memory. A block has up to four pairs of neighbouring lines (rows or columns). The lines of an
+// image are independent except for the logsumexp that rows and columns share.
 #pragma once
 
 #include <cstdint>

@@ -52,7 +52,7 @@ struct LineWindow {
   int plane_bits;  // the block has 2^plane_bits planes
 };
 
-// Returns x, with its value hidden from the optimizer. Otherwise the compiler keeps the addresses of every tile a
+// Returns x, with its value hidden from the optimizer. Otherwise the compiler keeps the addresses of all tiles that a
 // kernel copies in registers and spills them, although recomputing them is cheap.
 __device__ __forceinline__ int rematerialize(int x) {
   asm volatile("" : "+r"(x));

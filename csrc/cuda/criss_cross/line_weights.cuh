@@ -1,4 +1,4 @@
-// The weights of a block's queries and keys in shared memory: how they are computed, and weighted sums with them.
+// Computes the weights of a block's queries and keys in shared memory, and weighted sums with them.
 #pragma once
 
 #include <bit>
@@ -47,14 +47,14 @@ struct LineWeights {
   }
 
   __device__ __forceinline__ int pitch() const { return weights_pitch(p.weight_columns); }
-  // The weights of a line: [p.weight_rows queries][pitch() keys], behind the staging memory, whose size is a multiple
+  // The weights of a line: [p.weight_rows queries][pitch() keys], after the staging memory, whose size is a multiple
   // of 16 bytes for any number of planes.
   __device__ __forceinline__ T* weights_of(int line) const {
     unsigned char* weights = reinterpret_cast<unsigned char*>(block.staging) + staging_bytes(block.window.plane_bits);
     return reinterpret_cast<T*>(weights) + line * p.weight_rows * pitch();
   }
   // MergeScale::kFactors: two factors per query, for the query's own sum and for the other direction's result. Both are
-  // [2 * pairs lines][p.weight_rows queries], behind the weights of all lines.
+  // [2 * pairs lines][p.weight_rows queries], after the weights of all lines.
   __device__ __forceinline__ Real* own_factors() const { return factors(0); }
   __device__ __forceinline__ Real* other_factors() const { return factors(1); }
 
@@ -115,8 +115,8 @@ struct LineWeights {
     });
   }
 
-  // Overwrites the weights with the gradients of the energies. Each thread overwrites the weights it has stored itself.
-  // d = grad_output(:, q) . value(:, k)
+  // Overwrites the weights with the gradients of the energies, times scale (LineWeight::kGradient). Each thread
+  // overwrites the weights that it has stored itself, so no barrier is needed. d = grad_output(:, q) . value(:, k)
   __device__ __forceinline__ void replace_by_energy_gradients(const Products& d, int query0, int key0) {
     for_queries(query0, [&](int line, int q, int half) {
       const Real delta = query_exists(line, q) ? *block.scalar(p.delta, line, q) : Real(0);
@@ -139,8 +139,8 @@ struct LineWeights {
   }
 
   // grad_sum (+)= the energy gradients of each query, summed over the keys in shared memory. Reads the rounded
-  // gradients, as the products do; the warp has stored them itself. A separate pass, because computing the gradients
-  // leaves no registers for the sums.
+  // gradients, as the products do; the warp has stored them itself. This is a separate pass because the computation of
+  // the gradients leaves no registers for the sums.
   __device__ __forceinline__ void sum_energy_gradients(const LineScalars& grad_sum, bool accumulate) const {
     const int t = rematerialize(lane_index()) % 4;
     for (int row = 0; row < p.weight_rows; row += kTile) {

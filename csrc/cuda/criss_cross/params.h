@@ -75,7 +75,7 @@ struct LineProductParams {
 enum class LineWeight {
   kGiven,     // given_weights[q, k]
   kSoftmax,   // p = exp(scale * query_q . key_k - logsumexp_q)
-  kGradient,  // scale * p * (grad_output_q . value_k - delta_q), the gradient of the energy
+  kGradient,  // scale * p * (grad_output_q . value_k - delta_q), the gradient of query_q . key_k
 };
 
 // The side whose positions a block owns and computes the sums of.
@@ -110,7 +110,7 @@ struct LineSumParams {
   int weight_columns;      // their keys, a multiple of 16
   bool accumulate;         // adds to the other direction's result, which `output` holds
   int positions_per_pass;  // contracted positions whose weights are in shared memory at once: all or a multiple of 64
-  int channel_groups;      // blocks that share the channels of the output
+  int channel_groups;      // blocks among which the channels of the output are divided
   int channels_per_group;  // a multiple of kLineChannels
 };
 

@@ -6,8 +6,8 @@
 //             Narrow     128 positions x 128 channels, E <= 64   70,720, three stages
 //             WideAny    128 positions x 256 channels, any E     384 E + 50,240: E <= 128 at 99 KB
 //             NarrowAny   64 positions x 128 channels, any E     256 E + 25,120: E <= 288 at 99 KB, 800 on sm_90
-//   TF32      WideAny    128 positions x 256 channels, any E     640 E + 50,240: E <= 72 at 99 KB; 3xTF32 has only 128
-//                        channels, since its fragments and a step's sums would spill beside 96 accumulators
+//   TF32      WideAny    128 positions x 256 channels, any E     640 E + 50,240: E <= 72 at 99 KB. 3xTF32 has only 128
+//                        channels: with 192, its fragments and the sums of a step spilled beside 96 accumulators
 //             NarrowAny   64 positions x 128 channels, any E     384 E + 25,120: E <= 192 at 99 KB, 536 on sm_90
 // and of the query and key gradient, with E rounded up to 64:
 //   16 bits   Deep       128 queries x 128 keys, E <= 64         132,096, four stages
@@ -31,6 +31,8 @@
 
 namespace segattn::cuda {
 
+// Arguments: owned positions, value channels, warps along the channels, stages, resident steps, least blocks per
+// multiprocessor.
 template <class Mma>
 struct WeightedSumTiles {
   static constexpr int kResident = 64 / Mma::kStep;  // mma steps of the owned fragments that stay in registers
@@ -62,7 +64,7 @@ bool with_weighted_sum_tile(int key_channels, int channels, int shared_limit, co
       return true;
     }
   }
-  // Every channel block recomputes the energies: two narrow ones replace a wide one only if that has no room.
+  // Every channel block recomputes the energies, so a wide tile is preferred to two narrow ones if it fits.
   if (channels > Tiles::NarrowAny::kChannels &&
       weighted_sum_fits<typename Tiles::WideAny>(key_channels, shared_limit)) {
     visit.template operator()<typename Tiles::WideAny>();
@@ -121,6 +123,7 @@ WeightedSumPlan plan_weighted_sum(
   return plan;
 }
 
+// Arguments: queries, keys, warps along the queries and along the keys, stages, where grad_query is accumulated.
 template <class Mma>
 struct QueryKeyGradientTiles {
   using Deep = QueryKeyGradientTraits<Mma, 128, 128, 2, 4, 4, QueryGradientSums::kRegisters>;

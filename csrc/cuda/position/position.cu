@@ -68,14 +68,6 @@ std::vector<int64_t> logsumexp_sizes(const Tensor& query) {
   return result;
 }
 
-// (B, channels, *S)
-std::vector<int64_t> output_sizes(const Tensor& query, int64_t channels) {
-  const auto sizes = query.sizes();
-  std::vector<int64_t> result(sizes.begin(), sizes.end());
-  result[1] = channels;
-  return result;
-}
-
 float* float_data(const Tensor& tensor) {
   return static_cast<float*>(tensor.mutable_data_ptr());
 }
@@ -380,8 +372,8 @@ Forward position_attention(const Tensor& query, const Tensor& key, const Tensor&
   const LaunchContext context("position_attention", query);
   context.position_count("query", sizes.queries);
   context.position_count("key", sizes.keys);
-  const Tensor output = allocate(query, output_sizes(query, value.size(1)), context.dtype);
-  const Tensor output_low = allocate(query, output_sizes(query, low_channels(value, with_low)), context.dtype);
+  const Tensor output = allocate_feature_map(query, value.size(1));
+  const Tensor output_low = allocate_feature_map(query, low_channels(value, with_low));
   const Tensor logsumexp = allocate(query, logsumexp_sizes(query), accumulation_dtype(context.dtype));
   if (sizes.batch == 0 || sizes.queries == 0) {
     return {output, logsumexp, output_low};

@@ -1,7 +1,7 @@
 // Position attention without tensor cores: float64 on every device, every type before sm_80, and channel counts that no
 // tensor-core tile has room for. One kernel computes four sums of the same form (SimtParams): a block owns 32
 // positions, steps through all streamed positions 32 at a time, computes their 32 x 32 weights and adds values times
-// weights. The query and key gradients each recompute the weights: 1.6 times the least work of the backward pass, but
+// weights. The query and key gradients each recompute the weights: 1.6 times the minimum work of the backward pass, but
 // no partials.
 #pragma once
 

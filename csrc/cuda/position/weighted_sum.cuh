@@ -1,14 +1,15 @@
 // Position attention on tensor cores: a weighted sum over all positions, with the weights computed on the fly.
 //
-// A block owns kOwned positions and kChannels value channels and streams the other side, 64 bytes of positions a step.
-// In every step each warp
+// A block owns kOwned positions and kChannels value channels. It streams the positions of the other side, one tile per
+// step: 32 positions of 16-bit elements or 16 of float32. In every step each warp
 //   1. computes the energies of the *next* step for its own 16 positions (owned^T streamed, contracted over E),
 //   2. adds values * weights^T of this step to its output tile, 64 positions x 32..64 channels,
 //   3. turns the energies into weights (online softmax) and stores them in shared memory for the next step.
 // The exponentials of a step thus overlap its matrix products, and a step has one barrier. The output is computed as
 // O^T = V P^T, so channels-first operands and results need no transposition.
-// A warp tile of 64 x 64 reads 128 bytes of shared memory per mma. With P in registers, a warp would own 16 positions x
-// all channels and read 256, more than an SM delivers with the tensor cores at full rate.
+// The weights P pass through shared memory because a warp tile of 64 x 64 then reads 128 bytes of it per mma. With P in
+// registers, a warp would own 16 positions x all channels and read 256 bytes, more than a multiprocessor delivers with
+// the tensor cores at full rate.
 //
 // weighted_sum_traits.cuh has the shape of a block, weighted_sum_softmax.cuh steps 1 and 3, weighted_sum_epilogue.cuh
 // the stores of the result. This file has the pipeline that joins them.
@@ -68,7 +69,7 @@ struct WeightedSum : WeightedSumSoftmax<Traits_, kSum> {
     }
   }
 
-  // Rescales the sums to the maximum that the weights of `step` are relative to.
+  // Rescales the sums to the maximum energy that the weights of `step` were computed with.
   __device__ __forceinline__ void rescale_sums(int step) {
     bool any_rescale = false;
 #pragma unroll

@@ -54,6 +54,7 @@ struct WeightedSumSoftmax {
     }
   }
 
+  // Leaves q.k in `energies`; compute_weights multiplies it by scale.
   __device__ __forceinline__ void compute_energies(int step) {
     const StreamedTile tile(
         streamed_shared + (step - first_step) % Traits::kStages * StreamedTile::bytes(key_channel_rows));

@@ -47,7 +47,7 @@ enum class VoteKind { kBallot, kAny, kAll };
 unsigned vote(VoteKind kind, unsigned mask, bool predicate, Site site);
 
 enum class MmaType { kFloat16, kBfloat16, kTf32 };
-// d (4 floats a lane) += a (4 registers) * b (2 registers); m16n8k16, or m16n8k8 for tf32.
+// d (4 floats per lane) += a (4 registers) * b (2 registers); m16n8k16, or m16n8k8 for tf32.
 void mma(MmaType type, float* d, const uint32_t* a, const uint32_t* b, Site site);
 
 // Four 8x8 matrices of 16-bit elements; `row` is the shared-memory row whose address this lane gives.

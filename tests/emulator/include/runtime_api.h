@@ -1,5 +1,5 @@
-// The part of the CUDA runtime API that host launch code uses, with CUDA's names, values and errors. C++ linkage, so that
-// the dynamic linker confuses none of these functions with libcudart's.
+// The part of the CUDA runtime API that host launch code uses, with CUDA's names, values and errors. C++ linkage
+// keeps the dynamic linker from confusing these functions with libcudart's.
 #pragma once
 
 #include <cstddef>

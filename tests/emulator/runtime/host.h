@@ -18,7 +18,7 @@ void forget_calls();
 void set_failing_launch(int64_t launches);
 bool launch_fails();
 
-// The number behind current_stream(); not 0, which is the default stream.
+// The number of the stream that current_stream() returns; not 0, which is the default stream.
 void set_current_stream(int64_t stream);
 
 // Runs only so many first and last blocks of every launch; with 0, launches are only checked and counted. Results of the

@@ -14,8 +14,7 @@ struct Image {
   const char* end = nullptr;
   bool contains(const void* address) const { return address >= begin && address < end; }
 };
-// The image of the library that holds `address`.
-// The image of the library that holds `address`.
+// The image of the library that contains `address`.
 Image image_of(const void* address);
 
 }  // namespace segattn::emulator

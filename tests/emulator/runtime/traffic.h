@@ -40,7 +40,6 @@ class TrafficCounter {
     uint8_t bytes[kWarpSize];
   };
   // The accesses of one kind at one source location.
-  // The accesses of one kind at one source location.
   struct LocationTraffic {
     const void* location;
     Traffic kind;
