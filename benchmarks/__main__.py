@@ -227,7 +227,11 @@ def _draw(
     size = min((source.height, source.width), (97, round(97 * source.width / source.height)))
     points = arguments.points or picture.POINTS.get(arguments.photograph, ((0.5, 0.5), (0.2, 0.2)))
     key_channels = arguments.key_channels or max(arguments.channels // 8, 1)
-    paths.append(picture.draw(source, size, points, folder / "attention.png", weights, key_channels))
+    caption = (
+        f"{size[0]} x {size[1]} positions of a dilated ResNet-50 with {weights}; the projections are random: "
+        "this shows the reach of each attention, not the attention of a trained network."
+    )
+    paths.append(picture.draw(source, size, points, folder / "attention.png", caption, key_channels))
     return [path for path in paths if path]
 
 

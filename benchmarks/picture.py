@@ -33,10 +33,10 @@ def draw(
     size: tuple[int, int],
     points: tuple[tuple[float, float], ...],
     path: Path,
-    weights: str,
+    caption: str,
     key_channels: int = 64,
 ) -> Path:
-    """Writes the picture; ``weights`` describes the backbone's weights in the caption."""
+    """Writes the picture: a row for each point, with a caption below."""
     x = source.window(*size)
     workload = Workload("position", *size, channels=x.shape[1], key_channels=key_channels)
     blocks = {
@@ -45,9 +45,5 @@ def draw(
         "criss-cross, R = 2": _block(nn.RecurrentCrissCrossAttention, workload, source.seed, recurrence=2),
     }
     maps = {title: visualize.attention_maps(block, x, points)[0] for title, block in blocks.items()}
-    caption = (
-        f"{size[0]} x {size[1]} positions of a dilated ResNet-50 with {weights}; the projections are random: "
-        "this shows the reach of each attention, not the attention of a trained network."
-    )
     visualize.draw_attention(source.picture(*size), maps, points, path, caption)
     return path

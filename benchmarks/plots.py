@@ -110,7 +110,11 @@ def draw_time(records: list[dict], path: Path) -> Path:
     return finish(figure, axes, path, "Time against positions N (lower is better)")
 
 
-def draw_memory(records: list[dict], path: Path) -> Path | None:
+def draw_memory(
+    records: list[dict],
+    path: Path,
+    heading: str = "Extra memory of forward + backward against positions N (lower is better)",
+) -> Path | None:
     """Extra memory of forward + backward over N. Hollow, dotted: by formula, where a rival would not fit."""
     panels = {key: entries for key, entries in groups(records).items() if any(e.get("memory") for e in entries)}
     if not panels:
@@ -151,7 +155,7 @@ def draw_memory(records: list[dict], path: Path) -> Path | None:
         ax.set_title(_wrapped(title(*key)), fontsize=9)
         if column == 0:
             ax.set_ylabel("extra memory, MiB")
-    return finish(figure, axes, path, "Extra memory of forward + backward against positions N (lower is better)")
+    return finish(figure, axes, path, heading)
 
 
 def _by_formula(entry: dict) -> bool:

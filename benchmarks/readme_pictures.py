@@ -1,0 +1,64 @@
+"""The two pictures of README.md, small enough to commit, from a report of the benchmark:
+
+python -m benchmarks.readme_pictures report     # writes docs/images/memory.png and attention.png
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from . import features, picture, plots
+
+FOLDER = Path(__file__).resolve().parent.parent / "docs" / "images"
+PHOTOGRAPH, FEATURES, SIZE = "coffee", (128, 256), (97, 194)  # the defaults of `python -m benchmarks`
+
+
+def _save(image, path: Path, width: int) -> None:
+    from PIL import Image
+
+    scaled = image.convert("RGB").resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)
+    scaled.quantize(256).save(path, optimize=True)
+
+
+def draw_memory(report: Path) -> None:
+    """The panel of position attention in float32."""
+    from PIL import Image
+
+    cells = json.loads((report / "report.json").read_text())["cells"]
+    cells = [cell for cell in cells if cell["op"] == "position" and cell["dtype"] == "float32"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = plots.draw_memory(cells, Path(folder) / "memory.png", heading="")
+        _save(Image.open(path), FOLDER / "memory.png", 520)
+
+
+def draw_attention() -> None:
+    """The first point of the photograph: the point and position attention above, criss-cross attention below."""
+    from PIL import Image, ImageOps
+
+    extractor = features.Extractor(512, None, 0)
+    source = features.FeatureSource(features.load_photograph(PHOTOGRAPH), [FEATURES], extractor)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "attention.png"
+        picture.draw(source, SIZE, picture.POINTS[PHOTOGRAPH][:1], path, caption="")
+        row = Image.open(path).convert("RGB")
+    _, top, _, bottom = ImageOps.invert(row.convert("L")).getbbox()
+    half, height = row.width // 2, bottom - top + 12
+    square = Image.new("RGB", (half, 2 * height), "white")
+    square.paste(row.crop((0, top, half, bottom)), (0, 0))
+    square.paste(row.crop((half, top, 2 * half, bottom)), (0, height))
+    _save(square, FOLDER / "attention.png", 720)
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) != 1 or not (Path(argv[0]) / "report.json").exists():
+        print("usage: python -m benchmarks.readme_pictures REPORT, a folder that `python -m benchmarks` has written")
+        return 2
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    draw_memory(Path(argv[0]))
+    draw_attention()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
