@@ -52,6 +52,7 @@ inline PositionSizes check_position_attention_backward(
   const Argument q{"query", query}, o{"output", output}, g{"grad_output", grad_output}, l{"logsumexp", logsumexp};
   check_like(op, o, q);
   check_like(op, g, q);
+  check_feature_map(op, o);
   check_batch(op, o, q);
   check_channels(op, o, {"value", value});
   check_spatial(op, o, q);

@@ -135,6 +135,7 @@ def check_position_attention_backward(
     g, l = Argument("grad_output", grad_output), Argument("logsumexp", logsumexp)  # noqa: E741
     check_like(op, o, q)
     check_like(op, g, q)
+    check_feature_map(op, o)
     check_batch(op, o, q)
     check_channels(op, o, v)
     check_spatial(op, o, q)

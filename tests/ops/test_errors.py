@@ -133,6 +133,10 @@ BAD_OPERATORS = [
             ({"grad_output": t(2, 6, 5, 8)}, "grad_output must have shape [2, 6, 5, 7] like output (got [2, 6, 5, 8])"),
             ({"grad_output": t(2, 6, 5, 7).double()}, "grad_output must be float32 like query (got float64)"),
             ({"key": t(2, 32, 3, 4)}, "key must have 8 channels like query (got 32)"),
+            (
+                {"output": t(2)},
+                "output must have at least 3 dimensions, (batch, channels, *spatial) (got shape [2])",
+            ),
             ({"output": t(1, 6, 5, 7)}, "output must have batch size 2 like query (got 1)"),
             ({"output": t(2, 7, 5, 7)}, "output must have 6 channels like value (got 7)"),
             ({"output": t(2, 6, 7, 5)}, "output must have spatial size [5, 7] like query (got [7, 5])"),
