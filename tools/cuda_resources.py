@@ -8,6 +8,7 @@ the emulator, which records each launch without running the kernel. tests/cuda/t
 library with the table.
 """
 
+import argparse
 import re
 import subprocess
 import sys
@@ -271,6 +272,11 @@ def table(kernels: list[Kernel], found: dict[tuple[str, int], Launch]) -> str:
 def main() -> int:
     from tests.emulator import build  # here: the emulator's tests import this module
 
+    argparse.ArgumentParser(
+        prog="python -m tools.cuda_resources",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
     for tool in (nvcc, cuobjdump):
         if tool() is None:
             print(f"cuda_resources: no {tool.__name__} on PATH or where CUDA is usually installed")
