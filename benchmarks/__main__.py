@@ -94,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
         "--compile-from",
         type=_positive,
         default=8192,
-        help="least number of positions for torch.compile (compiling takes seconds per size)",
+        help="minimum number of positions for torch.compile (compiling takes seconds per size)",
     )
     p.add_argument(
         "--photograph", default="coffee", help=f"{', '.join(features.PHOTOGRAPHS)}, or the path of an image file"

@@ -26,7 +26,7 @@ class Options:
     device: str = "cpu"
     threads: int = 2
     backend: str = "native"
-    compile_from: int = 8192  # least number of positions for rivals that compile
+    compile_from: int = 8192  # minimum number of positions for rivals that compile
     repeats: int | None = None
 
 

@@ -2,13 +2,13 @@
 //
 // Shared memory of the weighted sum in bytes, for E key channels (the limit of a block is 99 KB on sm_86, sm_89 and
 // sm_120, 163 KB on sm_80, 227 KB on sm_90):
-//   16 bits   Wide       128 positions x 256 channels, E <= 64   95,296, three stages
-//             Narrow     128 positions x 128 channels, E <= 64   70,720, three stages
-//             WideAny    128 positions x 256 channels, any E     384 E + 50,240: E <= 128 at 99 KB
-//             NarrowAny   64 positions x 128 channels, any E     256 E + 25,120: E <= 288 at 99 KB, 800 on sm_90
-//   TF32      WideAny    128 positions x 256 channels, any E     640 E + 50,240: E <= 72 at 99 KB. 3xTF32 has only 128
+//   16 bits   Wide       128 positions x 256 channels, E <= 64   95,320, three stages
+//             Narrow     128 positions x 128 channels, E <= 64   70,744, three stages
+//             WideAny    128 positions x 256 channels, any E     384 E + 50,264: E <= 128 at 99 KB
+//             NarrowAny   64 positions x 128 channels, any E     256 E + 25,144: E <= 288 at 99 KB, 800 on sm_90
+//   TF32      WideAny    128 positions x 256 channels, any E     640 E + 50,264: E <= 72 at 99 KB. 3xTF32 has only 128
 //                        channels: with 192, its fragments and the sums of a step spilled beside 96 accumulators
-//             NarrowAny   64 positions x 128 channels, any E     384 E + 25,120: E <= 192 at 99 KB, 536 on sm_90
+//             NarrowAny   64 positions x 128 channels, any E     384 E + 25,144: E <= 192 at 99 KB, 536 on sm_90
 // and of the query and key gradient, with E rounded up to 64:
 //   16 bits   Deep       128 queries x 128 keys, E <= 64         132,096, four stages
 //             Flat       128 queries x 128 keys, E <= 64          99,328, two stages
@@ -31,7 +31,7 @@
 
 namespace segattn::cuda {
 
-// Arguments: owned positions, value channels, warps along the channels, stages, resident steps, least blocks per
+// Arguments: owned positions, value channels, warps along the channels, stages, resident steps, minimum blocks per
 // multiprocessor.
 template <class Mma>
 struct WeightedSumTiles {
