@@ -1,6 +1,6 @@
 // cp.async. The hardware may write the destination at any time between the copy and the wait. The emulator does both
-// extremes: the copy fills the destination with NaN at once, so that reads of the old tile or early reads of the new one
-// show, and the data arrive only at the wait.
+// extremes: the copy fills the destination with NaN at once, so that reads of the old tile or early reads of the new
+// one show, and the data arrive only at the wait.
 #include <cstring>
 
 #include "counters.h"

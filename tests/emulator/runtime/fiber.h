@@ -1,4 +1,5 @@
-// Fibers: a stack per CUDA thread, and a switch between them in a dozen instructions (swapcontext makes two system calls).
+// Fibers: a stack per CUDA thread, and a switch between them in a dozen instructions (swapcontext makes two system
+// calls).
 #pragma once
 
 #include <cstddef>

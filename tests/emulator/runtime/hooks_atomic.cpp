@@ -1,5 +1,5 @@
-// Atomic operations of host code compiled with -fsanitize=thread (guards of static variables, shared pointers), executed
-// without any tracking.
+// Atomic operations of host code compiled with -fsanitize=thread (guards of static variables, shared pointers),
+// executed without any tracking.
 #if defined(SEGATTN_EMULATOR_TRACE)
 
 #include <cstdint>

@@ -21,8 +21,8 @@ bool launch_fails();
 // The number of the stream that current_stream() returns; not 0, which is the default stream.
 void set_current_stream(int64_t stream);
 
-// Runs only so many first and last blocks of every launch; with 0, launches are only checked and counted. Results of the
-// other blocks stay NaN. Negative: all run.
+// Runs only so many first and last blocks of every launch; with 0, launches are only checked and counted. Results of
+// the other blocks stay NaN. Negative: all run.
 void set_blocks_at_ends(int64_t blocks);
 bool block_runs(uint64_t index, uint64_t blocks);
 

@@ -1,8 +1,8 @@
-// How a tensor core adds the products of one mma to float32 accumulators, as measured on hardware (docs/emulator.md cites
-// the papers). The contraction is split into blocks. In each block
+// How a tensor core adds the products of one mma to float32 accumulators, as measured on hardware (docs/emulator.md
+// cites the papers). The contraction is split into blocks. In each block
 //   1. products are exact,
-//   2. every product and the accumulator are aligned to the largest exponent among them and truncated to `fraction_bits`
-//      fraction bits below it,
+//   2. every product and the accumulator are aligned to the largest exponent among them and truncated to
+//      `fraction_bits` fraction bits below it,
 //   3. the aligned numbers are added exactly,
 //   4. the sum is rounded to float32 towards zero.
 // The exponent of a product is the sum of its factors' exponents: its significand is in [1, 4). Subnormal factors have

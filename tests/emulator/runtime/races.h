@@ -1,6 +1,6 @@
 // Finds data races in any schedule of a launch: two accesses to the same bytes, one of them a write, by threads that no
-// barrier orders. Vector clocks as in FastTrack (Flanagan and Freund, 2009), with one shortcut: a block barrier orders all
-// threads, so it only starts a new epoch. Within an epoch, only lanes of one warp synchronize.
+// barrier orders. Vector clocks as in FastTrack (Flanagan and Freund, 2009), with one shortcut: a block barrier orders
+// all threads, so it only starts a new epoch. Within an epoch, only lanes of one warp synchronize.
 //
 // The unit is two bytes, the smallest element of the kernels.
 #pragma once

@@ -1,5 +1,6 @@
 // Counts memory traffic by warp instructions, as the hardware executes it. Accesses of a warp's lanes belong to one
-// instruction if they come from the same source location and are each lane's n-th access there since the lanes last met.
+// instruction if they come from the same source location and are each lane's n-th access there since the lanes last
+// met.
 #pragma once
 
 #include <cstddef>
