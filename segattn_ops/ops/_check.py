@@ -23,6 +23,17 @@ def fail(op: str, message: str) -> NoReturn:
     raise RuntimeError(f"{op}: {message}")
 
 
+def check_tensors(op: str, **arguments: object) -> None:
+    """For the public functions, which use the tensors before an operator's schema rejects what is not one.
+
+    Raises:
+        TypeError: if an argument is not a tensor.
+    """
+    for name, argument in arguments.items():
+        if not isinstance(argument, Tensor):
+            raise TypeError(f"{op}: {name} must be a torch.Tensor (got {type(argument).__name__})")
+
+
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.") if dtype in SUPPORTED else "another dtype"
 

@@ -24,6 +24,7 @@ from ._check import (
     check_shape,
     check_shape_is,
     check_spatial,
+    check_tensors,
     fail,
 )
 from ._register import Operator
@@ -46,11 +47,13 @@ def channel_attention(query: Tensor, key: Tensor, value: Tensor, scale: float = 
         (B, C, *T), in the inputs' dtype.
 
     Raises:
+        TypeError: for an argument that is not a tensor.
         RuntimeError: for mismatched shapes, dtypes or devices, and for a scale that is not finite.
 
     Source: Fu et al., "Dual Attention Network for Scene Segmentation" (2019), equations 3 and 4, and the sign of the
     authors' code.
     """
+    check_tensors("channel_attention", query=query, key=key, value=value)
     if query is key and key is value:
         (x,) = autocast(query)
         return _self_attention(x, scale)
@@ -82,11 +85,13 @@ def residual_channel_attention(input: Tensor, gamma: Tensor, scale: float = -1.0
         dtype, the residual is not rounded.
 
     Raises:
+        TypeError: for an argument that is not a tensor.
         RuntimeError: for an input of the wrong rank or dtype, a gamma of the wrong shape, dtype or device, and for a
             scale that is not finite.
 
     Source: Fu et al. (2019), equations 3 and 4, beta being our gamma, as in the authors' code.
     """
+    check_tensors("residual_channel_attention", input=input, gamma=gamma)
     check_channel_self_attention(input, scale, None, "residual_channel_attention")
     factors = _factors(input, gamma)
     (converted,) = autocast(input)

@@ -23,6 +23,7 @@ from ._check import (
     check_shape,
     check_shape_is,
     check_spatial,
+    check_tensors,
     fail,
 )
 from ._positions import flat_positions
@@ -45,10 +46,12 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor, scale: floa
         (B, C, H, W), in the inputs' dtype. Accumulated in float32, float64 for float64.
 
     Raises:
+        TypeError: for an argument that is not a tensor.
         RuntimeError: for mismatched shapes, dtypes or devices, a height or width of 0, a scale that is not finite.
 
     Source: Huang et al., "CCNet: Criss-Cross Attention for Semantic Segmentation" (2019), section 3.2.
     """
+    check_tensors("criss_cross_attention", query=query, key=key, value=value)
     query, key, value = autocast(query, key, value)
     operators = _backend.operators(query.device)
     if operators is None:
@@ -72,10 +75,12 @@ def criss_cross_affinity(query: Tensor, key: Tensor) -> Tensor:
         channel W + i of a position in row y is row i for i < y and row i + 1 from there on.
 
     Raises:
+        TypeError: for an argument that is not a tensor.
         RuntimeError: for mismatched shapes, dtypes or devices, and for a height or width of 0.
 
     Source: Huang et al. (2019), section 3.2, and the layout of the authors' CUDA version.
     """
+    check_tensors("criss_cross_affinity", query=query, key=key)
     query, key = autocast(query, key)
     operators = _backend.operators(query.device)
     if operators is None:
@@ -98,11 +103,13 @@ def criss_cross_aggregation(attention: Tensor, value: Tensor) -> Tensor:
         (B, C, H, W), in the inputs' dtype.
 
     Raises:
+        TypeError: for an argument that is not a tensor.
         RuntimeError: for mismatched shapes, dtypes or devices, a height or width of 0, and a channel count that is
             not H + W - 1.
 
     Source: Huang et al. (2019), section 3.2.
     """
+    check_tensors("criss_cross_aggregation", attention=attention, value=value)
     attention, value = autocast(attention, value)
     operators = _backend.operators(value.device)
     if operators is None:
@@ -135,20 +142,22 @@ def criss_cross_attention_map(
 
     Raises:
         RuntimeError: as :func:`criss_cross_attention`.
-        ValueError: for positions outside the feature map or of another shape, a recurrence below 1, or sequences of
-            another length.
+        TypeError: for a query or key that is not a tensor.
+        ValueError: for positions outside the feature map or of another shape, a recurrence that is not a positive
+            integer, or sequences of another length.
     """
     op = "criss_cross_attention_map"
-    if recurrence < 1:
-        raise ValueError(f"{op}: recurrence must be at least 1 (got {recurrence})")
+    if not isinstance(recurrence, int) or isinstance(recurrence, bool) or recurrence < 1:
+        raise ValueError(f"{op}: recurrence must be a positive integer (got {recurrence})")
     queries = [query] * recurrence if isinstance(query, Tensor) else list(query)
     keys = [key] * recurrence if isinstance(key, Tensor) else list(key)
     if len(queries) != recurrence or len(keys) != recurrence:
         raise ValueError(
-            f"{op}: query and key must be one tensor or {recurrence} of them, one a recurrence (got {len(queries)} and "
-            f"{len(keys)})"
+            f"{op}: query and key must be one tensor or {recurrence} of them, one for each recurrence "
+            f"(got {len(queries)} and {len(keys)})"
         )
     for q, k in zip(queries, keys, strict=True):
+        check_tensors(op, query=q, key=k)
         check_criss_cross_attention(q, k, q, scale, op)
     batch, _, height, width = queries[0].shape
     index = flat_positions(positions, torch.Size((height, width)), op).to(queries[0].device)

@@ -26,6 +26,7 @@ from ._check import (
     check_shape,
     check_shape_is,
     check_spatial,
+    check_tensors,
 )
 from ._positions import flat_positions
 from ._register import Operator
@@ -49,12 +50,14 @@ def position_attention(query: Tensor, key: Tensor, value: Tensor, scale: float =
         (B, C, *S), in the inputs' dtype. Accumulated in float32, float64 for float64.
 
     Raises:
+        TypeError: for an argument that is not a tensor.
         RuntimeError: for mismatched shapes, dtypes or devices, and for a scale that is not finite.
 
     Source: Wang et al., "Non-local Neural Networks" (2018), equation 1; Fu et al., "Dual Attention Network for Scene
     Segmentation" (2019), equations 1 and 2. The logsumexp that the backward pass needs is the second result of the
     operator ``torch.ops.segattn.position_attention``.
     """
+    check_tensors("position_attention", query=query, key=key, value=value)
     query, key, value = autocast(query, key, value)
     operators = _backend.operators(query.device)
     if operators is None:
@@ -87,6 +90,7 @@ def position_attention_map(query: Tensor, key: Tensor, positions: Tensor, scale:
         RuntimeError: as :func:`position_attention`.
         ValueError: for positions of another shape or dtype, or outside the feature map.
     """
+    check_tensors("position_attention_map", query=query, key=key)
     check_position_attention(query, key, key, scale, "position_attention_map")
     index = flat_positions(positions, query.shape[2:], "position_attention_map")
     dtype = accumulation_dtype(query.dtype)

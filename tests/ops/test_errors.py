@@ -401,6 +401,25 @@ def test_functions_of_one_input_on_fakes(function):
         function("cpu")
 
 
+NOT_TENSORS = [
+    ("position_attention", POSITION, "key", [1.0]),
+    ("channel_attention", CHANNEL, "query", None),
+    ("criss_cross_attention", CRISS_CROSS, "value", 1.0),
+    ("criss_cross_affinity", AFFINITY, "query", "q"),
+    ("criss_cross_aggregation", AGGREGATION, "attention", (1,)),
+    ("residual_channel_attention", {"input": t(2, 8, 5), "gamma": t(1)}, "gamma", 0.5),
+    ("position_attention_map", {"query": t(2, 8, 5), "key": t(2, 8, 5), "positions": [[0]]}, "query", [1]),
+    ("criss_cross_attention_map", AFFINITY | {"positions": [[0, 0]]}, "key", [1.0]),
+]
+
+
+@pytest.mark.parametrize(("op", "good", "name", "value"), NOT_TENSORS, ids=[case[0] for case in NOT_TENSORS])
+def test_an_argument_that_is_not_a_tensor(op, good, name, value):
+    wrong = type(value[0] if op == "criss_cross_attention_map" else value).__name__
+    with pytest.raises(TypeError, match=rf"^{op}: {name} must be a torch.Tensor \(got {wrong}\)$"):
+        getattr(segattn_ops, op)(**good | {name: value})
+
+
 def test_mixed_devices(backend):
     query = torch.zeros(1, 4, 3, device=backend.device)
     with pytest.raises(RuntimeError, match=r"(key must be on device|meta)"):

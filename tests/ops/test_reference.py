@@ -140,7 +140,7 @@ def test_map_positions_are_checked(positions, message):
 
 def test_map_recurrence_is_checked():
     q = torch.randn(1, 3, 4, 5)
-    with pytest.raises(ValueError, match="recurrence must be at least 1"):
+    with pytest.raises(ValueError, match="recurrence must be a positive integer"):
         segattn_ops.criss_cross_attention_map(q, q, torch.tensor([[0, 0]]), 0)
     with pytest.raises(ValueError, match="one tensor or 2 of them"):
         segattn_ops.criss_cross_attention_map([q], [q], torch.tensor([[0, 0]]), 2)
