@@ -13,7 +13,9 @@
 #include "checks/channel.h"
 #include "cuda/channel/launch.h"
 #include "cuda/channel/softmax.cuh"
+#include "cuda/common/aligned.h"
 #include "cuda/common/launch_context.h"
+#include "cuda/common/math.h"
 #include "cuda/common/operands.h"
 #include "registration.h"
 
@@ -210,12 +212,13 @@ void add(
 Pair forward(
     const LaunchContext& context, const Tensor& query, const Tensor& key, const Tensor& value,
     const ChannelSizes& sizes, double scale, Symmetry symmetry, const std::optional<Tensor>& gamma = std::nullopt) {
-  const Tensor output = allocate_feature_map(value, sizes.query_channels);
   const Tensor logsumexp = allocate(query, {sizes.batch, sizes.query_channels}, accumulation_dtype(context.dtype));
   if (sizes.batch == 0) {
-    return {output, logsumexp};
+    return {allocate_feature_map(value, sizes.query_channels), logsumexp};
   }
   const Tensor weights = softmax(context, products(context, query, key, symmetry), scale, gamma, logsumexp);
+  // Allocated last, so that it can reuse the memory of the products.
+  const Tensor output = allocate_feature_map(value, sizes.query_channels);
   if (sizes.value_positions > 0) {
     const Tensor matrix = torch::stable::view(output, {sizes.batch, sizes.query_channels, sizes.value_positions});
     bmm(weights, matrices(value), matrix);

@@ -9,7 +9,9 @@
 #include <torch/csrc/stable/library.h>
 
 #include "checks/criss_cross.h"
+#include "cuda/common/delta.h"
 #include "cuda/common/launch_context.h"
+#include "cuda/common/math.h"
 #include "cuda/common/operands.h"
 #include "cuda/criss_cross/correction.cuh"
 #include "cuda/criss_cross/launch.h"

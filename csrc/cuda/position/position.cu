@@ -10,7 +10,10 @@
 #include <torch/csrc/stable/library.h>
 
 #include "checks/position.h"
+#include "cuda/common/aligned.h"
+#include "cuda/common/delta.h"
 #include "cuda/common/launch_context.h"
+#include "cuda/common/math.h"
 #include "cuda/common/operands.h"
 #include "cuda/position/launch.h"
 #include "cuda/position/merge_splits.cuh"

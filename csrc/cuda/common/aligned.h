@@ -1,0 +1,60 @@
+// Feature maps with rows that start on 16 bytes, for the tensor-core kernels.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/common/launch.cuh"
+#include "cuda/common/math.h"
+#include "cuda/common/operands.h"
+#include "cuda/common/row_kernels.cuh"
+
+namespace segattn::cuda {
+
+template <class T>
+void launch_pack(const PackParams& params, cudaStream_t stream) {
+  SEGATTN_LAUNCH(
+      (pack_rows_kernel<T>), dim3(grid_blocks(params.rows_total * params.row_blocks)), dim3(kRowThreads), 0, stream,
+      params);
+}
+
+// The feature map with rows that start on 16 bytes, as cp.async requires; copied if they do not. At 97 x 97 and C = 512
+// the copies move 24 MB, against the 0.9 GB that the forward kernel reads from L2.
+inline FeatureMap aligned(const FeatureMap& features, cudaStream_t stream) {
+  const Tensor& tensor = features.tensor;
+  const int64_t bytes = element_bytes(tensor.scalar_type()), per_chunk = 16 / bytes;
+  const bool is_aligned = reinterpret_cast<uintptr_t>(features.operand.data) % 16 == 0 &&
+      (tensor.size(1) == 1 || features.operand.row_stride % per_chunk == 0) &&
+      (tensor.size(0) == 1 || features.operand.batch_stride % per_chunk == 0);
+  if (is_aligned) {
+    FeatureMap result = features;
+    if (tensor.size(1) == 1) {  // copies form addresses of rows past the edge, which must be aligned too
+      result.operand.row_stride = 0;
+    }
+    return result;
+  }
+  const int64_t batch = tensor.size(0), rows = tensor.size(1), columns = features.positions;
+  const int64_t padded = round_up(columns, per_chunk);
+  const Tensor packed = allocate(tensor, {batch, rows, padded}, tensor.scalar_type());
+  PackParams params;
+  params.source = features.operand.data;
+  params.target = packed.mutable_data_ptr();
+  params.batch_stride = features.operand.batch_stride;
+  params.row_stride = features.operand.row_stride;
+  params.rows_total = batch * rows;
+  params.rows = static_cast<int>(rows);
+  params.columns = static_cast<int>(columns);
+  params.padded = static_cast<int>(padded);
+  params.row_blocks = static_cast<int>(ceil_div(padded / per_chunk, kRowThreads));
+  if (bytes == 2) {  // the copy does not interpret the elements: one kernel serves both 16-bit types
+    launch_pack<__half>(params, stream);
+  } else {
+    launch_pack<float>(params, stream);
+  }
+  return {packed, operand_of(packed), columns};
+}
+
+inline FeatureMap aligned_feature_map(const Tensor& tensor, cudaStream_t stream) {
+  return aligned(feature_map(tensor), stream);
+}
+
+}  // namespace segattn::cuda

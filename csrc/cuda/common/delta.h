@@ -1,0 +1,39 @@
+// The launch of delta_kernel, for the backward passes that recompute the weights from the logsumexp.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "cuda/common/launch.cuh"
+#include "cuda/common/launch_context.h"
+#include "cuda/common/math.h"
+#include "cuda/common/operands.h"
+#include "cuda/common/row_kernels.cuh"
+
+namespace segattn::cuda {
+
+// delta (B, N) in the dtype of accumulation, allocated with `sizes`: sum_c grad_output * output, with the output before
+// rounding where output_low is given. grad_output, output, output_low: (B, C, *S), N positions.
+inline Tensor delta_of(
+    const LaunchContext& context, const FeatureMap& grad_output, const FeatureMap& output,
+    const std::optional<FeatureMap>& output_low, const std::vector<int64_t>& sizes) {
+  const Tensor delta = allocate(output.tensor, sizes, accumulation_dtype(context.dtype));
+  DeltaParams params{};
+  params.grad_output = grad_output.operand;
+  params.output = output.operand;
+  if (output_low.has_value()) {
+    params.output_low = output_low->operand;
+  }
+  params.delta = delta.mutable_data_ptr();
+  params.channels = static_cast<int>(output.tensor.size(1));
+  params.positions = context.position_count("output", output.positions);
+  params.position_blocks = ceil_div(params.positions, 32);
+  const int64_t blocks = output.tensor.size(0) * params.position_blocks;
+  with_element(context.dtype, [&]<class T>() {
+    SEGATTN_LAUNCH((delta_kernel<T>), dim3(grid_blocks(blocks)), dim3(kRowThreads), 0, context.stream, params);
+  });
+  return delta;
+}
+
+}  // namespace segattn::cuda
