@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _backend, reference
 from .._autocast import autocast, without_autocast
@@ -53,6 +54,9 @@ def channel_attention(query: Tensor, key: Tensor, value: Tensor, scale: float = 
     Source: Fu et al., "Dual Attention Network for Scene Segmentation" (2019), equations 3 and 4, and the sign of the
     authors' code.
     """
+    if has_torch_function((query, key, value)):
+        overridden: Tensor = handle_torch_function(channel_attention, (query, key, value), query, key, value, scale)
+        return overridden
     check_tensors("channel_attention", query=query, key=key, value=value)
     if query is key and key is value:
         (x,) = autocast(query)
@@ -91,6 +95,9 @@ def residual_channel_attention(input: Tensor, gamma: Tensor, scale: float = -1.0
 
     Source: Fu et al. (2019), equations 3 and 4, beta being our gamma, as in the authors' code.
     """
+    if has_torch_function((input, gamma)):
+        overridden: Tensor = handle_torch_function(residual_channel_attention, (input, gamma), input, gamma, scale)
+        return overridden
     check_tensors("residual_channel_attention", input=input, gamma=gamma)
     check_channel_self_attention(input, scale, None, "residual_channel_attention")
     factors = _factors(input, gamma)

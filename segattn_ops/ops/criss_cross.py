@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _backend, reference
 from .._autocast import autocast, without_autocast
@@ -51,6 +52,9 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor, scale: floa
 
     Source: Huang et al., "CCNet: Criss-Cross Attention for Semantic Segmentation" (2019), section 3.2.
     """
+    if has_torch_function((query, key, value)):
+        overridden: Tensor = handle_torch_function(criss_cross_attention, (query, key, value), query, key, value, scale)
+        return overridden
     check_tensors("criss_cross_attention", query=query, key=key, value=value)
     query, key, value = autocast(query, key, value)
     operators = _backend.operators(query.device)
@@ -80,6 +84,9 @@ def criss_cross_affinity(query: Tensor, key: Tensor) -> Tensor:
 
     Source: Huang et al. (2019), section 3.2, and the layout of the authors' CUDA version.
     """
+    if has_torch_function((query, key)):
+        overridden: Tensor = handle_torch_function(criss_cross_affinity, (query, key), query, key)
+        return overridden
     check_tensors("criss_cross_affinity", query=query, key=key)
     query, key = autocast(query, key)
     operators = _backend.operators(query.device)
@@ -109,6 +116,9 @@ def criss_cross_aggregation(attention: Tensor, value: Tensor) -> Tensor:
 
     Source: Huang et al. (2019), section 3.2.
     """
+    if has_torch_function((attention, value)):
+        overridden: Tensor = handle_torch_function(criss_cross_aggregation, (attention, value), attention, value)
+        return overridden
     check_tensors("criss_cross_aggregation", attention=attention, value=value)
     attention, value = autocast(attention, value)
     operators = _backend.operators(value.device)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _backend, reference
 from .._autocast import autocast, without_autocast
@@ -57,6 +58,9 @@ def position_attention(query: Tensor, key: Tensor, value: Tensor, scale: float =
     Segmentation" (2019), equations 1 and 2. The logsumexp that the backward pass needs is the second result of the
     operator ``torch.ops.segattn.position_attention``.
     """
+    if has_torch_function((query, key, value)):
+        overridden: Tensor = handle_torch_function(position_attention, (query, key, value), query, key, value, scale)
+        return overridden
     check_tensors("position_attention", query=query, key=key, value=value)
     query, key, value = autocast(query, key, value)
     operators = _backend.operators(query.device)
