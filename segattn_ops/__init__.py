@@ -1,9 +1,10 @@
 """Exact attention for dense prediction (DANet, CCNet, ANN, Non-local) on CUDA and the CPU, without N x N attention
 maps."""
 
-from . import _backend
+from . import _backend, _flop_counters
 from ._backend import use_backend
 from ._build_config import build_config
+from ._flop_counters import flop_handles
 from ._version import __version__
 from .ops import (
     channel_attention,
@@ -34,9 +35,12 @@ __all__ = [
     "criss_cross_aggregation",
     "criss_cross_attention",
     "criss_cross_attention_map",
+    "flop_handles",
     "nn",
     "position_attention",
     "position_attention_map",
     "residual_channel_attention",
     "use_backend",
 ]
+
+_flop_counters.register()

@@ -1,6 +1,8 @@
 """The ops: public functions, and the Python side of their operators."""
 
-from . import _register, channel, criss_cross, position
+from . import channel, criss_cross, position
+from ._register import Operator
+from ._register import register as _register
 from .channel import channel_attention, residual_channel_attention
 from .criss_cross import (
     criss_cross_affinity,
@@ -10,7 +12,11 @@ from .criss_cross import (
 )
 from .position import position_attention, position_attention_map
 
+OPERATORS = (*position.OPERATORS, *channel.OPERATORS, *criss_cross.OPERATORS)
+
 __all__ = [
+    "OPERATORS",
+    "Operator",
     "channel_attention",
     "criss_cross_affinity",
     "criss_cross_aggregation",
@@ -25,4 +31,4 @@ __all__ = [
 
 def register(namespace: str) -> None:
     """Registers fake, autograd, vmap and FLOP rules for a namespace with the schemas of csrc/ops.cpp."""
-    _register.register(namespace, (*position.OPERATORS, *channel.OPERATORS, *criss_cross.OPERATORS))
+    _register(namespace, OPERATORS)

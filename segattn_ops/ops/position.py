@@ -69,11 +69,17 @@ def position_attention(query: Tensor, key: Tensor, value: Tensor, scale: float =
         with without_autocast(query.device.type):
             results = reference.position_attention(query, key, value, scale)
     else:
-        results = operators.position_attention(query, key, value, scale, _needs_gradient(query, key, value))
+        results = operators.position_attention(query, key, value, scale, _needs_low(query, key, value))
     return results[0]
 
 
-def _needs_gradient(*tensors: Tensor) -> bool:
+def _needs_low(*tensors: Tensor) -> bool:
+    """Whether the backward pass needs the rounding error of the output. A traced graph keeps it for 16-bit tensors:
+    torch.jit.trace compares graphs traced with and without gradients, and the graph may be trained."""
+    if tensors[0].dtype.itemsize != 2:
+        return False
+    if torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined]
+        return True
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
@@ -212,7 +218,7 @@ def _flops_backward(
 
 def _adjust_vmap(query: Tensor, key: Tensor, value: Tensor, scale: float, with_low: bool = False) -> tuple[Any, ...]:
     """Decides with_low again: a tensor that vmap wraps does not require a gradient even if the one inside does."""
-    return query, key, value, scale, with_low or _needs_gradient(query, key, value)
+    return query, key, value, scale, with_low or _needs_low(query, key, value)
 
 
 OPERATORS = (
