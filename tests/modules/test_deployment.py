@@ -1,0 +1,149 @@
+"""What docs/deployment.md says: ONNX, traced and exported programs, FLOP counters."""
+
+import importlib
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch import nn as tnn
+from torch.utils.flop_counter import FlopCounterMode
+
+import segattn_ops
+from segattn_ops import _flop_counters, nn
+
+from ..peers import randomise
+
+AUTO = torch.export.Dim.AUTO
+MODULES = {
+    "position": lambda: nn.PositionAttention(16),
+    "channel": lambda: nn.ChannelAttention(16),
+    "criss_cross": lambda: nn.RecurrentCrissCrossAttention(16),
+    "non_local": lambda: nn.NonLocal2d(16, sub_sample=True, norm_layer=None),
+    "non_local_dot_product": lambda: nn.NonLocal2d(16, mode="dot_product", norm_layer=None),
+    "dual": lambda: nn.DAModule(16),
+    "asymmetric": lambda: nn.APNB(16, 16, 4, 6),
+}
+
+
+def made(name: str, dtype: torch.dtype = torch.float32) -> tnn.Module:
+    module = MODULES[name]().eval()
+    randomise(module)
+    return module.to(dtype)
+
+
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - {"asymmetric"}))
+def test_onnx_with_dynamic_sizes(name, tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    module, path = made(name), tmp_path / "module.onnx"
+    dynamic = ({0: AUTO, 2: AUTO, 3: AUTO},)
+    torch.onnx.export(module, (torch.randn(2, 16, 8, 10),), path, dynamic_shapes=dynamic, verbose=False)
+    session = runtime.InferenceSession(path)
+    for shape in ((2, 16, 8, 10), (3, 16, 13, 7)):
+        x = torch.randn(shape)
+        (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(got), module(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_onnx_of_pyramid_pooling_with_a_fixed_size(tmp_path):
+    """ONNX has no adaptive pooling: with a dynamic size the export raises."""
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    module, path, x = made("asymmetric"), tmp_path / "module.onnx", torch.randn(1, 16, 12, 20)
+    torch.onnx.export(module, (x,), path, verbose=False)
+    (got,) = runtime.InferenceSession(path).run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), module(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_onnx_in_half_precision(tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    module, path, x = made("position", torch.float16), tmp_path / "module.onnx", torch.randn(1, 16, 8, 10).half()
+    torch.onnx.export(module, (x,), path, verbose=False)
+    (got,) = runtime.InferenceSession(path).run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), module(x).detach(), rtol=4e-3, atol=4e-3)
+
+
+def test_only_an_onnx_export_leaves_the_fused_operator():
+    exported = torch.export.export(made("position"), (torch.randn(1, 16, 8, 10),))
+    targets = [str(node.target) for node in exported.run_decompositions().graph.nodes]
+    assert "segattn.position_attention.default" in targets
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_a_traced_module_passes_torchs_check_and_takes_other_sizes(name, dtype):
+    """The check traces again without gradients and compares the graphs."""
+    module = made(name, dtype)
+    traced = torch.jit.trace(module, torch.randn(2, 16, 8, 10, dtype=dtype))
+    x = torch.randn(3, 16, 13, 7, dtype=dtype)
+    torch.testing.assert_close(traced(x), module(x), rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_saved_programs_need_the_package(tmp_path):
+    """They load after `import segattn_ops`, and fail before."""
+    module, x = made("position"), torch.randn(1, 16, 8, 10)
+    torch.jit.trace(module, x).save(tmp_path / "module.pt")
+    torch.export.save(torch.export.export(module, (x,)), tmp_path / "module.pt2")
+    torch.save((x, module(x).detach()), tmp_path / "sample.pt")
+    code = """
+        import sys, torch
+        folder = sys.argv[1]
+        load = {"module.pt": torch.jit.load, "module.pt2": lambda path: torch.export.load(path).module()}
+        x, expected = torch.load(f"{folder}/sample.pt")
+        for name, function in load.items():
+            try:
+                function(f"{folder}/{name}")(x)
+            except Exception:
+                print("failed", name)
+        import segattn_ops
+        for name, function in load.items():
+            torch.testing.assert_close(function(f"{folder}/{name}")(x), expected, rtol=0, atol=0)
+            print("equal", name)
+    """
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:4] == [
+        f"{word} {name}" for word in ("failed", "equal") for name in ("module.pt", "module.pt2")
+    ]
+
+
+@pytest.mark.parametrize("name", ["position", "channel", "criss_cross", "non_local", "non_local_dot_product"])
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_fvcore_counts_what_pytorch_counts(name):
+    fvcore = pytest.importorskip("fvcore.nn")
+    module, x = made(name), torch.randn(2, 16, 9, 8)
+    with FlopCounterMode(display=False) as counter:
+        module(x)
+    analysis = fvcore.FlopCountAnalysis(module, x).unsupported_ops_warnings(False)
+    assert analysis.total() == counter.get_total_flops() // 2  # PyTorch counts two FLOP for a multiply-add
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_mmengine_counts_after_registration():
+    pytest.importorskip("mmengine")
+    analysis = importlib.import_module("mmengine.analysis")
+    _flop_counters.register()
+    module, x = made("criss_cross"), torch.randn(1, 16, 9, 8)
+    with FlopCounterMode(display=False) as counter:
+        module(x)
+    flops = analysis.FlopAnalyzer(module, x).unsupported_ops_warnings(False).total()
+    assert flops == counter.get_total_flops() // 2
+
+
+def test_a_library_without_the_table_is_reported(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fvcore.nn.flop_count", sys)
+    monkeypatch.setattr(_flop_counters.importlib.util, "find_spec", lambda name: object())
+    with pytest.warns(RuntimeWarning, match="fvcore.nn.flop_count does not count the ops"):
+        _flop_counters.register()
+
+
+def test_handles_are_named_like_the_operators():
+    handles = segattn_ops.flop_handles()
+    assert all(hasattr(torch.ops.segattn, name.removeprefix("segattn::")) for name in handles)
+    assert len(handles) == len(segattn_ops.ops.OPERATORS)
