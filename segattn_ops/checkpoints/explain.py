@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .translate import Translation, backbones
 
-_BLOCKS = {
+_BLOCKS: dict[tuple[int, ...], str] = {
     (2, 2, 2, 2): "resnet18",
     (3, 4, 6, 3): "resnet50",
     (3, 4, 23, 3): "resnet101",
@@ -20,6 +20,7 @@ _SIZES = (
     (r"(?<!.)4\.(weight|bias)", "num_classes", None),  # FCNHead alone
     (r"aux_classifier\.0\.weight", "aux_channels", r"(.*\.)?aux_classifier\..*"),
     (r"conv(5a|a)\.0\.weight", "inter_channels", r"(.*\.)?(conv\w+|sa|sc|cca|nl|bottleneck)\..*"),
+    (r"(?<!_)out_conv\.weight", "num_classes", r"(.*\.)?(out_conv|cab\d|rrb_\w+)\..*"),  # dfn_seg's width
     (r"sa\.query_conv\.weight", "key_channels", r"(.*\.)?sa\.(query|key)_conv\..*"),
 )
 
@@ -115,12 +116,22 @@ def differences(translation: Translation, module: nn.Module, inplace_abn: bool) 
             f"{recognised.format} {recognised.system} upsamples its logits with align_corners={align}, this module does"
             f" not: set align_corners={align}"
         )
-    if recognised.stem == "ccnet" and recognised.system == "ccnet" and _plain_dilation(module):
-        found.append(
-            "CCNet dilates the first block of a dilated stage too and rounds up in its max pool, this module's backbone "
-            'does not: build it with stem="ccnet"'
-        )
-    return found
+    return found + _dilation(translation, module)
+
+
+def _dilation(translation: Translation, module: nn.Module) -> list[str]:
+    """CCNet's backbone against the others with a deep stem: the same names and shapes, other dilations and pooling."""
+    recognised = translation.recognised
+    pool = getattr(getattr(module, "backbone", module), "maxpool", None)
+    if pool is None or recognised.system in ("dfn", "backbone") or recognised.stem not in ("deep", "ccnet"):
+        return []
+    wanted = "ccnet" if recognised.system == "ccnet" and recognised.stem == "ccnet" else "deep"
+    if pool.ceil_mode == (wanted == "ccnet"):
+        return []
+    return [
+        "CCNet's backbone dilates the first block of a dilated stage too and rounds up in its max pool, which the "
+        f'others do not: this checkpoint needs stem="{wanted}"'
+    ]
 
 
 def _negative_norms(state: Mapping[str, Tensor]) -> bool:
@@ -141,11 +152,3 @@ def _scale(translation: Translation, module: nn.Module) -> list[str]:
     if layout == "timm":
         return ["timm's block scales by in_channels ** -0.5, this module by 1: set scale"]
     return []
-
-
-def _plain_dilation(module: nn.Module) -> bool:
-    """Whether a stage of the module's backbone has a first block that is dilated less than its second."""
-    backbone = getattr(module, "backbone", module)
-    stages = [getattr(backbone, name, None) for name in ("layer3", "layer4")]
-    pairs = [(s[0].conv2.dilation, s[1].conv2.dilation) for s in stages if isinstance(s, nn.Sequential) and len(s) > 1]
-    return any(first != second for first, second in pairs)

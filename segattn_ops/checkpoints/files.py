@@ -49,8 +49,8 @@ def read(path: Source, weights_only: bool = True) -> Mapping[str, Any]:
             return _read(file, text, weights_only)
     if not hasattr(path, "read"):
         raise TypeError(
-            "checkpoints.read: path must be a path or a file open in binary mode; load also takes a mapping or a module "
-            f"(got {type(path).__name__})"
+            "checkpoints.read: path must be a path or a file open in binary mode; load also takes a mapping or a "
+            f"module (got {type(path).__name__})"
         )
     content = path.read()
     if not isinstance(content, bytes):
@@ -100,8 +100,9 @@ def _unreadable(error: Exception, classes: list[str] | None, archive: bool, weig
     shown = ", ".join(classes[:8]) + (f" and {len(classes) - 8} more" if len(classes) > 8 else "")
     if any(name.startswith("torch.nn.modules.") for name in classes):
         return (
-            f"is a pickled module, not a state dict, and needs its classes ({shown}), whose unpickling may run code: save "
-            "module.state_dict() instead, or if you trust its author, pass checkpoints.read(path, weights_only=False)"
+            f"is a pickled module, not a state dict, and needs its classes ({shown}), whose unpickling may run code: "
+            "save module.state_dict() instead, or if you trust its author, pass "
+            "checkpoints.read(path, weights_only=False)"
         )
     return (
         f"has pickled objects beyond tensors, whose unpickling may run code ({shown}): if you trust its author, pass "

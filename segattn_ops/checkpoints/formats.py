@@ -46,17 +46,13 @@ def refusal(header: bytes, file: IO[bytes], size: int, name: str) -> str | None:
         if header.startswith(start):
             return text
     if header.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
-        return (
-            f"an HTML or XML page, perhaps the error page of a failed download: {_AGAIN}, and look at it in a browser"
-        )
+        return f"an HTML or XML page, perhaps the error page of a failed download: {_AGAIN}"
     if header.startswith(b"PK\x03\x04"):
         return _archive(file, size)
     if _is_tar(file):
         return "a tar archive (or a checkpoint of PyTorch before 0.1.10): unpack it first"
     if name.lower().endswith(".onnx") or (header[:1] == b"\x08" and re.search(rb"pytorch|onnx|tf2onnx", header[:64])):
-        return (
-            "an ONNX model, whose weights no longer have the names of the parameters: load the checkpoint it came from"
-        )
+        return "an ONNX model, whose weights have lost the parameters' names: load the checkpoint it came from"
     if _is_text(header):
         return f"text ({header[:40].decode(errors='replace').strip()!r} ...), not a checkpoint: {_AGAIN}"
     return None

@@ -174,7 +174,7 @@ def load(
         module.load_state_dict(found, strict=False)
     if hasattr(module, "preprocessing") and any(name.startswith("backbone.") for name in found):
         if translation.preprocessing is not None:
-            module.preprocessing = translation.preprocessing
+            setattr(module, "preprocessing", translation.preprocessing)  # noqa: B010 (an attribute of some modules)
         else:
             report.notes.append(
                 "the checkpoint does not say how its pictures were normalised; the network keeps its preprocessing "
@@ -222,10 +222,11 @@ def _require_values(module: nn.Module, target: State, state: State) -> None:
 
 
 def _castable(source: torch.dtype, target: torch.dtype) -> bool:
-    """Whether a cast keeps the meaning: not integers or 8-bit floats, which come with a scale, for floating point."""
-    if not target.is_floating_point:
-        return not source.is_floating_point and not source.is_complex
-    return source.is_floating_point and source.itemsize >= 2
+    """Whether a cast keeps the meaning: not from integers and 8-bit floats, which come with a scale, to floating
+    point."""
+    if source.is_complex:
+        return target.is_complex
+    return not target.is_floating_point or (source.is_floating_point and source.itemsize >= 2)
 
 
 def _overflows(found: State, target: State) -> list[str]:

@@ -265,8 +265,8 @@ def _network(naming: Naming, prefix: str, resnets: Sequence[tuple[str, str]], ke
         if len(inside) > 1:
             choices = ", ".join(repr(resnet[0]) for resnet in inside)
             raise ValueError(
-                f"checkpoints: the head {prefix!r} has several backbones beside it ({choices}); choose with prefix=, or "
-                "leave out the names of the others"
+                f"checkpoints: the head {prefix!r} has several backbones beside it ({choices}); choose with prefix=, "
+                "or leave out the names of the others"
             )
         auxiliary = tuple(root + name for name in AUXILIARY)
         if inside or any(key.startswith(auxiliary) for key in keys):

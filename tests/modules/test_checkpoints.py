@@ -418,11 +418,12 @@ def test_every_wrong_name_is_listed() -> None:
     state["conv8.1.weight"] = torch.zeros(7, 8, 1, 1)
     with pytest.raises(ValueError) as error:
         checkpoints.load(head, state)
-    for part in ("missing (1): sa.key_conv.bias", "sa.key_conv.scale", "conv9.weight", "conv8.1.weight (5, 8, 1, 1)"):
+    for part in ("missing (1): sa.key_conv.bias", "sa.key_conv.scale", "conv9.weight", "num_classes=7"):
         assert part in str(error.value)
     assert all(torch.equal(v, before[k]) for k, v in head.state_dict().items())  # nothing was loaded
     report = checkpoints.load(head, state, strict=False)
     assert (report.missing, sorted(report.unknown)) == (["sa.key_conv.bias"], ["conv9.weight", "sa.key_conv.scale"])
+    assert report.mismatched == ["conv8.1.weight (5, 8, 1, 1), in the checkpoint (7, 8, 1, 1)"]
 
 
 BAD = [
@@ -431,14 +432,17 @@ BAD = [
     (lambda: checkpoints.to_mmseg(models.DFNHead(STAGES, 5)), "mmsegmentation has no counterpart of DFNHead"),
     (lambda: checkpoints.to_official(models.NonLocalHead(16, 5)), "no official repository of NonLocalHead"),
     (lambda: checkpoints.to_official(models.DFNHead(STAGES, 5, channels=8)), "dfn_seg has no smooth_cls"),
+    (lambda: checkpoints.to_mmseg(tnn.Conv2d(3, 4, 1)), "Conv2d is no block, head or network of segattn_ops"),
+    (lambda: checkpoints.to_official(nn.PyramidPooling()), "PyramidPooling has no parameters"),
     (
-        lambda: checkpoints.to_official(models.danet_resnet50(5, aux_loss=True, inter_channels=16)),
-        "the official danet has no auxiliary head",
+        lambda: checkpoints.to_official(tnn.Sequential(nn.PositionAttention(16), tnn.Conv2d(3, 4, 1))),
+        "its part '0' is; export that alone",
     ),
-    (lambda: checkpoints.to_mmseg(tnn.Conv2d(3, 4, 1)), "Conv2d is no module of segattn_ops"),
     (
-        lambda: checkpoints.load(models.DANetHead(32, 5), nn.ChannelAttention().state_dict(), strict=False),
-        "in several places: 'sa.', 'sc.'",
+        lambda: checkpoints.load(
+            models.DFNHead((4, 4, 4, 4), 5), nn.RefinementResidualBlock(4, 5).state_dict(), strict=False
+        ),
+        "in several places: 'rrb_d_1.', 'rrb_d_2.'",
     ),
 ]
 
