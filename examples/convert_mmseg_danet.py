@@ -16,10 +16,12 @@ import types
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from skimage import data, io, transform
+from skimage import data, transform
 from torch import Tensor, nn
 
 import segattn_ops
@@ -120,7 +122,7 @@ def main(argv: list[str] | None = None) -> segattn_ops.ConversionReport:
     options = parser.parse_args(argv)
     console = Console()
     torch.manual_seed(0)
-    picture = data.astronaut() if options.image is None else io.imread(options.image)[..., :3]
+    picture = data.astronaut() if options.image is None else np.asarray(Image.open(options.image).convert("RGB"))
     picture = transform.resize(picture, (options.size, options.size, 3), anti_aliasing=True)
     image = segattn_ops.checkpoints.MMSEGMENTATION(picture).to(options.device)
     model = build(options.depth, options.classes, options.checkpoint).to(options.device)

@@ -19,9 +19,10 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from skimage import io, transform
+from skimage import transform
 from torch import Tensor
 
 from benchmarks import measure
@@ -50,7 +51,7 @@ def photograph(path: Path | None, height: int, width: int) -> np.ndarray:
     """The image at ``path``, or scikit-image's coffee, stretched to (height, width, 3) float32 in [0, 1]."""
     from skimage import data
 
-    image = data.coffee() if path is None else io.imread(path)[..., :3]
+    image = data.coffee() if path is None else np.asarray(Image.open(path).convert("RGB"))
     return transform.resize(image, (height, width, 3), anti_aliasing=True).astype(np.float32)
 
 

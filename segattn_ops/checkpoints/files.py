@@ -95,6 +95,11 @@ def _unreadable(error: Exception, classes: list[str] | None, archive: bool, weig
             "is a pickle of numpy arrays (Paddle's .pdparams are, under names of their own), whose unpickling may run "
             "code: if you trust its author, read it with pickle.load and pass the dictionary"
         )
+    if not archive and not classes:
+        return (
+            "cannot be read: it is cut off, or a pickle that torch.save did not write; download it again, or if you trust "
+            "its author, read it with pickle.load and pass the dictionary"
+        )
     if not weights_only or not classes:
         return f"cannot be read: {_sentence(error)}"
     shown = ", ".join(classes[:8]) + (f" and {len(classes) - 8} more" if len(classes) > 8 else "")
@@ -113,7 +118,7 @@ def _unreadable(error: Exception, classes: list[str] | None, archive: bool, weig
 def _sentence(error: Exception) -> str:
     """The first line of an error, without terminal codes and advice on torch.load."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
-    text = re.sub(r"^Weights only load failed\.\s*", "", text)
+    text = re.sub(r"(?s)^Weights only load failed\..*?(WeightsUnpickler error: |$)", "", text)
     return f"{type(error).__name__}: {(text.splitlines() or [''])[0]}"
 
 

@@ -15,7 +15,9 @@ _TENSORS = re.compile(
     r"torch\._utils\..*|torch\.\w*Storage|torch\.storage\..*|torch\.(nn\.parameter\.)?Parameter|"
     r"torch\.(Size|device|[a-z]+\d+)|torch\._tensor\..*|collections\.OrderedDict|_codecs\.encode"
 )
-_NUMPY = re.compile(r"numpy(\.\w+)*\.(_reconstruct|ndarray|dtype)|_codecs\.encode|collections\.OrderedDict")
+_NUMPY = re.compile(
+    r"numpy(\.\w+)*\.(_reconstruct|_frombuffer|scalar|ndarray|dtype)|_codecs\.encode|collections\.OrderedDict"
+)
 _STARTS = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself: git lfs pull"),
     (b"\x1f\x8b", "compressed with gzip: unpack it first"),
