@@ -53,6 +53,10 @@ def hints(
     ours = backbones(target)
     if theirs and len(ours) == 1:
         found += _backbone_hints(translation, target, ours[0][0])
+    heads = [{name for name in names if name.startswith("classifier.")} for names in (translation.state, target)]
+    if all(heads) and not heads[0] & heads[1]:
+        recognised = translation.recognised
+        found.append(Hint(f"the head in the checkpoint is one of {recognised.system}", r"classifier\..*"))
     seen = set()
     for name, (shape, stored) in mismatches.items():
         for pattern, argument, explained in _SIZES:

@@ -97,8 +97,8 @@ def _unreadable(error: Exception, classes: list[str] | None, archive: bool, weig
         )
     if not archive and not classes:
         return (
-            "cannot be read: it is cut off, or a pickle that torch.save did not write; download it again, or if you trust "
-            "its author, read it with pickle.load and pass the dictionary"
+            "cannot be read: it is cut off, or a pickle that torch.save did not write; download it again, or if you "
+            "trust its author, read it with pickle.load and pass the dictionary"
         )
     if not weights_only or not classes:
         return f"cannot be read: {_sentence(error)}"

@@ -66,7 +66,7 @@ def _pixels(image: Any, order: str) -> tuple[Tensor, str]:
     if isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"Preprocessing: an array must have shape (H, W, 3) (got {image.shape})")
-        x = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+        x = torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1)
     elif isinstance(image, Tensor):
         x = image
     else:

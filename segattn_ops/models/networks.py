@@ -121,7 +121,7 @@ def _builder(network: type[SegmentationModel], head_class: type[Any], resnet: st
         align_corners: bool = False,
         **head: Any,
     ) -> SegmentationModel:
-        _check_arguments(f"{network.__name__.lower()}_{resnet}", head_class, head)
+        _check_arguments(build.__name__, head_class, head)
         options = {"weights": weights_backbone, "output_stride": output_stride, "stem": stem}
         return _assemble(network, resnet, head_class, num_classes, aux_loss, aux_channels, align_corners, options, head)
 

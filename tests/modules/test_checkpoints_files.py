@@ -1,4 +1,4 @@
-"""Files that are no checkpoints, each refused in one sentence that says what it is, and checkpoints in unusual files."""
+"""Files that are no checkpoints, each refused in a sentence that says what it is; checkpoints in unusual files."""
 
 import gzip
 import io
