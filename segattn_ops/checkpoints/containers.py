@@ -12,7 +12,7 @@ State = dict[str, Tensor]
 
 # Entries beside a model's weights that hold tensors too: optimizers, schedulers, loss scalers, callbacks, metadata.
 _NOT_WEIGHTS = re.compile(
-    r"optim.*|.*optimizer.*|.*sched.*|.*scaler.*|callbacks|loops|meta|message_hub|rng.*|.*_rng.*|param_groups|amp"
+    r"optims?|.*optimizer.*|.*sched.*|.*scaler.*|callbacks|loops|meta|message_hub|rng.*|.*_rng.*|param_groups|amp"
 )
 # Wrappers inside names: torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -31,6 +31,8 @@ def unwrap(checkpoint: Any, prefix: str | None = None) -> tuple[State, list[str]
         TypeError: if it is neither a mapping nor a module.
         ValueError: if there are no tensors in it, none of the prefix, or two copies of the weights and no prefix.
     """
+    if prefix is not None and not isinstance(prefix, str):
+        raise TypeError(f"checkpoints: prefix must be a string or None (got {type(prefix).__name__})")
     if isinstance(checkpoint, nn.Module):
         checkpoint = checkpoint.state_dict()
     if not isinstance(checkpoint, Mapping):
@@ -46,7 +48,9 @@ def unwrap(checkpoint: Any, prefix: str | None = None) -> tuple[State, list[str]
     inner = [entry for entry in entries if entry]
     if inner and all(value.numel() <= 1 for value in entries.get("", {}).values()):
         entries.pop("", None)  # a best score beside the weights
-    if "ema_state_dict." in entries and "state_dict." in entries and not (prefix or "").startswith("ema_state_dict"):
+    averaged = entries.get("ema_state_dict.", {})
+    # mmengine's counts its steps, and swaps the two before it saves.
+    if "steps" in averaged and "state_dict." in entries and not (prefix or "").startswith("ema_state_dict"):
         del entries["ema_state_dict."]
         notes.append(
             "state_dict is loaded, in which mmengine stores the average; prefix='ema_state_dict.' loads the weights "

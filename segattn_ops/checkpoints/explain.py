@@ -117,8 +117,8 @@ def differences(translation: Translation, module: nn.Module, inplace_abn: bool) 
         align = None
     if align is not None and getattr(module, "align_corners", align) != align:
         found.append(
-            f"{recognised.format} {recognised.system} upsamples its logits with align_corners={align}, this module does"
-            f" not: set align_corners={align}"
+            f"weights of {recognised.format} {recognised.system} are trained with align_corners={align}, this module "
+            f"has {not align}: set its align_corners unless yours are not"
         )
     return found + _dilation(translation, module)
 

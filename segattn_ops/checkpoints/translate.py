@@ -210,7 +210,13 @@ def _candidates(state: State) -> list[Found]:
                 blocks = [block for block in blocks if not _contains(naming, prefix, block[1] + block[0].anchors[0])]
                 blocks.append((naming, prefix))
     found = [Found(naming, prefix, prefix) for naming, prefix in blocks]
-    return [*found, *(Found(None, prefix, prefix, (prefix, stem)) for prefix, stem in resnets)]
+    return [*found, *(Found(None, prefix, _around(prefix, keys), (prefix, stem)) for prefix, stem in resnets)]
+
+
+def _around(prefix: str, keys: Iterable[str]) -> str:
+    """The root of a ResNet with a head that is not known: where there is an auxiliary head, else its own prefix."""
+    parent = dotted_prefixes([prefix])[max(prefix.count(".") - 1, 0)]
+    return parent if any(key.startswith(tuple(parent + name for name in AUXILIARY)) for key in keys) else prefix
 
 
 def _find(state: State, naming: Naming) -> list[str]:

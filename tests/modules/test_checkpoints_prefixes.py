@@ -6,13 +6,14 @@ from torch import nn as tnn
 
 from segattn_ops import checkpoints, models, nn
 
-from ..peers import randomise
+from ..peers import randomise, without_initialisation
 
 CLASSES = 4
 
 
 def network() -> models.DANet:
-    return models.danet_resnet50(CLASSES, aux_loss=True, aux_channels=8, stem="v1c", inter_channels=16, key_channels=2)
+    options = {"aux_loss": True, "aux_channels": 8, "stem": "v1c", "inter_channels": 16, "key_channels": 2}
+    return without_initialisation(lambda: models.danet_resnet50(CLASSES, **options))
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +134,22 @@ def test_mmengine_weights_without_averaging(trained, blank) -> None:
     saved = {"state_dict": state, "ema_state_dict": {"steps": torch.tensor(7), **under("module.", shifted(state))}}
     assert checkpoints.load(emptied(blank), saved, prefix="ema_state_dict.").complete
     assert same(blank, model, 1)
+    del saved["ema_state_dict"]["steps"]  # another program's file does not say which of the two is averaged
+    with pytest.raises(ValueError, match=r"one of 'state_dict\.', 'ema_state_dict\.module\.'"):
+        checkpoints.load(blank, saved)
+    with pytest.raises(TypeError, match=r"prefix must be a string or None \(got int\)"):
+        checkpoints.load(blank, saved, prefix=3)
+
+
+def test_backbone_and_auxiliary_head_of_a_network_with_an_unknown_head(trained, blank) -> None:
+    model, state = trained
+    saved = {name: value for name, value in state.items() if not name.startswith("decode_head.")}
+    saved["decode_head.ppm.0.weight"] = torch.ones(3)
+    report = checkpoints.load(emptied(blank), under("model.", saved), strict=False)
+    assert report.recognised.system == "backbone" and report.unknown == ["model.decode_head.ppm.0.weight"]
+    assert report.missing and all(name.startswith("classifier.") for name in report.missing)
+    assert torch.equal(blank.aux_classifier[4].weight, model.aux_classifier[4].weight)
+    assert checkpoints.load(blank.backbone, saved).complete
 
 
 def test_an_auxiliary_head_that_is_not_in_the_checkpoint_is_missing(trained, blank) -> None:

@@ -12,6 +12,7 @@ import segattn_ops
 from examples import convert_mmseg_danet, full_size_inference, shapes, train_shapes
 from segattn_ops import checkpoints, models
 
+from ..peers import without_initialisation
 from .interop import need
 
 SHORT = ["--size", "48", "--batch-size", "2", "--validate-every", "4", "--save-every", "4", "--device", "cpu"]
@@ -63,7 +64,7 @@ def test_full_size_inference(trained) -> None:
 def test_a_photograph_gets_the_preprocessing_of_the_weights(order: str, tmp_path, monkeypatch) -> None:
     """CCNet's own weights take BGR without a deviation, mmsegmentation's RGB with one."""
     options = {"stem": "ccnet", "align_corners": True} if order == "BGR" else {"stem": "v1c"}
-    model = models.ccnet_resnet50(3, activation=nn.ReLU, **options)
+    model = without_initialisation(lambda: models.ccnet_resnet50(3, activation=nn.ReLU, **options))
     export = checkpoints.to_official if order == "BGR" else checkpoints.to_mmseg
     checkpoints.save(export(model), tmp_path / "ccnet.pth")
     rgb = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
