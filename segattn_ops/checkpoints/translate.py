@@ -158,10 +158,10 @@ def choose(state: State, prefix: str | None) -> tuple[State, Found]:
 def candidates(state: State, prefix: str | None) -> tuple[State, list[Found]]:
     """Everything of a known layout in a state dict: heads with their networks; without a head, blocks and ResNets."""
     found = _candidates(state)
-    if prefix == "" and len(found) > 1:
+    if prefix == "" and len(found) > 1 and "" in labels(found):
         others = tuple(label for label in labels(found) if label)
         state = {key: value for key, value in state.items() if not key.startswith(others)}
-        found = _candidates(state) if state else []
+        found = _candidates(state)
     if not found:
         known = sorted({f"{naming.format} {naming.system}" for naming in (*HEADS, *BLOCKS)})
         raise ValueError(

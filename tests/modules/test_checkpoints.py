@@ -318,10 +318,10 @@ STEM_NAMES = ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3")
 def official_network(system: str) -> tuple[dict[str, torch.Tensor], tnn.Module]:
     """The state dict of an official network, and our network for it."""
     if system == "danet":
-        model = models.danet_resnet50(5, inter_channels=16)
+        model = models.danet_resnet50(5, inter_channels=16, align_corners=True)
         parts = {"pretrained.": model.backbone, "head.": model.classifier}
     elif system == "ccnet":
-        model = models.ccnet_resnet50(5, inter_channels=16, stem="ccnet", aux_loss=True)
+        model = models.ccnet_resnet50(5, inter_channels=16, stem="ccnet", aux_loss=True, align_corners=True)
         stem = dict(zip(STEM_INDICES, STEM_NAMES, strict=True))
         backbone = {
             re.sub(r"^stem\.(\d)", lambda m: stem[m.group(1)], k): v for k, v in model.backbone.state_dict().items()
@@ -330,7 +330,7 @@ def official_network(system: str) -> tuple[dict[str, torch.Tensor], tnn.Module]:
         aux["0.bias"] = torch.randn(256)
         parts = {"": backbone, "head.": model.classifier, "dsn.": aux}
     else:
-        model = models.ann_resnet50(5, channels=16, aux_loss=True)
+        model = models.ann_resnet50(5, channels=16, aux_loss=True, align_corners=True)
         numbers = {"0": "0", "1": "1.0", "4": "3"}
         aux = {
             re.sub(r"^(\d)", lambda m: numbers[m.group(1)], k): v for k, v in model.aux_classifier.state_dict().items()
@@ -388,7 +388,8 @@ def test_inplace_abn_weights() -> None:
     oracle = randomise(heads.RCCAModule(32, 8, 5))
     oracle.conva[1].weight.data[0] = -0.5
     head = models.CCNetHead(32, 5)
-    assert "inplace_abn=True" in checkpoints.load(head, oracle.state_dict()).notes[0]
+    with pytest.warns(UserWarning, match="inplace_abn=True"):
+        assert "inplace_abn=True" in checkpoints.load(head, oracle.state_dict()).notes[0]
     assert head.conva[1].weight[0] == -0.5
     assert checkpoints.load(head, oracle.state_dict(), inplace_abn=True).notes == []
     torch.testing.assert_close(head.conva[1].weight, oracle.conva[1].weight.abs() + 1e-5)

@@ -125,6 +125,9 @@ def test_copies_must_be_chosen(kind: str, trained, blank) -> None:
         assert checkpoints.recognise(saved, prefix=prefix).system == "danet"
         report = checkpoints.load(emptied(blank), saved, prefix=prefix)
         assert report.complete and same(blank, model, offset), prefix
+    if "" not in choices:
+        with pytest.raises(ValueError, match="several of"):
+            checkpoints.load(blank, saved, prefix="")
     with pytest.raises(ValueError, match=r"no name begins with prefix 'generator\.' \(they begin "):
         checkpoints.load(blank, saved, prefix="generator.")
 
