@@ -25,6 +25,10 @@ _SIZES = (
 )
 
 
+# Of torch.nn.utils.prune, weight_norm, spectral_norm and parametrize.
+_REWRITTEN = re.compile(r".*\.(parametrizations\..*|(weight|bias)_(orig|mask|g|v|u))")
+
+
 @dataclass(frozen=True)
 class Hint:
     """A reason, and a pattern of the names that it explains."""
@@ -57,6 +61,13 @@ def hints(
     if all(heads) and not heads[0] & heads[1]:
         recognised = translation.recognised
         found.append(Hint(f"the head in the checkpoint is one of {recognised.system}", r"classifier\..*"))
+    rewritten = next((name for name in translation.source if _REWRITTEN.fullmatch(name)), None)
+    if rewritten is not None and rewritten not in target:
+        text = (
+            f"{translation.source[rewritten]} is of a pruned or parametrized layer: save the checkpoint again after "
+            "torch.nn.utils.prune.remove or remove_parametrizations"
+        )
+        found.append(Hint(text, _REWRITTEN.pattern))
     seen = set()
     for name, (shape, stored) in mismatches.items():
         for pattern, argument, explained in _SIZES:

@@ -13,7 +13,8 @@ _AGAIN = "download it again"
 # What a state dict of torch.save needs, which the safe unpickler allows.
 _TENSORS = re.compile(
     r"torch\._utils\..*|torch\.\w*Storage|torch\.storage\..*|torch\.(nn\.parameter\.)?Parameter|"
-    r"torch\.(Size|device|[a-z]+\d+)|torch\._tensor\..*|collections\.OrderedDict|_codecs\.encode"
+    r"torch\.(Size|device|[a-z]+\d+)|torch\._tensor\..*|collections\.OrderedDict|_codecs\.encode|"
+    r"(__builtin__|builtins)\.(set|complex|bytearray)"
 )
 _NUMPY = re.compile(
     r"numpy(\.\w+)*\.(_reconstruct|_frombuffer|scalar|ndarray|dtype)|_codecs\.encode|collections\.OrderedDict"

@@ -143,7 +143,8 @@ def load(
     found: State = {}
     for name, value in translation.state.items():
         ours = place.ours(name)
-        if ours is None or (name.startswith("aux_classifier.") and not _has_part(target, place.prepend, name)):
+        auxiliary = name.startswith("aux_classifier.") and not place.strip
+        if ours is None or (auxiliary and not _has_part(target, place.prepend)):
             report.left_out.append(translation.source[name])
         elif ours not in target:
             if not _fold(ours, value, found, target, translation, place, report):
@@ -266,8 +267,9 @@ def _absolute_norms(state: State) -> None:
         state[name] = value.abs() + _EPSILON
 
 
-def _has_part(target: State, prepend: str, name: str) -> bool:
-    return any(key.startswith(prepend + name.split(".")[0] + ".") for key in target)
+def _has_part(target: State, prepend: str) -> bool:
+    """Whether the module has an auxiliary head."""
+    return any(key.startswith(f"{prepend}aux_classifier.") for key in target)
 
 
 def _place(translation: Translation, target: State, module: str) -> _Place:

@@ -73,6 +73,19 @@ def test_another_head_is_named(networks) -> None:
     assert "missing" not in rest and "unknown" not in rest
 
 
+def test_pruned_and_parametrized_layers_are_named() -> None:
+    for rewrite, name in (
+        (lambda layer: tnn.utils.prune.l1_unstructured(layer, "weight", amount=0.5), "weight_orig"),
+        (tnn.utils.parametrizations.weight_norm, "parametrizations.weight.original0"),
+        (tnn.utils.parametrizations.spectral_norm, "parametrizations.weight.original"),
+    ):
+        block = nn.PositionAttention(16)
+        rewrite(block.query_conv)
+        first, rest = refused(nn.PositionAttention(16), {f"attend.{k}": v for k, v in block.state_dict().items()})
+        assert f"attend.query_conv.{name} is of a pruned or parametrized layer" in first
+        assert "missing (1): query_conv.weight" in rest
+
+
 SIZES = {
     "classes of DANet": (lambda n: models.DANetHead(32, n, 8, 2), 5, 7, "num_classes"),
     "classes of CCNet": (lambda n: models.CCNetHead(32, n), 5, 7, "num_classes"),

@@ -153,6 +153,8 @@ def test_backbone_and_auxiliary_head_of_a_network_with_an_unknown_head(trained, 
     assert report.missing and all(name.startswith("classifier.") for name in report.missing)
     assert torch.equal(blank.aux_classifier[4].weight, model.aux_classifier[4].weight)
     assert checkpoints.load(blank.backbone, saved).complete
+    assert len(checkpoints.load(emptied(blank.aux_classifier), state).loaded) == 8  # an auxiliary head alone
+    assert torch.equal(blank.aux_classifier[0].weight, model.aux_classifier[0].weight)
 
 
 def test_an_auxiliary_head_that_is_not_in_the_checkpoint_is_missing(trained, blank) -> None:
