@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn as tnn
+from torch.nn.utils import parametrizations, prune
 
 from segattn_ops import checkpoints, models, nn
 
@@ -75,9 +76,9 @@ def test_another_head_is_named(networks) -> None:
 
 def test_pruned_and_parametrized_layers_are_named() -> None:
     for rewrite, name in (
-        (lambda layer: tnn.utils.prune.l1_unstructured(layer, "weight", amount=0.5), "weight_orig"),
-        (tnn.utils.parametrizations.weight_norm, "parametrizations.weight.original0"),
-        (tnn.utils.parametrizations.spectral_norm, "parametrizations.weight.original"),
+        (lambda layer: prune.l1_unstructured(layer, "weight", amount=0.5), "weight_orig"),
+        (parametrizations.weight_norm, "parametrizations.weight.original0"),
+        (parametrizations.spectral_norm, "parametrizations.weight.original"),
     ):
         block = nn.PositionAttention(16)
         rewrite(block.query_conv)
