@@ -16,10 +16,12 @@ import types
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from skimage import data, io, transform
+from skimage import data, transform
 from torch import Tensor, nn
 
 import segattn_ops
@@ -78,7 +80,13 @@ def build(depth: int, classes: int, checkpoint: Path | None) -> nn.Module:
         )
     if checkpoint is not None:
         saved = segattn_ops.checkpoints.read(checkpoint)
-        model.load_state_dict(saved.get("state_dict", saved), strict=False)
+        missing, unexpected = model.load_state_dict(saved.get("state_dict", saved), strict=False)
+        unknown = [name for name in unexpected if not name.startswith("auxiliary_head.")]  # only for training
+        if missing or unknown:
+            raise SystemExit(
+                f"{checkpoint} is not of a danet_r{depth}-d8: missing {', '.join(missing[:5]) or 'nothing'}, unknown "
+                f"{', '.join(unknown[:5]) or 'nothing'}"
+            )
     else:
         for name, parameter in model.named_parameters():
             if name.endswith("gamma.scale"):
@@ -114,9 +122,9 @@ def main(argv: list[str] | None = None) -> segattn_ops.ConversionReport:
     options = parser.parse_args(argv)
     console = Console()
     torch.manual_seed(0)
-    picture = data.astronaut() if options.image is None else io.imread(options.image)[..., :3]
+    picture = data.astronaut() if options.image is None else np.asarray(Image.open(options.image).convert("RGB"))
     picture = transform.resize(picture, (options.size, options.size, 3), anti_aliasing=True)
-    image = torch.from_numpy(picture).float().permute(2, 0, 1)[None].to(options.device)
+    image = segattn_ops.checkpoints.MMSEGMENTATION(picture).to(options.device)
     model = build(options.depth, options.classes, options.checkpoint).to(options.device)
     original = copy.deepcopy(model)
 

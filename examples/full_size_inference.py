@@ -7,7 +7,9 @@ scene. At a quarter of the image's size its attention has N = 131072 positions; 
 64 GiB. The picture report/examples/full_size.png shows scene, labels and prediction.
 
 --network danet_resnet50 (or any builder of segattn_ops.models) with --image and --checkpoint segments a photograph
-with weights of any known layout. Without a checkpoint its weights are random, and only time and memory are meaningful.
+with weights of any known layout. The picture gets the order of channels, the mean and the deviation of that layout,
+which is printed; a checkpoint of another stem needs --stem. Without a checkpoint the weights are random, and only time
+and memory are meaningful.
 """
 
 import argparse
@@ -17,10 +19,11 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from skimage import io, transform
-from torch import Tensor, nn
+from skimage import transform
+from torch import Tensor
 
 from benchmarks import measure
 from segattn_ops import checkpoints, models
@@ -31,13 +34,8 @@ from .shapes import CLASSES, PALETTE, STRIDE, mean_iou, scene, small_network
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-MEAN, DEVIATION = (
-    torch.tensor([0.485, 0.456, 0.406]),
-    torch.tensor([0.229, 0.224, 0.225]),
-)  # ImageNet's, of every ResNet
 
-
-def trained(system: str, out: Path, steps: int, console: Console) -> nn.Module:
+def trained(system: str, out: Path, steps: int, console: Console) -> models.SegmentationModel:
     """The small network with the training example's weights; trains it if there is no checkpoint."""
     checkpoint = out / f"{system}_fused.pt"
     if not checkpoint.exists():
@@ -53,11 +51,11 @@ def photograph(path: Path | None, height: int, width: int) -> np.ndarray:
     """The image at ``path``, or scikit-image's coffee, stretched to (height, width, 3) float32 in [0, 1]."""
     from skimage import data
 
-    image = data.coffee() if path is None else io.imread(path)[..., :3]
+    image = data.coffee() if path is None else np.asarray(Image.open(path).convert("RGB"))
     return transform.resize(image, (height, width, 3), anti_aliasing=True).astype(np.float32)
 
 
-def segment(model: nn.Module, image: Tensor) -> tuple[Tensor, float, float | None]:
+def segment(model: models.SegmentationModel, image: Tensor) -> tuple[Tensor, float, float | None]:
     """Labels (H, W) of image (1, 3, H, W); seconds; and the peak memory beyond that in use before in GiB, None if it
     cannot be measured."""
     memory = None
@@ -89,6 +87,8 @@ def main(argv: list[str] | None = None) -> dict[str, float | None]:
     parser.add_argument("--network", default="danet", help="danet, ccnet (small), or a builder of segattn_ops.models")
     parser.add_argument("--image", type=Path, help="for a ResNet network; scikit-image's coffee if not given")
     parser.add_argument("--checkpoint", type=Path, help="for a ResNet network: weights of any known layout")
+    parser.add_argument("--prefix", help="of the network in a checkpoint of several")
+    parser.add_argument("--stem", default="torchvision", help="of a ResNet network: torchvision, v1c, deep or ccnet")
     parser.add_argument("--classes", type=int, default=19, help="of a ResNet network (default 19)")
     parser.add_argument("--height", type=int, default=1024)
     parser.add_argument("--width", type=int, default=2048)
@@ -103,13 +103,13 @@ def main(argv: list[str] | None = None) -> dict[str, float | None]:
     if small:
         model = trained(options.network, options.out, options.steps, console)
         image, labels = scene(7, *size)
-        tensor = (torch.from_numpy(image).permute(2, 0, 1)[None] - 0.5) * 4
     else:
-        model = getattr(models, options.network)(options.classes)
+        model = getattr(models, options.network)(options.classes, stem=options.stem)
         if options.checkpoint:
-            console.print(checkpoints.load(model, options.checkpoint))
+            console.print(str(checkpoints.load(model, options.checkpoint, prefix=options.prefix)))
         image, labels = photograph(options.image, *size), None
-        tensor = ((torch.from_numpy(image) - MEAN) / DEVIATION).permute(2, 0, 1)[None]
+        console.print(f"preprocessing: {model.preprocessing}")
+    tensor = model.preprocessing(image)
     model.aux_classifier = None  # only for training
     device = torch.device(options.device)
     predicted, seconds, gib = segment(model.to(device).eval(), tensor.contiguous().to(device))

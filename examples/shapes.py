@@ -6,11 +6,13 @@ import torch
 from skimage.draw import disk, ellipse, polygon
 from torch import Tensor, nn
 
+from segattn_ops.checkpoints import Preprocessing
 from segattn_ops.models import CCNet, CCNetHead, DANet, DANetHead, FCNHead, SegmentationModel
 
 CLASSES = ("background", "disk", "square", "triangle", "ellipse")
 PALETTE = np.array([(40, 40, 46), (230, 85, 60), (70, 140, 220), (240, 190, 60), (90, 185, 110)], dtype=np.uint8)
 STRIDE = 4  # of the small backbone
+PREPROCESSING = Preprocessing("RGB", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), 1 / 255)
 COLOUR_SPREAD = 0.12  # of a shape's colour about its class's: colour alone does not separate the classes
 
 
@@ -58,7 +60,7 @@ def batch(seed: int, count: int, size: int) -> tuple[Tensor, Tensor]:
     """Scenes as tensors: images (count, 3, size, size) float32, centred, and labels (count, size, size) int64."""
     scenes = [scene(seed * count + i, size, size) for i in range(count)]
     images = torch.from_numpy(np.stack([image for image, _ in scenes])).permute(0, 3, 1, 2).contiguous()
-    return (images - 0.5) * 4, torch.from_numpy(np.stack([labels for _, labels in scenes]))
+    return PREPROCESSING(images), torch.from_numpy(np.stack([labels for _, labels in scenes]))
 
 
 class SmallBackbone(nn.Module):
@@ -87,13 +89,14 @@ class SmallBackbone(nn.Module):
 
 def small_network(system: str) -> SegmentationModel:
     """DANet or CCNet with the small backbone."""
+    kinds = {"danet": (DANet, DANetHead), "ccnet": (CCNet, CCNetHead)}
+    if system not in kinds:
+        raise ValueError(f"small_network: system must be danet or ccnet (got {system!r})")
+    network, head = kinds[system]
     channels = SmallBackbone.channels
-    aux = FCNHead(channels, len(CLASSES))
-    if system == "danet":
-        return DANet(SmallBackbone(), DANetHead(channels, len(CLASSES), inter_channels=32), aux)
-    if system == "ccnet":
-        return CCNet(SmallBackbone(), CCNetHead(channels, len(CLASSES), inter_channels=32), aux)
-    raise ValueError(f"small_network: system must be danet or ccnet (got {system!r})")
+    model = network(SmallBackbone(), head(channels, len(CLASSES), inter_channels=32), FCNHead(channels, len(CLASSES)))
+    model.preprocessing = PREPROCESSING
+    return model
 
 
 def mean_iou(predicted: Tensor, labels: Tensor) -> float:

@@ -3,10 +3,16 @@
 from .export import to_mmseg, to_official
 from .files import read, save
 from .load import LoadReport, load
+from .preprocessing import ANN, CCNET, IMAGENET, MMSEGMENTATION, Preprocessing
 from .translate import Recognised, Translation, recognise, to_native
 
 __all__ = [
+    "ANN",
+    "CCNET",
+    "IMAGENET",
     "LoadReport",
+    "MMSEGMENTATION",
+    "Preprocessing",
     "Recognised",
     "Translation",
     "load",

@@ -1,7 +1,7 @@
 """Loads a checkpoint of any known layout into a module of segattn_ops."""
 
-import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,8 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .files import read
-from .translate import Recognised, State, Translation, to_native
+from .containers import State, unwrap, unwrapped
+from .explain import Hint, differences, hints
+from .files import Source, read
+from .names import Naming
+from .preprocessing import Preprocessing
+from .translate import Found, Recognised, Translation, candidates, dotted_prefixes, several, translate
 
 # Convolutions before a batch norm that have a bias here and none in mmcv's ConvModule: a bias of zero is the same
 # function.
@@ -20,15 +24,18 @@ _EPSILON = 1e-5  # InPlaceABN's, added to its weight
 
 @dataclass
 class LoadReport:
-    """The result of a load. Names are the module's; in ``unknown``, ``left_out`` and ``ignored`` the checkpoint's.
+    """The result of a load. Names are the module's; in ``unknown``, ``left_out`` and ``ignored`` the checkpoint's,
+    without the prefix that was asked for.
 
     Attributes:
         recognised: the layout of the checkpoint.
+        preprocessing: what the layout's weights expect of a picture; None where it is not known.
         loaded: names that were loaded.
-        missing: names of the module that the checkpoint does not have.
+        missing: names of the module that the checkpoint does not have. They keep their values.
         unknown: names of the checkpoint that are not in the module or in the layout.
-        mismatched: name, with the two shapes.
-        left_out: names of parts that the module does not have (a backbone, for a head alone; an auxiliary head).
+        mismatched: name, with the two shapes or dtypes.
+        left_out: names of parts that the module does not have (a backbone, for a head alone; an auxiliary head; a
+            criterion beside the network).
         filled: biases that the layout does not have, set to zero.
         folded: biases that the module does not have, subtracted from the running mean of the norm after them.
         ignored: names that the network does not use.
@@ -36,6 +43,7 @@ class LoadReport:
     """
 
     recognised: Recognised
+    preprocessing: Preprocessing | None = None
     loaded: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
@@ -52,73 +60,200 @@ class LoadReport:
         return not (self.missing or self.unknown or self.mismatched)
 
     def __str__(self) -> str:
-        layout = f"{self.recognised.format} {self.recognised.system}"
-        lines = [f"{layout}: {len(self.loaded)} tensors loaded"]
+        lines = [f"{self.recognised.format} {self.recognised.system}: {len(self.loaded)} tensors loaded"]
         for name in ("missing", "unknown", "mismatched", "left_out", "filled", "folded", "ignored", "notes"):
             entries = getattr(self, name)
             if entries:
                 lines.append(f"{name.replace('_', ' ')} ({len(entries)}): {', '.join(entries)}")
+        if self.preprocessing is not None:
+            lines.append(f"preprocessing: {self.preprocessing}")
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a checkpoint belongs in a module, or a module in a checkpoint.
+
+    Attributes:
+        strip, prepend: removed from the translated names, put before the rest. One of them is empty: the checkpoint is
+            of more than the module, or of less; both if it is of the same.
+        matches: tensors of the module that are found.
+        extras: names of the stripped or the prepended part that have no counterpart.
+    """
+
+    strip: str
+    prepend: str
+    matches: int
+    extras: int
+
+    def ours(self, name: str) -> str | None:
+        return self.prepend + name[len(self.strip) :] if name.startswith(self.strip) else None
 
 
 def load(
     module: nn.Module,
-    source: str | os.PathLike[str] | Mapping[str, Any],
+    source: Source | Mapping[str, Any] | nn.Module,
     *,
     strict: bool = True,
     inplace_abn: bool = False,
+    prefix: str | None = None,
 ) -> LoadReport:
     """Loads weights of any known layout into a module of :mod:`segattn_ops.nn` or a head or network of
     :mod:`segattn_ops.models`.
 
-    The checkpoint may hold more than the module (a whole network for a head), or less with ``strict=False``. Wrappers'
-    prefixes are removed and one-element tensors take the module's shape. If only one of the two layouts has a bias
-    before a batch norm, it is set to zero or folded into the running mean: the same function.
+    The checkpoint may hold more than the module (a whole network for a head), or less with ``strict=False``. Prefixes
+    of wrappers and training modules are found, and one-element tensors take the module's shape. If only one of the two
+    layouts has a bias before a batch norm, it is set to zero or folded into the running mean: the same function.
+
+    A network's ``preprocessing`` becomes that of the layout. Settings that a state dict does not store but that the
+    layout implies (the activation, the scale of a non-local block, ``align_corners``, InPlaceABN's norms) are compared
+    with the module's: a ``UserWarning`` and the report's notes name those that differ.
 
     Args:
         module: takes the weights, in its own dtype and on its own device.
-        source: a file (see :func:`~segattn_ops.checkpoints.read`; no pickled code is run) or a state dict, perhaps
-            inside a checkpoint.
+        source: a file or file object (see :func:`~segattn_ops.checkpoints.read`; no pickled code is run), a state dict
+            of tensors or numpy arrays, perhaps inside a checkpoint, or a module, whose state dict is taken.
         strict: raise unless every parameter of the module is found and every name of the checkpoint is known.
         inplace_abn: take norm weights as InPlaceABN does, |weight| + 1e-5. For checkpoints trained by CCNet's own
             code.
+        prefix: load only the names that begin so. For checkpoints of several networks ("student.", "state_dict_ema.",
+            "ema_") or blocks; "" for the names without a prefix where there are prefixed copies.
 
     Returns:
         LoadReport: what was loaded, and by name what was not. Nothing is loaded if it raises.
 
     Raises:
-        ValueError: with all names, if ``strict`` and something is missing, unknown or of the wrong shape; and if
-            the layout is not known or fits the module in several places.
+        TypeError: if ``source`` or ``module`` is of another type.
+        ValueError: with all names, if ``strict`` and something is missing, unknown or of the wrong shape; if nothing
+            fits the module; if the layout is not known or fits the module in several places; if there are several
+            networks in the checkpoint and no ``prefix``; and for tensors without values (on the meta device).
     """
-    checkpoint = source if isinstance(source, Mapping) else read(source)
-    translation = to_native(checkpoint)
-    report = LoadReport(translation.recognised, ignored=translation.ignored)
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"checkpoints.load: module must be a torch.nn.Module (got {type(module).__name__})")
+    checkpoint = source if isinstance(source, (Mapping, nn.Module)) else read(source)
+    state, notes = unwrap(checkpoint, prefix)
+    module = unwrapped(module)
     target = module.state_dict()
+    _require_values(module, target, state)
+    translation, place = _best(*candidates(state, prefix), checkpoint, target, type(module).__name__)
+    report = LoadReport(translation.recognised, translation.preprocessing, ignored=translation.ignored, notes=notes)
     if inplace_abn:
         _absolute_norms(translation.state)
-    elif translation.recognised.system == "ccnet" and any((w < 0).any() for _, w in _norm_weights(translation.state)):
-        report.notes.append("there are negative norm weights: if InPlaceABN trained them, load with inplace_abn=True")
-    strip, prepend = _place(translation, target, type(module).__name__)
+    mismatches: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     found: State = {}
     for name, value in translation.state.items():
-        ours = prepend + name[len(strip) :] if name.startswith(strip) else None
-        if ours is None or (name.startswith("aux_classifier.") and not _has_part(target, prepend, name)):
+        ours = place.ours(name)
+        auxiliary = name.startswith("aux_classifier.") and not place.strip
+        if ours is None or (auxiliary and not _has_part(target, place.prepend)):
             report.left_out.append(translation.source[name])
         elif ours not in target:
-            if not _fold(ours, value, found, target, translation, strip, prepend, report):
+            if not _fold(ours, value, found, target, translation, place, report):
                 report.unknown.append(translation.source[name])
+        elif not _castable(value.dtype, target[ours].dtype):
+            report.mismatched.append(f"{ours} {target[ours].dtype}, in the checkpoint {value.dtype}")
         elif target[ours].shape != value.shape and not target[ours].numel() == value.numel() == 1:
-            report.mismatched.append(f"{ours} {tuple(target[ours].shape)}, in the checkpoint {tuple(value.shape)}")
+            mismatches[ours] = tuple(target[ours].shape), tuple(value.shape)
         elif ours not in found:
             found[ours] = value.reshape(target[ours].shape)
-    report.unknown += translation.unknown
+    report.mismatched += [f"{name} {ours}, in the checkpoint {theirs}" for name, (ours, theirs) in mismatches.items()]
+    for name in translation.unknown:
+        outside = bool(place.strip) and not name.startswith(translation.recognised.prefix)
+        (report.left_out if outside else report.unknown).append(name)
+    report.left_out += translation.beside
     _complete(found, target, report)
     report.loaded = list(found)
+    reasons = hints(translation, target, mismatches)
+    report.notes += [hint.text for hint in reasons]
     if strict and not report.complete:
-        raise ValueError(f"checkpoints.load: {type(module).__name__} does not fit the checkpoint.\n{report}")
+        raise ValueError(_does_not_fit(module, report, reasons, translation))
+    different = differences(translation, module, inplace_abn)
+    report.notes += different
+    for text in different:
+        warnings.warn(f"checkpoints.load: {text}", UserWarning, stacklevel=2)
+    report.notes += _overflows(found, target)
     with torch.no_grad():
         module.load_state_dict(found, strict=False)
+    if hasattr(module, "preprocessing") and any(name.startswith("backbone.") for name in found):
+        if translation.preprocessing is not None:
+            setattr(module, "preprocessing", translation.preprocessing)  # noqa: B010 (an attribute of some modules)
+        else:
+            report.notes.append(
+                "the checkpoint does not say how its pictures were normalised; the network keeps its preprocessing "
+                f"({module.preprocessing})"
+            )
     return report
+
+
+def _best(state: State, found: list[Found], checkpoint: Any, target: State, module: str) -> tuple[Translation, _Place]:
+    """The translation of what fits the module best among what was found in the checkpoint.
+
+    Two heads of one system are not ranked: a student and a teacher that differ in an auxiliary head are both wanted.
+    """
+    systems = [one.naming.system for one in found if isinstance(one.naming, Naming) and one.naming.head]
+    if len(set(systems)) < len(systems):
+        raise several(found)
+    translations = [translate(state, one, checkpoint) for one in found]
+    places = [_place(translation, target, module) for translation in translations]
+    ranks = [(place.matches, -place.extras) for place in places]
+    best = [index for index, rank in enumerate(ranks) if rank == max(ranks)]
+    if places[best[0]].matches == 0:
+        layouts = ", ".join(sorted({f"{one.recognised.format} {one.recognised.system}" for one in found}))
+        raise ValueError(f"checkpoints.load: nothing in the checkpoint ({layouts}) fits {module}")
+    if len(best) > 1:
+        raise several([found[index] for index in best])
+    return translations[best[0]], places[best[0]]
+
+
+def _require_values(module: nn.Module, target: State, state: State) -> None:
+    """Raises ValueError for a module or a checkpoint on the meta device and for quantized tensors."""
+    empty = next((name for name, value in target.items() if value.is_meta), None)
+    if empty is not None:
+        raise ValueError(
+            f"checkpoints.load: {empty} of {type(module).__name__} is on the meta device, which holds no values: "
+            "module.to_empty(device='cpu') first"
+        )
+    for name, value in state.items():
+        if value.is_meta:
+            raise ValueError(f"checkpoints.load: {name} of the checkpoint is on the meta device, which holds no values")
+        if value.is_quantized:
+            raise ValueError(
+                f"checkpoints.load: {name} of the checkpoint is quantized ({value.dtype}); load the checkpoint of the "
+                "network before its quantization"
+            )
+
+
+def _castable(source: torch.dtype, target: torch.dtype) -> bool:
+    """Whether a cast keeps the meaning: not from integers and 8-bit floats, which come with a scale, to floating
+    point."""
+    if source.is_complex:
+        return target.is_complex
+    return not target.is_floating_point or (source.is_floating_point and source.itemsize >= 2)
+
+
+def _overflows(found: State, target: State) -> list[str]:
+    """A remark on finite values that are infinite in the module's dtype (float16)."""
+    names = [
+        name
+        for name, value in found.items()
+        if target[name].dtype == torch.float16 and value.dtype != torch.float16 and (value.abs() > 65504).any()
+    ]
+    return [f"values above 65504 become infinite in float16: {', '.join(names)}"] if names else []
+
+
+def _does_not_fit(module: nn.Module, report: LoadReport, reasons: list[Hint], translation: Translation) -> str:
+    """The message of a strict load: the reasons, and the names that they do not explain."""
+    because = f": {'; '.join(hint.text for hint in reasons)}" if reasons else "."
+    rest = LoadReport(report.recognised, loaded=report.loaded, ignored=report.ignored, notes=list(report.notes))
+    rest.notes = [note for note in report.notes if note not in [hint.text for hint in reasons]]
+    ours = {theirs: name for name, theirs in translation.source.items()}
+    for kind in ("missing", "unknown", "mismatched", "left_out", "filled", "folded"):
+        names = [
+            name
+            for name in getattr(report, kind)
+            if not any(hint.explains(ours.get(name, name).split(" ")[0]) for hint in reasons)
+        ]
+        setattr(rest, kind, names)
+    return f"checkpoints.load: {type(module).__name__} does not fit the checkpoint{because}\n{rest}"
 
 
 def _norm_weights(state: State) -> Iterator[tuple[str, Tensor]]:
@@ -132,44 +267,42 @@ def _absolute_norms(state: State) -> None:
         state[name] = value.abs() + _EPSILON
 
 
-def _has_part(target: State, prepend: str, name: str) -> bool:
-    return any(key.startswith(prepend + name.split(".")[0] + ".") for key in target)
+def _has_part(target: State, prepend: str) -> bool:
+    """Whether the module has an auxiliary head."""
+    return any(key.startswith(f"{prepend}aux_classifier.") for key in target)
 
 
-def _dotted_prefixes(names: Mapping[str, Any]) -> list[str]:
-    """ "" and all prefixes ending in a dot, shortest first."""
-    found = {""}
-    for name in names:
-        parts = name.split(".")[:-1]
-        found |= {".".join(parts[:n]) + "." for n in range(1, len(parts) + 1)}
-    return sorted(found, key=lambda prefix: (prefix.count("."), prefix))
-
-
-def _place(translation: Translation, target: State, module: str) -> tuple[str, str]:
-    """The prefixes to strip from the translated names and to prepend to them, so that most tensors of the module are
-    found. One of them is empty: the checkpoint is of more than the module, or of less; both if it is of the same.
-    """
+def _place(translation: Translation, target: State, module: str) -> _Place:
+    """Where most tensors of the module are found; of equals, where there is the least else."""
     shapes = {name: tuple(value.shape) for name, value in target.items()}
 
-    def matches(strip: str, prepend: str) -> int:
-        count = 0
+    def place(strip: str, prepend: str) -> _Place:
+        matches, extras, covered = 0, 0, set()
         for name, value in translation.state.items():
-            shape = shapes.get(prepend + name[len(strip) :]) if name.startswith(strip) else None
-            count += shape is not None and (shape == tuple(value.shape) or value.numel() == 1)
-        return count
+            if not name.startswith(strip):
+                continue
+            ours = prepend + name[len(strip) :]
+            if ours in shapes and (shapes[ours] == tuple(value.shape) or value.numel() == 1):
+                matches += 1
+                covered.add(ours)
+            else:
+                extras += 1
+        inside = sum(name.startswith(prepend) for name in shapes) if prepend else 0
+        return _Place(strip, prepend, matches, extras + max(inside - len(covered), 0))
 
-    choices = [(strip, "") for strip in _dotted_prefixes(translation.state)]
-    choices += [("", prepend) for prepend in _dotted_prefixes(target) if prepend]
-    counts = {choice: matches(*choice) for choice in choices}
-    best = max(counts.values())
-    tied = [choice for choice, count in counts.items() if count == best]
-    if best == 0 or ("", "") in tied:
-        return "", ""
+    places = [place(strip, "") for strip in dotted_prefixes(translation.state)]
+    places += [place("", prepend) for prepend in dotted_prefixes(target) if prepend]
+    best = max(one.matches for one in places)
+    tied = [one for one in places if one.matches == best]
+    if best == 0 or tied[0].strip == tied[0].prepend == "":
+        return places[0]
+    least = min(one.extras for one in tied)
+    tied = [one for one in tied if one.extras == least]
     if len(tied) > 1:
-        places = ", ".join(repr(strip or prepend) for strip, prepend in tied)
+        choices = ", ".join(repr(one.strip or one.prepend) for one in tied)
         raise ValueError(
             f"checkpoints.load: a checkpoint of {translation.recognised.system} fits {module} equally well in several "
-            f"places: {places}"
+            f"places: {choices}; load into the part itself, or choose a part of the checkpoint with prefix="
         )
     return tied[0]
 
@@ -180,8 +313,7 @@ def _fold(
     found: State,
     target: State,
     translation: Translation,
-    strip: str,
-    prepend: str,
+    place: _Place,
     report: LoadReport,
 ) -> bool:
     """Subtracts a bias that the module does not have from the running mean of the batch norm after it."""
@@ -189,8 +321,8 @@ def _fold(
     mean = f"{match.group(1) or ''}1.running_mean" if match else None
     if mean is None or mean not in target:
         return False
-    stored = translation.state.get(strip + mean[len(prepend) :])
-    if stored is None:
+    stored = translation.state.get(place.strip + mean[len(place.prepend) :])
+    if stored is None or stored.shape != target[mean].shape:
         return False
     found[mean] = stored - bias
     report.folded.append(f"{name} into {mean}")

@@ -28,6 +28,7 @@ class Naming:
         pairs: (theirs, ours).
         head: whether it is a head; its network then has a backbone and optionally an auxiliary head.
         absent: names, any of which excludes the layout.
+        exact: whether any other name under the prefix excludes it: for anchors that other modules have too.
     """
 
     system: str
@@ -36,6 +37,7 @@ class Naming:
     pairs: Pairs
     head: bool = False
     absent: tuple[str, ...] = ()
+    exact: bool = False
 
 
 _QKV = _same("query_conv", "key_conv", "value_conv")
@@ -218,14 +220,26 @@ BLOCKS = (
     ),
     Naming("refinement", "official", ("conv1", "conv2", "conv3", "bn"), _same("conv1", "conv2", "conv3", "bn")),
     Naming(
-        "channel",
-        "mmsegmentation",
-        ("gamma.scale",),
-        (("gamma.scale", "gamma"),),
-        absent=("query_conv", "query_project"),
+        "asymmetric", "official", ("f_key.0", "f_query.0", "f_value", "W"), _same("f_key", "f_query", "f_value", "W")
     ),
-    Naming("channel", "tramac", ("beta",), (("beta", "gamma"),)),
-    Naming("channel", "official", ("gamma",), _same("gamma"), absent=("query_conv", "conv_low.0")),
+    Naming(
+        "cross_level_gating",
+        "official",
+        ("conv_low.0", "conv_cat.0", "conv_att.0", "gamma"),
+        _same("conv_low", "conv_cat", "conv_att", "conv_out", "gamma"),
+    ),
+    Naming(
+        "compact_encoder",
+        "official",
+        ("conv1.0", "conv2.0", "conv3.0", "conv4.0"),
+        _same(*(f"conv{i}.{j}" for i in (1, 2, 3, 4) for j in (0, 1))),
+        exact=True,
+    ),
+    Naming("channel_attention_block", "official", ("conv1", "conv2"), _same("conv1", "conv2"), exact=True),
+    Naming("channel", "mmsegmentation", ("gamma.scale",), (("gamma.scale", "gamma"),), exact=True),
+    Naming("channel", "tramac", ("beta",), (("beta", "gamma"),), exact=True),
+    Naming("channel", "official", ("gamma",), _same("gamma"), exact=True),
+    Naming("compact_channel", "official", ("scale",), _same("scale"), exact=True),
 )
 
 # The stem in each repository's numbering, against ours.
@@ -271,8 +285,7 @@ PREFIXES = {
     ("non_local", "mmsegmentation"): ("decode_head.", "backbone.", "auxiliary_head."),
 }
 
-# Prefixes of wrappers around a whole model, and patterns of names that a network does not use.
-WRAPPERS = ("module.", "_orig_mod.", "model.")
+# Patterns of names that a network does not use, without the prefix of the network.
 IGNORED = (
     r"(.*\.)?fc\.(weight|bias)",  # the ImageNet classifier
     r"layer[0-4]\.\d.*",  # dfn_seg registers its backbone's layers a second time

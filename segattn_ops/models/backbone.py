@@ -86,18 +86,26 @@ def dilated_resnet(
         norm_layer: makes a norm layer from its number of channels; batch norm if None.
 
     Raises:
-        ValueError: for an unknown name, stem or stride, or weights that do not fit the stem.
+        TypeError: for ``weights=True``.
+        ValueError: for an unknown name, stem, stride or name of weights, or weights that do not fit the stem.
     """
     if output_stride not in _DILATION:
         raise ValueError(f"dilated_resnet: output_stride must be 8, 16 or 32 (got {output_stride!r})")
     if stem not in STEMS:
         raise ValueError(f"dilated_resnet: stem must be one of {', '.join(STEMS)} (got {stem!r})")
+    if isinstance(weights, bool):
+        raise TypeError(
+            'dilated_resnet: weights must be a name of torchvision\'s ("DEFAULT"), one of its enums or None '
+            f"(got {weights})"
+        )
     if weights is not None and stem != "torchvision":
         raise ValueError(f"dilated_resnet: torchvision's weights have no {stem} stem; load a checkpoint that does")
     if not name.startswith(("resnet", "resnext", "wide_resnet")) or name not in _torchvision.list_models():
         raise ValueError(f"dilated_resnet: {name!r} is not a ResNet of torchvision")
     if name in ("resnet18", "resnet34") and output_stride != 32:
         raise ValueError(f"dilated_resnet: torchvision does not dilate {name}; use output_stride=32 or a resnet50")
+    if isinstance(weights, str):
+        weights = _named_weights(name, weights)
     resnet = _torchvision.get_model(
         name, weights=weights, replace_stride_with_dilation=_DILATION[output_stride], norm_layer=norm_layer
     )
@@ -108,6 +116,18 @@ def dilated_resnet(
         _dilate_first_blocks(resnet)
         resnet.maxpool.ceil_mode = True
     return Backbone(resnet, return_layers, _deep_stem(resnet, stem_channels, norm_layer or nn.BatchNorm2d))
+
+
+def _named_weights(name: str, weights: str) -> object:
+    """torchvision's enum member of that name."""
+    known = _torchvision.get_model_weights(name)
+    member = weights.removeprefix(f"{known.__name__}.")
+    if member not in known.__members__:
+        raise ValueError(
+            f"dilated_resnet: torchvision has no weights {weights!r} of {name}, only {', '.join(known.__members__)}; "
+            "load a file with segattn_ops.checkpoints.load"
+        )
+    return known[member]
 
 
 def _deep_stem(

@@ -1,10 +1,13 @@
 """Networks: a backbone, a head, and an auxiliary head for training. They return logits by name, at the image's size."""
 
+import difflib
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checkpoints.preprocessing import IMAGENET, Preprocessing
 from ..nn._checks import feature_map
 from .backbone import LAYERS, dilated_resnet
 from .dfn import DFNHead
@@ -21,6 +24,11 @@ class SegmentationModel(nn.Module):
         aux_classifier: a head for the output "aux", which only the loss uses. Set it to None after training.
         align_corners: of the bilinear upsampling; False as torchvision and mmsegmentation, True as the authors of
             DANet, CCNet and ANN.
+
+    Attributes:
+        preprocessing: makes the input of a picture: ``model(model.preprocessing(picture))``. ImageNet's, as
+            torchvision's weights have it, until :func:`segattn_ops.checkpoints.load` sets that of the weights it loads
+            (CCNet's and ANN's own take BGR). It is not part of the state dict.
 
     Shape:
         image (B, 3, H, W) of any size -> {"out": (B, num_classes, H, W), ...}: "aux" with an auxiliary head, and the
@@ -39,6 +47,7 @@ class SegmentationModel(nn.Module):
         self.classifier = classifier
         self.aux_classifier = aux_classifier
         self.align_corners = align_corners
+        self.preprocessing: Preprocessing = IMAGENET
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """image (B, 3, H, W) -> logits by name, "out" first, each (B, num_classes, H, W)."""
@@ -112,6 +121,7 @@ def _builder(network: type[SegmentationModel], head_class: type[Any], resnet: st
         align_corners: bool = False,
         **head: Any,
     ) -> SegmentationModel:
+        _check_arguments(build.__name__, head_class, head)
         options = {"weights": weights_backbone, "output_stride": output_stride, "stem": stem}
         return _assemble(network, resnet, head_class, num_classes, aux_loss, aux_channels, align_corners, options, head)
 
@@ -130,9 +140,45 @@ def _builder(network: type[SegmentationModel], head_class: type[Any], resnet: st
         head: further arguments of :class:`~segattn_ops.models.{head_class.__name__}`.
 
     Returns:
-        {network.__name__}: image (B, 3, H, W) to a dictionary of logits (B, num_classes, H, W).
+        {network.__name__}: image (B, 3, H, W) to a dictionary of logits (B, num_classes, H, W). ``preprocessing`` of
+        the network makes the image from a picture.
+
+    Raises:
+        TypeError: for an argument that neither the network nor its head has.
+        ValueError: for values out of range.
     """
     return build
+
+
+# Arguments of other libraries' builders, and what to do here.
+_LOAD = "no weights come with this package; build the network, then segattn_ops.checkpoints.load(model, file)"
+_BACKBONE = 'use weights_backbone="DEFAULT" for torchvision\'s ImageNet weights'
+_ELSEWHERE = {
+    **dict.fromkeys(("pretrained", "weights", "checkpoint"), f"{_LOAD}, or {_BACKBONE}"),
+    **dict.fromkeys(("pretrained_backbone", "pretrained_base", "backbone_weights"), _BACKBONE),
+    **dict.fromkeys(("progress", "root", "local_rank"), f"nothing is downloaded for the network: {_LOAD}"),
+    **dict.fromkeys(("nclass", "classes", "n_classes", "num_class", "num_labels"), "use num_classes"),
+    **dict.fromkeys(("aux", "auxiliary", "aux_params"), "use aux_loss"),
+    **dict.fromkeys(("backbone", "encoder_name", "depth"), "the name of the builder gives the backbone"),
+    **dict.fromkeys(("in_channels", "low_channels", "high_channels"), "the backbone gives the channels of the head"),
+    **dict.fromkeys(("dilated", "replace_stride_with_dilation"), "use output_stride"),
+}
+
+
+def _check_arguments(builder: str, head_class: type[Any], given: dict[str, Any]) -> None:
+    """Raises TypeError for arguments that the head does not have, and says what is meant."""
+    own = ("num_classes", "aux_loss", "aux_channels", "weights_backbone", "output_stride", "stem", "align_corners")
+    channels = ("self", "num_classes", "in_channels", "low_channels", "high_channels")
+    options = [name for name in inspect.signature(head_class.__init__).parameters if name not in channels]
+    for name, value in given.items():
+        if name in options:
+            continue
+        advice = _ELSEWHERE.get(name)
+        if advice is None:
+            close = difflib.get_close_matches(name, (*own, *options), 1)
+            meant = f"do you mean {close[0]}? " if close else ""
+            advice = f"{meant}it takes {', '.join(own)}, and for {head_class.__name__} {', '.join(options)}"
+        raise TypeError(f"{builder}: there is no argument {name} (got {value!r}): {advice}")
 
 
 def _named(name: str, build: Any) -> Any:

@@ -318,10 +318,10 @@ STEM_NAMES = ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3")
 def official_network(system: str) -> tuple[dict[str, torch.Tensor], tnn.Module]:
     """The state dict of an official network, and our network for it."""
     if system == "danet":
-        model = models.danet_resnet50(5, inter_channels=16)
+        model = models.danet_resnet50(5, inter_channels=16, align_corners=True)
         parts = {"pretrained.": model.backbone, "head.": model.classifier}
     elif system == "ccnet":
-        model = models.ccnet_resnet50(5, inter_channels=16, stem="ccnet", aux_loss=True)
+        model = models.ccnet_resnet50(5, inter_channels=16, stem="ccnet", aux_loss=True, align_corners=True)
         stem = dict(zip(STEM_INDICES, STEM_NAMES, strict=True))
         backbone = {
             re.sub(r"^stem\.(\d)", lambda m: stem[m.group(1)], k): v for k, v in model.backbone.state_dict().items()
@@ -330,7 +330,7 @@ def official_network(system: str) -> tuple[dict[str, torch.Tensor], tnn.Module]:
         aux["0.bias"] = torch.randn(256)
         parts = {"": backbone, "head.": model.classifier, "dsn.": aux}
     else:
-        model = models.ann_resnet50(5, channels=16, aux_loss=True)
+        model = models.ann_resnet50(5, channels=16, aux_loss=True, align_corners=True)
         numbers = {"0": "0", "1": "1.0", "4": "3"}
         aux = {
             re.sub(r"^(\d)", lambda m: numbers[m.group(1)], k): v for k, v in model.aux_classifier.state_dict().items()
@@ -388,7 +388,8 @@ def test_inplace_abn_weights() -> None:
     oracle = randomise(heads.RCCAModule(32, 8, 5))
     oracle.conva[1].weight.data[0] = -0.5
     head = models.CCNetHead(32, 5)
-    assert "inplace_abn=True" in checkpoints.load(head, oracle.state_dict()).notes[0]
+    with pytest.warns(UserWarning, match="inplace_abn=True"):
+        assert "inplace_abn=True" in checkpoints.load(head, oracle.state_dict()).notes[0]
     assert head.conva[1].weight[0] == -0.5
     assert checkpoints.load(head, oracle.state_dict(), inplace_abn=True).notes == []
     torch.testing.assert_close(head.conva[1].weight, oracle.conva[1].weight.abs() + 1e-5)
@@ -418,11 +419,12 @@ def test_every_wrong_name_is_listed() -> None:
     state["conv8.1.weight"] = torch.zeros(7, 8, 1, 1)
     with pytest.raises(ValueError) as error:
         checkpoints.load(head, state)
-    for part in ("missing (1): sa.key_conv.bias", "sa.key_conv.scale", "conv9.weight", "conv8.1.weight (5, 8, 1, 1)"):
+    for part in ("missing (1): sa.key_conv.bias", "sa.key_conv.scale", "conv9.weight", "num_classes=7"):
         assert part in str(error.value)
     assert all(torch.equal(v, before[k]) for k, v in head.state_dict().items())  # nothing was loaded
     report = checkpoints.load(head, state, strict=False)
     assert (report.missing, sorted(report.unknown)) == (["sa.key_conv.bias"], ["conv9.weight", "sa.key_conv.scale"])
+    assert report.mismatched == ["conv8.1.weight (5, 8, 1, 1), in the checkpoint (7, 8, 1, 1)"]
 
 
 BAD = [
@@ -431,14 +433,17 @@ BAD = [
     (lambda: checkpoints.to_mmseg(models.DFNHead(STAGES, 5)), "mmsegmentation has no counterpart of DFNHead"),
     (lambda: checkpoints.to_official(models.NonLocalHead(16, 5)), "no official repository of NonLocalHead"),
     (lambda: checkpoints.to_official(models.DFNHead(STAGES, 5, channels=8)), "dfn_seg has no smooth_cls"),
+    (lambda: checkpoints.to_mmseg(tnn.Conv2d(3, 4, 1)), "Conv2d is no block, head or network of segattn_ops"),
+    (lambda: checkpoints.to_official(nn.PyramidPooling()), "PyramidPooling has no parameters"),
     (
-        lambda: checkpoints.to_official(models.danet_resnet50(5, aux_loss=True, inter_channels=16)),
-        "the official danet has no auxiliary head",
+        lambda: checkpoints.to_official(tnn.Sequential(nn.PositionAttention(16), tnn.Conv2d(3, 4, 1))),
+        "its part '0' is; export that alone",
     ),
-    (lambda: checkpoints.to_mmseg(tnn.Conv2d(3, 4, 1)), "Conv2d is no module of segattn_ops"),
     (
-        lambda: checkpoints.load(models.DANetHead(32, 5), nn.ChannelAttention().state_dict(), strict=False),
-        "in several places: 'sa.', 'sc.'",
+        lambda: checkpoints.load(
+            models.DFNHead((4, 4, 4, 4), 5), nn.RefinementResidualBlock(4, 5).state_dict(), strict=False
+        ),
+        "in several places: 'rrb_d_1.', 'rrb_d_2.'",
     ),
 ]
 

@@ -1,13 +1,18 @@
 """The examples run, their curves coincide, and a resumed training is the uninterrupted one."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from skimage import io
+from torch import nn
 
 import segattn_ops
 from examples import convert_mmseg_danet, full_size_inference, shapes, train_shapes
+from segattn_ops import checkpoints, models
 
+from ..peers import without_initialisation
 from .interop import need
 
 SHORT = ["--size", "48", "--batch-size", "2", "--validate-every", "4", "--save-every", "4", "--device", "cpu"]
@@ -55,11 +60,64 @@ def test_full_size_inference(trained) -> None:
     assert io.imread(out / "full_size.png").std() > 5
 
 
+@pytest.mark.parametrize("order", ["BGR", "RGB"])
+def test_a_photograph_gets_the_preprocessing_of_the_weights(order: str, tmp_path, monkeypatch) -> None:
+    """CCNet's own weights take BGR without a deviation, mmsegmentation's RGB with one."""
+    options = {"stem": "ccnet", "align_corners": True} if order == "BGR" else {"stem": "v1c"}
+    model = without_initialisation(lambda: models.ccnet_resnet50(3, activation=nn.ReLU, **options))
+    export = checkpoints.to_official if order == "BGR" else checkpoints.to_mmseg
+    checkpoints.save(export(model), tmp_path / "ccnet.pth")
+    rgb = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+    io.imsave(tmp_path / "photograph.png", rgb)
+    monkeypatch.setattr(full_size_inference, "draw", lambda panels, path: None)
+    seen = []
+    monkeypatch.setattr(
+        full_size_inference,
+        "segment",
+        lambda model, image: (seen.append(image), (torch.zeros(24, 40).long(), 1.0, None))[1],
+    )
+    arguments = ["--network", "ccnet_resnet50", "--classes", "3", "--stem", options["stem"], "--height", "24"]
+    arguments += [
+        "--width",
+        "40",
+        "--checkpoint",
+        str(tmp_path / "ccnet.pth"),
+        "--image",
+        str(tmp_path / "photograph.png"),
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of align_corners and the activation
+        full_size_inference.main([*arguments, "--out", str(tmp_path), "--device", "cpu"])
+    pixels = torch.from_numpy(rgb).permute(2, 0, 1)[None].float()
+    if order == "BGR":
+        expected = pixels.flip(1) - torch.tensor([104.00698793, 116.66876762, 122.67891434])[:, None, None]
+    else:
+        mean, deviation = (torch.tensor(v)[:, None, None] for v in ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375]))
+        expected = (pixels - mean) / deviation
+    torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-3)
+
+
+def test_grey_and_transparent_photographs(tmp_path) -> None:
+    grey = np.random.default_rng(0).integers(0, 256, (8, 9), dtype=np.uint8)
+    io.imsave(tmp_path / "grey.png", grey)
+    io.imsave(tmp_path / "rgba.png", np.dstack([grey, grey, grey, np.full_like(grey, 9)]), check_contrast=False)
+    for name in ("grey.png", "rgba.png"):
+        picture = full_size_inference.photograph(tmp_path / name, 8, 9)
+        np.testing.assert_allclose(picture, np.dstack([grey] * 3) / 255, atol=1e-6)
+
+
 def test_conversion_of_mmsegmentation() -> None:
     need("mmseg.models")
     report = convert_mmseg_danet.main(["--size", "48", "--depth", "18", "--repeats", "1", "--device", "cpu"])
     assert report.converted == ["decode_head.pam", "decode_head.cam"]
     assert report.difference < 1e-3
+
+
+def test_conversion_refuses_a_checkpoint_of_another_network(tmp_path) -> None:
+    need("mmseg.models")
+    checkpoints.save(models.DANetHead(32, 5).state_dict(), tmp_path / "head.pth")
+    with pytest.raises(SystemExit, match=r"is not of a danet_r18-d8: missing .*unknown conv5a\.0\.weight"):
+        convert_mmseg_danet.main(["--size", "48", "--depth", "18", "--checkpoint", str(tmp_path / "head.pth")])
 
 
 def test_scene_and_score() -> None:

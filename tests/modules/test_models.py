@@ -5,6 +5,7 @@ import torch
 from torch import nn as tnn
 
 from segattn_ops import models
+from segattn_ops.models.backbone import _named_weights
 
 from ..peers import heads, randomise
 from .test_nn import results
@@ -208,6 +209,46 @@ BAD = [
         "out must have the size of target (3, 3) (got (3, 4))",
     ),
 ]
+
+
+NOT_ARGUMENTS = [
+    ({"pretrained": True}, "no weights come with this package; build the network, then segattn_ops.checkpoints.load"),
+    ({"pretrained": True}, 'or use weights_backbone="DEFAULT" for torchvision\'s ImageNet weights'),
+    ({"weights": "DEFAULT"}, "there is no argument weights (got 'DEFAULT'): no weights come with this package"),
+    ({"pretrained_backbone": False}, '(got False): use weights_backbone="DEFAULT"'),
+    ({"nclass": 19}, "there is no argument nclass (got 19): use num_classes"),
+    ({"aux": True}, "use aux_loss"),
+    ({"backbone": "resnet101"}, "the name of the builder gives the backbone"),
+    ({"in_channels": 2048}, "the backbone gives the channels of the head"),
+    ({"inter_chanels": 64}, "do you mean inter_channels? it takes num_classes, aux_loss"),
+    ({"recurrence": 3}, "for DANetHead inter_channels, key_channels, norm_layer, dropout"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), NOT_ARGUMENTS, ids=[message for _, message in NOT_ARGUMENTS])
+def test_arguments_of_other_libraries(arguments, message: str) -> None:
+    with pytest.raises(TypeError) as error:
+        models.danet_resnet101(**arguments)
+    assert message in str(error.value) and str(error.value).startswith("danet_resnet101: ")
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_builders_name_themselves(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"^{name}: there is no argument pretrained"):
+        getattr(models, name)(pretrained=True)
+
+
+def test_weights_of_a_backbone_are_torchvisions() -> None:
+    from torchvision.models import ResNet50_Weights
+
+    with pytest.raises(TypeError, match=r"dilated_resnet: weights must be a name of torchvision's .* \(got True\)"):
+        models.danet_resnet50(weights_backbone=True)
+    with pytest.raises(
+        ValueError, match=r"no weights 'net.pth' of resnet50, only IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT; load"
+    ):
+        models.danet_resnet50(weights_backbone="net.pth")
+    for known in ("DEFAULT", "ResNet50_Weights.IMAGENET1K_V2"):
+        assert _named_weights("resnet50", known) is ResNet50_Weights.IMAGENET1K_V2
 
 
 @pytest.mark.parametrize(("make", "message"), BAD, ids=[message for _, message in BAD])
