@@ -1,6 +1,9 @@
-"""Replacements of published blocks: the block's own children, parameters and names, with a fused forward."""
+"""Replacements of published blocks: the block's own object, children, parameters and names, with a fused forward."""
 
+import functools
+import types
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,34 +15,105 @@ from ..ops.criss_cross import criss_cross_attention
 from ..ops.position import position_attention
 
 
+@dataclass(frozen=True)
+class Traits:
+    """What the check of a block found out about its original.
+
+    Attributes:
+        inputs: number of feature maps that the fused forward takes.
+        ranks: numbers of dimensions of an input, on which the two forwards agree.
+        original_ranks: those on which only the original's forward is right.
+        original_in_training: whether the original does something in training that the fused forward does not.
+        parameters: name and default of every parameter of the original's forward, in order.
+        positional: how many of them can be given by position.
+        bypassed: names of the descendants that the fused forward does not call.
+    """
+
+    inputs: int
+    ranks: frozenset[int]
+    original_ranks: frozenset[int] = frozenset()
+    original_in_training: bool = False
+    parameters: tuple[tuple[str, Any], ...] = ()
+    positional: int = 0
+    bypassed: tuple[str, ...] = ()
+
+
 class FusedBlock(nn.Module):
-    """Another module with its forward replaced.
+    """A block of the user's model with its forward replaced: the base of the classes that :func:`fuse` generates.
 
-    Parameters, buffers, children, hooks and plain attributes are the original's objects under their original names: the
-    state dict does not change, optimizers and DistributedDataParallel keep their parameters, and the block's attributes
-    stay readable.
+    A generated class derives from one of the classes below and from the block's own class, so that ``isinstance``, the
+    original's methods, properties and class attributes, and its own forward stay available. The object, its parameters,
+    children, hooks and attributes are the original's.
 
-    Args:
-        original: the block; not to be used afterwards.
-        names: its attribute for each role of the computation.
-        options: further settings of the computation.
+    The original's forward runs for whatever the fused one cannot do: other arguments than the feature maps, what the
+    original does only in training, and hooks and active dropout on children that the fused forward does not call.
+
+    Raises:
+        ValueError: for an input of a rank that the original does not take.
     """
 
     fused_kind = ""
+    _original_class: type[nn.Module]
+    _fused_names: Mapping[str, str]
+    _fused_options: Mapping[str, Any]
+    _fused_traits: Traits
 
-    def __init__(self, original: nn.Module, names: Mapping[str, str], options: Mapping[str, Any] | None = None) -> None:
-        super().__init__()
-        self.__dict__.update(original.__dict__)
-        self._compiled_call_impl = None  # the original's compiled forward, if it was compiled
-        self._original_class = type(original)
-        self._fused_names = dict(names)
-        self._fused_options = dict(options or {})
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = self._fused_inputs(args, kwargs)
+        if inputs is None or self._fused_needs_original():
+            return self._original_class.forward(self, *args, **kwargs)
+        for x in inputs:
+            if isinstance(x, Tensor) and x.dim() not in self._fused_traits.ranks:
+                if x.dim() in self._fused_traits.original_ranks:
+                    return self._original_class.forward(self, *args, **kwargs)
+                expected = " or ".join(str(rank) for rank in sorted(self._fused_traits.ranks))
+                rule = f"must have {expected} dimensions (batch, channels, *spatial)"
+                raise ValueError(f"{self._original_class.__name__}: input {rule} (got shape {tuple(x.shape)})")
+        return self.fused_forward(*inputs)
+
+    def fused_forward(self, *inputs: Tensor) -> Tensor:
+        """The result of the original's forward for these feature maps."""
+        raise NotImplementedError
+
+    def _fused_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
+        """The feature maps of a call; None for a call with anything else that is not its default."""
+        traits = self._fused_traits
+        if not kwargs and len(args) == traits.inputs:
+            return None if any(x is None for x in args) else args
+        if len(args) > traits.positional:
+            return None
+        given: dict[str, Any] = {}
+        for (name, _), value in zip(traits.parameters, args, strict=False):
+            given[name] = value
+        defaults = dict(traits.parameters)
+        for name, value in kwargs.items():
+            if name in given or name not in defaults:
+                return None
+            given[name] = value
+        inputs = []
+        for n, (name, default) in enumerate(traits.parameters):
+            if n < traits.inputs:
+                if given.get(name) is None:
+                    return None
+                inputs.append(given[name])
+            elif name in given and not _is_default(given[name], default):
+                return None
+        return tuple(inputs) if len(inputs) == traits.inputs else None
+
+    def _fused_needs_original(self) -> bool:
+        if self.training and self._fused_traits.original_in_training:
+            return True
+        for name in self._fused_traits.bypassed:
+            child = self.get_submodule(name)
+            if has_hooks(child) or (child.training and drops(child)):
+                return True
+        return False
 
     def _call(self, role: str, *inputs: Tensor) -> Tensor:
-        result: Tensor = getattr(self, self._fused_names[role])(*inputs)
+        result: Tensor = self.get_submodule(self._fused_names[role])(*inputs)
         return result
 
-    def _residual(self, attended: Tensor, x: Tensor) -> Tensor:
+    def _fused_residual(self, attended: Tensor, x: Tensor) -> Tensor:
         """x + gamma * attended, gamma a parameter (official) or a module (mmcv's Scale)."""
         gamma = getattr(self, self._fused_names["gamma"])
         scaled: Tensor = gamma(attended) if isinstance(gamma, nn.Module) else gamma * attended
@@ -48,40 +122,125 @@ class FusedBlock(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.fused_kind} of {self._original_class.__name__}"
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Generated classes have no importable name: pickle and copy.deepcopy generate them again."""
+        return _new, (_kind_of(self), self._original_class), self.__getstate__()
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something is called when the module is."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def drops(module: nn.Module) -> bool:
+    """Whether the module is a dropout or drop path with a rate other than 0."""
+    if "drop" not in type(module).__name__.lower():
+        return False
+    rate = getattr(module, "p", getattr(module, "drop_prob", None))
+    return rate is None or rate > 0
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    return value is default or (isinstance(value, (bool, int, float, str)) and bool(value == default))
+
+
+def fuse(block: nn.Module, kind: type[FusedBlock], names: Mapping[str, str], options: Any, traits: Traits) -> None:
+    """Replaces the forward of a block in place, by changing its class.
+
+    Args:
+        block: any module whose structure fits.
+        kind: one of the classes below.
+        names: the block's attribute for each role of the computation.
+        options: further settings of the computation.
+        traits: see :class:`Traits`.
+    """
+    generated = generated_class(kind, type(block))
+    block.__dict__.update(
+        _original_class=type(block), _fused_names=dict(names), _fused_options=dict(options), _fused_traits=traits
+    )
+    block._compiled_call_impl = None  # the original's compiled forward, if it was compiled
+    block.__class__ = generated
+
+
+def unfuse(block: nn.Module) -> None:
+    """Undoes :func:`fuse`, wherever it was interrupted."""
+    original = block.__dict__.pop("_original_class", None)
+    for name in ("_fused_names", "_fused_options", "_fused_traits"):
+        block.__dict__.pop(name, None)
+    if isinstance(block, FusedBlock):
+        block.__class__ = original
+
+
+@functools.cache
+def generated_class(kind: type[FusedBlock], original: type[nn.Module]) -> type[FusedBlock]:
+    """The class of a converted block.
+
+    Raises:
+        TypeError: if no class can derive from both, or the original's uses a name that :class:`FusedBlock` needs.
+    """
+    ours = {name for base in kind.__mro__[: kind.__mro__.index(nn.Module)] for name in vars(base)}
+    theirs = {name for base in original.__mro__ if base not in nn.Module.__mro__ for name in vars(base)}
+    clash = sorted(
+        name for name in ours & theirs if not name.startswith("__") and name not in ("forward", "extra_repr")
+    )
+    if clash:
+        raise TypeError(f"its class defines {', '.join(clash)}, which the replacement defines too")
+
+    @functools.wraps(original.forward)  # the original's signature, for torch.export, torch.fx and help()
+    def forward(self: FusedBlock, *args: Any, **kwargs: Any) -> Any:
+        return FusedBlock.forward(self, *args, **kwargs)
+
+    def body(namespace: dict[str, Any]) -> None:
+        namespace.update(forward=forward, __module__=__name__, __doc__=original.__doc__)
+
+    return types.new_class(f"Fused{original.__name__}", (kind, original), exec_body=body)
+
+
+def _new(kind: type[FusedBlock], original: type[nn.Module]) -> FusedBlock:
+    generated = generated_class(kind, original)
+    return generated.__new__(generated)
+
+
+def _kind_of(block: FusedBlock) -> type[FusedBlock]:
+    """The class below that the block's generated class derives from."""
+    return next(base for base in type(block).__mro__ if base.__module__ == __name__ and "fused_kind" in vars(base))
+
 
 class FusedPositionAttention(FusedBlock):
-    """gamma * softmax_j(q_i . k_j) v_j + x: DANet's PAM and the self-attention of SAGAN."""
+    """gamma * softmax_j(scale * q_i . k_j) v_j + x: DANet's PAM and the self-attention of SAGAN. Option: scale."""
 
     fused_kind = "position attention"
 
-    def forward(self, x: Tensor) -> Tensor:
+    def fused_forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, C, H, W)."""
         query, key, value = (self._call(role, x) for role in ("query", "key", "value"))
-        return self._residual(position_attention(query, key, value, 1.0), x)
+        return self._fused_residual(position_attention(query, key, value, self._fused_options["scale"]), x)
 
 
 class FusedChannelAttention(FusedBlock):
-    """gamma * softmax(max - E) x + x, E = x x^T: DANet's CAM."""
+    """gamma * softmax(scale * E) x + x, E = x x^T: DANet's CAM with scale -1. Option: scale."""
 
     fused_kind = "channel attention"
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, C, H, W)."""
-        gamma = getattr(self, self._fused_names["gamma"])
-        if isinstance(gamma, nn.Parameter):
-            return residual_channel_attention(x, gamma, -1.0)
-        return self._residual(channel_attention(x, x, x, -1.0), x)
+    def fused_forward(self, x: Tensor) -> Tensor:
+        """x (B, C, *spatial) -> (B, C, *spatial)."""
+        gamma, scale = getattr(self, self._fused_names["gamma"]), self._fused_options["scale"]
+        if isinstance(gamma, nn.Module):
+            return self._fused_residual(channel_attention(x, x, x, scale), x)
+        return residual_channel_attention(x, gamma, scale)
 
 
 class FusedCrissCrossAttention(FusedBlock):
-    """One pass of CCNet's criss-cross attention."""
+    """One pass of CCNet's criss-cross attention. Option: scale."""
 
     fused_kind = "criss-cross attention"
 
-    def forward(self, x: Tensor) -> Tensor:
+    def fused_forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, C, H, W)."""
         query, key, value = (self._call(role, x) for role in ("query", "key", "value"))
-        return self._residual(criss_cross_attention(query, key, value, 1.0), x)
+        return self._fused_residual(criss_cross_attention(query, key, value, self._fused_options["scale"]), x)
 
 
 class FusedNonLocal(FusedBlock):
@@ -89,12 +248,8 @@ class FusedNonLocal(FusedBlock):
 
     fused_kind = "non-local block"
 
-    def forward(self, x: Tensor, return_nl_map: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """x (B, C, *spatial) -> x + out(y); with ``return_nl_map``, the original's own forward, which stores the
-        attention map."""
-        if return_nl_map:
-            result: tuple[Tensor, Tensor] = self._original_class.forward(self, x, return_nl_map=True)
-            return result
+    def fused_forward(self, x: Tensor) -> Tensor:
+        """x (B, C, *spatial) -> x + out(y)."""
         y = self._call("out", self._aggregate(x))
         return (self._call("norm", y) if "norm" in self._fused_names else y) + x
 
@@ -123,7 +278,7 @@ class FusedAsymmetricAttention(FusedBlock):
 
     fused_kind = "asymmetric attention"
 
-    def forward(self, first: Tensor, second: Tensor | None = None) -> Tensor:
+    def fused_forward(self, first: Tensor, second: Tensor | None = None) -> Tensor:
         """ANN: (x) or (low, high). mmsegmentation: (high, low). -> (B, out, H, W) of high's size."""
         if second is None:
             high = low = first
@@ -136,38 +291,23 @@ class FusedAsymmetricAttention(FusedBlock):
 
 
 class FusedDotProductPosition(FusedBlock):
-    """The position branch of External-Attention's DAModule: (B, C, H, W) -> (B, H * W, C).
-
-    Its dropout acts on the attention map, which is not stored: in training with dropout the original's forward runs.
-    """
+    """The position branch of External-Attention's DAModule: (B, C, H, W) -> (B, H * W, C)."""
 
     fused_kind = "position attention (scaled dot product)"
-    cnn: nn.Module
-    pa: Any  # a module with fc_q, fc_k, fc_v, fc_o and dropout
 
-    def forward(self, x: Tensor) -> Tensor:
+    def fused_forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, H * W, C)."""
-        if self.training and self.pa.dropout.p > 0:
-            original: Tensor = self._original_class.forward(self, x)
-            return original
-        y = self.cnn(x).flatten(2).mT  # (B, N, C)
-        query, key, value = (layer(y).mT for layer in (self.pa.fc_q, self.pa.fc_k, self.pa.fc_v))
-        output: Tensor = self.pa.fc_o(position_attention(query, key, value, query.shape[1] ** -0.5).mT)
-        return output
+        y = self._call("in", x).flatten(2).mT  # (B, N, C)
+        query, key, value = (self._call(role, y).mT for role in ("query", "key", "value"))
+        return self._call("out", position_attention(query, key, value, query.shape[1] ** -0.5).mT)
 
 
 class FusedDotProductChannel(FusedBlock):
-    """The channel branch of External-Attention's DAModule: (B, C, H, W) -> (B, C, H * W). Dropout as in the other."""
+    """The channel branch of External-Attention's DAModule: (B, C, H, W) -> (B, C, H * W)."""
 
     fused_kind = "channel attention (scaled dot product)"
-    cnn: nn.Module
-    pa: Any  # a module with fc_o and dropout
 
-    def forward(self, x: Tensor) -> Tensor:
+    def fused_forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, C, H * W)."""
-        if self.training and self.pa.dropout.p > 0:
-            original: Tensor = self._original_class.forward(self, x)
-            return original
-        y = self.cnn(x).flatten(2)
-        output: Tensor = self.pa.fc_o(channel_attention(y, y, y, y.shape[2] ** -0.5))
-        return output
+        y = self._call("in", x).flatten(2)
+        return self._call("out", channel_attention(y, y, y, y.shape[2] ** -0.5))
