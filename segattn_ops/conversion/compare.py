@@ -61,11 +61,17 @@ def difference(got: Mapping[str, Any], expected: Mapping[str, Any]) -> float:
 
 
 def _of_tensors(ours: Tensor, theirs: Tensor) -> float:
-    equal = (ours == theirs) | (ours.isnan() & theirs.isnan())
-    if bool(equal.all()):
+    if torch.equal(ours, theirs):
         return 0.0
-    finite = theirs.isfinite()
-    if not bool((equal | (finite & ours.isfinite())).all()):
-        return float("inf")
-    largest = theirs[finite].abs().max().double().clamp_min(torch.finfo(torch.float32).tiny)
-    return ((ours[~equal].double() - theirs[~equal].double()).abs().max() / largest).item()
+    a, b = ours.double(), theirs.double()
+    error, largest = (a - b).abs().max(), b.abs().max()
+    if not bool(error.isfinite()):
+        equal = (a == b) | (a.isnan() & b.isnan())
+        finite = b.isfinite() & a.isfinite()
+        if not bool((equal | finite).all()):
+            return float("inf")
+        a, b = a[finite], b[finite]
+        if not a.numel():
+            return 0.0
+        error, largest = (a - b).abs().max(), b.abs().max()
+    return (error / largest.clamp_min(torch.finfo(torch.float32).tiny)).item()

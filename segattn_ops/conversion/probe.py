@@ -312,12 +312,11 @@ class _Examination:
         self, module: nn.Module, candidate: Candidate, dtype: torch.dtype, shape: tuple[int, ...], training: bool
     ) -> Outcome:
         batch, *spatial = shape
-        generator = torch.Generator("cpu").manual_seed(1)
-        inputs = []
-        for channels in candidate.channels:
-            size = (batch, channels, *spatial) if batch else (channels, *spatial)
-            x = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu") * _amplitude(candidate, size)
-            inputs.append(x.to(self._device, dtype).requires_grad_(training))
+        sizes = [(batch, channels, *spatial) if batch else (channels, *spatial) for channels in candidate.channels]
+        inputs = [
+            (_normal(size, seed) * _amplitude(candidate, size)).to(self._device, dtype).requires_grad_(training)
+            for seed, size in enumerate(sizes)
+        ]
         for m in module.modules():
             m.training = training
         for name in _bypassed(module, candidate):  # active dropout is seen at each call
@@ -366,6 +365,11 @@ class _Examination:
                     for parameter in conv.parameters():
                         parameter.mul_(conv.out_channels**-0.25)
         return prepared
+
+
+def _normal(size: tuple[int, ...], seed: int) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _random(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
@@ -452,8 +456,7 @@ def _gradients(module: nn.Module, inputs: list[Tensor], output: Any) -> dict[str
     wanted = {f"input {n}": x for n, x in enumerate(inputs)} | dict(module.named_parameters())
     if not output.requires_grad:
         return dict.fromkeys(wanted)
-    generator = torch.Generator("cpu").manual_seed(3)
-    weight = torch.randn(output.shape, generator=generator, dtype=torch.float64, device="cpu").to(output)
+    weight = _normal(tuple(output.shape), 3).to(output)
     try:
         gradients = torch.autograd.grad(output, list(wanted.values()), weight, allow_unused=True)
     except RuntimeError:  # mmcv's concatenation mode overwrites what its backward needs

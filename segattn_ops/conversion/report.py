@@ -77,7 +77,6 @@ class ConversionReport:
         if self.difference is not None:
             lines.append(f"outputs on the sample input differ by {self.difference:.1e} of the largest")
         lines += self.notes
-        if not self.converted and not self.already:
-            found = "no attention block was converted" if self.entries else "no attention block was found"
-            lines.append(f"{found}; {LOOKED_FOR}")
+        if not self.entries:
+            lines.append(f"no attention block was found; {LOOKED_FOR}")
         return "\n".join(lines)

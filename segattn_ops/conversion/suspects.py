@@ -20,8 +20,8 @@ LOOKED_FOR = (
     "looked for modules with these children and parameters:\n"
     "  query_conv, key_conv (1 x 1, C -> E), value_conv (1 x 1, C -> C) and a scalar gamma; also under the names of\n"
     "  mmsegmentation (*_project), Tramac (conv_b, conv_c, conv_d, alpha) and query, key, value, gamma\n"
-    "  theta, phi, g (1 x 1, C -> E) and W or conv_out (1 x 1, E -> C), with or without concat_project; timm's t, p, g,\n"
-    "  z, norm\n"
+    "  theta, phi, g (1 x 1, C -> E) and W or conv_out (1 x 1, E -> C), with or without concat_project; timm's t, p,\n"
+    "  g, z, norm\n"
     "  f_query, f_key, f_value, psp and W (ANN); a class named like CAM with a scalar gamma or beta only\n"
     'blocks under other names: convert(model, mapping={"to_q": "query_conv", ...}), from your name to the one above'
 )
