@@ -78,7 +78,7 @@ def convert(
                 findings.append((name, module, finding))
     if dry_run or not findings:
         return report
-    compiled = [module._compiled_call_impl for _, module, _ in findings]
+    compiled = [module.__dict__.get("_compiled_call_impl") for _, module, _ in findings]
     try:
         if sample_input is None:
             _install(findings)
@@ -87,7 +87,8 @@ def convert(
     except BaseException:
         for (_, module, _), implementation in zip(findings, compiled, strict=True):
             unfuse(module)
-            module._compiled_call_impl = implementation
+            if implementation is not None:
+                module._compiled_call_impl = implementation
         raise
     return report
 

@@ -13,6 +13,7 @@ from ..nn import _pairwise
 from ..ops.channel import channel_attention, residual_channel_attention
 from ..ops.criss_cross import criss_cross_attention
 from ..ops.position import position_attention
+from .scripting import scriptable
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,46 @@ class FusedBlock(nn.Module):
                 return True
         return False
 
+    def _fused_drops(self) -> bool:
+        """Whether training drops something that the fused forward does not."""
+        return any(drops(self.get_submodule(name)) for name in self._fused_traits.bypassed)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """For torch.jit.script.
+
+        Raises:
+            RuntimeError: for a block that cannot be scripted; torch.jit.trace and torch.export take every block.
+        """
+        body = self._script()
+        hooked = [name for name in self._fused_traits.bypassed if has_hooks(self.get_submodule(name))]
+        if body is None or hooked:
+            reason = (
+                f"a hook stands on {', '.join(hooked)}" if hooked else f"a {self.fused_kind} has no scriptable form"
+            )
+            raise RuntimeError(f"{self._original_class.__name__}: {reason}; use torch.jit.trace or torch.export")
+        return scriptable(self, body, ["x", "y"][: self._fused_traits.inputs])
+
+    def _script(self) -> list[str] | None:
+        """The lines of a scriptable forward; None if there is none."""
+        return None
+
+    def _layer(self, role: str) -> str:
+        return f"self.{self._fused_names[role]}"
+
+    def _script_residual(self) -> str:
+        gamma = getattr(self, self._fused_names["gamma"])
+        scaled = (
+            f"{self._layer('gamma')}(attended)"
+            if isinstance(gamma, nn.Module)
+            else f"{self._layer('gamma')} * attended"
+        )
+        return f"return {scaled} + x"
+
+    def _script_of(self, function: str) -> list[str]:
+        query, key, value = (self._layer(role) for role in ("query", "key", "value"))
+        attended = f"{function}({query}(x), {key}(x), {value}(x), {self._fused_options['scale']!r})"
+        return [f"attended = {attended}", self._script_residual()]
+
     def _call(self, role: str, *inputs: Tensor) -> Tensor:
         result: Tensor = self.get_submodule(self._fused_names[role])(*inputs)
         return result
@@ -160,7 +201,7 @@ def fuse(block: nn.Module, kind: type[FusedBlock], names: Mapping[str, str], opt
     block.__dict__.update(
         _original_class=type(block), _fused_names=dict(names), _fused_options=dict(options), _fused_traits=traits
     )
-    block._compiled_call_impl = None  # the original's compiled forward, if it was compiled
+    block.__dict__.pop("_compiled_call_impl", None)  # the original's compiled forward, if it was compiled
     block.__class__ = generated
 
 
@@ -218,6 +259,9 @@ class FusedPositionAttention(FusedBlock):
         query, key, value = (self._call(role, x) for role in ("query", "key", "value"))
         return self._fused_residual(position_attention(query, key, value, self._fused_options["scale"]), x)
 
+    def _script(self) -> list[str]:
+        return self._script_of("position")
+
 
 class FusedChannelAttention(FusedBlock):
     """gamma * softmax(scale * E) x + x, E = x x^T: DANet's CAM with scale -1. Option: scale."""
@@ -231,6 +275,9 @@ class FusedChannelAttention(FusedBlock):
             return self._fused_residual(channel_attention(x, x, x, scale), x)
         return residual_channel_attention(x, gamma, scale)
 
+    def _script(self) -> list[str]:
+        return [f"attended = channel(x, {self._fused_options['scale']!r})", self._script_residual()]
+
 
 class FusedCrissCrossAttention(FusedBlock):
     """One pass of CCNet's criss-cross attention. Option: scale."""
@@ -241,6 +288,9 @@ class FusedCrissCrossAttention(FusedBlock):
         """x (B, C, H, W) -> (B, C, H, W)."""
         query, key, value = (self._call(role, x) for role in ("query", "key", "value"))
         return self._fused_residual(criss_cross_attention(query, key, value, self._fused_options["scale"]), x)
+
+    def _script(self) -> list[str]:
+        return self._script_of("criss_cross")
 
 
 class FusedNonLocal(FusedBlock):
@@ -271,6 +321,19 @@ class FusedNonLocal(FusedBlock):
             y = _pairwise.concatenation(*parts, g)
         return y.reshape(x.shape[0], -1, *x.shape[2:])
 
+    def _script(self) -> list[str] | None:
+        mode, scale = self._fused_options["mode"], self._fused_options.get("scale", 1.0)
+        if mode == "concatenation":
+            return None
+        query = f"{self._layer('query')}(x)" if "query" in self._fused_names else "x"
+        key = f"{self._layer('key')}(x)" if "key" in self._fused_names else "x"
+        operands = f"{query}, {key}, {self._layer('value')}(x)"
+        attended = f"dot_product({operands})" if mode == "dot_product" else f"position({operands}, {scale!r})"
+        result = f"{self._layer('out')}({attended})"
+        return [
+            f"return {self._layer('norm')}({result}) + x" if "norm" in self._fused_names else f"return {result} + x"
+        ]
+
 
 class FusedAsymmetricAttention(FusedBlock):
     """A stage of ANN: queries at every position, keys and values pooled; options: scale, and the order of the
@@ -288,6 +351,16 @@ class FusedAsymmetricAttention(FusedBlock):
         pooled = (self._call("pool", key), self._call("pool", value)) if "pool" in self._fused_names else (key, value)
         context = position_attention(query, *pooled, self._fused_options["scale"])
         return self._call("out", context) if "out" in self._fused_names else context
+
+    def _script(self) -> list[str]:
+        high, low = ("x", "y") if self._fused_options["query_first"] else ("y", "x")
+        if self._fused_traits.inputs == 1:
+            high = low = "x"
+        key, value = f"{self._layer('key')}({low})", f"{self._layer('value')}({low})"
+        if "pool" in self._fused_names:
+            key, value = f"{self._layer('pool')}({key})", f"{self._layer('pool')}({value})"
+        attended = f"position({self._layer('query')}({high}), {key}, {value}, {self._fused_options['scale']!r})"
+        return [f"return {self._layer('out')}({attended})" if "out" in self._fused_names else f"return {attended}"]
 
 
 class FusedDotProductPosition(FusedBlock):
