@@ -54,13 +54,15 @@ class Outcome:
     """What one run of a block did.
 
     Attributes:
-        result: leaves of the output, of the inputs after the run, and of the buffers.
+        result: leaves of the output.
+        effects: leaves of the inputs and buffers after the run.
         gradients: of the inputs and parameters; None if they were not asked for or could not be computed.
         written: the plain attributes that the run wrote.
         random: the state of the random number generators after the run.
     """
 
     result: dict[str, Any]
+    effects: dict[str, Any]
     gradients: dict[str, Any] | None
     written: frozenset[str]
     random: RandomState
@@ -112,7 +114,7 @@ def examine(module: nn.Module, possible: list[Candidate]) -> Finding:
 
     Raises:
         CannotRun: if the original does not run on a feature map of small or of large size.
-        Differs: if none of the candidates is the same function; with the smallest difference.
+        Differs: if none of the candidates is the same function; that of the one that agrees on most maps.
     """
     if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
         raise CannotRun("it is on the meta device", environment=True)
@@ -120,16 +122,15 @@ def examine(module: nn.Module, possible: list[Candidate]) -> Finding:
         generated_class(possible[0].kind, type(module))
     except TypeError as error:
         raise Differs(f"no replacement can be made: {error}") from error
-    examination = _Examination(module, possible[0])
-    closest: Differs | None = None
-    for candidate in possible:
-        try:
-            return examination.compare(candidate)
-        except Differs as error:
-            if closest is None or error.difference < closest.difference:
-                closest = error
-    assert closest is not None
-    raise closest
+    failures: list[tuple[int, float, Differs]] = []
+    with torch.inference_mode(False):
+        examination = _Examination(module, possible[0])
+        for candidate in possible:
+            try:
+                return examination.compare(candidate)
+            except Differs as error:
+                failures.append((-examination.agreements, error.difference, error))
+    raise min(failures, key=lambda failure: failure[:2])[2]
 
 
 class _Examination:
@@ -141,8 +142,10 @@ class _Examination:
         self._device, self._dtype = parameter.device, parameter.dtype
         self._prepared: dict[torch.dtype, nn.Module] = {}
         self._outcomes: dict[Any, Outcome | Exception] = {}
+        self.agreements = 0  # of the candidate compared last
 
     def compare(self, candidate: Candidate) -> Finding:
+        self.agreements = 0
         traits = permissive(self._module, candidate)
         precise = self._precise(candidate)
         worst: dict[torch.dtype, float] = {}
@@ -230,15 +233,18 @@ class _Examination:
                 raise CannotRun(f"on {where}: {_in_one_line(original)}", _is_environment(original)) from original
             return False
         fused = self._fused(candidate, traits, dtype, shape)
+        if fused.random != original.random:
+            raise Differs("it draws random numbers in evaluation mode")
         error = difference(fused.result, original.result)
         if not error <= TOLERANCE[dtype]:
             size = "in kind" if math.isinf(error) else f"by {error:.0e} of the largest"
             raise Differs(f"its result differs {size} on {where}", error)
-        lost = original.written - fused.written
-        if lost:
-            raise Differs(f"its forward stores {', '.join(sorted(lost))}, which the replacement would not")
-        if fused.random != original.random:
-            raise Differs("it draws random numbers in evaluation mode")
+        self.agreements += 1
+        effects = difference(fused.effects, original.effects)
+        lost = sorted(original.written - fused.written)
+        if lost or not effects <= TOLERANCE[dtype]:
+            what = f"stores {', '.join(lost)}" if lost else "changes a buffer or its input"
+            raise Differs(f"its forward {what}, which the replacement would not")
         worst[dtype] = max(worst.get(dtype, 0.0), error)
         return True
 
@@ -257,6 +263,7 @@ class _Examination:
         fused = self._fused(candidate, traits, dtype, shape, training=True)
         if (
             not difference(fused.result, original.result) <= TOLERANCE[dtype]
+            or not difference(fused.effects, original.effects) <= TOLERANCE[dtype]
             or fused.random != original.random
             or original.written - fused.written
         ):
@@ -330,14 +337,14 @@ class _Examination:
                 before = _plain_attributes(module)
                 with torch.set_grad_enabled(training):
                     output = module(*[x.clone() for x in inputs] if training else inputs)
-                result = leaves({"output": output, "inputs": inputs, "buffers": dict(module.named_buffers())})
+                result, effects = leaves(output), leaves([inputs, dict(module.named_buffers())])
                 random = RandomState({self._device.type})
                 after = _plain_attributes(module)
                 written = frozenset(n for n, value in after.items() if n not in before or value is not before[n])
                 gradients = _gradients(module, inputs, output) if training else None
             finally:
                 kept.restore()
-        return Outcome(result, gradients, written, random)
+        return Outcome(result, effects, gradients, written, random)
 
     def _twin(self, dtype: torch.dtype) -> nn.Module:
         """A copy for one run: its own buffers, the parameters shared with the other copies of this dtype."""
@@ -397,7 +404,7 @@ def _neutral(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.inference_mode(False), torch.device(device), torch.autocast(device.type, enabled=False):
+        with torch.device(device), torch.autocast(device.type, enabled=False):
             yield
     finally:
         torch.set_default_dtype(default)
@@ -413,8 +420,7 @@ def _copy(module: nn.Module, shared: dict[int, Any]) -> nn.Module:
                 memo[id(value)] = value.detach().clone()
             elif name.endswith("_hooks") and isinstance(value, dict):
                 memo.update((id(hook), hook) for hook in value.values())
-    with torch.inference_mode(False):
-        return copy.deepcopy(module, memo)
+    return copy.deepcopy(module, memo)
 
 
 def silence(module: nn.Module) -> None:
