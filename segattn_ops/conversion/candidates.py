@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .block import FusedBlock
 from .fused import (
     FusedAsymmetricAttention,
-    FusedBlock,
     FusedChannelAttention,
     FusedCrissCrossAttention,
     FusedDotProductChannel,

@@ -7,14 +7,15 @@ from typing import Any
 from torch import nn
 
 from .. import nn as segattn_nn
+from .block import FusedBlock, fuse, has_hooks, unfuse
 from .candidates import KNOWN_NAMES, PUBLISHED, candidates
 from .compare import TOLERANCE, compared, difference
-from .fused import FusedBlock, fuse, has_hooks, unfuse
-from .probe import CannotRun, Differs, Finding, examine, permissive
+from .probe import Differs, Finding, examine, permissive
 from .report import ConversionReport, Entry
 from .sample import Sample, switched_on
 from .state import kept
 from .suspects import LEFT_ALONE, why_suspect
+from .trial import CannotRun
 
 _OWN = tuple(
     getattr(segattn_nn, name)

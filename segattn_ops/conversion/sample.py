@@ -1,6 +1,7 @@
 """The model's outputs on a sample before and after the conversion."""
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -99,4 +100,4 @@ def _switched_on(parameter: nn.Parameter, generator: torch.Generator) -> Tensor:
     if data.dim() < 2:
         return torch.ones_like(data)
     values = torch.randn(data.shape, generator=generator, dtype=torch.float32, device="cpu")
-    return (values / data[0].numel() ** 0.5).to(data)
+    return (values / math.sqrt(data[0].numel())).to(data)

@@ -7,6 +7,7 @@ own.
 
 import itertools
 import linecache
+import types
 from typing import Any
 
 import torch
@@ -18,23 +19,27 @@ _COUNTER = itertools.count()
 def position(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """``position_attention`` in TorchScript."""
     with_low = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    return torch.ops.segattn.position_attention(query, key, value, scale, with_low)[0]
+    output: Tensor = torch.ops.segattn.position_attention(query, key, value, scale, with_low)[0]
+    return output
 
 
 def criss_cross(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """``criss_cross_attention`` in TorchScript."""
-    return torch.ops.segattn.criss_cross_attention(query, key, value, scale)[0]
+    output: Tensor = torch.ops.segattn.criss_cross_attention(query, key, value, scale)[0]
+    return output
 
 
 def channel(x: Tensor, scale: float) -> Tensor:
     """``channel_attention`` of x with itself in TorchScript."""
-    return torch.ops.segattn.channel_self_attention(x, scale)[0]
+    output: Tensor = torch.ops.segattn.channel_self_attention(x, scale)[0]
+    return output
 
 
 def dot_product(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
     """The dot-product mode of a non-local block in TorchScript."""
     summary = torch.matmul(g.flatten(2), phi.flatten(2).transpose(1, 2)) / phi.flatten(2).shape[2]
-    return torch.matmul(summary, theta.flatten(2)).reshape([theta.shape[0], -1] + theta.shape[2:])
+    output: Tensor = torch.matmul(summary, theta.flatten(2)).unflatten(2, theta.shape[2:])
+    return output
 
 
 def scriptable(block: Any, body: list[str], inputs: list[str]) -> nn.Module:
@@ -77,8 +82,8 @@ def scriptable(block: Any, body: list[str], inputs: list[str]) -> nn.Module:
         # torch.jit.script reads the annotations of the first class that has any
         "__annotations__": {"training": bool, **getattr(block._original_class, "__annotations__", {})},
     }
-    scripted = type(type(block))(type(block).__name__, (type(block),), body_of_class)
+    scripted = types.new_class(type(block).__name__, (type(block),), exec_body=lambda body: body.update(body_of_class))
     namespace["scripted"] = scripted
-    twin: nn.Module = scripted.__new__(scripted)
+    twin: nn.Module = object.__new__(scripted)
     object.__setattr__(twin, "__dict__", block.__dict__)
     return twin

@@ -8,7 +8,7 @@ from torch import nn as tnn
 
 import segattn_ops
 from segattn_ops import models, nn
-from segattn_ops.conversion.fused import FusedBlock
+from segattn_ops.conversion.block import FusedBlock
 
 from ..peers import ann, blocks, heads, randomise
 from .interop import mmseg_head, mmseg_network, need

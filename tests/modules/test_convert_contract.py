@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 
 import segattn_ops
-from segattn_ops.conversion.fused import FusedBlock
+from segattn_ops.conversion.block import FusedBlock
 
 from ..peers import blocks, randomise
 from . import convert_blocks as forks

@@ -9,7 +9,7 @@ import torch
 from torch import nn as tnn
 
 import segattn_ops
-from segattn_ops.conversion.fused import FusedBlock
+from segattn_ops.conversion.block import FusedBlock
 
 from ..peers import blocks
 from . import convert_blocks as forks
