@@ -24,7 +24,7 @@ class Traits:
         original_in_training: whether the original does something in training that the fused forward does not.
         parameters: name and default of every parameter of the original's forward, in order.
         positional: how many of them can be given by position.
-        bypassed: names of the descendants that the fused forward does not call.
+        bypassed: name and class of the descendants that the fused forward does not call.
     """
 
     inputs: int
@@ -33,7 +33,7 @@ class Traits:
     original_in_training: bool = False
     parameters: tuple[tuple[str, Any], ...] = ()
     positional: int = 0
-    bypassed: tuple[str, ...] = ()
+    bypassed: tuple[tuple[str, type[nn.Module]], ...] = ()
 
 
 class FusedBlock(nn.Module):
@@ -44,7 +44,8 @@ class FusedBlock(nn.Module):
     children, hooks and attributes are the original's.
 
     The original's forward runs for whatever the fused one cannot do: other arguments than the feature maps, what the
-    original does only in training, and hooks and active dropout on children that the fused forward does not call.
+    original does only in training, and hooks, active dropout and a replacement on children that the fused forward does
+    not call.
 
     Raises:
         ValueError: for an input of a rank that the original does not take.
@@ -101,15 +102,15 @@ class FusedBlock(nn.Module):
     def _fused_needs_original(self) -> bool:
         if self.training and self._fused_traits.original_in_training:
             return True
-        for name in self._fused_traits.bypassed:
+        for name, kind in self._fused_traits.bypassed:
             child = self.get_submodule(name)
-            if has_hooks(child) or (child.training and drops(child)):
+            if type(child) is not kind or has_hooks(child) or (child.training and drops(child)):
                 return True
         return False
 
     def _fused_drops(self) -> bool:
         """Whether training drops something that the fused forward does not."""
-        return any(drops(self.get_submodule(name)) for name in self._fused_traits.bypassed)
+        return any(drops(self.get_submodule(name)) for name, _ in self._fused_traits.bypassed)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """For torch.jit.script.
@@ -117,37 +118,35 @@ class FusedBlock(nn.Module):
         Raises:
             RuntimeError: for a block that cannot be scripted; torch.jit.trace and torch.export take every block.
         """
-        body = self._script()
-        hooked = [name for name in self._fused_traits.bypassed if has_hooks(self.get_submodule(name))]
-        if body is None or hooked:
-            reason = (
-                f"a hook stands on {', '.join(hooked)}" if hooked else f"a {self.fused_kind} has no scriptable form"
-            )
+        body = self._fused_script()
+        changed = [
+            name
+            for name, kind in self._fused_traits.bypassed
+            if type(self.get_submodule(name)) is not kind or has_hooks(self.get_submodule(name))
+        ]
+        if body is None or changed:
+            reason = f"{', '.join(changed)} has a hook or was replaced" if changed else "it has no scriptable form"
             raise RuntimeError(f"{self._original_class.__name__}: {reason}; use torch.jit.trace or torch.export")
         return scriptable(self, body, ["x", "y"][: self._fused_traits.inputs])
 
-    def _script(self) -> list[str] | None:
+    def _fused_script(self) -> list[str] | None:
         """The lines of a scriptable forward; None if there is none."""
         return None
 
-    def _layer(self, role: str) -> str:
+    def _fused_layer(self, role: str) -> str:
         return f"self.{self._fused_names[role]}"
 
-    def _script_residual(self) -> str:
-        gamma = getattr(self, self._fused_names["gamma"])
-        scaled = (
-            f"{self._layer('gamma')}(attended)"
-            if isinstance(gamma, nn.Module)
-            else f"{self._layer('gamma')} * attended"
-        )
-        return f"return {scaled} + x"
+    def _fused_script_residual(self) -> str:
+        gamma = self._fused_layer("gamma")
+        is_module = isinstance(getattr(self, self._fused_names["gamma"]), nn.Module)
+        return f"return {gamma}(attended) + x" if is_module else f"return {gamma} * attended + x"
 
-    def _script_of(self, function: str) -> list[str]:
-        query, key, value = (self._layer(role) for role in ("query", "key", "value"))
+    def _fused_script_of(self, function: str) -> list[str]:
+        query, key, value = (self._fused_layer(role) for role in ("query", "key", "value"))
         attended = f"{function}({query}(x), {key}(x), {value}(x), {self._fused_options['scale']!r})"
-        return [f"attended = {attended}", self._script_residual()]
+        return [f"attended = {attended}", self._fused_script_residual()]
 
-    def _call(self, role: str, *inputs: Tensor) -> Tensor:
+    def _fused_call(self, role: str, *inputs: Tensor) -> Tensor:
         result: Tensor = self.get_submodule(self._fused_names[role])(*inputs)
         return result
 

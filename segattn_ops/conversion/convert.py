@@ -43,8 +43,8 @@ def convert(
 
     The block stays the same object, of a class that derives from its own: parameter names, hooks, methods and
     ``isinstance`` do not change, and checkpoints, optimizers and DistributedDataParallel keep working. The original's
-    forward runs for arguments other than the feature maps, for dropout in training, and while a hook stands on a child
-    that the fused forward does not call. If anything is raised, the model is as it was.
+    forward runs for arguments other than the feature maps, for dropout in training, and while a child that the fused
+    forward does not call has a hook or is another one than it was. If anything is raised, the model is as it was.
 
     Args:
         model: any module; also inside DistributedDataParallel or DataParallel. Compile it after converting.
@@ -197,7 +197,7 @@ def _consider(name: str, module: nn.Module, mapping: Mapping[str, str], dry_run:
 
 
 def _hook_note(module: nn.Module, finding: Finding) -> str:
-    hooked = [name for name in finding.traits.bypassed if has_hooks(module.get_submodule(name))]
+    hooked = [name for name, _ in finding.traits.bypassed if has_hooks(module.get_submodule(name))]
     if not hooked:
         return ""
     return (

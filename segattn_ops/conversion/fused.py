@@ -17,11 +17,11 @@ class FusedPositionAttention(FusedBlock):
 
     def fused_forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, C, H, W)."""
-        query, key, value = (self._call(role, x) for role in ("query", "key", "value"))
+        query, key, value = (self._fused_call(role, x) for role in ("query", "key", "value"))
         return self._fused_residual(position_attention(query, key, value, self._fused_options["scale"]), x)
 
-    def _script(self) -> list[str]:
-        return self._script_of("position")
+    def _fused_script(self) -> list[str]:
+        return self._fused_script_of("position")
 
 
 class FusedChannelAttention(FusedBlock):
@@ -36,8 +36,8 @@ class FusedChannelAttention(FusedBlock):
             return self._fused_residual(channel_attention(x, x, x, scale), x)
         return residual_channel_attention(x, gamma, scale)
 
-    def _script(self) -> list[str]:
-        return [f"attended = channel(x, {self._fused_options['scale']!r})", self._script_residual()]
+    def _fused_script(self) -> list[str]:
+        return [f"attended = channel(x, {self._fused_options['scale']!r})", self._fused_script_residual()]
 
 
 class FusedCrissCrossAttention(FusedBlock):
@@ -47,11 +47,11 @@ class FusedCrissCrossAttention(FusedBlock):
 
     def fused_forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, C, H, W)."""
-        query, key, value = (self._call(role, x) for role in ("query", "key", "value"))
+        query, key, value = (self._fused_call(role, x) for role in ("query", "key", "value"))
         return self._fused_residual(criss_cross_attention(query, key, value, self._fused_options["scale"]), x)
 
-    def _script(self) -> list[str]:
-        return self._script_of("criss_cross")
+    def _fused_script(self) -> list[str]:
+        return self._fused_script_of("criss_cross")
 
 
 class FusedNonLocal(FusedBlock):
@@ -61,15 +61,15 @@ class FusedNonLocal(FusedBlock):
 
     def fused_forward(self, x: Tensor) -> Tensor:
         """x (B, C, *spatial) -> x + out(y)."""
-        y = self._call("out", self._aggregate(x))
-        return (self._call("norm", y) if "norm" in self._fused_names else y) + x
+        y = self._fused_call("out", self._fused_aggregate(x))
+        return (self._fused_call("norm", y) if "norm" in self._fused_names else y) + x
 
-    def _aggregate(self, x: Tensor) -> Tensor:
+    def _fused_aggregate(self, x: Tensor) -> Tensor:
         mode, scale = self._fused_options["mode"], self._fused_options.get("scale", 1.0)
-        g = self._call("value", x)
+        g = self._fused_call("value", x)
         if mode == "gaussian":
-            return position_attention(x, self._call("key", x) if "key" in self._fused_names else x, g, scale)
-        theta, phi = self._call("query", x), self._call("key", x)
+            return position_attention(x, self._fused_call("key", x) if "key" in self._fused_names else x, g, scale)
+        theta, phi = self._fused_call("query", x), self._fused_call("key", x)
         if mode == "embedded_gaussian":
             return position_attention(theta, phi, g, scale)
         theta, phi, g = theta.flatten(2), phi.flatten(2), g.flatten(2)
@@ -82,17 +82,19 @@ class FusedNonLocal(FusedBlock):
             y = _pairwise.concatenation(*parts, g)
         return y.reshape(x.shape[0], -1, *x.shape[2:])
 
-    def _script(self) -> list[str] | None:
+    def _fused_script(self) -> list[str] | None:
         mode, scale = self._fused_options["mode"], self._fused_options.get("scale", 1.0)
         if mode == "concatenation":
             return None
-        query = f"{self._layer('query')}(x)" if "query" in self._fused_names else "x"
-        key = f"{self._layer('key')}(x)" if "key" in self._fused_names else "x"
-        operands = f"{query}, {key}, {self._layer('value')}(x)"
+        query = f"{self._fused_layer('query')}(x)" if "query" in self._fused_names else "x"
+        key = f"{self._fused_layer('key')}(x)" if "key" in self._fused_names else "x"
+        operands = f"{query}, {key}, {self._fused_layer('value')}(x)"
         attended = f"dot_product({operands})" if mode == "dot_product" else f"position({operands}, {scale!r})"
-        result = f"{self._layer('out')}({attended})"
+        result = f"{self._fused_layer('out')}({attended})"
         return [
-            f"return {self._layer('norm')}({result}) + x" if "norm" in self._fused_names else f"return {result} + x"
+            f"return {self._fused_layer('norm')}({result}) + x"
+            if "norm" in self._fused_names
+            else f"return {result} + x"
         ]
 
 
@@ -108,20 +110,30 @@ class FusedAsymmetricAttention(FusedBlock):
             high = low = first
         else:
             high, low = (first, second) if self._fused_options["query_first"] else (second, first)
-        query, key, value = self._call("query", high), self._call("key", low), self._call("value", low)
-        pooled = (self._call("pool", key), self._call("pool", value)) if "pool" in self._fused_names else (key, value)
+        query, key, value = (
+            self._fused_call("query", high),
+            self._fused_call("key", low),
+            self._fused_call("value", low),
+        )
+        pooled = (
+            (self._fused_call("pool", key), self._fused_call("pool", value))
+            if "pool" in self._fused_names
+            else (key, value)
+        )
         context = position_attention(query, *pooled, self._fused_options["scale"])
-        return self._call("out", context) if "out" in self._fused_names else context
+        return self._fused_call("out", context) if "out" in self._fused_names else context
 
-    def _script(self) -> list[str]:
+    def _fused_script(self) -> list[str]:
         high, low = ("x", "y") if self._fused_options["query_first"] else ("y", "x")
         if self._fused_traits.inputs == 1:
             high = low = "x"
-        key, value = f"{self._layer('key')}({low})", f"{self._layer('value')}({low})"
+        key, value = f"{self._fused_layer('key')}({low})", f"{self._fused_layer('value')}({low})"
         if "pool" in self._fused_names:
-            key, value = f"{self._layer('pool')}({key})", f"{self._layer('pool')}({value})"
-        attended = f"position({self._layer('query')}({high}), {key}, {value}, {self._fused_options['scale']!r})"
-        return [f"return {self._layer('out')}({attended})" if "out" in self._fused_names else f"return {attended}"]
+            key, value = f"{self._fused_layer('pool')}({key})", f"{self._fused_layer('pool')}({value})"
+        attended = f"position({self._fused_layer('query')}({high}), {key}, {value}, {self._fused_options['scale']!r})"
+        return [
+            f"return {self._fused_layer('out')}({attended})" if "out" in self._fused_names else f"return {attended}"
+        ]
 
 
 class FusedDotProductPosition(FusedBlock):
@@ -131,9 +143,9 @@ class FusedDotProductPosition(FusedBlock):
 
     def fused_forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, H * W, C)."""
-        y = self._call("in", x).flatten(2).mT  # (B, N, C)
-        query, key, value = (self._call(role, y).mT for role in ("query", "key", "value"))
-        return self._call("out", position_attention(query, key, value, query.shape[1] ** -0.5).mT)
+        y = self._fused_call("in", x).flatten(2).mT  # (B, N, C)
+        query, key, value = (self._fused_call(role, y).mT for role in ("query", "key", "value"))
+        return self._fused_call("out", position_attention(query, key, value, query.shape[1] ** -0.5).mT)
 
 
 class FusedDotProductChannel(FusedBlock):
@@ -143,5 +155,5 @@ class FusedDotProductChannel(FusedBlock):
 
     def fused_forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, C, H * W)."""
-        y = self._call("in", x).flatten(2)
-        return self._call("out", channel_attention(y, y, y, y.shape[2] ** -0.5))
+        y = self._fused_call("in", x).flatten(2)
+        return self._fused_call("out", channel_attention(y, y, y, y.shape[2] ** -0.5))

@@ -230,7 +230,7 @@ class _Examination:
             original = self._original(candidate, dtype, shape, mode)
             fused = self._fused(candidate, traits, dtype, shape, mode)
         else:
-            dropouts = [name for name in traits.bypassed if is_dropout(self._module.get_submodule(name))]
+            dropouts = [name for name, _ in traits.bypassed if is_dropout(self._module.get_submodule(name))]
             note = f"; the original's forward runs while {', '.join(dropouts)} drops values" if dropouts else ""
         if not isinstance(original, Exception) and original.gradients is not None:
             if fused.gradients is None:

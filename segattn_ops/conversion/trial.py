@@ -99,7 +99,7 @@ class Trials:
         ]
         for m in module.modules():
             m.training = mode.training
-        for name in bypassed(module, candidate):  # active dropout is seen at each call
+        for name, _ in bypassed(module, candidate):  # active dropout is seen at each call
             child = module.get_submodule(name)
             if drops(child):
                 child.training = False
@@ -140,13 +140,13 @@ class Trials:
         return prepared
 
 
-def bypassed(module: nn.Module, candidate: Candidate) -> tuple[str, ...]:
-    """Names of the descendants that the replacement does not call: neither a role's module nor inside one."""
+def bypassed(module: nn.Module, candidate: Candidate) -> tuple[tuple[str, type[nn.Module]], ...]:
+    """Name and class of the descendants that the replacement does not call: neither a role's module nor inside one."""
     called: set[int] = set()
     for role, name in candidate.names.items():
         if role != "projection" and not isinstance(getattr(module, name, None), nn.Parameter):
             called.update(id(m) for m in module.get_submodule(name).modules())
-    return tuple(name for name, m in module.named_modules() if name and id(m) not in called)
+    return tuple((name, type(m)) for name, m in module.named_modules() if name and id(m) not in called)
 
 
 def _normal(size: tuple[int, ...], seed: int) -> Tensor:

@@ -161,6 +161,14 @@ class TestHooks:
         block(torch.randn(1, 8, 3, 4))
         assert seen == [1]
 
+    def test_child_that_is_replaced_later(self) -> None:
+        original = forks.Fork()
+        block = converted(original)
+        for b in (original, block):
+            b.softmax = tnn.Sigmoid()
+        x = torch.randn(1, 16, 3, 4)
+        close(block(x), original(x))
+
     def test_backward_hook(self) -> None:
         block = converted(forks.Fork())
         seen = []
@@ -387,5 +395,5 @@ class TestScripting:
             torch.jit.script(block)
         block = converted(forks.Fork())
         block.softmax.register_forward_hook(lambda *_: None)
-        with pytest.raises(RuntimeError, match="Fork: a hook stands on softmax"):
+        with pytest.raises(RuntimeError, match="Fork: softmax has a hook or was replaced"):
             torch.jit.script(block)

@@ -250,11 +250,11 @@ def test_class_that_cannot_be_derived_from() -> None:
             raise TypeError("Sealed is final")
 
     class Clashing(forks.Fork):
-        def _call(self):
+        def fused_forward(self):
             return None
 
     assert "no replacement can be made: Sealed is final" in convert(Sealed())[0].left["0"]
-    assert "its class defines _call, which the replacement defines too" in convert(Clashing())[0].left["0"]
+    assert "its class defines fused_forward, which the replacement defines too" in convert(Clashing())[0].left["0"]
 
 
 @pytest.mark.parametrize("around", ["meta", torch.float64, torch.bfloat16, "inference", "autocast"])
