@@ -32,7 +32,7 @@ class FusedChannelAttention(FusedBlock):
     def fused_forward(self, x: Tensor) -> Tensor:
         """x (B, C, *spatial) -> (B, C, *spatial)."""
         gamma, scale = getattr(self, self._fused_names["gamma"]), self._fused_options["scale"]
-        if isinstance(gamma, nn.Module):
+        if isinstance(gamma, nn.Module) or (isinstance(x, Tensor) and gamma.dtype != x.dtype):  # the sum is in gamma's
             return self._fused_residual(channel_attention(x, x, x, scale), x)
         return residual_channel_attention(x, gamma, scale)
 

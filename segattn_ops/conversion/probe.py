@@ -122,6 +122,8 @@ class _Examination:
             maps.append(small[1:])
             fast = torch.float32 if self._dtype in (torch.float16, torch.bfloat16) else self._dtype
             fast = precise if precise == torch.float32 else fast
+            loud = Mode(gain=10.0)  # energies a hundred times as large
+            self._agree(candidate, traits, precise, small, worst, required=False, mode=loud)
             if self._dtype != precise:
                 self._agree(candidate, traits, self._dtype, small, worst, required=False)
             for shape, required in self._further(candidate, dims):
@@ -175,6 +177,7 @@ class _Examination:
         shape: tuple[int, ...],
         worst: dict[torch.dtype, float],
         required: bool,
+        mode: Mode = EVALUATION,
     ) -> bool:
         """Whether the two could be compared in evaluation mode, in which case they agree.
 
@@ -183,12 +186,13 @@ class _Examination:
             Differs: if the two differ.
         """
         where = f"{_sizes(shape[1:])} positions in {str(dtype).removeprefix('torch.')}"
-        original = self._original(candidate, dtype, shape)
+        where += "" if mode.gain == 1 else f" with inputs {mode.gain:g} times as large"
+        original = self._original(candidate, dtype, shape, mode)
         if isinstance(original, Exception):
             if required:
                 raise CannotRun(f"on {where}: {in_one_line(original)}", _is_environment(original)) from original
             return False
-        fused = self._fused(candidate, traits, dtype, shape)
+        fused = self._fused(candidate, traits, dtype, shape, mode)
         if fused.random != original.random:
             raise Differs("it draws random numbers in evaluation mode")
         error = difference(fused.result, original.result)
@@ -267,8 +271,8 @@ class _Examination:
         self, candidate: Candidate, traits: Traits, dtype: torch.dtype, shape: tuple[int, ...], mode: Mode = EVALUATION
     ) -> Outcome:
         twin = self._trials.twin(dtype)
-        fuse(twin, candidate.kind, candidate.names, candidate.options, traits)
         try:
+            fuse(twin, candidate.kind, candidate.names, candidate.options, traits)
             return self._trials.run(twin, candidate, dtype, shape, mode)
         except Exception as error:
             raise Differs(f"the replacement raises {in_one_line(error)} on {_sizes(shape[1:])} positions") from error

@@ -22,7 +22,7 @@ class RandomState:
             module = torch.get_device_module(kind)
             if hasattr(module, "get_rng_state") and _initialised(module):
                 for index in range(module.device_count()):
-                    self._devices[kind, index] = module.get_rng_state(index)
+                    self._devices[kind, index] = module.get_rng_state(*_which(kind, index))
 
     def restore(self) -> None:
         random.setstate(self._python)
@@ -30,7 +30,7 @@ class RandomState:
         if self._numpy is not None:
             sys.modules["numpy"].random.set_state(self._numpy)
         for (kind, index), state in self._devices.items():
-            torch.get_device_module(kind).set_rng_state(state, index)
+            torch.get_device_module(kind).set_rng_state(state, *_which(kind, index))
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -47,6 +47,10 @@ class RandomState:
 
 def _initialised(device_module: Any) -> bool:
     return bool(device_module.is_available()) and bool(getattr(device_module, "is_initialized", lambda: True)())
+
+
+def _which(kind: str, index: int) -> tuple[int, ...]:
+    return () if kind == "mps" else (index,)  # there is one mps device, and its functions take no index
 
 
 def _same_numpy(a: Any, b: Any) -> bool:

@@ -33,6 +33,7 @@ class Mode(NamedTuple):
 
     training: bool = False
     gradient: bool = False
+    gain: float = 1.0  # of the inputs
 
 
 EVALUATION = Mode()
@@ -94,7 +95,9 @@ class Trials:
         batch, *spatial = shape
         sizes = [(batch, channels, *spatial) if batch else (channels, *spatial) for channels in candidate.channels]
         inputs = [
-            (_normal(size, seed) * _amplitude(candidate, size)).to(self.device, dtype).requires_grad_(mode.gradient)
+            (_normal(size, seed) * (mode.gain * _amplitude(candidate, size)))
+            .to(self.device, dtype)
+            .requires_grad_(mode.gradient)
             for seed, size in enumerate(sizes)
         ]
         for m in module.modules():
@@ -106,14 +109,13 @@ class Trials:
         kept = RandomState({self.device.type})
         with _neutral(self.device, dtype):
             try:
-                torch.manual_seed(2)
                 before = _plain_attributes(module)
                 with torch.set_grad_enabled(mode.gradient):
                     output = module(*[x.clone() for x in inputs] if mode.gradient else inputs)
                 result, effects = leaves(output), leaves([inputs, dict(module.named_buffers())])
                 random = RandomState({self.device.type})
                 after = _plain_attributes(module)
-                written = frozenset(n for n, value in after.items() if n not in before or value is not before[n])
+                written = frozenset(name for name in after if not _unwritten(before.get(name), after[name]))
                 gradients = _gradients(module, inputs, output) if mode.gradient else None
             finally:
                 kept.restore()
@@ -122,10 +124,10 @@ class Trials:
     def _prepare(self, dtype: torch.dtype) -> nn.Module:
         try:
             prepared = _copy(self._module, {})
-            if dtype != self.dtype:
-                prepared.to(dtype)
         except Exception as error:
             raise CannotRun(f"it cannot be copied: {in_one_line(error)}") from error
+        if dtype != self.dtype:
+            prepared.to(dtype)
         _silence(prepared)
         generator = torch.Generator("cpu").manual_seed(0)
         with torch.no_grad():
@@ -219,15 +221,19 @@ class _LocalBatchNorm(nn.modules.batchnorm._BatchNorm):
         pass
 
 
-def _plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """Attributes that are not torch.nn.Module's own, of the module and its descendants."""
+def _plain_attributes(module: nn.Module) -> dict[str, tuple[Any, int]]:
+    """Attributes that are not torch.nn.Module's own, of the module and its descendants, with their length."""
     own = nn.Module().__dict__
     return {
-        f"{prefix}.{name}" if prefix else name: value
+        f"{prefix}.{name}" if prefix else name: (value, len(value) if isinstance(value, (list, dict, set)) else 0)
         for prefix, m in module.named_modules()
         for name, value in m.__dict__.items()
         if name not in own
     }
+
+
+def _unwritten(before: tuple[Any, int] | None, after: tuple[Any, int]) -> bool:
+    return before is not None and before[0] is after[0] and before[1] == after[1]
 
 
 def _gradients(module: nn.Module, inputs: list[Tensor], output: Any) -> dict[str, Any] | None:

@@ -72,6 +72,21 @@ class StoresTheMap(Fork):
         return attention
 
 
+class CollectsTheMaps(Fork):
+    def __init__(self):
+        super().__init__()
+        self.maps = []
+
+    def on_map(self, attention):
+        self.maps.append(attention.detach())
+        return attention
+
+
+class ClampsTheKey(Fork):
+    def on_key(self, key):
+        return key.clamp(-8, 8)
+
+
 class CountsInABuffer(Fork):
     def __init__(self):
         super().__init__()

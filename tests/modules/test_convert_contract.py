@@ -131,6 +131,18 @@ class TestInterface:
         with pytest.raises(ValueError, match="PAM_Module: input must have 4 dimensions"):
             compiled(x[0])  # the compiled code is the new one
 
+    @pytest.mark.parametrize(
+        "make", [lambda: blocks.PAM_Module(16), lambda: blocks.CAM_Module(16), lambda: blocks.NONLocalBlock2D(16)]
+    )
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_dtype_under_autocast(self, make, dtype: torch.dtype) -> None:
+        original = randomise(make()).eval()
+        block, x = converted(original), torch.randn(1, 16, 4, 4).to(dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            y, expected = block(x), original(x)
+        assert y.dtype == expected.dtype
+        torch.testing.assert_close(y.float(), expected.float(), rtol=0.1, atol=0.1)
+
     def test_export_by_name_of_the_argument(self) -> None:
         block = converted(randomise(blocks.PAM_Module(16)))
         height = torch.export.Dim("height", min=2, max=64)

@@ -41,6 +41,8 @@ def counted(block: tnn.Module, monkeypatch: pytest.MonkeyPatch) -> Iterator[list
         (forks.DetachesTheKey, "its gradient differs by"),
         (forks.ReturnsTheMap, "its result differs in kind"),
         (forks.StoresTheMap, "its forward stores last_map"),
+        (forks.CollectsTheMaps, "its forward stores maps"),
+        (forks.ClampsTheKey, "with inputs 10 times as large"),
         (forks.CountsInABuffer, "its forward changes a buffer or its input"),
         (forks.AlwaysRandom, "in evaluation mode"),
         (forks.ScaledVolumeCAM, "on 3 x 4 x 5 positions in float64"),
@@ -303,6 +305,26 @@ def test_blocks_in_use_can_be_copied() -> None:
     assert not original.key_conv.weight.is_leaf
     report = segattn_ops.convert(tnn.Sequential(original))
     assert report.converted == ["0"]
+
+
+def test_generators_of_devices_are_not_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before CUDA is initialised, torch.manual_seed would queue a seed for it, in place of the user's."""
+
+    def fail(*_):
+        raise AssertionError("seeded")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", fail)
+    assert convert(blocks.PAM_Module(16))[0].converted == ["0"]
+
+
+class Slotted(forks.Fork):
+    __slots__ = ("extra",)
+
+
+def test_class_with_slots() -> None:
+    report, block = convert(Slotted())
+    assert report.converted == ["0"] or "the replacement raises TypeError" in report.left["0"]
+    assert isinstance(block(torch.randn(1, 16, 3, 3)), torch.Tensor)
 
 
 def test_synchronised_batch_norm_is_probed_alone() -> None:
