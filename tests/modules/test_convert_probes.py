@@ -323,8 +323,7 @@ class Slotted(forks.Fork):
 
 def test_class_with_slots() -> None:
     report, block = convert(Slotted())
-    assert report.converted == ["0"] or "the replacement raises TypeError" in report.left["0"]
-    assert isinstance(block(torch.randn(1, 16, 3, 3)), torch.Tensor)
+    assert report.converted == ["0"] and isinstance(block, Slotted)
 
 
 def test_synchronised_batch_norm_is_probed_alone() -> None:
