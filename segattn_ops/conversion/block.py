@@ -165,9 +165,16 @@ class FusedBlock(nn.Module):
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something is called when the module is."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    """Whether something is called when the module is, other than hooks of this package, which watch the ops."""
+    return any(
+        not str(getattr(hook, "__module__", "")).startswith("segattn_ops.")
+        for hooks in (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        )
+        for hook in hooks.values()
     )
 
 

@@ -173,6 +173,18 @@ class TestHooks:
         block(torch.randn(1, 8, 3, 4))
         assert seen == [1]
 
+    def test_hooks_of_this_package_watch_the_fused_forward(self) -> None:
+        """visualize.record_attention puts hooks on every module, and takes the map from the op."""
+
+        def hook(*_):
+            seen.append(1)
+
+        block, seen = converted(forks.Fork()), []
+        hook.__module__ = "segattn_ops.visualize.record"
+        block.softmax.register_forward_hook(hook)
+        block(torch.randn(1, 16, 3, 4))
+        assert not seen
+
     def test_child_that_is_replaced_later(self) -> None:
         original = forks.Fork()
         block = converted(original)
