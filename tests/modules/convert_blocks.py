@@ -87,6 +87,13 @@ class ClampsTheKey(Fork):
         return key.clamp(-8, 8)
 
 
+class MakesATensor(Fork):
+    """Multiplies by 1, made on the default device in the default dtype; bfloat16's third is 0.2% off."""
+
+    def on_key(self, key):
+        return key * (3 * torch.full((1,), 1 / 3).double()).to(key.dtype)
+
+
 class CountsInABuffer(Fork):
     def __init__(self):
         super().__init__()
@@ -138,6 +145,13 @@ class RareDropPath(OutputDropout):
     def __init__(self):
         super().__init__()
         self.dropout = DropPath(0.01)
+
+
+class RareFunctionalDropout(Fork):
+    """Drops nothing in the runs of a test, and draws random numbers all the same."""
+
+    def on_map(self, attention):
+        return F.dropout(attention, 1e-9, self.training)
 
 
 class NoiseOnTheOutput(Fork):

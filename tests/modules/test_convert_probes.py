@@ -57,7 +57,14 @@ def test_another_function_is_left_alone(fork: type[tnn.Module], reason: str) -> 
 
 
 @pytest.mark.parametrize(
-    "fork", [forks.FunctionalDropout, forks.OutputDropout, forks.RareDropPath, forks.NoiseOnTheOutput]
+    "fork",
+    [
+        forks.FunctionalDropout,
+        forks.OutputDropout,
+        forks.RareDropPath,
+        forks.RareFunctionalDropout,
+        forks.NoiseOnTheOutput,
+    ],
 )
 def test_what_a_block_does_only_in_training_is_kept(fork: type[tnn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     original = fork()
@@ -194,6 +201,18 @@ def test_scaled_variant_is_converted_with_the_scale_that_fits(scale: float) -> N
     assert list(block.state_dict()) == list(original.state_dict())
 
 
+def test_small_weights_and_a_zero_gamma_hide_nothing() -> None:
+    class Sharp(forks.Fork):
+        def forward(self, x):
+            return self.gamma * self.attended(x, 7.0) + x
+
+    original = Sharp(gamma=0.0)
+    for layer in original.layers():
+        tnn.init.normal_(layer.weight, std=1e-6)
+    report, _ = convert(original)
+    assert "its result differs by" in report.left["0"]
+
+
 def test_uncommon_scale_is_left() -> None:
     report, _ = convert(forks.OwnNames(scale=0.123), mapping={"to_q": "query_conv"})
     assert report.converted == []
@@ -261,8 +280,9 @@ def test_class_that_cannot_be_derived_from() -> None:
 
 @pytest.mark.parametrize("around", ["meta", torch.float64, torch.bfloat16, "inference", "autocast"])
 def test_context_of_the_call_has_no_influence(around: object) -> None:
-    expected, _ = convert(blocks.PAM_Module(16))
-    model = tnn.Sequential(blocks.PAM_Module(16))
+    expected, _ = convert(forks.MakesATensor())
+    model = tnn.Sequential(forks.MakesATensor())
+    assert expected.converted == ["0"]
     default = torch.get_default_dtype()
     try:
         if around == "meta":
@@ -327,6 +347,11 @@ def test_class_with_slots() -> None:
 
 
 def test_synchronised_batch_norm_is_probed_alone() -> None:
-    original = tnn.SyncBatchNorm.convert_sync_batchnorm(blocks.NONLocalBlock2D(16))
+    class Synchronises(tnn.SyncBatchNorm):
+        def forward(self, x):
+            raise AssertionError("waits for other processes")
+
+    original = blocks.NONLocalBlock2D(16)
+    original.W[1] = Synchronises(16)
     report, _ = convert(original)
     assert report.converted == ["0"] and "in training" not in str(report)
