@@ -116,8 +116,9 @@ def _install_and_compare(
     report.difference = difference(after, before)
     if off:
         names = ", ".join(name or "the model itself" for name in off)
-        report.notes.append(f"for this comparison the zero weights of {names} were 1 or random: with gamma 0 a block")
-        report.notes[-1] += " returns its input, whatever its attention"
+        report.notes.append(
+            f"compared with gamma or the last layer of {names} other than 0: with 0 a block returns its input"
+        )
     if not compared(before):
         report.notes.append("no output is a floating-point tensor: only their structure was compared")
     if not report.difference <= tolerance:
