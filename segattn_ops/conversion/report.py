@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from .suspects import LOOKED_FOR
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -24,22 +26,24 @@ class Entry:
     detail: str = ""
 
 
-@dataclass
+@dataclass(repr=False)
 class ConversionReport:
     """Result of :func:`segattn_ops.convert`.
 
     Attributes:
-        model: the converted model: the one given, unless it is itself a block.
+        model: the model given; its blocks are converted in place.
         entries: one for every attention block that was found, in the model's order.
         difference: largest difference between the model's outputs before and after, relative to the largest output;
-            None if no sample input was given.
+            None if no sample input was given, or nothing was converted.
         dry_run: whether nothing was changed.
+        notes: on that comparison.
     """
 
     model: nn.Module
     entries: list[Entry] = field(default_factory=list)
     difference: float | None = None
     dry_run: bool = False
+    notes: list[str] = field(default_factory=list)
 
     @property
     def converted(self) -> list[str]:
@@ -56,9 +60,15 @@ class ConversionReport:
         """Names of the blocks that run on the fused ops already."""
         return [e.name for e in self.entries if e.action == "already"]
 
+    def __repr__(self) -> str:
+        """One line; ``print`` shows the whole report."""
+        verb = "would convert" if self.dry_run else "converted"
+        counts = [f"{len(self.converted)} {verb}", f"{len(self.left)} left", f"{len(self.already)} already"]
+        if self.difference is not None:
+            counts.append(f"outputs differ by {self.difference:.1e}")
+        return f"<ConversionReport: {', '.join(counts)}>"
+
     def __str__(self) -> str:
-        if not self.entries:
-            return "no attention block was found"
         lines = []
         for e in self.entries:
             kind = f" -> {e.kind}" if e.kind else ""
@@ -66,4 +76,7 @@ class ConversionReport:
             lines.append(f"{e.action:>13}  {e.name or 'the model itself'}: {e.class_name}{kind}{detail}")
         if self.difference is not None:
             lines.append(f"outputs on the sample input differ by {self.difference:.1e} of the largest")
+        lines += self.notes
+        if not self.entries:
+            lines.append(f"no attention block was found; {LOOKED_FOR}")
         return "\n".join(lines)
