@@ -36,9 +36,10 @@ def channel(x: Tensor, scale: float) -> Tensor:
 
 
 def dot_product(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
-    """The dot-product mode of a non-local block in TorchScript."""
-    summary = torch.matmul(g.flatten(2), phi.flatten(2).transpose(1, 2)) / phi.flatten(2).shape[2]
-    output: Tensor = torch.matmul(summary, theta.flatten(2)).unflatten(2, theta.shape[2:])
+    """``nn._pairwise.dot_product`` in TorchScript: 16-bit sums over positions are kept in float32."""
+    dtype = torch.float32 if g.dtype == torch.float16 or g.dtype == torch.bfloat16 else g.dtype
+    summary = torch.matmul(g.to(dtype).flatten(2), phi.to(dtype).flatten(2).transpose(1, 2)) / phi.flatten(2).shape[2]
+    output: Tensor = torch.matmul(summary, theta.to(dtype).flatten(2)).to(g.dtype).unflatten(2, theta.shape[2:])
     return output
 
 

@@ -12,7 +12,9 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 
 import segattn_ops
+from segattn_ops.conversion import scripting
 from segattn_ops.conversion.block import FusedBlock
+from segattn_ops.nn import _pairwise
 
 from ..peers import blocks, randomise
 from . import convert_blocks as forks
@@ -407,6 +409,14 @@ class TestScripting:
                 scripted.train()(x)
         else:
             scripted.train()(x)
+
+    def test_dot_products_in_half_precision_are_summed_in_float32(self) -> None:
+        """Sums over 2,000 positions of values of 30 overflow float16."""
+        scripted = torch.jit.script(scripting.dot_product)
+        theta, phi, g = (30 * torch.randn(1, 8, 40, 50).half() for _ in range(3))
+        expected = _pairwise.dot_product(theta.flatten(2), phi.flatten(2), g.flatten(2)).unflatten(2, (40, 50))
+        assert expected.isfinite().all()
+        torch.testing.assert_close(scripted(theta, phi, g), expected, rtol=0, atol=0)
 
     def test_trace(self) -> None:
         model = tnn.Sequential(converted(randomise(blocks.CAM_Module(16))))
