@@ -171,6 +171,9 @@ def criss_cross_attention_map(
     attentions = []
     for q, k in (autocast(q, k) for q, k in zip(queries, keys, strict=True)):
         check_criss_cross_attention(q, k, q, scale, op)
+        later, first = Argument("query", q), Argument("the first query", queries[0])
+        check_batch(op, later, first)
+        check_spatial(op, later, first)
         attentions.append(criss_cross_weights(q, k, scale))
     return rows_of_product(attentions, positions, op)
 

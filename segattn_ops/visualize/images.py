@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 Image = Any  # a path, PIL.Image.Image, numpy.ndarray or Tensor
-_TOPS = (1.0, 255.0, 65535.0)  # the value of white
+_WHITES = (1.0, 255.0, 65535.0)
+_NORMALISED_WHITE = 3.0  # white is 2.2 to 2.6 after ImageNet's normalisation
 _OVERSHOOT = 0.05  # of resizing with a bicubic filter, as a share of white
 
 
@@ -109,9 +110,10 @@ def _in_unit_range(pixels: np.ndarray) -> np.ndarray:
     low, high = float(pixels.min()), float(pixels.max())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError("visualize: image must be finite (got NaN or inf)")
-    tops = _TOPS if pixels.dtype.kind == "f" else _TOPS[1:]
-    white = next((top for top in tops if high <= top * (1 + _OVERSHOOT)), None)
-    if white is None or low < -_OVERSHOOT * white:
+    whites = _WHITES if pixels.dtype.kind == "f" else _WHITES[1:]
+    white = next((white for white in whites if high <= white * (1 + _OVERSHOOT)), None)
+    normalised = low < -_OVERSHOOT * high or (whites is _WHITES and white != 1 and high < _NORMALISED_WHITE)
+    if white is None or normalised:
         raise ValueError(
             "visualize: image must have values in [0, 1], [0, 255] or [0, 65535]; undo a normalisation first, "
             f"image * std + mean (got {low:.4g} to {high:.4g})"

@@ -34,7 +34,7 @@ def fractions(points: Points, dimensions: int | None = None) -> Tensor:
         values = torch.as_tensor(points, dtype=torch.float64).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"visualize: points must be a list of (y, x) pairs (got {points!r})") from error
-    if values.dim() == 1 and len(values) == 0:
+    if values.dim() in (1, 2) and len(values) == 0:
         values = values.reshape(0, 2 if dimensions is None else dimensions)
     if values.dim() != 2 or values.shape[1] != (values.shape[1] if dimensions is None else dimensions):
         expected = {1: "(x,)", 2: "(y, x)", 3: "(t, y, x)"}.get(dimensions or 2, f"{dimensions} fractions each")
