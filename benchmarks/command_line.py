@@ -42,6 +42,19 @@ def run(prog: str, command: Callable[[], int]) -> int:
         return fail(prog, "interrupted", INTERRUPTED)
 
 
+def example(prog: str, main: Callable[[], object]) -> int:
+    """:func:`run` for a program that returns its results; a value that it finds wrong is refused too."""
+
+    def command() -> int:
+        try:
+            main()
+        except ValueError as error:
+            raise Refused(error) from error
+        return 0
+
+    return run(prog, command)
+
+
 def fail(prog: str, reason: object, status: int) -> int:
     print(f"{prog}: {' '.join(str(reason).split())}", file=sys.stderr)
     return status
@@ -68,6 +81,16 @@ def seconds(text: str) -> float:
         value = math.nan
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number of seconds, at least 0 (got {text!r})")
+    return value
+
+
+def positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number (got {text!r})")
     return value
 
 
