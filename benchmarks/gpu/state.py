@@ -46,13 +46,13 @@ def read(path: Path) -> dict:
     try:
         content = json.loads(path.read_text())
     except ValueError as error:  # of decoding the text or the JSON
-        raise ValueError(f"{path} is not JSON ({error}): move it away") from error
+        raise ValueError(f"{path} is not JSON ({error})") from error
     if not isinstance(content, dict) or not isinstance(content.get("cells", []), list) or "schema" not in content:
-        raise ValueError(f"{path} is not a result of benchmarks.gpu_suite: move it away")
+        raise ValueError(f"{path} is not a result of benchmarks.gpu_suite")
     if content["schema"] != SCHEMA:
-        raise ValueError(f"{path} is of schema {content['schema']}, this program reads {SCHEMA}: move it away")
+        raise ValueError(f"{path} is of schema {content['schema']}, this program reads {SCHEMA}")
     if "pieces" not in content:  # `python -m benchmarks` numbers its own schema
-        raise ValueError(f"{path} is not a result of benchmarks.gpu_suite: move it away")
+        raise ValueError(f"{path} is not a result of benchmarks.gpu_suite")
     return content
 
 
