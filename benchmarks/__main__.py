@@ -183,7 +183,7 @@ def _run(argv: list[str], arguments: argparse.Namespace) -> int:
     try:
         photograph = features.load_photograph(arguments.photograph)
         extractor = features.Extractor(arguments.channels, arguments.weights, arguments.seed)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:  # safetensors may be missing
         raise Refused(error) from error
     _keep_earlier(command_line.writable_folder(arguments.output))
     from rich.console import Console

@@ -77,11 +77,13 @@ def test_files_that_are_not_what_they_should_be(capsys, tmp_path):
     (tmp_path / "page.pth").write_text("<!doctype html>")
     torch.save(torch.zeros(3), tmp_path / "tensor.pth")
     torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "other.pth")
+    torch.save({"state_dict": 3}, tmp_path / "nested.pth")
     for option, name, message in [
         ("--photograph", "cut.jpg", "is not an image that PIL can read"),
         ("--photograph", "", "photograph must be one of"),
-        ("--weights", "page.pth", "are not a state dict"),
-        ("--weights", "tensor.pth", "are not a state dict: the file holds a Tensor"),
+        ("--weights", "page.pth", "page.pth is an HTML"),
+        ("--weights", "tensor.pth", "tensor.pth holds a Tensor, not a state dict"),
+        ("--weights", "nested.pth", "nested.pth: the file holds no state dict"),
         ("--weights", "other.pth", "is not a ResNet-50: size mismatch"),
         ("--weights", "", "no such file"),
     ]:
