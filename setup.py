@@ -47,6 +47,7 @@ from torch.utils.cpp_extension import (  # noqa: E402
     CppExtension,
     CUDAExtension,
     _get_cuda_arch_flags,
+    get_cxx_compiler,
 )
 
 CXX_FLAGS = list(build_tools["CXX_FLAGS"])
@@ -149,12 +150,16 @@ instruction_sets = wanted_instruction_sets()
 extensions = cpu_extensions(instruction_sets)
 build_info = {
     "torch": torch.__version__,
+    "python": platform.python_version(),
+    "compiler": build_tools["version_of"](get_cxx_compiler()),
     "cpu_instruction_sets": list(instruction_sets),
     "cuda": {"built": BUILD_CUDA, "reason": CUDA_REASON, "architectures": []},
 }
 if BUILD_CUDA:
     extension, build_info["cuda"]["architectures"] = cuda_extension()
     extensions.append(extension)
+    nvcc = os.environ.get("PYTORCH_NVCC") or str(Path(CUDA_TOOLKIT, "bin", "nvcc"))  # as torch calls it
+    build_info["cuda"]["toolkit"] = build_tools["version_of"](nvcc, r"V([\d.]+)")
     toolkit = f"toolkit {CUDA_TOOLKIT} (found by {CUDA_TOOLKIT_SOURCE})"
     print(f"segattn_ops: {toolkit}, architectures {build_info['cuda']['architectures']}", flush=True)
 

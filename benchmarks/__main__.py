@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import datetime
+import os
 import sys
 from pathlib import Path
 
@@ -10,40 +12,25 @@ import torch
 
 import segattn_ops
 
-from . import features, measure, picture, plots, report, rivals, workloads
+from . import command_line, features, measure, picture, plots, report, rivals, workloads
+from .command_line import Refused
 from .processes import CellFailed, start_server
 from .run import Options, Runner
 from .schedule import Schedule
 from .validate import WrongResult
-from .workloads import Workload, parse_size
+from .workloads import Workload
 
+PROG = "python -m benchmarks"
+WRITTEN = ("report.json", "report.md", "time.png", "memory.png", "attention.png")
 SIZES = "16x16,32x32,64x64,97x97,128x128,128x256"
 
 
-def _choices(name: str, allowed):
-    def parse(text: str) -> tuple[str, ...]:
-        chosen = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-        unknown = [part for part in chosen if part not in allowed]
-        if unknown or not chosen:
-            raise argparse.ArgumentTypeError(f"{name} must be from {', '.join(allowed)} (got {text!r})")
-        return chosen
-
-    return parse
-
-
 def _sizes(text: str) -> list[tuple[int, int]]:
-    try:
-        return sorted(
-            {parse_size(part) for part in text.split(",") if part}, key=lambda size: (size[0] * size[1], size)
-        )
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    return sorted(command_line.sizes(text), key=lambda size: (size[0] * size[1], size))
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1 (got {text!r})")
-    return int(text)
+def _device(text: str) -> str:
+    return str(command_line.device(text))
 
 
 def _points(text: str) -> tuple[tuple[float, float], ...]:
@@ -57,8 +44,8 @@ def _points(text: str) -> tuple[tuple[float, float], ...]:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m benchmarks",
+    p = command_line.Parser(
+        prog=PROG,
         description="Runs the attention of DANet, CCNet and Non-local on the features of a photograph, fused "
         "(segattn_ops) against eager PyTorch, scaled_dot_product_attention and torch.compile: time, peak memory, "
         "attention maps. Writes report.json, report.md and pictures into the output folder.",
@@ -67,32 +54,40 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--sizes", type=_sizes, default=SIZES, help="feature-map sizes HxW, comma-separated")
     p.add_argument(
         "--ops",
-        type=_choices("ops", workloads.OPS),
+        type=command_line.names(workloads.OPS),
         default="position,channel,criss_cross,rcca,non_local",
         help="ops to run; also: ann (110 keys)",
     )
     p.add_argument(
         "--rivals",
-        type=_choices("rivals", rivals.RIVALS),
+        type=command_line.names(rivals.RIVALS),
         default="fused,eager,sdpa,compile",
         help="formulations; also: flex (FlexAttention)",
     )
-    p.add_argument("--dtypes", type=_choices("dtypes", tuple(workloads.DTYPES)), default="float32", help="dtypes")
-    p.add_argument("--batch", type=_positive, default=1, help="batch size")
-    p.add_argument("--channels", type=_positive, default=512, help="channels C of the features")
-    p.add_argument("--key-channels", type=_positive, help="channels E of query and key; C // 8 if not given")
-    p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    p.add_argument("--threads", type=_positive, help="CPU threads; PyTorch's choice if not given")
+    p.add_argument("--dtypes", type=command_line.names(tuple(workloads.DTYPES)), default="float32", help="dtypes")
+    p.add_argument("--batch", type=command_line.whole(), default=1, help="batch size")
+    p.add_argument("--channels", type=command_line.whole(), default=512, help="channels C of the features")
+    p.add_argument("--key-channels", type=command_line.whole(), help="channels E of query and key; C // 8 if not given")
+    p.add_argument("--device", type=_device, default="cpu", help="cpu, cuda or cuda:N")
+    p.add_argument(
+        "--threads",
+        type=command_line.whole(most=os.cpu_count() or 1),
+        help="CPU threads; PyTorch's choice if not given",
+    )
     p.add_argument(
         "--budget",
-        type=float,
+        type=command_line.seconds,
         default=210.0,
         help="seconds in total; rivals that would exceed them are skipped and reported; 0 for no limit",
     )
-    p.add_argument("--repeats", type=int, help="timed rounds of every workload; chosen by its duration if not given")
+    p.add_argument(
+        "--repeats",
+        type=command_line.whole(),
+        help="timed rounds of every workload; chosen by its duration if not given",
+    )
     p.add_argument(
         "--compile-from",
-        type=_positive,
+        type=command_line.whole(),
         default=8192,
         help="minimum number of positions for torch.compile (compiling takes seconds per size)",
     )
@@ -103,8 +98,13 @@ def parser() -> argparse.ArgumentParser:
         "--points", type=_points, help="two points y,x;y,x of the attention map, as fractions of the picture"
     )
     p.add_argument("--weights", help="ResNet-50 state dict (.pth, .safetensors); torch's cache or random if not given")
-    p.add_argument("--seed", type=int, default=0, help="of random weights and projections")
-    p.add_argument("--output", type=Path, default=Path("report"), help="folder of the report")
+    p.add_argument("--seed", type=command_line.whole(0), default=0, help="of random weights and projections")
+    p.add_argument(
+        "--output",
+        type=Path,
+        default=Path("report"),
+        help="folder of the report; an earlier one in it is kept in a subfolder",
+    )
     p.add_argument(
         "--backend",
         choices=("native", "reference"),
@@ -114,24 +114,46 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def _refuse(arguments: argparse.Namespace) -> str | None:
-    """Why the run cannot start, or None."""
-    try:
-        device = torch.device(arguments.device)
-    except RuntimeError:
-        return f"--device must be cpu, cuda or cuda:N (got {arguments.device!r})"
-    if device.type not in ("cpu", "cuda"):
-        return f"--device must be cpu, cuda or cuda:N (got {arguments.device!r})"
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        return f"--device {arguments.device}: torch sees {torch.cuda.device_count()} CUDA devices"
-    if arguments.backend == "native" and "fused" in arguments.rivals:
-        libraries = segattn_ops._backend.LIBRARIES
-        if not libraries.serves(device.type):
-            return (
-                f"there are no native kernels for {device.type}: {libraries.why_not(device.type)}. "
-                "Build them, or measure the plain fallback with --backend reference."
-            )
-    return None
+def _check(arguments: argparse.Namespace, planned: list[Workload]) -> None:
+    """Raises Refused if the run cannot start."""
+    device = torch.device(arguments.device)
+    command_line.visible(device)
+    libraries = segattn_ops._backend.LIBRARIES
+    if arguments.backend == "native" and "fused" in arguments.rivals and not libraries.serves(device.type):
+        raise Refused(
+            f"there are no native kernels for {device.type}: {libraries.why_not(device.type)}. "
+            "Build them, or measure the plain fallback with --backend reference."
+        )
+    if not any(rivals.applicable(arguments.rivals, workload) for workload in planned):
+        raise Refused(f"none of the rivals {', '.join(arguments.rivals)} computes {', '.join(arguments.ops)}")
+    command_line.require("rich", "matplotlib", "PIL", "torchvision", "skimage")
+    height, width = (max(size[axis] for size in arguments.sizes) for axis in (0, 1))
+    operands = max(planned, key=Workload.operand_bytes)
+    available = measure.available_bytes()
+    for what, needed in (
+        (f"the features of {height}x{width} positions", features.least_bytes(arguments.channels, height, width)),
+        (f"the operands of {operands.label} with {operands.channels} channels", 2 * operands.operand_bytes()),
+    ):
+        if needed > available:
+            gib = 2**30
+            raise Refused(f"{what} need at least {needed / gib:.1f} GiB, {available / gib:.1f} GiB are available")
+
+
+def _keep_earlier(folder: Path) -> None:
+    """Moves the report that is in the folder into a subfolder named by its date."""
+    if not (folder / "report.json").exists():
+        return
+    written = datetime.datetime.fromtimestamp((folder / "report.json").stat().st_mtime)
+    name = kept = f"{written:%Y-%m-%d_%H-%M-%S}"
+    number = 1
+    while (folder / kept).exists():
+        number += 1
+        kept = f"{name}_{number}"
+    (folder / kept).mkdir()
+    for written_file in WRITTEN:
+        if (folder / written_file).exists():
+            (folder / written_file).rename(folder / kept / written_file)
+    print(f"The earlier report is kept in {folder / kept}/")
 
 
 def workloads_of(arguments: argparse.Namespace) -> list[Workload]:
@@ -146,25 +168,32 @@ def workloads_of(arguments: argparse.Namespace) -> list[Workload]:
 
 
 def _command(argv: list[str]) -> str:
-    return " ".join(["python -m benchmarks", *argv])
+    return " ".join([PROG, *argv])
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     arguments = parser().parse_args(argv)
+    return command_line.run(PROG, lambda: _run(argv, arguments))
+
+
+def _run(argv: list[str], arguments: argparse.Namespace) -> int:
+    planned = workloads_of(arguments)
+    _check(arguments, planned)
+    try:
+        photograph = features.load_photograph(arguments.photograph)
+        extractor = features.Extractor(arguments.channels, arguments.weights, arguments.seed)
+    except (ValueError, ImportError) as error:  # safetensors may be missing
+        raise Refused(error) from error
+    _keep_earlier(command_line.writable_folder(arguments.output))
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(width=None if sys.stdout.isatty() else 110)
-    reason = _refuse(arguments)
-    if reason:
-        console.print(f"benchmarks: {reason}", style="red", highlight=False)
-        return 2
     schedule = Schedule(arguments.budget or None, arguments.device)
     threads = arguments.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     start_server()
-    planned = workloads_of(arguments)
     options = Options(
         tuple(name for name in rivals.RIVALS if name in arguments.rivals),
         arguments.device,
@@ -174,15 +203,12 @@ def main(argv: list[str] | None = None) -> int:
         arguments.repeats,
     )
     cells = sum(len(rivals.applicable(options.rivals, workload)) for workload in planned)
-    arguments.output.mkdir(parents=True, exist_ok=True)
     bar = Progress(
         TextColumn("{task.description:<58}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
     )
     try:
         with bar:
             task = bar.add_task("features of the photograph", total=cells)
-            extractor = features.Extractor(arguments.channels, arguments.weights, arguments.seed)
-            photograph = features.load_photograph(arguments.photograph)
             source = features.FeatureSource(photograph, arguments.sizes, extractor, arguments.seed)
             described = f"{arguments.photograph}, dilated ResNet-50 with {extractor.description}"
             del extractor.backbone
@@ -207,9 +233,8 @@ def main(argv: list[str] | None = None) -> int:
             bar.update(task, description="drawing")
             with segattn_ops.use_backend(arguments.backend):
                 pictures = _draw(records, source, arguments, extractor.description)
-    except (WrongResult, CellFailed, ValueError) as error:
-        console.print(f"benchmarks: {error}", style="red", highlight=False)
-        return 1
+    except (WrongResult, CellFailed) as error:
+        return command_line.fail(PROG, error, 1)
     result |= {"pictures": [path.name for path in pictures], "seconds": round(schedule.elapsed, 1)}
     report.write_json(result, arguments.output / "report.json")
     (arguments.output / "report.md").write_text(report.markdown(result))

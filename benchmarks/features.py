@@ -8,6 +8,7 @@ normalisation uses the photograph's own statistics, which keeps the features at 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,11 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def load_photograph(name: str) -> np.ndarray:
-    """(H, W, 3) uint8 of one of :data:`PHOTOGRAPHS`, from the installed package, or of an image file."""
+    """(H, W, 3) uint8 of one of :data:`PHOTOGRAPHS`, from the installed package, or of an image file.
+
+    Raises:
+        ValueError: the name is neither, or the file is not an image.
+    """
     if name in PHOTOGRAPHS:
         import skimage.data
 
@@ -34,7 +39,10 @@ def load_photograph(name: str) -> np.ndarray:
         raise ValueError(f"photograph must be one of {', '.join(PHOTOGRAPHS)} or the path of a file (got {name!r})")
     from PIL import Image
 
-    return np.asarray(Image.open(path).convert("RGB"))
+    try:
+        return np.asarray(Image.open(path).convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"photograph {name} is not an image that PIL can read ({error})") from error
 
 
 def fit(photograph: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -62,14 +70,21 @@ def cached_weights() -> Path | None:
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+    from segattn_ops import checkpoints  # here: the GPU suite builds the libraries before it loads them
 
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    if not path.is_file():
+        raise ValueError(f"weights {path}: no such file")
+    state = checkpoints.read(path)
     state = state.get("state_dict", state)
+    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+        raise ValueError(f"weights {path}: the file holds no state dict")
     return {name.removeprefix("module.").removeprefix("backbone."): tensor for name, tensor in state.items()}
+
+
+def least_bytes(channels: int, height: int, width: int) -> int:
+    """Bytes that the features of one photograph need at least: the backbone's last two feature maps in bfloat16, and
+    the weights of the convolution behind it."""
+    return 2 * 2 * CHANNELS * height * width + 4 * 9 * CHANNELS * channels
 
 
 class Extractor(nn.Module):
@@ -82,7 +97,7 @@ class Extractor(nn.Module):
         seed: seed of the random weights.
 
     Raises:
-        ValueError: the weights lack a convolution of the backbone.
+        ValueError: the file is missing or no state dict, or not of a ResNet-50.
     """
 
     def __init__(self, channels: int = 512, weights: str | Path | None = None, seed: int = 0):
@@ -97,7 +112,10 @@ class Extractor(nn.Module):
                 nn.Conv2d(CHANNELS, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
             )
         if path:
-            missing, _ = network.load_state_dict(_read_weights(path), strict=False)
+            try:
+                missing, _ = network.load_state_dict(_read_weights(path), strict=False)
+            except RuntimeError as error:  # sizes differ
+                raise ValueError(f"{path.name} is not a ResNet-50: {str(error).splitlines()[-1].strip()}") from error
             missing = [name for name in missing if not name.startswith("fc.")]
             if missing:
                 raise ValueError(f"{path.name} is not a ResNet-50: it lacks {missing[0]} and {len(missing) - 1} more")
@@ -131,6 +149,8 @@ class FeatureSource:
 
     def __init__(self, photograph: np.ndarray, sizes: list[tuple[int, int]], extractor: Extractor, seed: int = 0):
         self.height, self.width = (max(size[axis] for size in sizes) for axis in (0, 1))
+        if self.height * self.width == 1:
+            self.width = 2  # batch normalisation needs more than one position
         self.photograph = fit(photograph, self.height * STRIDE, self.width * STRIDE)
         self.features = extractor(self.photograph).clone()  # out of inference mode
         self.seed = seed

@@ -19,8 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from segattn_ops import nn
 
-from . import features
+from . import command_line, features
+from .processes import CellFailed, CellProcess
 from .workloads import Workload
+
+PROG = "python -m benchmarks.papers"
 
 # Huang et al., "CCNet: Criss-Cross Attention for Semantic Segmentation" (2019): a 769 x 769 image, a feature map of
 # 1 x 512 x 97 x 97, 64 key channels. GFLOP and MB of the attention block alone. The paper does not say what the MB
@@ -120,7 +123,6 @@ class _Self(torch.nn.Module):
 def measured_megabytes(backend: str = "native") -> dict[str, dict[str, float]]:
     """Extra memory (10^6 bytes) of forward + backward at CCNet's size, eager and fused, each in its own process."""
     from .cell import CellSpec, save_inputs
-    from .processes import CellProcess
 
     found: dict[str, dict[str, float]] = {}
     _, channels, height, width = CCNET_SHAPE
@@ -142,16 +144,24 @@ def measured_megabytes(backend: str = "native") -> dict[str, dict[str, float]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.papers", description=__doc__.splitlines()[0])
+    parser = command_line.Parser(prog=PROG, description=__doc__.splitlines()[0])
     parser.add_argument("--measure", action="store_true", help="also measure the memory of CCNet's blocks (seconds)")
     parser.add_argument("--backend", choices=("native", "reference"), default="native", help="of the fused blocks")
     arguments = parser.parse_args(argv)
+    return command_line.run(PROG, lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    command_line.require("rich")
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    memory = measured_megabytes(arguments.backend) if arguments.measure else {}
+    try:
+        memory = measured_megabytes(arguments.backend) if arguments.measure else {}
+    except CellFailed as error:
+        return command_line.fail(PROG, error, 1)
     tables = {"CCNet's costs at 97 x 97": ccnet_rows(), "ANN's costs": ann_rows()}
     for title, rows in tables.items():
         columns = ["block", "unit", "published", "formula", "executed here"]

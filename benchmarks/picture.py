@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from segattn_ops import nn, visualize
+from segattn_ops import nn, position_attention_map, visualize
 
 from .features import FeatureSource, projections
 from .workloads import Workload
@@ -39,11 +39,16 @@ def draw(
     """Writes the picture: a row for each point, with a caption below."""
     x = source.window(*size)
     workload = Workload("position", *size, channels=x.shape[1], key_channels=key_channels)
+    position = _block(nn.PositionAttention, workload, source.seed)
     blocks = {
-        "position attention": _block(nn.PositionAttention, workload, source.seed),
         "criss-cross, R = 1": _block(nn.RecurrentCrissCrossAttention, workload, source.seed, recurrence=1),
         "criss-cross, R = 2": _block(nn.RecurrentCrissCrossAttention, workload, source.seed, recurrence=2),
     }
-    maps = {title: visualize.attention_maps(block, x, points)[0] for title, block in blocks.items()}
+    with torch.no_grad():  # without the values, for which the reference backend would store the whole attention map
+        rows = position_attention_map(
+            position.query_conv(x), position.key_conv(x), visualize.grid_positions(points, *size), position.scale
+        )
+    maps = {"position attention": rows[0]}
+    maps |= {title: visualize.attention_maps(block, x, points)[0] for title, block in blocks.items()}
     visualize.draw_attention(source.picture(*size), maps, points, path, caption)
     return path

@@ -82,9 +82,15 @@ def _axes(ax, entries: list[dict]) -> None:
     ax.yaxis.set_minor_formatter("")
 
 
-def draw_time(records: list[dict], path: Path) -> Path:
-    """Milliseconds of forward (top) and forward + backward (bottom) over N."""
-    panels = groups(records)
+def draw_time(records: list[dict], path: Path) -> Path | None:
+    """Milliseconds of forward (top) and forward + backward (bottom) over N; None if nothing was measured."""
+    panels = {
+        key: entries
+        for key, entries in groups(records).items()
+        if any(entry["status"] == "measured" for entry in entries)
+    }
+    if not panels:
+        return None
     figure, axes = _figure(len(panels), 2)
     for column, (key, entries) in enumerate(panels.items()):
         for row, kind in enumerate(("forward", "forward_backward")):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import signal
 import traceback
 
 from . import measure
@@ -22,6 +23,7 @@ class CellFailed(RuntimeError):
 
 
 def _serve(connection, spec: CellSpec) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller ends the cell
     try:
         if spec.device == "cpu":
             measure.return_freed_memory_at_once()
@@ -38,11 +40,16 @@ def _serve(connection, spec: CellSpec) -> None:
 
 
 def start_server() -> None:
-    """Starts the server, which imports what the cells need in the background."""
+    """Starts the server, which imports what the cells need in the background. It inherits that interrupts are ignored:
+    the caller handles them."""
     from multiprocessing import forkserver
 
     multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
-    forkserver.ensure_running()
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 class CellProcess:

@@ -8,8 +8,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from . import features, picture, plots
+from . import command_line, features, picture, plots
+from .command_line import Refused
 
+PROG = "python -m benchmarks.readme_pictures"
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "images"
 PHOTOGRAPH, FEATURES, SIZE = "coffee", (128, 256), (97, 194)  # the defaults of `python -m benchmarks`
 
@@ -21,12 +23,10 @@ def _save(image, path: Path, width: int) -> None:
     scaled.quantize(256).save(path, optimize=True)
 
 
-def draw_memory(report: Path) -> None:
+def draw_memory(cells: list[dict]) -> None:
     """The panel of position attention in float32."""
     from PIL import Image
 
-    cells = json.loads((report / "report.json").read_text())["cells"]
-    cells = [cell for cell in cells if cell["op"] == "position" and cell["dtype"] == "float32"]
     with tempfile.TemporaryDirectory() as folder:
         path = plots.draw_memory(cells, Path(folder) / "memory.png", heading="")
         _save(Image.open(path), FOLDER / "memory.png", 520)
@@ -50,15 +50,27 @@ def draw_attention() -> None:
     _save(square, FOLDER / "attention.png", 720)
 
 
-def main(argv: list[str]) -> int:
-    if len(argv) != 1 or not (Path(argv[0]) / "report.json").exists():
-        print("usage: python -m benchmarks.readme_pictures REPORT, a folder that `python -m benchmarks` has written")
-        return 2
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    draw_memory(Path(argv[0]))
+def _run(report: Path) -> int:
+    command_line.require("matplotlib", "PIL", "torchvision", "skimage")
+    try:
+        cells = json.loads((report / "report.json").read_text())["cells"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Refused(f"{report} is no folder that `python -m benchmarks` has written ({error!r})") from error
+    chosen = [cell for cell in cells if cell["op"] == "position" and cell["dtype"] == "float32"]
+    if not any(cell.get("memory") for cell in chosen):
+        raise Refused(f"{report} has no memory of position attention in float32, which the picture shows")
+    command_line.writable_folder(FOLDER)
+    draw_memory(chosen)
     draw_attention()
     return 0
 
 
+def main(argv: list[str] | None = None) -> int:
+    parser = command_line.Parser(prog=PROG, description="Draws the two pictures of README.md into docs/images.")
+    parser.add_argument("report", type=Path, help="a folder that `python -m benchmarks` has written")
+    arguments = parser.parse_args(argv)
+    return command_line.run(PROG, lambda: _run(arguments.report))
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

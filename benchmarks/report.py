@@ -224,7 +224,8 @@ def markdown_table(columns: list[str] | tuple[str, ...], table: list[list[str]])
 def where(report: dict) -> str:
     """The machine in one line."""
     facts = report["machine"]
-    place = f"{facts['processor']}, {facts['threads']} threads, {facts['memory_bytes'] / 2**30:.0f} GiB"
+    threads = f"{facts['threads']} thread" + ("s" if facts["threads"] != 1 else "")
+    place = f"{facts['processor']}, {threads}, {facts['memory_bytes'] / 2**30:.0f} GiB"
     if "gpu" in facts:
         place = f"{facts['gpu']}, CUDA {facts['cuda']}"
     return f"{place}; torch {facts['torch']}, Python {facts['python']}"

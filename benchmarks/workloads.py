@@ -7,6 +7,7 @@ cell that would not fit is not started.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from math import prod
 
@@ -232,7 +233,7 @@ def peak_bytes(workload: Workload, rival: str, sdpa_backend: str = "MATH") -> in
 
 def parse_size(text: str) -> tuple[int, int]:
     """``"97x97"`` to (97, 97)."""
-    height, separator, width = text.lower().partition("x")
-    if not separator or not height.isdigit() or not width.isdigit() or int(height) < 1 or int(width) < 1:
+    found = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", text.lower())
+    if found is None or int(found[1]) < 1 or int(found[2]) < 1:
         raise ValueError(f"a size is HEIGHTxWIDTH of the feature map, like 97x97 (got {text!r})")
-    return int(height), int(width)
+    return int(found[1]), int(found[2])

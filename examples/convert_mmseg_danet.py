@@ -25,6 +25,9 @@ from skimage import data, transform
 from torch import Tensor, nn
 
 import segattn_ops
+from benchmarks import command_line
+
+PROG = "python -m examples.convert_mmseg_danet"
 
 
 class NoExtension(types.ModuleType):
@@ -111,15 +114,19 @@ def seconds(before: nn.Module, after: nn.Module, image: Tensor, repeats: int) ->
 
 
 def main(argv: list[str] | None = None) -> segattn_ops.ConversionReport:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    whole = command_line.whole
+    parser = command_line.Parser(prog=PROG, description=__doc__, formatter_class=formatter)
     parser.add_argument("--checkpoint", type=Path, help="of mmsegmentation's model zoo")
     parser.add_argument("--image", type=Path, help="scikit-image's astronaut if not given")
-    parser.add_argument("--size", type=int, default=512, help="side the image is stretched to (default 512)")
+    parser.add_argument("--size", type=whole(), default=512, help="side the image is stretched to (default 512)")
     parser.add_argument("--depth", type=int, default=50, choices=(18, 50, 101))
-    parser.add_argument("--classes", type=int, default=19)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--classes", type=whole(), default=19)
+    parser.add_argument("--repeats", type=whole(), default=3)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=command_line.device, default=device)
     options = parser.parse_args(argv)
+    command_line.visible(options.device)
     console = Console()
     torch.manual_seed(0)
     picture = data.astronaut() if options.image is None else np.asarray(Image.open(options.image).convert("RGB"))
@@ -150,4 +157,4 @@ def main(argv: list[str] | None = None) -> segattn_ops.ConversionReport:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command_line.example(PROG, main))

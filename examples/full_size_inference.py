@@ -13,6 +13,7 @@ and memory are meaningful.
 """
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from rich.table import Table
 from skimage import transform
 from torch import Tensor
 
-from benchmarks import measure
+from benchmarks import command_line, measure
 from segattn_ops import checkpoints, models
 
 from . import train_shapes
@@ -33,6 +34,8 @@ from .shapes import CLASSES, PALETTE, STRIDE, mean_iou, scene, small_network
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+PROG = "python -m examples.full_size_inference"
 
 
 def trained(system: str, out: Path, steps: int, console: Console) -> models.SegmentationModel:
@@ -83,20 +86,30 @@ def draw(panels: dict[str, np.ndarray], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict[str, float | None]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", default="danet", help="danet, ccnet (small), or a builder of segattn_ops.models")
+    formatter = argparse.RawDescriptionHelpFormatter
+    whole = command_line.whole
+    parser = command_line.Parser(prog=PROG, description=__doc__, formatter_class=formatter)
+    builders = [name for name in models.__all__ if "_resnet" in name]
+    parser.add_argument(
+        "--network",
+        choices=["danet", "ccnet", *builders],
+        default="danet",
+        help="danet, ccnet (small), or a builder of segattn_ops.models",
+    )
     parser.add_argument("--image", type=Path, help="for a ResNet network; scikit-image's coffee if not given")
     parser.add_argument("--checkpoint", type=Path, help="for a ResNet network: weights of any known layout")
     parser.add_argument("--prefix", help="of the network in a checkpoint of several")
     parser.add_argument("--stem", default="torchvision", help="of a ResNet network: torchvision, v1c, deep or ccnet")
-    parser.add_argument("--classes", type=int, default=19, help="of a ResNet network (default 19)")
-    parser.add_argument("--height", type=int, default=1024)
-    parser.add_argument("--width", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=150, help="of training, if there is no checkpoint yet")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--classes", type=whole(), default=19, help="of a ResNet network (default 19)")
+    parser.add_argument("--height", type=whole(), default=1024)
+    parser.add_argument("--width", type=whole(), default=2048)
+    parser.add_argument("--steps", type=whole(), default=150, help="of training, if there is no checkpoint yet")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=command_line.device, default=default)
     parser.add_argument("--out", type=Path, default=Path("report/examples"))
     options = parser.parse_args(argv)
-    options.out.mkdir(parents=True, exist_ok=True)
+    command_line.visible(options.device)
+    command_line.writable_folder(options.out)
     console = Console()
     small = options.network in ("danet", "ccnet")
     size = options.height, options.width
@@ -111,7 +124,7 @@ def main(argv: list[str] | None = None) -> dict[str, float | None]:
         console.print(f"preprocessing: {model.preprocessing}")
     tensor = model.preprocessing(image)
     model.aux_classifier = None  # only for training
-    device = torch.device(options.device)
+    device = options.device
     predicted, seconds, gib = segment(model.to(device).eval(), tensor.contiguous().to(device))
     stride = STRIDE if small else 8
     positions = -(-options.height // stride) * -(-options.width // stride)
@@ -138,4 +151,4 @@ def main(argv: list[str] | None = None) -> dict[str, float | None]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command_line.example(PROG, main))

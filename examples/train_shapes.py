@@ -9,6 +9,7 @@ GradScaler on CUDA).
 
 import argparse
 import contextlib
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import segattn_ops
+from benchmarks import command_line
 from segattn_ops.models import SegmentationModel, segmentation_loss
 
 from .shapes import batch, mean_iou, small_network
@@ -27,6 +29,7 @@ from .shapes import batch, mean_iou, small_network
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+PROG = "python -m examples.train_shapes"
 BACKENDS = {"fused": "native", "eager": "reference"}
 VALIDATION_SEED = 1_000_000
 
@@ -64,7 +67,7 @@ def train(
     label: str = "",
 ) -> tuple[SegmentationModel, Run]:
     """Trains one network on the active backend; continues from ``checkpoint`` with ``options.resume``."""
-    device = torch.device(options.device)
+    device = options.device
     torch.manual_seed(options.seed)  # the same initial weights and dropout for every backend
     model = small_network(system).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9, weight_decay=1e-4)
@@ -131,29 +134,35 @@ def largest_gap(a: Run, b: Run) -> float:
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    whole = command_line.whole
+    parser = command_line.Parser(prog=PROG, description=__doc__, formatter_class=formatter)
     parser.add_argument("--systems", nargs="+", choices=("danet", "ccnet"), default=["danet", "ccnet"])
     parser.add_argument("--backends", nargs="+", choices=tuple(BACKENDS), default=["eager", "fused"])
-    parser.add_argument("--steps", type=int, default=250, help="stop here (default 250)")
-    parser.add_argument("--total-steps", type=int, help="length of the learning rate schedule (default: --steps)")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--size", type=int, default=64, help="side of the scenes in pixels (default 64)")
-    parser.add_argument("--lr", type=float, default=5e-2)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=whole(), default=250, help="stop here (default 250)")
+    parser.add_argument("--total-steps", type=whole(), help="length of the learning rate schedule (default: --steps)")
+    parser.add_argument("--batch-size", type=whole(), default=8)
+    parser.add_argument("--size", type=whole(), default=64, help="side of the scenes in pixels (default 64)")
+    parser.add_argument("--lr", type=command_line.positive, default=5e-2)
+    parser.add_argument("--seed", type=whole(0), default=0)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=command_line.device, default=default)
     parser.add_argument("--amp", action="store_true", help="mixed precision")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoints in --out")
-    parser.add_argument("--save-every", type=int, default=50)
-    parser.add_argument("--validate-every", type=int, default=25)
+    parser.add_argument("--save-every", type=whole(), default=50)
+    parser.add_argument("--validate-every", type=whole(), default=25)
     parser.add_argument("--out", type=Path, default=Path("report/examples"))
     options = parser.parse_args(argv)
     options.total_steps = options.total_steps or options.steps
+    if options.total_steps < options.steps:
+        parser.error(f"--total-steps must be at least --steps = {options.steps} (got {options.total_steps})")
     return options
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, Run]]:
     options = arguments(argv)
-    options.out.mkdir(parents=True, exist_ok=True)
+    command_line.visible(options.device)
+    command_line.writable_folder(options.out)
     console = Console()
     runs: dict[str, dict[str, Run]] = {system: {} for system in options.systems}
     columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -163,6 +172,9 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, Run]]:
                 chosen = segattn_ops.use_backend(BACKENDS[backend]) if backend == "eager" else contextlib.nullcontext()
                 with chosen:
                     checkpoint = options.out / f"{system}_{backend}.pt"
+                    if checkpoint.exists() != options.resume:
+                        state = "is missing: the run starts at step 0" if options.resume else "is overwritten"
+                        console.print(f"{checkpoint} {state}")
                     _, runs[system][backend] = train(system, options, checkpoint, progress, f"{system} {backend}")
     table = Table(title=f"{options.steps} steps of {options.batch_size} scenes, {options.size} x {options.size}")
     for column in ("network", "backend", "last loss", "mIoU", "s a step", "largest gap of the losses"):
@@ -181,4 +193,4 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, Run]]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command_line.example(PROG, main))

@@ -1,20 +1,110 @@
-"""`python -m segattn_ops`: describes this installation."""
+"""`python -m segattn_ops`: describes this installation, for bug reports."""
 
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
 from typing import Any
+
+import torch
 
 from ._build_config import build_config
 
+WIDTH = 100
 
-def _print(values: dict[str, Any], indent: str = "") -> None:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            print(f"{indent}{name}:")
-            _print(value, indent + "  ")
-        elif isinstance(value, list):
-            print(f"{indent}{name}: {', '.join(map(str, value)) or 'none'}")
-        else:
-            print(f"{indent}{name}: {value}")
+
+def gpus() -> list[dict[str, Any]]:
+    """The GPUs that torch sees. Not part of build_config(): it initialises CUDA."""
+    if not torch.cuda.is_available():
+        return []
+    properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [
+        {"name": p.name, "capability": f"{p.major}.{p.minor}", "memory_gib": round(p.total_memory / 2**30, 1)}
+        for p in properties
+    ]
+
+
+def driver() -> str | None:
+    """The version of the NVIDIA driver, from nvidia-smi; None without it."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        printed = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return printed.strip().partition("\n")[0] or None
+
+
+def describe() -> dict[str, Any]:
+    """build_config(), the GPUs and their driver."""
+    found = gpus()
+    return build_config() | {"torch_cuda": torch.version.cuda, "gpus": found, "driver": driver()}
+
+
+def _cpu(cpu: dict[str, Any]) -> str:
+    if not cpu["native"]:
+        return f"none: {cpu['why_not']}"
+    built = ", ".join(cpu["built"]) or "unknown"
+    return f"{cpu['instruction_set']} in use (processor: {cpu['supports']}; built: {built})"
+
+
+def _cuda(cuda: dict[str, Any]) -> str:
+    if not cuda["native"]:
+        return f"none: {cuda['why_not']}"
+    state = "loaded and usable" if cuda["usable"] else f"loaded, not usable: {cuda['why_not']}"
+    architectures = ", ".join(f"sm_{name}" for name in cuda["architectures"]) or "unknown architectures"
+    toolkit = f" with toolkit {cuda['toolkit']}" if cuda["toolkit"] else ""
+    return f"{state} (built for {architectures}{toolkit})"
+
+
+def _gpu(found: list[dict[str, Any]], driver: str | None) -> str:
+    if not found:
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return "no GPU visible" + (f" (CUDA_VISIBLE_DEVICES={hidden!r})" if hidden is not None else "")
+    names = [f"{gpu['name']}, sm_{gpu['capability'].replace('.', '')}, {gpu['memory_gib']} GiB" for gpu in found]
+    count = {name: names.count(name) for name in names}
+    listed = "; ".join(f"{many} x {name}" if many > 1 else name for name, many in count.items())
+    return listed + (f"; driver {driver}" if driver else "")
+
+
+def page(facts: dict[str, Any]) -> str:
+    """The facts of :func:`describe` as aligned lines."""
+    lines = {
+        "segattn_ops": facts["version"],
+        "python": f"{facts['python']}, {facts['platform']}",
+        "torch": f"{facts['torch']}, CUDA {facts['torch_cuda'] or 'none'}",
+        "built with": f"torch {facts['torch_at_build'] or 'unknown'}, {facts['compiler'] or 'unknown compiler'}",
+        "CPU kernels": _cpu(facts["cpu"]),
+        "CUDA kernels": _cuda(facts["cuda"]),
+        "GPU": _gpu(facts["gpus"], facts["driver"]),
+    }
+    if backend := os.environ.get("SEGATTN_BACKEND"):
+        lines["SEGATTN_BACKEND"] = backend
+    indent = max(map(len, lines)) + 2
+    wrapped = [
+        textwrap.fill(f"{name:<{indent}}{text}", WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False)
+        for name, text in lines.items()
+    ]
+    return "\n".join(wrapped)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m segattn_ops",
+        description="Describes this installation: versions, kernels built, loaded and usable, GPUs. Paste it into bug "
+        "reports.",
+    )
+    parser.add_argument("--json", action="store_true", help="all facts as JSON")
+    arguments = parser.parse_args(argv)
+    facts = describe()
+    print(json.dumps(facts, indent=1) if arguments.json else page(facts))
+    return 0
 
 
 if __name__ == "__main__":
-    _print(build_config())
+    sys.exit(main())

@@ -1,5 +1,6 @@
-"""What was built and loaded, and the reason for anything that is missing."""
+"""What was built, what is loaded and what can be used, and the reason for anything that is missing."""
 
+import platform
 from typing import Any
 
 import torch
@@ -12,16 +13,27 @@ def build_config() -> dict[str, Any]:
     """Describes this installation.
 
     Returns:
-        A dictionary with `version`, `torch` (running) and `torch_at_build`; `cpu`: whether it is `native`, the
-        `instruction_set` in use, the best one this processor `supports`, those `built`, and `why_not` if the
-        reference serves; `cuda`: whether it is `built` and `native`, the `architectures` built for, and `why_not`.
+        A dictionary with
+
+        - `version`; `python`, `platform` and `torch`, which are running; `torch_at_build`, `python_at_build` and the
+          C++ `compiler`, of the build (None if unknown);
+        - `cpu`: whether it is `native`, the `instruction_set` in use, the best one this processor `supports`, those
+          `built`, and `why_not` if the reference serves;
+        - `cuda`: whether the kernels were `built` and, `native`, are loaded; whether they are `usable`: loaded, and a
+          GPU is visible; the `architectures` and the `toolkit` of the build; and `why_not`.
     """
     info = LIBRARIES.build_info
     cuda = info.get("cuda", {})
+    loaded = LIBRARIES.serves("cuda")
+    visible = torch.cuda.is_available()
     return {
         "version": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
         "torch": torch.__version__,
         "torch_at_build": info.get("torch"),
+        "python_at_build": info.get("python"),
+        "compiler": info.get("compiler"),
         "cpu": {
             "native": LIBRARIES.serves("cpu"),
             "instruction_set": LIBRARIES.cpu_capability,
@@ -30,9 +42,11 @@ def build_config() -> dict[str, Any]:
             "why_not": LIBRARIES.missing.get("cpu"),
         },
         "cuda": {
-            "native": LIBRARIES.serves("cuda"),
+            "native": loaded,
+            "usable": loaded and visible,
             "built": cuda.get("built", False),
             "architectures": cuda.get("architectures", []),
-            "why_not": LIBRARIES.missing.get("cuda"),
+            "toolkit": cuda.get("toolkit"),
+            "why_not": LIBRARIES.missing.get("cuda", None if visible else "torch sees no GPU"),
         },
     }

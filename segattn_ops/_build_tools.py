@@ -5,6 +5,7 @@ import glob
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -53,6 +54,19 @@ def find_program(name: str) -> str | None:
 
 def _version(folder: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", folder)]
+
+
+def version_of(command: str, pattern: str = r"^(.+)$") -> str | None:
+    """The first group of ``pattern`` in what ``command --version`` prints, its first line by default; None if the
+    command does not run or prints no such thing."""
+    try:
+        printed = subprocess.run(
+            [*shlex.split(command), "--version"], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    found = re.search(pattern, printed, re.MULTILINE)
+    return found.group(1).strip() if found else None
 
 
 def find_cuda_toolkit() -> tuple[str | None, str]:

@@ -43,9 +43,11 @@ def _read_build_info() -> dict[str, Any]:
     return info
 
 
-def _choose_cpu_capability(supported: str) -> str:
-    """The best built instruction set that the processor supports, or the one in SEGATTN_CPU_CAPABILITY."""
-    built = [name for name in CPU_CAPABILITIES if _path(f"_cpu_{name}").exists()]
+def _choose_cpu_capability(supported: str, build_info: dict[str, Any]) -> str:
+    """The best instruction set of the last build that the processor supports, or the one in SEGATTN_CPU_CAPABILITY. A
+    library that an earlier build left is not used: its sources may be others."""
+    wanted = build_info.get("cpu_instruction_sets", CPU_CAPABILITIES)
+    built = [name for name in CPU_CAPABILITIES if name in wanted and _path(f"_cpu_{name}").exists()]
     usable = [name for name in built if CPU_CAPABILITIES.index(name) <= CPU_CAPABILITIES.index(supported)]
     chosen = os.environ.get("SEGATTN_CPU_CAPABILITY")
     if chosen is None:
@@ -71,7 +73,7 @@ def load() -> Libraries:
         torch.ops.load_library(_path("_C"))
         supported = CPU_CAPABILITIES[ctypes.CDLL(str(_path("_C"))).segattn_cpu_capability()]
         state.cpu_capability_supported = supported
-        state.cpu_capability = _choose_cpu_capability(supported)
+        state.cpu_capability = _choose_cpu_capability(supported, state.build_info)
         torch.ops.load_library(_path(f"_cpu_{state.cpu_capability}"))
     except OSError as error:
         reason = f"the compiled library did not load ({error}); build it again with {HOW_TO_BUILD}"
@@ -83,12 +85,16 @@ def load() -> Libraries:
 
 
 def _load_cuda(build_info: dict[str, Any]) -> str | None:
-    """Loads the CUDA kernels; returns the reason if there are none."""
+    """Loads the CUDA kernels; returns the reason if there are none. A library that an earlier build left beside one
+    without CUDA is not loaded: its sources may be others."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA"
-    if not _path("_C_cuda").exists():
-        reason = build_info.get("cuda", {}).get("reason", "unknown")
-        return f"the CUDA kernels were not built ({reason}); build them with FORCE_CUDA=1 {HOW_TO_BUILD}"
+    exists = _path("_C_cuda").exists()
+    cuda = build_info.get("cuda", {})
+    if not cuda.get("built", exists):
+        stale = f"; {_path('_C_cuda').name} is left from an earlier build and is not loaded" if exists else ""
+        reason = f"the CUDA kernels were not built ({cuda.get('reason', 'unknown')}){stale}"
+        return f"{reason}; build them with FORCE_CUDA=1 {HOW_TO_BUILD}"
     try:
         torch.ops.load_library(_path("_C_cuda"))
     except OSError as error:

@@ -70,6 +70,15 @@ def criss_cross_aggregation(attention: Tensor, value: Tensor) -> Tensor:
     return (row + column).to(value.dtype)
 
 
+def criss_cross_aggregation_transposed(weights: Tensor, attention: Tensor) -> Tensor:
+    """Row vectors times the attention map, the transpose of :func:`criss_cross_aggregation`: from weights over queries
+    to weights over keys. weights (B, P, H, W), attention (B, H + W - 1, H, W) -> as weights."""
+    height, width = weights.shape[2:]
+    row = torch.einsum("bjyx,bpyx->bpyj", attention[:, :width], weights)
+    column = torch.einsum("bjyx,bpyx->bpjx", _insert_self(attention[:, width:], height), weights)
+    return row + column
+
+
 def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Huang et al. (2019), section 3.2: affinity, softmax over row and column, aggregation; without gamma.
 

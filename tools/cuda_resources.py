@@ -279,8 +279,9 @@ def main() -> int:
     ).parse_args()
     for tool in (nvcc, cuobjdump):
         if tool() is None:
-            print(f"cuda_resources: no {tool.__name__} on PATH or where CUDA is usually installed")
-            return 1
+            reason = f"no {tool.__name__} on PATH or where CUDA is usually installed"
+            print(f"python -m tools.cuda_resources: {reason}", file=sys.stderr)
+            return 2
     TABLE.write_text(table(compiled(sources()), launches(build.load("plain"))))
     print(TABLE.read_text())
     return 0

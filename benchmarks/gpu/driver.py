@@ -6,13 +6,12 @@ bfloat16,float32] [--once]``. Exit status 1: a result is wrong; 2: the package's
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 import torch
 
-from .. import features, rivals, validate
-from ..workloads import DTYPES, Workload, parse_size
+from .. import command_line, features, rivals, validate
+from ..workloads import DTYPES, Workload
 from . import native
 from .selection import FAMILIES
 
@@ -43,28 +42,26 @@ def exercise(workload: Workload, device: torch.device, check: bool) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.driver", description=__doc__.splitlines()[0])
+    parser = command_line.Parser(prog="python -m benchmarks.gpu.driver", description=__doc__.splitlines()[0])
     parser.add_argument("--op", choices=tuple(FAMILIES), required=True)
-    parser.add_argument("--size", type=parse_size, action="append", help="HxW, repeatable; small odd ones if not given")
-    parser.add_argument("--dtypes", default="bfloat16,float16,float32,float64")
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--channels", type=int, default=40)
-    parser.add_argument("--key-channels", type=int, default=12)
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument(
+        "--size", type=command_line.size, action="append", help="HxW, repeatable; small odd ones if not given"
+    )
+    parser.add_argument("--dtypes", type=command_line.names(tuple(DTYPES)), default="bfloat16,float16,float32,float64")
+    parser.add_argument("--batch", type=command_line.whole(), default=2)
+    parser.add_argument("--channels", type=command_line.whole(), default=40)
+    parser.add_argument("--key-channels", type=command_line.whole(), default=12)
+    parser.add_argument("--device", type=command_line.device, default="cuda")
     parser.add_argument("--once", action="store_true", help="no comparison: only the package's kernels")
     arguments = parser.parse_args(argv)
-    device = torch.device(arguments.device)
-    dtypes = arguments.dtypes.split(",")
-    if unknown := [dtype for dtype in dtypes if dtype not in DTYPES]:
-        parser.error(f"dtypes must be from {', '.join(DTYPES)} (got {unknown[0]!r})")
+    device = arguments.device
     try:
         native.require_native(device.type)
     except native.NotNative as missing:
-        print(f"benchmarks.gpu.driver: {missing}")
-        return 2
+        return command_line.fail(parser.prog, missing, 2)
     torch.manual_seed(0)
     wrong = 0
-    for dtype in dtypes:
+    for dtype in arguments.dtypes:
         for op in FAMILIES[arguments.op]:
             for height, width in arguments.size or SMALL:
                 workload = Workload(

@@ -131,7 +131,7 @@ def describe() -> list[str]:
     lines += [
         "",
         "To go on with a call that was cut short (exit status 3: more to do), put its gpu.json at",
-        "report/gpu/last.json, carry that too, and add to its command: --resume report/gpu/last.json",
+        "report/gpu/last.json, carry that too, and add to its first command: --resume report/gpu/last.json",
         "Pictures, afterwards and anywhere: python -m benchmarks.gpu_plots gpu.json",
     ]
     return lines

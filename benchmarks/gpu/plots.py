@@ -4,32 +4,25 @@ Each op family gets three pictures beside the JSON, with a row per workload and 
 ``FAMILY-throughput.png`` (every rival's TFLOP/s and that of a large matrix product on the device),
 ``FAMILY-rivals.png`` (every rival's time over the fused op's) and ``FAMILY-bound.png`` (the fused op's time over its
 bound). Hollow markers include time the device waited for the host. Only cells of the latest sources and device are
-drawn. Exit status 1 if there is nothing to draw.
+drawn. Exit status 1 if there is nothing to draw, 2 if the file is not the suite's.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 
-from .. import rivals, workloads
+from .. import command_line, rivals, workloads
+from ..command_line import Refused
 from ..plots import COLOURS, MARKERS, finish
 from ..report import size_of
 from ..workloads import Workload
+from . import state
 from .selection import FAMILIES
 
+PROG = "python -m benchmarks.gpu_plots"
 KINDS = ("forward", "backward")
 ROW = 0.2  # inches
 BOUNDS = {"FLOP": ("#30638e", "o"), "bytes": ("#edae49", "D")}  # what sets the bound: colour, marker
-
-
-def load(path: Path) -> dict:
-    """Reads the suite's file. Raises ValueError for another schema."""
-    content = json.loads(path.read_text())
-    if content.get("schema") != 1:
-        raise ValueError(f"{path} is of schema {content.get('schema')}, this program reads 1")
-    return content
 
 
 def current_cells(content: dict) -> list[dict]:
@@ -237,7 +230,6 @@ def draw(content: dict, folder: Path) -> list[Path]:
     machine = content.get("machine", {})
     place = f"{machine.get('gpu', 'unknown device')}, torch {machine.get('torch')}, commit "
     place += ", ".join(dict.fromkeys(str(entry["commit"]) for entry in cells))
-    folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for family, ops in FAMILIES.items():
         chosen = [entry for entry in cells if entry["op"] in ops]
@@ -253,17 +245,23 @@ def draw(content: dict, folder: Path) -> list[Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_plots", description=__doc__.splitlines()[0])
+    parser = command_line.Parser(prog=PROG, description=__doc__.splitlines()[0])
     parser.add_argument("json", type=Path, help="the JSON of benchmarks.gpu_suite")
     parser.add_argument("--output", type=Path, help="folder of the pictures; the JSON's own if not given")
     arguments = parser.parse_args(argv)
+    return command_line.run(PROG, lambda: _run(arguments.json, arguments.output or arguments.json.parent))
+
+
+def _run(path: Path, folder: Path) -> int:
+    command_line.require("matplotlib")
     try:
-        paths = draw(load(arguments.json), arguments.output or arguments.json.parent)
-    except (OSError, ValueError) as error:
-        print(f"gpu_plots: {error}")
-        return 1
-    for path in paths:
-        print(f"gpu_plots: {path}")
-    if not paths:
-        print(f"gpu_plots: {arguments.json} has no measured cells")
-    return 0 if paths else 1
+        content = state.read(path)
+    except ValueError as error:
+        raise Refused(error) from error
+    try:
+        paths = draw(content, command_line.writable_folder(folder))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise Refused(f"{path} has a cell that benchmarks.gpu_suite did not write ({error!r})") from error
+    for picture in paths:
+        print(f"gpu_plots: {picture}")
+    return 0 if paths else command_line.fail(PROG, f"{path} has no measured cells", 1)

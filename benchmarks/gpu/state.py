@@ -37,6 +37,25 @@ def _now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
+def read(path: Path) -> dict:
+    """The content of a file of the suite.
+
+    Raises:
+        ValueError: it is no such file, or of another schema.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:  # of decoding the text or the JSON
+        raise ValueError(f"{path} is not JSON ({error})") from error
+    if not isinstance(content, dict) or not isinstance(content.get("cells", []), list) or "schema" not in content:
+        raise ValueError(f"{path} is not a result of benchmarks.gpu_suite")
+    if content["schema"] != SCHEMA:
+        raise ValueError(f"{path} is of schema {content['schema']}, this program reads {SCHEMA}")
+    if "pieces" not in content:  # `python -m benchmarks` numbers its own schema
+        raise ValueError(f"{path} is not a result of benchmarks.gpu_suite")
+    return content
+
+
 class State:
     """Results of steps and cells. Those of other sources or another kind of device do not count.
 
@@ -46,7 +65,7 @@ class State:
         again: ignore existing results.
 
     Raises:
-        ValueError: the file has another schema.
+        ValueError: as :func:`read`.
     """
 
     def __init__(self, path: Path, again: bool = False, resume: Path | None = None):
@@ -54,11 +73,7 @@ class State:
         self.commit = report.commit()
         self.sources = fingerprint()
         source = path if path.exists() else resume
-        stored = json.loads(source.read_text()) if source and not again else {}
-        if stored and stored.get("schema") != SCHEMA:
-            raise ValueError(
-                f"{source} is of schema {stored.get('schema')}, this program writes {SCHEMA}: move it away"
-            )
+        stored = read(source) if source and not again else {}
         self.pieces: dict[str, dict] = stored.get("pieces", {})
         self.cells: dict[str, dict] = {key_of(entry): entry for entry in stored.get("cells", [])}
         self.machine = stored.get("machine", {})

@@ -168,21 +168,43 @@ def criss_cross_attention_map(
         )
     for q, k in zip(queries, keys, strict=True):
         check_tensors(op, query=q, key=k)
+    attentions = []
+    for q, k in (autocast(q, k) for q, k in zip(queries, keys, strict=True)):
         check_criss_cross_attention(q, k, q, scale, op)
-    batch, _, height, width = queries[0].shape
-    index = flat_positions(positions, torch.Size((height, width)), op).to(queries[0].device)
-    dtype = accumulation_dtype(queries[0].dtype)
-    rows = torch.zeros(batch, len(index), height * width, dtype=dtype, device=queries[0].device)
-    rows[:, torch.arange(len(index), device=index.device), index] = 1
+        later, first = Argument("query", q), Argument("the first query", queries[0])
+        check_batch(op, later, first)
+        check_spatial(op, later, first)
+        attentions.append(criss_cross_weights(q, k, scale))
+    return rows_of_product(attentions, positions, op)
+
+
+def criss_cross_weights(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """The weights of :func:`criss_cross_attention`, (B, H + W - 1, H, W), in the dtype of accumulation."""
+    dtype = accumulation_dtype(query.dtype)
+    with without_autocast(query.device.type):
+        return (scale * criss_cross_affinity(query.to(dtype), key.to(dtype))).softmax(1)
+
+
+def rows_of_product(attentions: Sequence[Tensor], positions: Tensor, op: str) -> Tensor:
+    """Chosen rows of the product of criss-cross attention maps.
+
+    Args:
+        attentions: the weights (B, H + W - 1, H, W) of each attention, the first applied first.
+        positions: (P, 2), integer (y, x).
+        op: named in errors.
+
+    Returns:
+        (B, P, H, W), in the dtype of the weights.
+    """
+    batch, _, height, width = attentions[0].shape
+    device = attentions[0].device
+    index = flat_positions(positions, torch.Size((height, width)), op).to(device)
+    rows = attentions[0].new_zeros(batch, len(index), height * width)
+    rows[:, torch.arange(len(index), device=device), index] = 1
     rows = rows.unflatten(2, (height, width))
-    # A row vector times an attention map is the gradient of the aggregation with respect to the values. It is taken
-    # from the last attention to the first.
-    for q, k in zip(reversed(queries), reversed(keys), strict=True):
-        attention = (scale * criss_cross_affinity(q.detach().to(dtype), k.detach().to(dtype))).softmax(1)
-        with torch.enable_grad():
-            value = torch.zeros_like(rows, requires_grad=True)
-            output = criss_cross_aggregation(attention, value)
-        (rows,) = torch.autograd.grad(output, value, rows)
+    with without_autocast(device.type):
+        for attention in reversed(attentions):
+            rows = reference.criss_cross_aggregation_transposed(rows, attention)
     return rows
 
 

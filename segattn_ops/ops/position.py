@@ -101,11 +101,13 @@ def position_attention_map(query: Tensor, key: Tensor, positions: Tensor, scale:
         ValueError: for positions of another shape or dtype, or outside the feature map.
     """
     check_tensors("position_attention_map", query=query, key=key)
+    query, key = autocast(query, key)
     check_position_attention(query, key, key, scale, "position_attention_map")
     index = flat_positions(positions, query.shape[2:], "position_attention_map")
     dtype = accumulation_dtype(query.dtype)
     rows = query.flatten(2)[:, :, index.to(query.device)].to(dtype)  # (B, E, P)
-    energy = scale * (rows.transpose(1, 2) @ key.flatten(2).to(dtype))
+    with without_autocast(query.device.type):
+        energy = scale * (rows.transpose(1, 2) @ key.flatten(2).to(dtype))
     weights: Tensor = energy.softmax(2).unflatten(2, key.shape[2:])
     return weights
 

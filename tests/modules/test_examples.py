@@ -9,6 +9,7 @@ from skimage import io
 from torch import nn
 
 import segattn_ops
+from benchmarks import command_line
 from examples import convert_mmseg_danet, full_size_inference, shapes, train_shapes
 from segattn_ops import checkpoints, models
 
@@ -34,11 +35,13 @@ def test_fused_and_eager_curves_coincide(trained) -> None:
     assert io.imread(out / "train_shapes.png").std() > 5  # something was drawn
 
 
-def test_resumed_training_is_the_uninterrupted_one(trained, tmp_path) -> None:
+def test_resumed_training_is_the_uninterrupted_one(trained, tmp_path, capsys) -> None:
     out, runs = trained
     options = [*SHORT, "--systems", "danet", "--backends", "eager", "--out", str(tmp_path), "--total-steps", "6"]
-    train_shapes.main([*options, "--steps", "4"])
+    train_shapes.main([*options, "--steps", "4", "--resume"])
     resumed = train_shapes.main([*options, "--steps", "6", "--resume"])["danet"]["eager"]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "danet_eager.pt is missing: the run starts at step 0" in printed and "is overwritten" not in printed
     assert resumed.losses == runs["danet"]["eager"].losses
     assert resumed.validation == runs["danet"]["eager"].validation
 
@@ -118,6 +121,27 @@ def test_conversion_refuses_a_checkpoint_of_another_network(tmp_path) -> None:
     checkpoints.save(models.DANetHead(32, 5).state_dict(), tmp_path / "head.pth")
     with pytest.raises(SystemExit, match=r"is not of a danet_r18-d8: missing .*unknown conv5a\.0\.weight"):
         convert_mmseg_danet.main(["--size", "48", "--depth", "18", "--checkpoint", str(tmp_path / "head.pth")])
+
+
+@pytest.mark.parametrize("example", [train_shapes, full_size_inference, convert_mmseg_danet])
+def test_bad_arguments_are_named_in_a_line(example, capsys, tmp_path) -> None:
+    """Exit status 2, before anything runs."""
+    (tmp_path / "file").write_text("")
+    cases = [(["--device", "tpu"], "--device: must be cpu"), (["--size", "0"], "--size: must be a whole number")]
+    cases += [(["--device", "cuda:99"], "CUDA devices"), (["--out", tmp_path / "file"], "cannot be made")]
+    if example is full_size_inference:
+        cases[1:2] = [(["--width", "x"], "--width: must be a whole number"), (["--network", "unet"], "invalid choice")]
+        cases += [(["--network", "danet_resnet50", "--image", tmp_path / "file", "--out", tmp_path], "cannot identify")]
+    if example is convert_mmseg_danet:
+        cases[-1:] = [(["--image", tmp_path / "file"], "cannot identify"), (["--image", tmp_path / "none"], "No such")]
+    for arguments, message in cases:
+        given = [str(argument) for argument in arguments]
+        try:
+            status = command_line.example(example.PROG, lambda given=given: example.main(given))
+        except SystemExit as stopped:
+            status = stopped.code
+        (line,) = capsys.readouterr().err.splitlines()
+        assert status == 2 and message in line and line.startswith(example.PROG), line
 
 
 def test_scene_and_score() -> None:

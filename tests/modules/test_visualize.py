@@ -1,10 +1,15 @@
-"""Attention maps over images: the rows are those of the module, drawn at their positions."""
+"""Recorded attention maps are those that the module applied; names and shapes are as documented."""
 
-import numpy as np
+import threading
+
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
+import segattn_ops
 from segattn_ops import criss_cross_attention, nn, position_attention, use_backend, visualize
+
+from ..peers import ann, blocks, randomise
 
 POINTS = [(0.1, 0.2), (0.9, 0.65)]
 
@@ -18,6 +23,18 @@ def reference():
 def with_gamma(module: torch.nn.Module) -> torch.nn.Module:
     torch.nn.init.constant_(module.gamma, 0.7)
     return module.double()
+
+
+def recorded(model: torch.nn.Module, *inputs, points=POINTS, **keywords) -> dict[str, torch.Tensor]:
+    with visualize.record_attention(model, points) as maps:
+        model(*inputs, **keywords)
+    return maps
+
+
+def shapes(maps: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    for rows in maps.values():
+        torch.testing.assert_close(rows.flatten(2).sum(2), rows.new_ones(rows.shape[:2]))
+    return {name: tuple(rows.shape) for name, rows in maps.items()}
 
 
 def one_hot_map(module: torch.nn.Module, x: torch.Tensor, position: tuple[int, int]) -> torch.Tensor:
@@ -39,110 +56,298 @@ def test_rows_are_what_the_module_applies(kind):
         torch.testing.assert_close(maps[0, row], one_hot_map(module, x, position).detach())
 
 
+class Loop(torch.nn.Module):
+    """CCNet's official head: one module, whose output is its next input."""
+
+    def __init__(self, block: torch.nn.Module):
+        super().__init__()
+        self.cca = block
+
+    def forward(self, x):
+        for _ in range(2):
+            x = self.cca(x)
+        return x
+
+
 def test_recurrent_map_is_the_product_of_its_steps():
     module = with_gamma(nn.RecurrentCrissCrossAttention(16, recurrence=2))
-    x = torch.randn(1, 16, 4, 6, dtype=torch.float64)
+    given = x = torch.randn(1, 16, 4, 6, dtype=torch.float64)
     maps = visualize.attention_maps(module, x, [(0.3, 0.5)])
-    n = 24
     steps = []
     with torch.no_grad():
         for _ in range(2):
-            steps.append(
-                torch.stack([one_hot_map(module, x, (i // 6, i % 6)).flatten() for i in range(n)])
-            )  # (query, key)
+            steps.append(torch.stack([one_hot_map(module, x, (i // 6, i % 6)).flatten() for i in range(24)]))
             x = module._attend(x)
-    expected = (steps[1] @ steps[0])[1 * 6 + 3].view(4, 6)
+    expected = (steps[1] @ steps[0])[1 * 6 + 3].view(4, 6)  # each (query, key)
     torch.testing.assert_close(maps[0, 0], expected)
     assert (maps > 0).all()  # two passes reach every position
 
+    single = with_gamma(nn.CrissCrossAttention(16))
+    single.load_state_dict(module.state_dict())
+    looped = recorded(Loop(single), given, points=[(0.3, 0.5)])
+    assert list(looped) == ["cca"]
+    torch.testing.assert_close(looped["cca"], maps)
 
-def test_non_local_modes_and_sub_sampling():
-    x = torch.randn(2, 8, 6, 6)
-    for mode, sub_sample, shape in [("embedded_gaussian", False, 6), ("gaussian", True, 3), ("gaussian", False, 6)]:
-        module = nn.NonLocal2d(8, mode=mode, sub_sample=sub_sample)
-        maps = visualize.attention_maps(module, x, POINTS)
-        assert maps.shape == (2, 2, shape, shape)
-        torch.testing.assert_close(maps.flatten(2).sum(2), torch.ones(2, 2))
+
+def test_runs_that_do_not_feed_each_other_are_not_multiplied():
+    single = with_gamma(nn.CrissCrossAttention(16))
+    first, second = torch.randn(2, 1, 16, 4, 6, dtype=torch.float64)
+    with visualize.record_attention(single, POINTS) as maps:
+        single(first)
+        single(second)
+    torch.testing.assert_close(maps["CrissCrossAttention"], visualize.attention_maps(single, second, POINTS))
+
+
+class OwnCode(torch.nn.Module):
+    """Two criss-cross attentions side by side, one of them in two steps, and attention over flattened tokens."""
+
+    def forward(self, x):
+        weights = segattn_ops.criss_cross_affinity(x, x).softmax(1)
+        y = criss_cross_attention(x, x, x, scale=0.5) + segattn_ops.criss_cross_aggregation(weights, x)
+        tokens = x.flatten(2)
+        return y + position_attention(tokens, value=tokens, key=tokens).view_as(x)
+
+
+def test_own_modules_are_recorded_call_by_call():
+    x = torch.randn(2, 8, 5, 6)
+    maps = recorded(OwnCode(), x)
+    assert shapes(maps) == dict.fromkeys(["OwnCode", "OwnCode#2", "OwnCode#3"], (2, 2, 5, 6))
+    positions = visualize.grid_positions(POINTS, 5, 6)
+    rows = segattn_ops.criss_cross_attention_map
+    torch.testing.assert_close(maps["OwnCode"], rows(x, x, positions, 1, 0.5))
+    torch.testing.assert_close(maps["OwnCode#2"], rows(x, x, positions))
+    torch.testing.assert_close(maps["OwnCode#3"], segattn_ops.position_attention_map(x, x, positions))
+
+
+class Compact(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.CompactPositionEncoder(16), nn.CompactPositionAttention(16)
+
+    def forward(self, x):
+        return self.decoder(x, self.encoder(x))
+
+
+def test_every_module_with_positions_is_recorded():
+    x = torch.randn(2, 16, 6, 8)
+    for module, expected in [
+        (nn.NonLocal2d(16), {"NonLocal2d": (2, 2, 6, 8)}),
+        (nn.NonLocal2d(16, mode="gaussian"), {"NonLocal2d": (2, 2, 6, 8)}),
+        (nn.NonLocal2d(16, mode="gaussian", sub_sample=True), {"NonLocal2d": (2, 2, 3, 4)}),
+        (nn.DAModule(16), {"position_attention_module": (2, 2, 6, 8)}),
+        (nn.APNB(16, 16, 8, 8), {"stages.0": (2, 2, 110)}),
+        (Compact(), {"decoder": (2, 2, 50)}),
+    ]:
+        assert shapes(recorded(module, x)) == expected, module
+    low = torch.randn(2, 4, 12, 16)
+    assert shapes(recorded(nn.AFNB(4, 16, 16, 8, 8), low, high=x)) == {"stages.0": (2, 2, 110)}
+    assert visualize.attention_maps(nn.AFNB(4, 16, 16, 8, 8), (low, x), POINTS).shape == (2, 2, 110)
+    sequence = recorded(nn.NonLocal1d(8), torch.randn(1, 8, 9), points=[(0.5,)])
+    volume = recorded(nn.NonLocal3d(8), torch.randn(1, 8, 3, 4, 5), points=[(0.9, 0.5, 0.5)])
+    assert shapes(sequence) == {"NonLocal1d": (1, 1, 9)}
+    assert shapes(volume) == {"NonLocal3d": (1, 1, 3, 4, 5)}
+
+
+def test_pooled_weights_are_spread_as_the_pool_averages():
+    """The spread weights times the values are the pooled weights times the pooled values."""
+    height, width, sizes = 7, 10, (1, 3, 6, 8)  # cells of different and overlapping extents
+    weights = torch.rand(2, 3, 110, dtype=torch.float64).softmax(-1)
+    values = torch.randn(2, 4, height, width, dtype=torch.float64)
+    spread = visualize.spread_pooled(weights, sizes, height, width)
+    expected = weights @ nn.PyramidPooling(sizes)(values).mT
+    torch.testing.assert_close(torch.einsum("bpyx,bcyx->bpc", spread, values), expected)
+    with pytest.raises(ValueError, match=r"spread_pooled: maps must have 50 keys for the grids \(1, 2, 3, 6\)"):
+        visualize.spread_pooled(weights, (1, 2, 3, 6), height, width)
+
+
+@pytest.mark.parametrize(
+    ("block", "counterpart"),
+    [
+        (blocks.PAM_Module, lambda: nn.PositionAttention(16)),
+        (blocks.CrissCrossAttention, lambda: nn.CrissCrossAttention(16)),
+        (blocks.NONLocalBlock2D, lambda: nn.NonLocal2d(16, sub_sample=True)),
+    ],
+)
+def test_converted_blocks_are_recorded_as_their_counterparts(block, counterpart):
+    original = randomise(block(16)).eval()
+    own = counterpart().eval()
+    own.load_state_dict(original.state_dict())
+    model = torch.nn.Sequential(original)
+    assert segattn_ops.convert(model).converted
+    x = torch.randn(1, 16, 6, 8)
+    maps = recorded(model, x)
+    assert list(maps) == ["0"]
+    torch.testing.assert_close(maps["0"], visualize.attention_maps(own, x, POINTS))
+
+
+def test_converted_blocks_over_tokens_and_pooled_keys():
+    x = torch.randn(1, 16, 7, 7)
+    model = torch.nn.Sequential(randomise(blocks.DAModule(16, 3, 7, 7)), randomise(ann.APNB(16, 16, 8, 8, 0.05)))
+    model = model.eval()
+    assert segattn_ops.convert(model).converted
+    (tokens, pooled) = shapes(recorded(model, x)).values()
+    assert (tokens, pooled) == ((1, 2, 7, 7), (1, 2, 110))
+
+
+def test_a_layer_runs_once_and_the_result_is_the_same():
+    x = torch.randn(2, 16, 6, 8)
+    torch.manual_seed(1)
+    model = randomise(torch.nn.Sequential(nn.NonLocal2d(16), nn.APNB(16, 16, 8, 8, dropout=0.3))).train()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.manual_seed(2)
+    expected, after = model(x), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state)
+    torch.manual_seed(2)
+    with visualize.record_attention(model, POINTS):
+        got = model(x)
+    assert torch.equal(got, expected)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in model.state_dict().items())
+    visualize.attention_maps(model[0], x, POINTS)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", [nn.PositionAttention, nn.RecurrentCrissCrossAttention, nn.NonLocal2d])
+def test_inference_mode_autocast_keywords_and_no_points(kind):
+    module, x = kind(16), torch.randn(2, 16, 6, 8)
+    expected = recorded(module, x)
+    with torch.inference_mode():
+        found = recorded(module, x=x)
+        assert torch.equal(found[kind.__name__], expected[kind.__name__])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert shapes(recorded(module, x)) == shapes(expected)
+    assert recorded(module, x, points=[])[kind.__name__].shape == (2, 0, 6, 8)
+    assert visualize.attention_maps(module.half(), x.half(), torch.zeros(0, 2)).dtype == torch.float32
+
+
+def test_compiled_and_wrapped_models():
+    block, x = nn.PositionAttention(16), torch.randn(1, 16, 5, 6)
+    expected = visualize.attention_maps(block, x, POINTS)
+    compiled = torch.compile(block, backend="eager")
+    compiled(x)  # a mode does not see a region that is compiled already
+    for model, name in [
+        (compiled, "_orig_mod"),
+        (torch.nn.DataParallel(torch.nn.Sequential(block)), "module.0"),
+        (torch.nn.Sequential(block), "0"),
+    ]:
+        maps = recorded(model, x)
+        assert list(maps) == [name]
+        torch.testing.assert_close(maps[name], expected)
+
+
+class Checkpointed(torch.nn.Module):
+    def __init__(self, block: torch.nn.Module):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        return checkpoint(self.block, x, use_reentrant=False)
+
+
+def test_a_checkpointed_block_runs_again_in_the_backward():
+    block, x = nn.PositionAttention(16), torch.randn(1, 16, 5, 6, requires_grad=True)
+    model = Checkpointed(block)
+    with visualize.record_attention(model, POINTS) as maps:
+        model(x).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(maps["block"], visualize.attention_maps(block, x, POINTS))
+
+
+class InAThread(torch.nn.Module):
+    """What DataParallel on several devices does."""
+
+    def __init__(self, block: torch.nn.Module):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        thread = threading.Thread(target=self.block, args=(x,))
+        thread.start()
+        thread.join()
+        return x
+
+
+def test_what_is_not_seen_is_an_error():
+    x = torch.randn(1, 16, 5, 6)
+    for model in (torch.nn.Identity(), nn.ChannelAttention(16), nn.NonLocal2d(16, mode="dot_product")):
+        with pytest.raises(ValueError, match=f"record_attention: {type(model).__name__} called no position.*convert"):
+            recorded(model, x)
+    with torch.no_grad():
+        traced = torch.jit.trace(nn.PositionAttention(16), x)
+    with pytest.raises(ValueError, match="scripted and exported models"):
+        recorded(traced, x)
+    with pytest.raises(ValueError, match="other threads, as DataParallel on several devices"):
+        recorded(InAThread(nn.PositionAttention(16)), x)
+    with pytest.raises(KeyError), visualize.record_attention(torch.nn.Identity(), POINTS):
+        raise KeyError  # not replaced
+
+
+class Fails(torch.nn.Module):
+    def forward(self, x):
+        raise KeyError
+
+
+class Caught(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fails = Fails()
+
+    def forward(self, x):
+        try:
+            self.fails(x)
+        except KeyError:
+            return position_attention(x, x, x)
+
+
+def test_a_module_that_raised_does_not_own_later_calls():
+    assert list(recorded(Caught(), torch.randn(1, 4, 3, 3))) == ["Caught"]
 
 
 def test_record_attention_sees_every_module_and_leaves_no_hook():
     model = torch.nn.Sequential(nn.PositionAttention(16), nn.ChannelAttention(16), nn.CrissCrossAttention(16))
     x = torch.randn(1, 16, 6, 8)
-    with visualize.record_attention(model, POINTS) as maps:
-        model(x)
+    maps = recorded(model, x)
     assert list(maps) == ["0", "2"]
     torch.testing.assert_close(maps["0"], visualize.attention_maps(model[0], x, POINTS))
     maps.clear()
     model(x)
     assert not maps
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_module_alone_is_recorded_by_its_class():
-    module = nn.PositionAttention(8)
-    with visualize.record_attention(module, POINTS) as maps:
-        module(torch.randn(1, 8, 4, 4))
-    assert list(maps) == ["PositionAttention"]
-
-
-def test_overlay_is_hot_where_attention_is():
-    image = np.full((40, 60, 3), 128, dtype=np.uint8)
-    attention = torch.zeros(4, 6)
-    attention[1, 4] = 1
-    drawn = visualize.overlay(image, attention)
-    assert drawn.shape == (40, 60, 3)
-    assert drawn.dtype == np.uint8
-    brightness = drawn.astype(int).sum(2)
-    y, x = np.unravel_index(brightness.argmax(), brightness.shape)
-    assert (y // 10, x // 10) == (1, 4)
-    grey = drawn[35, 5]
-    assert grey[0] == grey[1] == grey[2] < 128  # darkened, no colour
-
-
-def test_overlay_takes_every_image_layout():
-    attention = torch.rand(3, 3)
-    image = np.random.default_rng(0).integers(0, 255, (12, 9, 3), dtype=np.uint8)
-    expected = visualize.overlay(image, attention)
-    as_tensor = torch.tensor(image).permute(2, 0, 1)
-    np.testing.assert_array_equal(visualize.overlay(as_tensor, attention), expected)
-    as_float = visualize.overlay(image.astype(np.float64) / 255, attention)
-    assert np.abs(as_float.astype(int) - expected).max() <= 1
-    assert visualize.overlay(image[:, :, 0], attention).shape == (12, 9, 3)
-    assert visualize.overlay(image, torch.zeros(3, 3)).max() < 255  # no attention at all is not an error
-
-
-def test_draw_attention_writes_a_picture(tmp_path):
-    path = tmp_path / "attention.png"
-    maps = {"first": torch.rand(2, 4, 5), "second": torch.rand(2, 4, 5)}
-    figure = visualize.draw_attention(np.zeros((16, 20, 3), np.uint8), maps, POINTS, path, "a caption")
-    assert len(figure.axes) == 6
-    from matplotlib.image import imread
-
-    assert imread(path).std() > 0.05
+def test_modules_without_one_map_are_refused():
+    x = torch.randn(1, 8, 4, 4)
+    with pytest.raises(TypeError, match="ChannelAttention has no map"):
+        visualize.attention_maps(nn.ChannelAttention(8), x, POINTS)
+    pair = torch.nn.Sequential(nn.PositionAttention(8), nn.PositionAttention(8))
+    with pytest.raises(ValueError, match=r"Sequential has several maps \(0, 1\)"):
+        visualize.attention_maps(pair, x, POINTS)
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module"):
+        visualize.record_attention("danet", POINTS).__enter__()
 
 
 @pytest.mark.parametrize(
-    "call, message",
+    ("points", "error", "message"),
     [
-        (lambda: visualize.grid_positions([(0.5, 1.5)], 4, 4), "fractions of the image"),
-        (lambda: visualize.grid_positions([], 4, 4), "list of"),
-        (lambda: visualize.grid_positions([(1, 2, 3)], 4, 4), "list of"),
-        (lambda: visualize.overlay(np.zeros((4, 4, 2)), torch.ones(2, 2)), "image must be"),
-        (lambda: visualize.overlay(np.zeros((4, 4), np.int64), torch.ones(2, 2)), "uint8 or floating"),
-        (lambda: visualize.overlay(np.zeros((4, 4)), torch.ones(2)), "attention must be"),
-        (lambda: visualize.draw_attention(np.zeros((4, 4)), {}, POINTS), "no maps"),
-        (lambda: visualize.draw_attention(np.zeros((4, 4)), {"a": torch.ones(1, 2, 2)}, POINTS), "a must be"),
-        (lambda: visualize.record_attention(torch.nn.Identity(), POINTS).__enter__(), "no attention module"),
+        (None, TypeError, "points must be a list of"),
+        ([("a", "b")], TypeError, "points must be a list of"),
+        ([(0.5, 0.5), (0.1,)], TypeError, "points must be a list of"),
+        ((0.5, 0.5), ValueError, "points must be a list of"),
+        ([(0.5, 0.5, 0.5)], ValueError, r"\(y, x\) for a feature map of 2 dimensions"),
+        ([(0.5, 1.5)], ValueError, "fractions of the image.*divide pixels"),
+        ([(float("nan"), 0.0)], ValueError, "fractions of the image"),
     ],
 )
-def test_bad_input_is_named(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
+def test_bad_points_are_named(points, error, message):
+    with pytest.raises(error, match=message):
+        recorded(nn.PositionAttention(8), torch.randn(1, 8, 4, 4), points=points)
 
 
-def test_a_module_without_a_map_is_refused():
-    with pytest.raises(TypeError, match="ChannelAttention has no map"):
-        visualize.attention_maps(nn.ChannelAttention(8), torch.randn(1, 8, 4, 4), POINTS)
+def test_tokens_without_a_grid_are_named():
+    x = torch.randn(1, 8, 20)
+    with pytest.raises(ValueError, match="NonLocal1d attends over 20 tokens"):
+        recorded(nn.NonLocal1d(8), x)
 
 
 def test_the_last_pixel_belongs_to_the_last_position():
     assert visualize.grid_positions([(1.0, 1.0), (0.0, 0.999)], 3, 5).tolist() == [[2, 4], [0, 4]]
+    assert visualize.grid_positions([], 3, 5).shape == (0, 2)

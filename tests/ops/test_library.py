@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import segattn_ops
-from segattn_ops import _backend, _library, reference
+from segattn_ops import __main__, _backend, _library, reference
 
 PACKAGE = Path(segattn_ops.__file__).parent
 
@@ -43,19 +44,84 @@ def test_build_config():
     assert config["cpu"]["instruction_set"] in config["cpu"]["built"]
     assert config["cpu"]["why_not"] is None
     assert config["cuda"]["built"] or config["cuda"]["why_not"]
+    assert config["cuda"]["usable"] == (config["cuda"]["native"] and torch.cuda.is_available())
+    assert config["cuda"]["usable"] or config["cuda"]["why_not"]
     json.dumps(config)
 
 
-def test_python_m_prints_it():
+def test_python_m_is_a_short_page():
     printed = subprocess.run(
         [sys.executable, "-m", "segattn_ops"],
-        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
+        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent), "SEGATTN_BACKEND": "native"},
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    assert f"version: {segattn_ops.__version__}" in printed
-    assert f"instruction_set: {segattn_ops.build_config()['cpu']['instruction_set']}" in printed
+    lines = printed.splitlines()
+    assert len(lines) <= 14 and max(map(len, lines)) <= __main__.WIDTH
+    starts = {len(line) - len(line.partition("  ")[2].lstrip()) for line in lines}
+    assert len(starts) == 1, "the second column is aligned"
+    config = segattn_ops.build_config()
+    for fact in (config["version"], platform.python_version(), torch.__version__, config["cpu"]["instruction_set"]):
+        assert fact in printed
+
+
+def test_the_page_as_json(capsys):
+    assert __main__.main(["--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["cpu"] == segattn_ops.build_config()["cpu"]
+    assert len(facts["gpus"]) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
+
+
+@pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("--gpus", 2)])
+def test_the_page_has_arguments(argument, status, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        __main__.main([argument])
+    assert stopped.value.code == status
+    assert "python -m segattn_ops" in "".join(capsys.readouterr())
+
+
+def gpu(name: str) -> dict:
+    return {"name": name, "capability": "9.0", "memory_gib": 79.2}
+
+
+@pytest.mark.parametrize(
+    ("cuda", "gpus", "expected"),
+    [
+        ({"native": False, "why_not": "the CUDA kernels were not built"}, [], "none: the CUDA kernels were not built"),
+        (
+            {"native": True, "usable": False, "why_not": "torch sees no GPU"},
+            [],
+            "loaded, not usable: torch sees no GPU",
+        ),
+        ({"native": True, "usable": True}, [gpu("H100"), gpu("H100")], "2 x H100, sm_90, 79.2 GiB; driver 580.1"),
+        ({"native": True, "usable": True, "architectures": ["80"], "toolkit": "13.0.88"}, [gpu("H100")], "sm_80 with"),
+    ],
+)
+def test_the_page_tells_built_loaded_and_usable_apart(cuda, gpus, expected, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    facts = __main__.describe() | {"gpus": gpus, "driver": "580.1"}
+    facts["cuda"] = {"architectures": [], "toolkit": None, "why_not": None} | cuda
+    assert expected in " ".join(__main__.page(facts).split())
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch is a build without CUDA")
+def test_libraries_that_an_earlier_build_left_are_not_loaded(tmp_path):
+    """As FORCE_CUDA=0 and SEGATTN_CPU_ONLY leave them beside the new ones."""
+    folder = tmp_path / "segattn_ops"
+    shutil.copytree(PACKAGE, folder, ignore=shutil.ignore_patterns("*.so", "*.json", "__pycache__"))
+    for library in PACKAGE.glob("*.so"):
+        (folder / library.name).symlink_to(library)
+    (folder / "_C_cuda.abi3.so").unlink(missing_ok=True)
+    (folder / "_C_cuda.abi3.so").write_bytes(b"of other sources")
+    info = {"cpu_instruction_sets": ["baseline"], "cuda": {"built": False, "reason": "FORCE_CUDA=0"}}
+    (folder / "_build_info.json").write_text(json.dumps(info))
+    result = run("import json, segattn_ops; print(json.dumps(segattn_ops.build_config()))", tmp_path)
+    assert result.returncode == 0, result.stderr
+    config = json.loads(result.stdout)
+    assert config["cpu"]["instruction_set"] == "baseline"
+    assert not config["cuda"]["native"] and not config["cuda"]["usable"] and not config["cuda"]["built"]
+    assert "FORCE_CUDA=0); _C_cuda.abi3.so is left from an earlier build" in config["cuda"]["why_not"]
 
 
 USE = """

@@ -122,6 +122,30 @@ def test_criss_cross_attention_map(backend, recurrence):
     assert torch.equal(same, segattn_ops.criss_cross_attention_map(queries[:1], keys[:1], points, 1))
 
 
+MAPS = [segattn_ops.position_attention_map, segattn_ops.criss_cross_attention_map]
+
+
+@pytest.mark.parametrize("rows_of", MAPS)
+def test_maps_under_inference_mode_autocast_and_without_points(backend, rows_of):
+    q, k = (torch.randn(2, 3, 5, 6, device=backend.device) for _ in range(2))
+    points = torch.tensor([[1, 2], [4, 0]])
+    plain = rows_of(q, k, points)
+    with torch.inference_mode():
+        assert torch.equal(rows_of(q.clone(), k.clone(), points), plain)
+        assert rows_of(q, k, torch.zeros(0, 2, dtype=torch.long)).shape == (2, 0, 5, 6)
+    with torch.autocast(backend.device, torch.bfloat16):  # the op rounds query and key, and nothing else
+        mixed = rows_of(q, k.bfloat16(), points)
+    assert mixed.dtype == torch.float32
+    torch.testing.assert_close(mixed, rows_of(q.bfloat16(), k.bfloat16(), points))
+    torch.testing.assert_close(mixed.flatten(2).sum(2), torch.ones(2, 2, device=backend.device))
+
+
+@pytest.mark.parametrize("rows_of", MAPS)
+def test_maps_are_differentiable(rows_of):
+    q, k = (torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(lambda q, k: rows_of(q, k, torch.tensor([[1, 2]])), (q, k))
+
+
 @pytest.mark.parametrize(
     ("positions", "message"),
     [
@@ -144,3 +168,6 @@ def test_map_recurrence_is_checked():
         segattn_ops.criss_cross_attention_map(q, q, torch.tensor([[0, 0]]), 0)
     with pytest.raises(ValueError, match="one tensor or 2 of them"):
         segattn_ops.criss_cross_attention_map([q], [q], torch.tensor([[0, 0]]), 2)
+    other = torch.randn(1, 3, 5, 4)
+    with pytest.raises(RuntimeError, match="query must have spatial size"):
+        segattn_ops.criss_cross_attention_map([q, other], [q, other], torch.tensor([[0, 0]]), 2)

@@ -479,33 +479,6 @@ def test_main_job_writes_a_report(tmp_path, capsys):
         assert picture[..., :3].std() > 0.02
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--sizes", "97"], "HEIGHTxWIDTH"),
-        (["--ops", "conv"], "ops must be from"),
-        (["--dtypes", "int8"], "dtypes must be from"),
-        (["--rivals", ""], "rivals must be from"),
-        (["--threads", "0"], "at least 1"),
-        (["--points", "2,3"], "fractions"),
-    ],
-)
-def test_bad_arguments_are_named(arguments, message, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        run_main(*arguments)
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "device, message", [("tpu", "must be cpu"), ("cuda:99", "CUDA devices"), ("mps", "must be cpu")]
-)
-def test_missing_devices_are_named(device, message, capsys, tmp_path):
-    assert run_main("--device", device, "--output", str(tmp_path / "report")) == 2
-    assert message in capsys.readouterr().out.replace("\n", " ")
-    assert not (tmp_path / "report").exists()
-
-
 class TestPapers:
     @pytest.mark.parametrize("row", papers.ccnet_rows() + papers.ann_rows(), ids=lambda row: row.name)
     def test_formulas_match_the_published_costs(self, row):

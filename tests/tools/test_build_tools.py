@@ -25,6 +25,16 @@ def bare(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_versions_of_programs(bare):
+    compiler = program(bare / "path", "compiler-of-a-test", 'echo "c++ (A distribution) 12.2.0"; echo "Copyright"')
+    assert _build_tools.version_of("compiler-of-a-test") == "c++ (A distribution) 12.2.0"
+    assert _build_tools.version_of(f"{compiler} -m64", r"(\d+)\.") == "12"
+    assert _build_tools.version_of("compiler-of-a-test", r"V([\d.]+)") is None
+    program(bare / "path", "broken-of-a-test", "echo 1.0; exit 1")
+    assert _build_tools.version_of("broken-of-a-test") is None
+    assert _build_tools.version_of("nothing-of-a-test") is None
+
+
 class TestToolkit:
     def test_nowhere(self, bare):
         assert _build_tools.find_program("nvcc-of-a-test") is None

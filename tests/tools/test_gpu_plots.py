@@ -193,9 +193,24 @@ class TestPictures:
         path = tmp_path / "gpu.json"
         path.write_text(json.dumps(content([])))
         assert plots.main([str(path)]) == 1
-        path.write_text('{"schema": 7}')
-        assert plots.main([str(path)]) == 1
-        assert plots.main([str(tmp_path / "missing.json")]) == 1
-        printed = capsys.readouterr().out
-        for expected in ("no measured cells", "schema 7", "missing.json"):
-            assert expected in printed
+        assert "no measured cells" in capsys.readouterr().err
+
+    def test_other_files_are_refused_in_a_line(self, tmp_path, capsys):
+        path = tmp_path / "gpu.json"
+        for text, message in [
+            ('{"schema": 7, "pieces": {}}', "is of schema 7"),
+            ("[]", "is not a result of benchmarks.gpu_suite"),
+            ("{", "is not JSON"),
+            ('{"schema": 1, "pieces": {}, "cells": [{}]}', "has a cell that benchmarks.gpu_suite did not write"),
+            ('{"schema": 1, "pieces": {}, "cells": [7]}', "has a cell that benchmarks.gpu_suite did not write"),
+        ]:
+            path.write_text(text)
+            assert plots.main([str(path)]) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert message in line
+        for arguments in ([str(tmp_path / "missing.json")], [str(tmp_path)]):
+            assert plots.main(arguments) == 2
+            assert len(capsys.readouterr().err.splitlines()) == 1
+        path.write_text(json.dumps(content([])))
+        assert plots.main([str(path), "--output", str(path)]) == 2
+        assert "cannot be made" in capsys.readouterr().err

@@ -119,12 +119,51 @@ class TestSelection:
 
     @pytest.mark.parametrize(
         "option, value",
-        [("--rivals", "eager,mine"), ("--sizes", "97"), ("--dtypes", "int8"), ("--batches", "0"), ("--families", "x")],
+        [
+            ("--rivals", "eager,mine"),
+            ("--sizes", "97"),
+            ("--sizes", ""),
+            ("--dtypes", "int8"),
+            ("--batches", "0"),
+            ("--families", ","),
+            ("--device", "tpu"),
+            ("--limit", "nan"),
+        ],
     )
     def test_unknown_values_are_rejected(self, option, value, capsys):
-        with pytest.raises(SystemExit):
-            suite.parser().parse_args([option, value])
-        assert option in capsys.readouterr().err
+        with pytest.raises(SystemExit) as stopped:
+            suite.main([option, value])
+        assert stopped.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"argument {option}: " in line
+
+    def test_foreign_files_are_refused_in_a_line(self, tmp_path, capsys):
+        output = tmp_path / "gpu.json"
+        for text, message in [
+            ("<html>", "is not JSON"),
+            ("[1]", "is not a result of benchmarks.gpu_suite"),
+            ('{"schema": 1, "cells": []}', "is not a result of benchmarks.gpu_suite"),
+            ('{"schema": 9, "cells": [], "pieces": {}}', "is of schema 9"),
+        ]:
+            output.write_text(text)
+            for option in ("--output", "--resume"):
+                other = ["--output", str(tmp_path / "new.json")] if option == "--resume" else []
+                assert suite.main(["--device", "cpu", option, str(output), *other, "--piece", "smoke"]) == 2
+                (line,) = capsys.readouterr().err.splitlines()
+                assert message in line
+            assert output.read_text() == text
+        assert suite.main(["--device", "cpu", "--resume", str(tmp_path / "none.json"), "--dry-run"]) == 2
+        assert "no such file" in capsys.readouterr().err
+        assert suite.main(["--device", "cpu", "--output", str(output / "gpu.json"), "--piece", "smoke"]) == 2
+        assert "cannot be made" in capsys.readouterr().err
+
+    def test_a_resume_that_is_not_read_is_mentioned(self, tmp_path, capsys):
+        text = json.dumps({"schema": 1, "pieces": {}, "cells": []})
+        for name in ("gpu.json", "last.json"):
+            (tmp_path / name).write_text(text)
+        options = ["--output", str(tmp_path / "gpu.json"), "--resume", str(tmp_path / "last.json")]
+        assert suite.main(["--device", "cpu", "--dry-run", *options]) == 0
+        assert f"--resume {tmp_path / 'last.json'} is not read" in capsys.readouterr().out
 
     def test_default_output(self, monkeypatch, tmp_path):
         monkeypatch.setenv("OUT", str(tmp_path))
@@ -286,7 +325,7 @@ class TestNative:
     def test_the_driver_stops(self, monkeypatch, capsys):
         monkeypatch.setitem(_backend.LIBRARIES.missing, "cuda", "the CUDA kernels were not built (a test)")
         assert driver.main(["--op", "channel", "--device", "cuda"]) == 2
-        assert "no native cuda kernels" in capsys.readouterr().out
+        assert "no native cuda kernels" in capsys.readouterr().err
 
     def test_libraries_of_other_sources_are_named(self, monkeypatch):
         sources = compilers.build_tools.fingerprint(compilers.ROOT)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import zipfile
@@ -48,6 +49,7 @@ def test_wheel(wheel, tmp_path):
     info = json.loads(zipfile.ZipFile(wheel).read("segattn_ops/_build_info.json"))
     # By which libraries built elsewhere are matched with a tree's sources.
     assert info["sources"] == dict.fromkeys(["_C", "_cpu_baseline"], _build_tools.fingerprint(ROOT))
+    assert info["compiler"] and info["python"] == platform.python_version()  # for `python -m segattn_ops`
     assert f"segattn_ops-{version}.dist-info/licenses/LICENSE" in names
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "tools", "csrc"))]
 

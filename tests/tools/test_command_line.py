@@ -1,0 +1,222 @@
+"""The commands of the source tree: what cannot run ends in one line on stderr and exit status 2, and nothing that an
+earlier run wrote is lost."""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import __main__ as main_job
+from benchmarks import command_line, features, papers, processes, readme_pictures, report, run
+from benchmarks.validate import WrongResult
+
+SMALL = ("--sizes", "4x4", "--ops", "position", "--channels", "8", "--threads", "1", "--backend", "reference")
+
+
+def refused(main, arguments: list[str], capsys, status: int = 2) -> str:
+    """The one line on stderr of a command that cannot run."""
+    try:
+        got = main([str(argument) for argument in arguments])
+    except SystemExit as stopped:
+        got = stopped.code
+    printed = capsys.readouterr()
+    assert got == status, printed
+    (line,) = printed.err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sizes", "97"], "argument --sizes: a size is HEIGHTxWIDTH"),
+        (["--sizes", "4x4,0x4"], "argument --sizes: a size is HEIGHTxWIDTH"),
+        (["--sizes", "²x4"], "argument --sizes: a size is HEIGHTxWIDTH"),
+        (["--sizes", " , "], "argument --sizes: at least one size"),
+        (["--ops", "conv"], "argument --ops: must be from position, channel"),
+        (["--dtypes", "int8"], "argument --dtypes: must be from float32"),
+        (["--rivals", ""], "argument --rivals: must be from fused"),
+        (["--threads", "0"], "argument --threads: must be a whole number from 1 to"),
+        (["--threads", "1000000"], "argument --threads: must be a whole number from 1 to"),
+        (["--repeats", "0"], "argument --repeats: must be a whole number of at least 1"),
+        (["--repeats", "1.5"], "argument --repeats: must be a whole number of at least 1"),
+        (["--batch", "9" * 5000], "argument --batch: must be a whole number"),
+        (["--seed", "-1"], "argument --seed: must be a whole number of at least 0"),
+        (["--budget", "-1"], "argument --budget: must be a number of seconds"),
+        (["--budget", "inf"], "argument --budget: must be a number of seconds"),
+        (["--points", "2,3"], "argument --points: points are y,x;y,x as fractions"),
+        (["--points", "nan,0"], "argument --points: points are y,x;y,x as fractions"),
+        (["--device", "tpu"], "argument --device: must be cpu, cuda or cuda:N"),
+        (["--device", "cpu:1"], "argument --device: must be cpu, cuda or cuda:N"),
+        (["--device", "cuda:99"], "CUDA devices"),
+        (["--rivals", "sdpa", "--ops", "channel,rcca"], "none of the rivals sdpa computes channel, rcca"),
+        (["--sizes", "4x4", "--batch", "1000000000"], "the operands of position 4x4 B=1000000000"),
+        (["--sizes", "900000x900000"], "the features of 900000x900000 positions need at least"),
+        (["--photograph", "nothing.png"], "photograph must be one of"),
+        (["--weights", "nothing.pth"], "weights nothing.pth: no such file"),
+        (["--what"], "unrecognized arguments: --what"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message, capsys, tmp_path):
+    given = [*SMALL, *arguments, "--output", tmp_path / "report"]
+    assert message in refused(main_job.main, given, capsys)
+    assert not (tmp_path / "report").exists()
+
+
+def test_names_and_sizes_are_taken_once():
+    assert command_line.names(("a", "b"))("b, a,b,") == ("b", "a")
+    assert command_line.sizes("9x11, 4x4,9x11") == ((9, 11), (4, 4))
+
+
+def test_files_that_are_not_what_they_should_be(capsys, tmp_path):
+    (tmp_path / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0 and nothing more")
+    (tmp_path / "page.pth").write_text("<!doctype html>")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pth")
+    torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "other.pth")
+    torch.save({"state_dict": 3}, tmp_path / "nested.pth")
+    for option, name, message in [
+        ("--photograph", "cut.jpg", "is not an image that PIL can read"),
+        ("--photograph", "", "photograph must be one of"),
+        ("--weights", "page.pth", "page.pth is an HTML"),
+        ("--weights", "tensor.pth", "tensor.pth holds a Tensor, not a state dict"),
+        ("--weights", "nested.pth", "nested.pth: the file holds no state dict"),
+        ("--weights", "other.pth", "is not a ResNet-50: size mismatch"),
+        ("--weights", "", "no such file"),
+    ]:
+        line = refused(main_job.main, [*SMALL, option, tmp_path / name, "--output", tmp_path / "report"], capsys)
+        assert message in line, name
+    assert not (tmp_path / "report").exists()
+
+
+def test_outputs_that_cannot_be_written(capsys, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "report"):
+        assert "cannot be made" in refused(main_job.main, [*SMALL, "--output", output], capsys)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    assert "is not writable" in refused(main_job.main, [*SMALL, "--output", tmp_path], capsys)
+
+
+@pytest.mark.parametrize("missing", ["matplotlib", "rich"])
+def test_missing_extras_are_named_before_anything_runs(missing, capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    line = refused(main_job.main, [*SMALL, "--output", tmp_path / "report"], capsys)
+    assert f"needs {missing}: pip install 'segattn_ops[bench]'" in line
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The main job without photograph, network and processes: nothing is measured."""
+
+    class Source:
+        height = width = 4
+
+    def extractor(*arguments):
+        found = torch.nn.Module()
+        found.backbone, found.description = None, "no network"
+        return found
+
+    monkeypatch.setattr(features, "load_photograph", lambda name: np.zeros((8, 8, 3), np.uint8))
+    monkeypatch.setattr(features, "Extractor", extractor)
+    monkeypatch.setattr(features, "FeatureSource", lambda *arguments: Source())
+    monkeypatch.setattr(main_job, "start_server", lambda: None)
+    monkeypatch.setattr(main_job, "_draw", lambda records, source, arguments, weights: [])
+    monkeypatch.setattr(run.Runner, "run", lambda self, planned, source: iter([[]]))
+
+
+def test_an_earlier_report_is_kept(quick, capsys, tmp_path):
+    arguments = [*SMALL, "--output", str(tmp_path)]
+    (tmp_path / "report.json").write_text("of the first run")
+    (tmp_path / "time.png").write_bytes(b"a picture")
+    (tmp_path / "notes.txt").write_text("mine")
+    os.utime(tmp_path / "report.json", (1_700_000_000, 1_700_000_000))
+    assert main_job.main(arguments) == 0
+    (kept,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert f"The earlier report is kept in {kept}/" in capsys.readouterr().out
+    assert {path.name for path in kept.iterdir()} == {"report.json", "time.png"}
+    assert (kept / "report.json").read_text() == "of the first run"
+    assert {path.name for path in tmp_path.iterdir()} == {kept.name, "notes.txt", "report.json", "report.md"}
+    os.utime(tmp_path / "report.json", (1_700_000_000, 1_700_000_000))  # two reports of one second
+    second = json.loads((tmp_path / "report.json").read_text())
+    assert main_job.main(arguments) == 0
+    assert json.loads((tmp_path / f"{kept.name}_2" / "report.json").read_text()) == second
+    assert (kept / "report.json").read_text() == "of the first run"
+
+
+def raising(error: BaseException):
+    def raise_it(*arguments):
+        raise error
+
+    return raise_it
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (WrongResult("position 4x4: output\nis wrong"), 1, "position 4x4: output is wrong"),
+        (processes.CellFailed("the cell's process was killed"), 1, "the cell's process was killed"),
+        (OSError(28, "No space left on device"), 2, "No space left on device"),
+    ],
+)
+def test_a_run_that_stops_says_why_in_a_line(error, status, message, quick, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.Runner, "run", raising(error))
+    line = refused(main_job.main, [*SMALL, "--output", tmp_path], capsys, status)
+    assert line.startswith("python -m benchmarks: ") and message in line
+
+
+def test_the_server_of_the_cells_ignores_interrupts(monkeypatch):
+    from multiprocessing import forkserver
+
+    inherited = []
+    monkeypatch.setattr(forkserver, "ensure_running", lambda: inherited.append(signal.getsignal(signal.SIGINT)))
+    before = signal.getsignal(signal.SIGINT)
+    processes.start_server()
+    assert inherited == [signal.SIG_IGN]
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_one_position_has_features():
+    source = features.FeatureSource(features.load_photograph("coffee"), [(1, 1)], features.Extractor(channels=8))
+    assert source.window(1, 1).shape == (1, 8, 1, 1)
+    assert source.window(1, 1).isfinite().all()
+
+
+def test_one_thread_is_not_several():
+    facts = {"processor": "a CPU", "memory_bytes": 2**30, "torch": "2", "python": "3"}
+    assert "a CPU, 1 thread, 1 GiB" in report.where({"machine": facts | {"threads": 1}})
+    assert "a CPU, 2 threads, 1 GiB" in report.where({"machine": facts | {"threads": 2}})
+
+
+def test_readme_pictures_refuse_other_folders(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(readme_pictures, "FOLDER", tmp_path / "images")
+    assert "is no folder that `python -m benchmarks` has written" in refused(
+        readme_pictures.main, [tmp_path / "none"], capsys
+    )
+    for content, message in [
+        ("<html>", "is no folder"),
+        ("[]", "is no folder"),
+        ('{"cells": []}', "has no memory of position attention"),
+    ]:
+        (tmp_path / "report.json").write_text(content)
+        assert message in refused(readme_pictures.main, [tmp_path], capsys)
+    assert "the following arguments are required: report" in refused(readme_pictures.main, [], capsys)
+    assert not (tmp_path / "images").exists()
+
+
+def test_papers_say_what_is_missing(capsys, monkeypatch):
+    assert "argument --backend: invalid choice: 'cuda'" in refused(papers.main, ["--backend", "cuda"], capsys)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert "needs rich" in refused(papers.main, [], capsys)
+
+
+def test_help_is_no_error(capsys):
+    for main in (main_job.main, papers.main, readme_pictures.main):
+        with contextlib.suppress(SystemExit):
+            main(["--help"])
+        printed = capsys.readouterr()
+        assert "usage: python -m benchmarks" in printed.out and not printed.err
