@@ -28,6 +28,7 @@ from ._check import (
     check_shape_is,
     check_spatial,
     check_tensors,
+    number,
 )
 from ._positions import flat_positions
 from ._register import Operator
@@ -51,7 +52,7 @@ def position_attention(query: Tensor, key: Tensor, value: Tensor, scale: float =
         (B, C, *S), in the inputs' dtype. Accumulated in float32, float64 for float64.
 
     Raises:
-        TypeError: for an argument that is not a tensor.
+        TypeError: for an argument that is not a tensor, and for a scale that is not a number.
         RuntimeError: for mismatched shapes, dtypes or devices, and for a scale that is not finite.
 
     Source: Wang et al., "Non-local Neural Networks" (2018), equation 1; Fu et al., "Dual Attention Network for Scene
@@ -62,8 +63,10 @@ def position_attention(query: Tensor, key: Tensor, value: Tensor, scale: float =
         overridden: Tensor = handle_torch_function(position_attention, (query, key, value), query, key, value, scale)
         return overridden
     check_tensors("position_attention", query=query, key=key, value=value)
+    if type(scale) is not float:
+        scale = number("position_attention", "scale", scale)
     query, key, value = autocast(query, key, value)
-    operators = _backend.operators(query.device)
+    operators = _backend.operators("position_attention", query, key, value)
     if operators is None:
         check_position_attention(query, key, value, scale)
         with without_autocast(query.device.type):
