@@ -1,9 +1,7 @@
 """Non-local blocks in 1, 2 and 3 spatial dimensions, in all four modes of the paper."""
 
 from collections.abc import Callable
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..ops.position import position_attention
@@ -95,12 +93,8 @@ class _NonLocal(nn.Module):
         if self.mode == "dot_product":
             y = _pairwise.dot_product(theta, phi, g)
         else:
-            weight: Any = self.concat_project[0].weight
-            query_weight, key_weight = weight.flatten().split(self.inter_channels)
-            y = _pairwise.concatenation(
-                torch.einsum("ben,e->bn", theta, query_weight), torch.einsum("bem,e->bm", phi, key_weight), g
-            )
-        return y.reshape(x.shape[0], self.inter_channels, *x.shape[2:])
+            y = _pairwise.concatenation(self.concat_project, theta, phi, g)
+        return y.unflatten(2, x.shape[2:])
 
     def extra_repr(self) -> str:
         return (
