@@ -18,6 +18,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .._autocast import without_autocast
 from .._forward_mode import has_tangent
+from ._checks import is_pointwise
 
 # Prefix sums are held in double precision for this many channels at a time: 32 x 32768 positions are 8 MiB per array.
 _CHANNELS_AT_ONCE = 32
@@ -88,12 +89,7 @@ def _affine_and_relu(projection: nn.Module) -> tuple[nn.Module, nn.Module] | Non
     layers = list(projection.children())
     if len(layers) != 2 or type(layers[1]) is not nn.ReLU:
         return None
-    convolution = layers[0]
-    if not isinstance(convolution, nn.Conv2d) or convolution.kernel_size != (1, 1):
-        return None
-    if convolution.stride != (1, 1) or convolution.padding not in ((0, 0), "valid", "same"):
-        return None
-    return convolution, layers[1]
+    return (layers[0], layers[1]) if is_pointwise(layers[0]) else None
 
 
 def in_sum_dtype(x: Tensor) -> Tensor:

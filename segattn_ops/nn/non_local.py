@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ..ops.position import position_attention
 from . import _pairwise
-from ._checks import feature_map, finite_float, positive_int
+from ._checks import feature_map, finite_float, is_recorded, positive_int
 
 MODES = ("embedded_gaussian", "gaussian", "dot_product", "concatenation")
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -75,9 +75,10 @@ class _NonLocal(nn.Module):
         """x (B, C, *spatial) -> x + W(y), of the same shape."""
         name = type(self).__name__
         feature_map(name, "input", x, self.in_channels, self.spatial_dims)
-        pooled = x.shape[-min(self.spatial_dims, 2) :]  # a 3-D pool does not reduce time
-        if self.sub_sample and min(pooled) < 2:
-            raise ValueError(f"{name}: sub_sample needs sides of at least 2 to halve (got {tuple(pooled)})")
+        if self.sub_sample and not is_recorded(x):
+            pooled = x.shape[-min(self.spatial_dims, 2) :]  # a 3-D pool does not reduce time
+            if min(pooled) < 2:
+                raise ValueError(f"{name}: sub_sample needs sides of at least 2 to halve (got {tuple(pooled)})")
         y: Tensor = self.W(self._aggregate(x))
         return x + y
 
