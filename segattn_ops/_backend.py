@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _library
-from ._forward_mode import has_tangent
+from ._forward_mode import has_tangent, in_dual_level
 from ._precision import follow_tf32_setting
 
 LIBRARIES = _library.load()
@@ -69,7 +69,7 @@ def operators(op: str, *tensors: Tensor) -> ModuleType | None:
     if namespace == "segattn" and not LIBRARIES.serves(device_type):
         _warn_once(device_type, f"{device_type} tensors", LIBRARIES.why_not(device_type))
         return None
-    if has_tangent(*tensors):
+    if in_dual_level() and has_tangent(*tensors):
         _warn_once("forward mode", f"{op} in forward mode", "the fused kernels have no forward-mode derivative")
         return None
     if device_type == "cuda":
@@ -80,7 +80,7 @@ def operators(op: str, *tensors: Tensor) -> ModuleType | None:
 
 def _in_onnx_export() -> bool:
     """`is_in_onnx_export` alone takes 0.9 us, a tenth of a small call."""
-    capturing = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
+    capturing = torch.compiler.is_exporting() or torch._C._is_tracing()
     return capturing and torch.onnx.is_in_onnx_export()
 
 

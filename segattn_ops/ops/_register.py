@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.library import Library
 from torch.utils.flop_counter import register_flop_formula
 
-from .._forward_mode import has_tangent
+from .._forward_mode import has_tangent, in_dual_level
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class _ReverseMode(Library):
 
     def impl(self, op_name: str, fn: Callable[..., Any], dispatch_key: str = "", **options: Any) -> None:
         def refusing(keyset: Any, *arguments: Any, **keywords: Any) -> Any:
-            if has_tangent(*arguments):
+            if in_dual_level() and has_tangent(*arguments):
                 raise NotImplementedError(
                     f"{op_name}: the fused kernels have no forward-mode derivative; call the function of segattn_ops, "
                     "which takes the plain PyTorch reference for it"

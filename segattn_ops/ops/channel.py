@@ -59,7 +59,8 @@ def channel_attention(query: Tensor, key: Tensor, value: Tensor, scale: float = 
     if has_torch_function((query, key, value)):
         overridden: Tensor = handle_torch_function(channel_attention, (query, key, value), query, key, value, scale)
         return overridden
-    check_tensors("channel_attention", query=query, key=key, value=value)
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        check_tensors("channel_attention", query=query, key=key, value=value)
     if type(scale) is not float:
         scale = number("channel_attention", "scale", scale)
     if query is key and key is value:

@@ -56,7 +56,8 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor, scale: floa
     if has_torch_function((query, key, value)):
         overridden: Tensor = handle_torch_function(criss_cross_attention, (query, key, value), query, key, value, scale)
         return overridden
-    check_tensors("criss_cross_attention", query=query, key=key, value=value)
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        check_tensors("criss_cross_attention", query=query, key=key, value=value)
     if type(scale) is not float:
         scale = number("criss_cross_attention", "scale", scale)
     query, key, value = autocast(query, key, value)

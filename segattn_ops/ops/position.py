@@ -30,13 +30,26 @@ from ._check import (
     check_tensors,
     number,
 )
+from ._layout import warn_if_tokens
 from ._positions import flat_positions
 from ._register import Operator
 
 
 def position_attention(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:
-    r"""Attention over all positions: ``out_i = sum_j softmax_j(scale * q_i . k_j) v_j``, the attention of a Non-local
-    block, of DANet's position attention module and, with pooled keys and values, of ANN and DRANet.
+    r"""Attention over all positions of feature maps (batch, channels, \*spatial): ``out_i = sum_j softmax_j(scale * q_i
+    . k_j) v_j``, the attention of a Non-local block, of DANet's position attention module and, with pooled keys and
+    values, of ANN and DRANet.
+
+    Warning:
+        The channels are dimension 1, and all further dimensions are positions. Other layouts are accepted where their
+        sizes agree, and give other numbers. From (B, heads, N, D) tokens, fold the heads into the batch and put the
+        channels first::
+
+            out = position_attention(*(t.flatten(0, 1).mT for t in (q, k, v)), D**-0.5)  # (B * heads, D, N)
+            out = out.mT.unflatten(0, (B, heads))
+
+        From (B, heads, D, H, W) maps only the heads are folded: ``t.flatten(0, 1)``. From (B, N, D) tokens: ``t.mT``.
+        A call with 4-D tensors whose sizes suggest tokens warns once in a process.
 
     The N x M attention map is never stored: memory beyond the result is O(N + M), forward and backward. If a 16-bit
     input requires a gradient, the rounding error of the result, a tensor of the same size, is kept for the backward.
@@ -62,7 +75,12 @@ def position_attention(query: Tensor, key: Tensor, value: Tensor, scale: float =
     if has_torch_function((query, key, value)):
         overridden: Tensor = handle_torch_function(position_attention, (query, key, value), query, key, value, scale)
         return overridden
-    check_tensors("position_attention", query=query, key=key, value=value)
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        check_tensors("position_attention", query=query, key=key, value=value)
+    if not torch.compiler.is_compiling():
+        elements = key.numel()
+        if type(elements) is int and elements == value.numel():  # a trace has a tensor here
+            warn_if_tokens(query, key, value)
     if type(scale) is not float:
         scale = number("position_attention", "scale", scale)
     query, key, value = autocast(query, key, value)
