@@ -6,8 +6,8 @@ from torch.autograd import forward_ad
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch does not annotate it
 def in_dual_level() -> bool:
-    """Whether forward mode is on. Dynamo calls this function at compile time, and compiles again if the level
-    changes."""
+    """Whether forward mode is on. Dynamo calls this function at compile time: a function that was compiled before calls
+    the operators, which refuse tangents."""
     return forward_ad._current_level >= 0
 
 

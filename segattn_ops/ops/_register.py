@@ -47,7 +47,7 @@ class _ReverseMode(Library):
             if in_dual_level() and has_tangent(*arguments):
                 raise NotImplementedError(
                     f"{op_name}: the fused kernels have no forward-mode derivative; call the function of segattn_ops, "
-                    "which takes the plain PyTorch reference for it"
+                    "not compiled before, which takes the plain PyTorch reference for it"
                 )
             return fn(keyset, *arguments, **keywords)
 
