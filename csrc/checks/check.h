@@ -31,7 +31,7 @@ template <typename... Parts>
   throw std::runtime_error(message.str());
 }
 
-// As PyTorch prints it, without "torch."
+// The name in Python. PyTorch does not hand tensors of the other dtypes, of quantized ones for example, to extensions.
 inline std::string_view name_of(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Half:
@@ -74,12 +74,6 @@ inline std::string_view name_of(ScalarType dtype) {
       return "float8_e5m2fnuz";
     case ScalarType::Float8_e4m3fnuz:
       return "float8_e4m3fnuz";
-    case ScalarType::QInt8:
-      return "qint8";
-    case ScalarType::QUInt8:
-      return "quint8";
-    case ScalarType::QInt32:
-      return "qint32";
     default:
       return "another dtype";
   }

@@ -15,13 +15,12 @@ from torch import Tensor
 from .._forward_mode import has_tangent
 
 SUPPORTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# The dtypes that a message names, in the order of `name_of` in check.h
+# The dtypes that a message names, as `name_of` in check.h
 NAMES = (
     *("float16", "bfloat16", "float32", "float64"),
     *("uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64", "bool"),
     *("complex32", "complex64", "complex128"),
     *("float8_e5m2", "float8_e4m3fn", "float8_e5m2fnuz", "float8_e4m3fnuz"),
-    *("qint8", "quint8", "qint32"),
 )
 
 
