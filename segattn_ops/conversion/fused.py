@@ -77,7 +77,8 @@ class FusedNonLocal(FusedBlock):
             y = _pairwise.dot_product(theta, phi, g)
         else:
             y = _pairwise.concatenation(self.get_submodule(self._fused_names["projection"]), theta, phi, g)
-        return y.unflatten(2, x.shape[2:])
+        unflattened: Tensor = y.unflatten(2, x.shape[2:])
+        return unflattened
 
     def _fused_script(self) -> list[str] | None:
         mode, scale = self._fused_options["mode"], self._fused_options.get("scale", 1.0)

@@ -13,7 +13,8 @@ from ..nn._checks import feature_map, is_pointwise, is_recorded, positive_int
 
 def _resize(x: Tensor, like: Tensor) -> Tensor:
     """Bilinear to the size of ``like``. dfn_seg's fixed factors would need sides divisible by 32."""
-    recorded = is_recorded(x) or torch.jit.is_tracing()  # for other sizes as well
+    tracing = torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
+    recorded = tracing or is_recorded(x)  # for other sizes as well
     if not recorded and x.shape[2:] == like.shape[2:]:
         return x
     return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)

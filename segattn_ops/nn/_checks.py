@@ -10,7 +10,9 @@ from torch.fx import Proxy
 
 
 def positive_int(module: str, name: str, value: Any) -> int:
-    """Returns ``value`` if it is an int >= 1, else raises ValueError naming the module and the argument."""
+    """Returns ``value`` if it is an int >= 1, else raises TypeError or ValueError, which name module and argument."""
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{module}: {name} must be a positive integer (got {value!r})")
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"{module}: {name} must be a positive integer (got {value!r})")
     return int(value)

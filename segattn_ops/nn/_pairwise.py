@@ -69,7 +69,8 @@ def concatenation(projection: nn.Module, theta: Tensor, phi: Tensor, g: Tensor) 
         queries = theta[:, :, :, None].expand(-1, -1, -1, phi.shape[2])
         keys = phi[:, :, None].expand(-1, -1, theta.shape[2], -1)
         energies = projection(torch.cat([queries, keys], dim=1))[:, 0]
-        return g @ (energies / g.shape[2]).to(g.dtype).mT
+        attended: Tensor = g @ (energies / g.shape[2]).to(g.dtype).mT
+        return attended
     convolution, relu = layers
     # The convolution is affine: that of [theta_i, phi_j] is that of [theta_i, 0] plus that of [0, phi_j] minus that of
     # the last column, [0, 0].
@@ -114,8 +115,9 @@ def relu_sum(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
     if has_torch_function((a, b, g)):
         overridden: Tensor = handle_torch_function(relu_sum, (a, b, g), a, b, g)
         return overridden
-    if torch.jit.is_tracing() or has_tangent(a, b, g):
-        return _relu_sum(a, b, g, g.shape[2])  # ops that a trace can save, and with a forward-mode derivative
+    tracing = torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
+    if tracing or has_tangent(a, b, g):  # PyTorch's own ops, which a trace can save and which have tangents
+        return _relu_sum(a, b, g, g.shape[2])
     y: Tensor = _ReluSum.apply(a, b, g, g.shape[2])
     return y
 

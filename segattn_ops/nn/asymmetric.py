@@ -129,6 +129,7 @@ class APNB(nn.Module):
         x (B, in_channels, H, W) -> (B, out_channels, H, W).
 
     Raises:
+        TypeError: for an input that is not a tensor.
         ValueError: for arguments out of range, or an input of the wrong rank, dtype or number of channels.
     """
 
@@ -187,6 +188,7 @@ class AFNB(nn.Module):
         differ.
 
     Raises:
+        TypeError: for an input that is not a tensor.
         ValueError: for arguments out of range, or an input of the wrong rank, dtype or number of channels.
     """
 

@@ -62,6 +62,7 @@ class CompactPositionAttention(ScalarShapes):
         x (B, C, H, W), tokens (B, K, C) -> (B, C, H, W).
 
     Raises:
+        TypeError: for an input that is not a tensor.
         ValueError: for arguments out of range, or inputs of the wrong rank, dtype, batch size or number of channels.
     """
 
@@ -105,6 +106,7 @@ class CompactChannelAttention(ScalarShapes):
         x (B, C, H, W), gathered (B, K, H, W) -> (B, C, H, W).
 
     Raises:
+        TypeError: for an input that is not a tensor.
         ValueError: for inputs of the wrong rank or dtype, or of different batch or spatial sizes.
     """
 

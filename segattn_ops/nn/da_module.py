@@ -38,8 +38,9 @@ class _PositionBranch(nn.Module):
         x = self.cnn(x)
         y = x.flatten(2).mT.contiguous()  # (B, N, C): three linear layers read it faster than its transpose
         query, key, value = (layer(y).mT for layer in (self.pa.fc_q, self.pa.fc_k, self.pa.fc_v))
-        output: Tensor = self.pa.fc_o(position_attention(query, key, value, self.scale).mT)
-        return output.mT.unflatten(2, x.shape[2:])
+        projected = self.pa.fc_o(position_attention(query, key, value, self.scale).mT)
+        output: Tensor = projected.mT.unflatten(2, x.shape[2:])
+        return output
 
 
 class _ChannelBranch(nn.Module):
@@ -83,6 +84,7 @@ class DAModule(nn.Module):
         x (B, C, H, W) -> (B, C, H, W).
 
     Raises:
+        TypeError: for an input that is not a tensor.
         ValueError: for arguments out of range, or an input of the wrong rank, dtype, channels, or size in the
             fixed-size form.
     """

@@ -95,7 +95,8 @@ class _NonLocal(nn.Module):
             y = _pairwise.dot_product(theta, phi, g)
         else:
             y = _pairwise.concatenation(self.concat_project, theta, phi, g)
-        return y.unflatten(2, x.shape[2:])
+        unflattened: Tensor = y.unflatten(2, x.shape[2:])
+        return unflattened
 
     def extra_repr(self) -> str:
         return (
@@ -137,6 +138,7 @@ class NonLocal2d(_NonLocal):
         x (B, C, H, W) -> (B, C, H, W).
 
     Raises:
+        TypeError: for a scale that is not a number, or an input that is not a tensor.
         ValueError: for arguments out of range, or an input of the wrong rank, dtype or number of channels, or too
             small to pool.
     """

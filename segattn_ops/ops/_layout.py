@@ -29,8 +29,8 @@ def warn_if_tokens(query: Tensor, key: Tensor, value: Tensor) -> None:
         return
     _warned = True
     warnings.warn(
-        f"position_attention: the query's shape {list(query.shape)} looks like (batch, heads, tokens, channels), but is "
-        "read as (batch, channels, height, width): every position of the last two dimensions attends to every other. "
+        f"position_attention: the query's shape {list(sizes)} looks like (batch, heads, tokens, channels), but is read "
+        "as (batch, channels, height, width): every position of the last two dimensions attends to every other. "
         "For heads of tokens use torch.nn.functional.scaled_dot_product_attention, or fold the heads into the batch "
         "and put the channels first: query.flatten(0, 1).mT. If these are feature maps, silence this warning with "
         'warnings.filterwarnings("ignore", message="position_attention: the query\'s shape")',

@@ -51,7 +51,7 @@ class _ReverseMode(Library):
                 )
             return fn(keyset, *arguments, **keywords)
 
-        super().impl(op_name, refusing, dispatch_key, **options)
+        super().impl(op_name, refusing, dispatch_key, **options)  # type: ignore[no-untyped-call]
 
 
 _libraries: list[Library] = []  # a Library that is collected takes its registrations away
@@ -60,7 +60,7 @@ _libraries: list[Library] = []  # a Library that is collected takes its registra
 def register(namespace: str, operators: Iterable[Operator]) -> None:
     """Registers fake, autograd, vmap and FLOP rules of the operators and of their gradients in a namespace."""
     packets = getattr(torch.ops, namespace)
-    library = _ReverseMode(namespace, "FRAGMENT")
+    library = _ReverseMode(namespace, "FRAGMENT")  # type: ignore[no-untyped-call]
     _libraries.append(library)
     for operator in operators:
         forward, backward = getattr(packets, operator.name), getattr(packets, f"{operator.name}_backward")

@@ -38,8 +38,8 @@ from ._register import Operator
 def position_attention(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:
     r"""Attention over all positions of feature maps, (batch, channels, height, width) or other spatial dimensions.
 
-    ``out_i = sum_j softmax_j(scale * q_i . k_j) v_j``, the attention of a Non-local block, of DANet's position attention
-    module and, with pooled keys and values, of ANN and DRANet.
+    ``out_i = sum_j softmax_j(scale * q_i . k_j) v_j``, the attention of a Non-local block, of DANet's position
+    attention module and, with pooled keys and values, of ANN and DRANet.
 
     Warning:
         The channels are dimension 1, and all further dimensions are positions. Other layouts are accepted where their
