@@ -172,13 +172,13 @@ def test_da_module_takes_any_size_without_its_locked_layer() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["position", "channel", "criss_cross"])
+@pytest.mark.parametrize("name", ["position", "channel", "criss_cross", "da_module"])
 def test_error_is_at_most_twice_that_of_eager(name: str, dtype: torch.dtype) -> None:
-    ours, theirs, _ = BLOCKS[name]
-    oracle = randomise(theirs()).to(dtype)
-    module = ours().to(dtype)
+    ours, theirs, shapes = BLOCKS[name]
+    oracle = randomise(theirs()).to(dtype).eval()
+    module = ours().to(dtype).eval()
     module.load_state_dict(oracle.state_dict())
-    x = torch.randn(2, 16, 13, 17).to(dtype)
+    x = torch.randn(shapes[0] if name == "da_module" else (2, 16, 13, 17)).to(dtype)
     eager = oracle(x)
     exact = oracle.double()(x.double())
     assert_as_exact_as_eager(name, module(x), eager, exact)
