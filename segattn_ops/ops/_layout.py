@@ -7,7 +7,7 @@ from torch import Tensor
 
 _HEAD_CHANNELS = range(16, 257, 8)
 _MOST_HEADS = 64
-_LEAST_TOKENS_PER_CHANNEL = 3
+_TALLEST_IMAGE = 3  # height by width; pictures of pedestrians have 3
 
 _warned = False
 
@@ -15,15 +15,15 @@ _warned = False
 def warn_if_tokens(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Warns, once in a process, if the tensors are much more likely (batch, heads, tokens, channels) than feature maps:
     4-D, equal in the last dimension, which is a common number of channels of a head, with few of what would be
-    channels, and at least three times as high as wide."""
+    channels, and more than three times as high as wide."""
     global _warned
     sizes = query.shape
-    if len(sizes) != 4 or sizes[2] < _LEAST_TOKENS_PER_CHANNEL * sizes[3]:  # of nearly all feature maps
+    if len(sizes) != 4 or sizes[2] <= _TALLEST_IMAGE * sizes[3]:  # of nearly all feature maps
         return
     _, heads, _, channels = sizes
     if _warned or heads > _MOST_HEADS or channels not in _HEAD_CHANNELS or key.shape[1:] != value.shape[1:]:
         return
-    if key.dim() != 4 or key.shape[3] != channels or key.shape[2] < _LEAST_TOKENS_PER_CHANNEL * channels:
+    if key.dim() != 4 or key.shape[3] != channels or key.shape[2] <= _TALLEST_IMAGE * channels:
         return
     if type(query) not in (Tensor, torch.nn.Parameter):  # fake tensors, among others
         return

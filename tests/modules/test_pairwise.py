@@ -1,14 +1,17 @@
 """The sums of the concatenation mode against the pairs written out."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn as tnn
 from torch.nn.utils import parametrize, prune
 
+import segattn_ops
 from segattn_ops import nn
 from segattn_ops.nn._pairwise import concatenation, relu_sum
 
-from ..peers import randomise
+from ..peers import blocks, randomise
 
 
 def parts(queries=5, keys=7, channels=3, batch=2):
@@ -213,3 +216,40 @@ def test_error_is_at_most_that_of_eager(dtype):
     eager = g @ (projection(pairs)[:, 0] / 40).mT
     error, eager_error = ((t.double() - exact).abs().max() for t in (concatenation(projection, theta, phi, g), eager))
     assert error <= 2 * eager_error
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_a_converted_block_follows_its_projection(dims):
+    """Pruning after the conversion, and a gradient penalty through it."""
+    original = randomise(blocks._NonLocalBlockND(6, None, dims, False, True, "concatenation")).double().eval()
+    model = tnn.Sequential(copy.deepcopy(original))
+    segattn_ops.convert(model)
+    assert type(model[0]) is not type(original)
+    x = torch.randn(2, 6, *(5, 4, 3)[:dims], dtype=torch.float64, requires_grad=True)
+    before = model(x)
+    for module in (original, model[0]):
+        prune.l1_unstructured(module.concat_project[0], "weight", 0.5)
+    torch.testing.assert_close(model(x), original(x))
+    assert not torch.allclose(model(x), before)
+
+    def penalty(module):
+        (gradient,) = torch.autograd.grad(module(x).sum(), x, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), x)[0]
+
+    torch.testing.assert_close(penalty(model), penalty(original))
+
+
+def test_mmcvs_projection():
+    """ConvModule: its ReLU is in place, and its layers have names of their own."""
+    bricks = pytest.importorskip("mmcv.cnn.bricks")
+    module = block()
+    expected = module(x := torch.randn(2, 6, 4, 5, dtype=torch.float64))
+    projection = bricks.ConvModule(8, 1, 1, bias=False, act_cfg={"type": "ReLU"}).double()
+    projection.conv.weight.data.copy_(module.concat_project[0].weight)
+    module.concat_project = projection
+    sizes = []
+    projection.conv.register_forward_hook(lambda layer, inputs, output: sizes.append(output.numel()))
+    torch.testing.assert_close(module(x), expected)
+    assert sizes == [2 * 41]
+    module.concat_project = bricks.ConvModule(8, 1, 1, norm_cfg={"type": "BN"}).double().eval()
+    torch.testing.assert_close(module(x), Pairs(module)(x))

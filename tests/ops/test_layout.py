@@ -22,11 +22,12 @@ MAPS = [
     ((1, 16, 64, 64), (1, 16, 64, 64), (1, 16, 64, 64)),  # E = C
     ((1, 16, 48, 96), (1, 16, 48, 96), (1, 16, 48, 96)),  # wide
     ((1, 16, 96, 40), (1, 16, 96, 40), (1, 16, 96, 40)),  # portrait format
+    ((1, 1, 96, 32), (1, 1, 96, 32), (1, 1, 96, 32)),  # re-identification of pedestrians, 384 x 128 at stride 4
     ((1, 16, 90, 3), (1, 16, 90, 3), (1, 16, 90, 3)),  # a strip
     ((1, 16, 33, 1), (1, 16, 33, 1), (1, 16, 33, 1)),
-    ((1, 128, 96, 32), (1, 128, 96, 32), (1, 128, 96, 32)),  # more channels than heads
-    ((1, 8, 96, 32), (1, 8, 50), (1, 8, 50)),  # pooled keys
-    ((1, 8, 96, 32), (1, 8, 48, 16), (1, 8, 48, 16)),  # sub-sampled keys
+    ((1, 128, 99, 32), (1, 128, 99, 32), (1, 128, 99, 32)),  # more channels than heads
+    ((1, 8, 99, 32), (1, 8, 50), (1, 8, 50)),  # pooled keys
+    ((1, 8, 99, 32), (1, 8, 49, 16), (1, 8, 49, 16)),  # sub-sampled keys
     ((1, 8, 96, 16, 16), (1, 8, 96, 16, 16), (1, 8, 96, 16, 16)),
     ((1, 96, 32), (1, 96, 32), (1, 96, 32)),
 ]
@@ -58,7 +59,7 @@ def test_feature_maps(shapes):
 
 
 def test_the_recipe_of_the_message():
-    q, k, v = torch.randn(3, 2, 4, 96, 16).unbind()
+    q, k, v = torch.randn(3, 2, 4, 99, 16).unbind()
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     folded = (t.flatten(0, 1).mT for t in (q, k, v))
     out = segattn_ops.position_attention(*folded, 16**-0.5).mT.unflatten(0, (2, 4))
