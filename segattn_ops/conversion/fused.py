@@ -1,6 +1,5 @@
 """Replacements of published blocks: the block's own children, parameters and names, with a fused forward."""
 
-import torch
 from torch import Tensor, nn
 
 from ..nn import _pairwise
