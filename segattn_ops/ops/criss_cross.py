@@ -156,7 +156,7 @@ def criss_cross_attention_map(
 
     Raises:
         RuntimeError: as :func:`criss_cross_attention`.
-        TypeError: for a query or key that is not a tensor.
+        TypeError: for a query or key that is not a tensor, and for a scale that is not a number.
         ValueError: for positions outside the feature map or of another shape, a recurrence that is not a positive
             integer, or sequences of another length.
     """
@@ -170,6 +170,7 @@ def criss_cross_attention_map(
             f"{op}: query and key must be one tensor or {recurrence} of them, one for each recurrence "
             f"(got {len(queries)} and {len(keys)})"
         )
+    scale = number(op, "scale", scale)
     for q, k in zip(queries, keys, strict=True):
         check_tensors(op, query=q, key=k)
     attentions = []

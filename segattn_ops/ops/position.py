@@ -119,10 +119,11 @@ def position_attention_map(query: Tensor, key: Tensor, positions: Tensor, scale:
         (B, P, *T), in the dtype of accumulation; every row sums to 1.
 
     Raises:
-        RuntimeError: as :func:`position_attention`.
+        TypeError, RuntimeError: as :func:`position_attention`.
         ValueError: for positions of another shape or dtype, or outside the feature map.
     """
     check_tensors("position_attention_map", query=query, key=key)
+    scale = number("position_attention_map", "scale", scale)
     query, key = autocast(query, key)
     check_position_attention(query, key, key, scale, "position_attention_map")
     index = flat_positions(positions, query.shape[2:], "position_attention_map")

@@ -420,6 +420,10 @@ SCALED = [
     ("criss_cross_attention", CRISS_CROSS),
     ("residual_channel_attention", {"input": t(2, 8, 5), "gamma": t(1)}),
 ]
+SCALED_MAPS = [
+    ("position_attention_map", {"query": t(2, 8, 5), "key": t(2, 8, 5), "positions": [[0]]}),
+    ("criss_cross_attention_map", AFFINITY | {"positions": [[0, 0]]}),
+]
 each_scaled = pytest.mark.parametrize(("op", "good"), SCALED, ids=[op for op, _ in SCALED])
 NO_NUMBERS = [
     (None, "NoneType"),
@@ -433,7 +437,7 @@ NO_NUMBERS = [
 ]
 
 
-@each_scaled
+@pytest.mark.parametrize(("op", "good"), SCALED + SCALED_MAPS, ids=[op for op, _ in SCALED + SCALED_MAPS])
 @pytest.mark.parametrize(("value", "got"), NO_NUMBERS, ids=[got for _, got in NO_NUMBERS])
 def test_a_scale_that_is_not_a_number(backend, op, good, value, got):
     with pytest.raises(TypeError, match=rf"^{op}: scale must be a number \(got {got}\)$"):
