@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from . import _library
+from ._forward_mode import has_tangent, in_dual_level
 from ._precision import follow_tf32_setting
 
 LIBRARIES = _library.load()
@@ -54,19 +56,23 @@ def use_backend(name: str) -> Iterator[None]:
         _current = previous
 
 
-def operators(device: torch.device) -> ModuleType | None:
-    """The operator namespace that serves tensors on `device`; None if the reference does. Warns once for each device
-    type if native kernels are missing.
+def operators(op: str, *tensors: Tensor) -> ModuleType | None:
+    """The operator namespace that serves a call of `op` with `tensors`; None if the reference does. Warns once for each
+    device type if native kernels are missing, and once if the call is differentiated in forward mode.
 
     The reference serves a call that torch.onnx.export captures: ONNX has no such operators, but all of the
     reference's."""
     namespace = _NAMESPACES[_current]
     if namespace is None or _in_onnx_export():
         return None
-    if namespace == "segattn" and not LIBRARIES.serves(device.type):
-        _warn_once(device.type)
+    device_type = tensors[0].device.type
+    if namespace == "segattn" and not LIBRARIES.serves(device_type):
+        _warn_once(device_type, f"{device_type} tensors", LIBRARIES.why_not(device_type))
         return None
-    if device.type == "cuda":
+    if in_dual_level() and has_tangent(*tensors):
+        _warn_once("forward mode", f"{op} in forward mode", "the fused kernels have no forward-mode derivative")
+        return None
+    if device_type == "cuda":
         follow_tf32_setting(namespace)
     found: ModuleType = getattr(torch.ops, namespace)
     return found
@@ -78,13 +84,13 @@ def _in_onnx_export() -> bool:
     return capturing and torch.onnx.is_in_onnx_export()
 
 
-def _warn_once(device_type: str) -> None:
-    if torch.compiler.is_compiling() or device_type in _warned:
+def _warn_once(key: str, served: str, reason: str) -> None:
+    if torch.compiler.is_compiling() or key in _warned:
         return
-    _warned.add(device_type)
+    _warned.add(key)
     warnings.warn(
-        f"segattn_ops: the plain PyTorch reference serves {device_type} tensors, which is slow and stores the "
-        f"attention map: {LIBRARIES.why_not(device_type)}",
+        f"segattn_ops: the plain PyTorch reference serves {served}, which is slow and stores the attention map: "
+        f"{reason}",
         RuntimeWarning,
         stacklevel=4,
     )

@@ -31,6 +31,7 @@ template <typename... Parts>
   throw std::runtime_error(message.str());
 }
 
+// The name in Python. PyTorch does not hand tensors of the other dtypes, of quantized ones for example, to extensions.
 inline std::string_view name_of(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Half:
@@ -41,6 +42,38 @@ inline std::string_view name_of(ScalarType dtype) {
       return "float32";
     case ScalarType::Double:
       return "float64";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::UInt16:
+      return "uint16";
+    case ScalarType::UInt32:
+      return "uint32";
+    case ScalarType::UInt64:
+      return "uint64";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::ComplexHalf:
+      return "complex32";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
+    case ScalarType::Float8_e5m2:
+      return "float8_e5m2";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
+    case ScalarType::Float8_e5m2fnuz:
+      return "float8_e5m2fnuz";
+    case ScalarType::Float8_e4m3fnuz:
+      return "float8_e4m3fnuz";
     default:
       return "another dtype";
   }

@@ -1,6 +1,5 @@
 """Replacements of published blocks: the block's own children, parameters and names, with a fused forward."""
 
-import torch
 from torch import Tensor, nn
 
 from ..nn import _pairwise
@@ -76,11 +75,9 @@ class FusedNonLocal(FusedBlock):
         if mode == "dot_product":
             y = _pairwise.dot_product(theta, phi, g)
         else:
-            projection = next(self.get_submodule(self._fused_names["projection"]).parameters()).flatten()
-            query_weight, key_weight = projection.split(theta.shape[1])
-            parts = torch.einsum("ben,e->bn", theta, query_weight), torch.einsum("bem,e->bm", phi, key_weight)
-            y = _pairwise.concatenation(*parts, g)
-        return y.reshape(x.shape[0], -1, *x.shape[2:])
+            y = _pairwise.concatenation(self.get_submodule(self._fused_names["projection"]), theta, phi, g)
+        unflattened: Tensor = y.unflatten(2, x.shape[2:])
+        return unflattened
 
     def _fused_script(self) -> list[str] | None:
         mode, scale = self._fused_options["mode"], self._fused_options.get("scale", 1.0)

@@ -3,18 +3,21 @@
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..nn import ChannelAttentionBlock, RefinementResidualBlock
-from ..nn._checks import feature_map, positive_int
+from ..nn._checks import feature_map, is_pointwise, is_recorded, positive_int
 
 
 def _resize(x: Tensor, like: Tensor) -> Tensor:
     """Bilinear to the size of ``like``. dfn_seg's fixed factors would need sides divisible by 32."""
-    return (
-        x if x.shape[2:] == like.shape[2:] else F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
-    )
+    tracing = torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
+    recorded = tracing or is_recorded(x)  # for other sizes as well
+    if not recorded and x.shape[2:] == like.shape[2:]:
+        return x
+    return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
 
 
 class DFNHead(nn.Module):
@@ -73,9 +76,12 @@ class DFNHead(nn.Module):
 
     def _smooth(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
         """The four feature maps -> logits of every stage, each at its stage's size."""
-        # The mean of a 1 x 1 convolution is the convolution of the mean, which has one position instead of H_4 * W_4.
-        x = self.out_conv(F.adaptive_avg_pool2d(maps[3], 1))
-        x = x.expand(-1, -1, *maps[3].shape[2:])
+        if is_pointwise(self.out_conv):
+            # The mean of a 1 x 1 convolution is the convolution of the mean, which has one position, not H_4 * W_4.
+            x = self.out_conv(F.adaptive_avg_pool2d(maps[3], 1))
+        else:
+            x = F.adaptive_avg_pool2d(self.out_conv(maps[3]), 1)
+        x = x.expand(-1, -1, maps[3].shape[2], maps[3].shape[3])
         logits = {}
         for stage in (4, 3, 2, 1):
             low = getattr(self, f"rrb_d_{stage}")(maps[stage - 1])

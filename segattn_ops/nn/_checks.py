@@ -6,18 +6,23 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import Proxy
 
 
 def positive_int(module: str, name: str, value: Any) -> int:
-    """Returns ``value`` if it is an int >= 1, else raises ValueError naming the module and the argument."""
+    """Returns ``value`` if it is an int >= 1, else raises TypeError or ValueError, which name module and argument."""
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{module}: {name} must be a positive integer (got {value!r})")
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"{module}: {name} must be a positive integer (got {value!r})")
     return int(value)
 
 
 def finite_float(module: str, name: str, value: Any) -> float:
-    """Returns ``value`` as a float if it is a finite real number, else raises ValueError."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+    """Returns ``value`` as a float if it is a finite real number, else raises TypeError or ValueError."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{module}: {name} must be a number (got {type(value).__name__})")
+    if not math.isfinite(value):
         raise ValueError(f"{module}: {name} must be a finite number (got {value!r})")
     return float(value)
 
@@ -43,10 +48,18 @@ def reduced_channels(module: str, name: str, in_channels: int, given: int | None
     return channels
 
 
+def is_recorded(*inputs: Any) -> bool:
+    """Whether torch.fx records a forward pass: it calls the module with proxies, which have no shape to check."""
+    return any(isinstance(x, Proxy) for x in inputs)
+
+
 def feature_map(module: str, name: str, x: Any, channels: int | None, spatial_dims: int = 2) -> None:
-    """Raises ValueError unless ``x`` is a floating-point tensor (B, channels, *spatial) of the stated rank."""
+    """Raises unless ``x`` is a floating-point tensor (B, channels, *spatial) of the stated rank: TypeError if it is not
+    a tensor, else ValueError."""
+    if is_recorded(x):
+        return
     if not isinstance(x, torch.Tensor):
-        raise ValueError(f"{module}: {name} must be a tensor (got {type(x).__name__})")
+        raise TypeError(f"{module}: {name} must be a tensor (got {type(x).__name__})")
     if x.dim() != spatial_dims + 2:
         axes = {1: "(B, C, L)", 2: "(B, C, H, W)", 3: "(B, C, T, H, W)"}[spatial_dims]
         raise ValueError(
@@ -60,11 +73,25 @@ def feature_map(module: str, name: str, x: Any, channels: int | None, spatial_di
 
 def same_size(module: str, name: str, x: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     """Raises ValueError unless the two feature maps have the same batch and spatial sizes."""
+    if is_recorded(x, other):
+        return
     if x.shape[0] != other.shape[0]:
         raise ValueError(f"{module}: {name} must have batch size {other.shape[0]} like {other_name} (got {x.shape[0]})")
     if x.shape[2:] != other.shape[2:]:
         expected, got = tuple(other.shape[2:]), tuple(x.shape[2:])
         raise ValueError(f"{module}: {name} must have spatial size {expected} like {other_name} (got {got})")
+
+
+def is_pointwise(layer: nn.Module) -> bool:
+    """Whether a layer is PyTorch's 1 x 1 convolution: affine, and the same at every position. What a user may put in
+    its place (an adapter, a quantised layer) need not be."""
+    return (
+        isinstance(layer, nn.Conv2d)
+        and type(layer).forward is nn.Conv2d.forward  # also of a layer with torch.nn.utils.parametrize
+        and layer.kernel_size == (1, 1)
+        and layer.stride == (1, 1)
+        and layer.padding in ((0, 0), "valid", "same")
+    )
 
 
 class ScalarShapes(nn.Module):

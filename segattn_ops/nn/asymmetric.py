@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.position import position_attention
-from ._checks import feature_map, positive_int, probability
+from ._checks import feature_map, is_pointwise, is_recorded, positive_int, probability
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -39,8 +39,9 @@ class AsymmetricAttention(nn.Module):
 
     ``y = W(position_attention(f_query(high), pool(f_key(low)), pool(f_value(low)), key_channels ** -0.5))``
 
-    f_value is affine and average pooling preserves constants, so pool(f_value(low)) = f_value(pool(low)). The second
-    form is computed: the value projection then runs on 110 positions instead of N.
+    A 1 x 1 convolution is affine and average pooling preserves constants, so pool(f_value(low)) = f_value(pool(low)).
+    The second form is computed: the value projection then runs on 110 positions instead of N. If f_value has been
+    replaced by another kind of layer, the first form is.
 
     Source: Zhu et al., "Asymmetric Non-local Neural Networks for Semantic Segmentation", ICCV 2019, equations 7 to 9.
     Names are the authors': ``f_key.0, f_key.1.0, f_query.*, f_value, W``; W starts at zero.
@@ -92,7 +93,10 @@ class AsymmetricAttention(nn.Module):
         """low (B, low_channels, H', W'), high (B, high_channels, H, W) -> (B, out_channels, H, W)."""
         key = self.f_key(low)
         query = key if self.f_query is self.f_key and high is low else self.f_query(high)
-        value = self.f_value(self.psp(low)[..., None])[..., 0]  # (B, value_channels, S)
+        if is_pointwise(self.f_value):
+            value = self.f_value(self.psp(low)[..., None])[..., 0]  # (B, value_channels, S)
+        else:
+            value = self.psp(self.f_value(low))
         y: Tensor = self.W(position_attention(query, self.psp(key), value, self.scale))
         return y
 
@@ -125,6 +129,7 @@ class APNB(nn.Module):
         x (B, in_channels, H, W) -> (B, out_channels, H, W).
 
     Raises:
+        TypeError: for an input that is not a tensor.
         ValueError: for arguments out of range, or an input of the wrong rank, dtype or number of channels.
     """
 
@@ -183,6 +188,7 @@ class AFNB(nn.Module):
         differ.
 
     Raises:
+        TypeError: for an input that is not a tensor.
         ValueError: for arguments out of range, or an input of the wrong rank, dtype or number of channels.
     """
 
@@ -220,7 +226,7 @@ class AFNB(nn.Module):
         """low (B, low_channels, H', W'), high (B, high_channels, H, W) -> (B, out_channels, H, W)."""
         feature_map("AFNB", "low", low, self.low_channels)
         feature_map("AFNB", "high", high, self.high_channels)
-        if low.shape[0] != high.shape[0]:
+        if not is_recorded(low, high) and low.shape[0] != high.shape[0]:
             raise ValueError(f"AFNB: low must have batch size {high.shape[0]} like high (got {low.shape[0]})")
         context = sum(stage(low, high) for stage in self.stages)
         y: Tensor = self.conv_bn_dropout(torch.cat([context, high], dim=1))

@@ -24,6 +24,7 @@ class ChannelAttention(ScalarShapes):
         x (B, C, H, W) -> (B, C, H, W), same dtype. The energies are accumulated in float32 (float64 for float64).
 
     Raises:
+        TypeError: for a scale that is not a number, or an input that is not a tensor.
         ValueError: for arguments out of range, or an input of the wrong rank, dtype or number of channels.
     """
 

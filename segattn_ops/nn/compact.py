@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ..ops.channel import channel_attention
 from ..ops.position import position_attention
-from ._checks import ScalarShapes, feature_map, positive_int, same_size
+from ._checks import ScalarShapes, feature_map, is_recorded, positive_int, same_size
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -62,6 +62,7 @@ class CompactPositionAttention(ScalarShapes):
         x (B, C, H, W), tokens (B, K, C) -> (B, C, H, W).
 
     Raises:
+        TypeError: for an input that is not a tensor.
         ValueError: for arguments out of range, or inputs of the wrong rank, dtype, batch size or number of channels.
     """
 
@@ -78,13 +79,20 @@ class CompactPositionAttention(ScalarShapes):
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         """x (B, C, H, W), tokens (B, K, C) -> (B, C, H, W)."""
         feature_map("CompactPositionAttention", "input", x, self.in_channels)
+        self._check_tokens(x, tokens)
+        key, value = self.conv_key(tokens).mT, self.conv_value(tokens).mT
+        return self.scale * position_attention(self.conv_query(x), key, value) + x
+
+    def _check_tokens(self, x: Tensor, tokens: Tensor) -> None:
+        if is_recorded(x, tokens):
+            return
+        if not isinstance(tokens, Tensor):
+            raise TypeError(f"CompactPositionAttention: tokens must be a tensor (got {type(tokens).__name__})")
         if tokens.dim() != 3 or tokens.shape[0] != x.shape[0] or tokens.shape[2] != self.in_channels:
             raise ValueError(
                 f"CompactPositionAttention: tokens must have shape (B, K, C) = ({x.shape[0]}, K, {self.in_channels}) "
                 f"(got {tuple(tokens.shape)})"
             )
-        key, value = self.conv_key(tokens).mT, self.conv_value(tokens).mT
-        return self.scale * position_attention(self.conv_query(x), key, value) + x
 
 
 class CompactChannelAttention(ScalarShapes):
@@ -98,6 +106,7 @@ class CompactChannelAttention(ScalarShapes):
         x (B, C, H, W), gathered (B, K, H, W) -> (B, C, H, W).
 
     Raises:
+        TypeError: for an input that is not a tensor.
         ValueError: for inputs of the wrong rank or dtype, or of different batch or spatial sizes.
     """
 

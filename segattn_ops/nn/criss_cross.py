@@ -25,6 +25,7 @@ class CrissCrossAttention(ScalarShapes):
         x (B, C, H, W) -> (B, C, H, W), same dtype. H = 1 and W = 1 are valid.
 
     Raises:
+        TypeError: for a scale that is not a number, or an input that is not a tensor.
         ValueError: for arguments out of range, or an input of the wrong rank, dtype or number of channels.
     """
 
@@ -66,6 +67,7 @@ class RecurrentCrissCrossAttention(CrissCrossAttention):
         scale: factor on the energies before the softmax; 1 in CCNet.
 
     Raises:
+        TypeError: as :class:`CrissCrossAttention`.
         ValueError: as :class:`CrissCrossAttention`, and for a recurrence below 1.
     """
 

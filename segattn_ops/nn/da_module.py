@@ -1,16 +1,10 @@
 """DAModule: the dual attention variant of the External-Attention collection, in scaled dot-product form."""
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..ops.channel import channel_attention
 from ..ops.position import position_attention
-from ._checks import feature_map, positive_int
-
-
-def _pointwise(layer: nn.Linear, x: Tensor) -> Tensor:
-    """A linear layer over the channels of x (B, C, H, W), in the channels-first layout."""
-    return F.conv2d(x, layer.weight[:, :, None, None], layer.bias)
+from ._checks import feature_map, is_recorded, positive_int
 
 
 class _PositionProjections(nn.Module):
@@ -37,12 +31,16 @@ class _PositionBranch(nn.Module):
         super().__init__()
         self.cnn = nn.Conv2d(channels, channels, kernel_size, padding=(kernel_size - 1) // 2)
         self.pa = _PositionProjections(channels)
+        self.scale = channels**-0.5
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, C, H, W)."""
         x = self.cnn(x)
-        query, key, value = (_pointwise(layer, x) for layer in (self.pa.fc_q, self.pa.fc_k, self.pa.fc_v))
-        return _pointwise(self.pa.fc_o, position_attention(query, key, value, query.shape[1] ** -0.5))
+        y = x.flatten(2).mT.contiguous()  # (B, N, C): three linear layers read it faster than its transpose
+        query, key, value = (layer(y).mT for layer in (self.pa.fc_q, self.pa.fc_k, self.pa.fc_v))
+        projected = self.pa.fc_o(position_attention(query, key, value, self.scale).mT)
+        output: Tensor = projected.mT.unflatten(2, x.shape[2:])
+        return output
 
 
 class _ChannelBranch(nn.Module):
@@ -54,7 +52,10 @@ class _ChannelBranch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, C, H, W)."""
         x = self.cnn(x)
-        y = channel_attention(x, x, x, (x.shape[2] * x.shape[3]) ** -0.5)
+        # Half of the scale (H W)**-0.5 in query and half in key: as an argument, a trace would keep its value. One half
+        # keeps float16 clear of overflow and of underflow.
+        scaled = x * (x.shape[2] * x.shape[3]) ** -0.25
+        y = channel_attention(scaled, scaled, x, 1.0)
         return y if self.pa is None else self.pa.fc_o(y.flatten(2)).unflatten(2, x.shape[2:])
 
 
@@ -83,6 +84,7 @@ class DAModule(nn.Module):
         x (B, C, H, W) -> (B, C, H, W).
 
     Raises:
+        TypeError: for an input that is not a tensor.
         ValueError: for arguments out of range, or an input of the wrong rank, dtype, channels, or size in the
             fixed-size form.
     """
@@ -102,12 +104,13 @@ class DAModule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, C, H, W)."""
         feature_map("DAModule", "input", x, self.d_model)
-        if self.size is not None and tuple(x.shape[2:]) != self.size:
+        if self.size is not None and not is_recorded(x) and tuple(x.shape[2:]) != self.size:
             raise ValueError(
                 f"DAModule: input must have the spatial size {self.size} that the module was made for "
                 f"(got {tuple(x.shape[2:])}); make it without H and W for any size"
             )
-        y: Tensor = self.position_attention_module(x) + self.channel_attention_module(x)
+        position = self.position_attention_module(x)  # a transposed view
+        y: Tensor = self.channel_attention_module(x) + position  # in the memory format of the first summand
         return y
 
     def extra_repr(self) -> str:

@@ -1,14 +1,12 @@
 """Non-local blocks in 1, 2 and 3 spatial dimensions, in all four modes of the paper."""
 
 from collections.abc import Callable
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..ops.position import position_attention
 from . import _pairwise
-from ._checks import feature_map, finite_float, positive_int
+from ._checks import feature_map, finite_float, is_recorded, positive_int
 
 MODES = ("embedded_gaussian", "gaussian", "dot_product", "concatenation")
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -77,9 +75,10 @@ class _NonLocal(nn.Module):
         """x (B, C, *spatial) -> x + W(y), of the same shape."""
         name = type(self).__name__
         feature_map(name, "input", x, self.in_channels, self.spatial_dims)
-        pooled = x.shape[-min(self.spatial_dims, 2) :]  # a 3-D pool does not reduce time
-        if self.sub_sample and min(pooled) < 2:
-            raise ValueError(f"{name}: sub_sample needs sides of at least 2 to halve (got {tuple(pooled)})")
+        if self.sub_sample and not is_recorded(x):
+            pooled = x.shape[-min(self.spatial_dims, 2) :]  # a 3-D pool does not reduce time
+            if min(pooled) < 2:
+                raise ValueError(f"{name}: sub_sample needs sides of at least 2 to halve (got {tuple(pooled)})")
         y: Tensor = self.W(self._aggregate(x))
         return x + y
 
@@ -95,12 +94,9 @@ class _NonLocal(nn.Module):
         if self.mode == "dot_product":
             y = _pairwise.dot_product(theta, phi, g)
         else:
-            weight: Any = self.concat_project[0].weight
-            query_weight, key_weight = weight.flatten().split(self.inter_channels)
-            y = _pairwise.concatenation(
-                torch.einsum("ben,e->bn", theta, query_weight), torch.einsum("bem,e->bm", phi, key_weight), g
-            )
-        return y.reshape(x.shape[0], self.inter_channels, *x.shape[2:])
+            y = _pairwise.concatenation(self.concat_project, theta, phi, g)
+        unflattened: Tensor = y.unflatten(2, x.shape[2:])
+        return unflattened
 
     def extra_repr(self) -> str:
         return (
@@ -142,6 +138,7 @@ class NonLocal2d(_NonLocal):
         x (B, C, H, W) -> (B, C, H, W).
 
     Raises:
+        TypeError: for a scale that is not a number, or an input that is not a tensor.
         ValueError: for arguments out of range, or an input of the wrong rank, dtype or number of channels, or too
             small to pool.
     """

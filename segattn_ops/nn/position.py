@@ -25,6 +25,7 @@ class PositionAttention(ScalarShapes):
         x (B, C, H, W), any floating-point dtype the op takes -> (B, C, H, W), same dtype.
 
     Raises:
+        TypeError: for a scale that is not a number, or an input that is not a tensor.
         ValueError: for arguments out of range, or an input of the wrong rank, dtype or number of channels.
     """
 

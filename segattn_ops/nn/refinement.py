@@ -25,6 +25,7 @@ class ChannelAttentionBlock(nn.Module):
         high (B, out_channels, H, W), low (B, out_channels, H, W) -> (B, out_channels, H, W).
 
     Raises:
+        TypeError: for an input that is not a tensor.
         ValueError: for arguments out of range, or inputs of the wrong rank, dtype, sizes or number of channels.
     """
 
@@ -67,6 +68,7 @@ class RefinementResidualBlock(nn.Module):
         x (B, in_channels, H, W) -> (B, out_channels, H, W).
 
     Raises:
+        TypeError: for an input that is not a tensor.
         ValueError: for arguments out of range, or an input of the wrong rank, dtype or number of channels.
     """
 

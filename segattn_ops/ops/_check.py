@@ -5,13 +5,23 @@ headers there: same names, same order of rules, same messages. tests/ops/test_er
 """
 
 import math
+import numbers
 from collections.abc import Sequence
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor
 
+from .._forward_mode import has_tangent
+
 SUPPORTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# The dtypes that a message names, as `name_of` in check.h
+NAMES = (
+    *("float16", "bfloat16", "float32", "float64"),
+    *("uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64", "bool"),
+    *("complex32", "complex64", "complex128"),
+    *("float8_e5m2", "float8_e4m3fn", "float8_e5m2fnuz", "float8_e4m3fnuz"),
+)
 
 
 class Argument(NamedTuple):
@@ -34,8 +44,31 @@ def check_tensors(op: str, **arguments: object) -> None:
             raise TypeError(f"{op}: {name} must be a torch.Tensor (got {type(argument).__name__})")
 
 
+def number(op: str, name: str, value: object) -> float:
+    """`value` as the operators take it. For the public functions: an operator converts a tensor to a number and drops
+    its gradient.
+
+    Raises:
+        TypeError: if the value is not a number, or a tensor that is to be differentiated.
+    """
+    if isinstance(value, Tensor) and value.dim() == 0 and not value.is_complex():
+        if value.requires_grad or has_tangent(value):
+            raise TypeError(
+                f"{op}: {name} must be a number (got a tensor that requires a gradient, and {name} is not "
+                "differentiable; multiply the first argument by it instead)"
+            )
+        return float(value)
+    if isinstance(value, (torch.SymFloat, torch.SymInt)):
+        return cast(float, value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{op}: {name} must be a number (got {got})")
+    return float(value)
+
+
 def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.") if dtype in SUPPORTED else "another dtype"
+    name = str(dtype).removeprefix("torch.")
+    return name if name in NAMES else "another dtype"
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

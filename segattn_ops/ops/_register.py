@@ -6,7 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import Library
 from torch.utils.flop_counter import register_flop_formula
+
+from .._forward_mode import has_tangent, in_dual_level
 
 
 @dataclass(frozen=True)
@@ -35,30 +38,51 @@ class Operator:
     adjust_vmap: Callable[..., tuple[Any, ...]] | None = None
 
 
+class _ReverseMode(Library):
+    """A fragment of a namespace whose autograd rules refuse forward mode. The rules that torch.library makes call the
+    kernel and drop the tangents, so that the result has the derivative 0."""
+
+    def impl(self, op_name: str, fn: Callable[..., Any], dispatch_key: str = "", **options: Any) -> None:
+        def refusing(keyset: Any, *arguments: Any, **keywords: Any) -> Any:
+            if in_dual_level() and has_tangent(*arguments):
+                raise NotImplementedError(
+                    f"{op_name}: the fused kernels have no forward-mode derivative; call the function of segattn_ops, "
+                    "not compiled before, which takes the plain PyTorch reference for it"
+                )
+            return fn(keyset, *arguments, **keywords)
+
+        super().impl(op_name, refusing, dispatch_key, **options)  # type: ignore[no-untyped-call]
+
+
+_libraries: list[Library] = []  # a Library that is collected takes its registrations away
+
+
 def register(namespace: str, operators: Iterable[Operator]) -> None:
     """Registers fake, autograd, vmap and FLOP rules of the operators and of their gradients in a namespace."""
     packets = getattr(torch.ops, namespace)
+    library = _ReverseMode(namespace, "FRAGMENT")  # type: ignore[no-untyped-call]
+    _libraries.append(library)
     for operator in operators:
         forward, backward = getattr(packets, operator.name), getattr(packets, f"{operator.name}_backward")
         name, backward_name = f"{namespace}::{operator.name}", f"{namespace}::{operator.name}_backward"
         torch.library.register_fake(name, operator.fake)
         torch.library.register_fake(backward_name, operator.fake_backward)
-        _register_autograd(name, operator, backward)
-        _register_once_differentiable(backward_name)
+        _register_autograd(library, name, operator, backward)
+        _register_once_differentiable(library, backward_name)
         _register_vmap(name, forward, operator.adjust_vmap)
         _register_vmap(backward_name, backward)
         _register_flops(forward, operator.flops)
         _register_flops(backward, operator.flops_backward)
 
 
-def _register_autograd(name: str, operator: Operator, backward_packet: Any) -> None:
+def _register_autograd(library: Library, name: str, operator: Operator, backward_packet: Any) -> None:
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         return operator.backward(backward_packet, ctx, *gradients)
 
-    torch.library.register_autograd(name, backward, setup_context=operator.setup_context)
+    torch.library.register_autograd(name, backward, setup_context=operator.setup_context, lib=library)
 
 
-def _register_once_differentiable(name: str) -> None:
+def _register_once_differentiable(library: Library, name: str) -> None:
     """Makes the backward of a `*_backward` operator raise, with the remedy."""
     unqualified = name.split("::")[1]
 
@@ -68,7 +92,7 @@ def _register_once_differentiable(name: str) -> None:
             'compute under segattn_ops.use_backend("reference") for second derivatives'
         )
 
-    torch.library.register_autograd(name, backward)
+    torch.library.register_autograd(name, backward, lib=library)
 
 
 def _register_vmap(name: str, packet: Any, adjust: Callable[..., tuple[Any, ...]] | None = None) -> None:

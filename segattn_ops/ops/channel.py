@@ -1,6 +1,7 @@
 """Channel attention: softmax attention between channels, contracted over positions."""
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from ._check import (
     check_spatial,
     check_tensors,
     fail,
+    number,
 )
 from ._register import Operator
 
@@ -48,7 +50,7 @@ def channel_attention(query: Tensor, key: Tensor, value: Tensor, scale: float = 
         (B, C, *T), in the inputs' dtype.
 
     Raises:
-        TypeError: for an argument that is not a tensor.
+        TypeError: for an argument that is not a tensor, and for a scale that is not a number.
         RuntimeError: for mismatched shapes, dtypes or devices, and for a scale that is not finite.
 
     Source: Fu et al., "Dual Attention Network for Scene Segmentation" (2019), equations 3 and 4, and the sign of the
@@ -57,12 +59,15 @@ def channel_attention(query: Tensor, key: Tensor, value: Tensor, scale: float = 
     if has_torch_function((query, key, value)):
         overridden: Tensor = handle_torch_function(channel_attention, (query, key, value), query, key, value, scale)
         return overridden
-    check_tensors("channel_attention", query=query, key=key, value=value)
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        check_tensors("channel_attention", query=query, key=key, value=value)
+    if type(scale) is not float:
+        scale = number("channel_attention", "scale", scale)
     if query is key and key is value:
         (x,) = autocast(query)
         return _self_attention(x, scale)
     query, key, value = autocast(query, key, value)
-    operators = _backend.operators(query.device)
+    operators = _backend.operators("channel_attention", query, key, value)
     if operators is None:
         check_channel_attention(query, key, value, scale)
         with without_autocast(query.device.type):
@@ -72,7 +77,7 @@ def channel_attention(query: Tensor, key: Tensor, value: Tensor, scale: float = 
     return results[0]
 
 
-def residual_channel_attention(input: Tensor, gamma: Tensor, scale: float = -1.0) -> Tensor:
+def residual_channel_attention(input: Tensor, gamma: Tensor | float, scale: float = -1.0) -> Tensor:
     r"""DANet's channel attention module: ``gamma * channel_attention(x, x, x, scale) + x`` in one op.
 
     gamma multiplies the C x C attention map, and the residual is added where the result is stored. The input is the
@@ -80,8 +85,8 @@ def residual_channel_attention(input: Tensor, gamma: Tensor, scale: float = -1.0
 
     Args:
         input: (B, C, *S), float16, bfloat16, float32 or float64; at least one position.
-        gamma: the factor, floating point: (), (1,), (C,), (B, C) or another shape that broadcasts to (B, C). It is used
-            in the dtype of accumulation.
+        gamma: the factor: a number, or a floating-point tensor of shape (), (1,), (C,), (B, C) or another that
+            broadcasts to (B, C). It is used in the dtype of accumulation.
         scale: multiplies the energies. Not differentiable.
 
     Returns:
@@ -89,7 +94,8 @@ def residual_channel_attention(input: Tensor, gamma: Tensor, scale: float = -1.0
         dtype, the residual is not rounded.
 
     Raises:
-        TypeError: for an argument that is not a tensor.
+        TypeError: for an input that is not a tensor, a gamma that is neither a number nor a tensor, and a scale that is
+            not a number.
         RuntimeError: for an input of the wrong rank or dtype, a gamma of the wrong shape, dtype or device, and for a
             scale that is not finite.
 
@@ -98,7 +104,9 @@ def residual_channel_attention(input: Tensor, gamma: Tensor, scale: float = -1.0
     if has_torch_function((input, gamma)):
         overridden: Tensor = handle_torch_function(residual_channel_attention, (input, gamma), input, gamma, scale)
         return overridden
-    check_tensors("residual_channel_attention", input=input, gamma=gamma)
+    check_tensors("residual_channel_attention", input=input)
+    if type(scale) is not float:
+        scale = number("residual_channel_attention", "scale", scale)
     check_channel_self_attention(input, scale, None, "residual_channel_attention")
     factors = _factors(input, gamma)
     (converted,) = autocast(input)
@@ -108,9 +116,13 @@ def residual_channel_attention(input: Tensor, gamma: Tensor, scale: float = -1.0
     return _self_attention(input, scale, factors)
 
 
-def _factors(x: Tensor, gamma: Tensor) -> Tensor:
+def _factors(x: Tensor, gamma: Tensor | float) -> Tensor:
     """gamma as the operator takes it: (B, C), in the dtype of accumulation."""
     op = "residual_channel_attention"
+    if not isinstance(gamma, Tensor):
+        if isinstance(gamma, bool) or not isinstance(gamma, numbers.Real):
+            raise TypeError(f"{op}: gamma must be a number or a torch.Tensor (got {type(gamma).__name__})")
+        return x.new_full(x.shape[:2], float(gamma), dtype=accumulation_dtype(x.dtype))
     check_same_device(op, Argument("gamma", gamma), Argument("input", x))
     check_dtype(op, Argument("gamma", gamma))
     sizes = x.shape[:2]
@@ -121,7 +133,10 @@ def _factors(x: Tensor, gamma: Tensor) -> Tensor:
 
 
 def _self_attention(x: Tensor, scale: float, gamma: Tensor | None = None) -> Tensor:
-    operators = _backend.operators(x.device)
+    if gamma is None:
+        operators = _backend.operators("channel_attention", x)
+    else:
+        operators = _backend.operators("residual_channel_attention", x, gamma)
     if operators is None:
         check_channel_self_attention(x, scale, gamma)
         with without_autocast(x.device.type):

@@ -26,6 +26,7 @@ from ._check import (
     check_spatial,
     check_tensors,
     fail,
+    number,
 )
 from ._positions import flat_positions
 from ._register import Operator
@@ -47,7 +48,7 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor, scale: floa
         (B, C, H, W), in the inputs' dtype. Accumulated in float32, float64 for float64.
 
     Raises:
-        TypeError: for an argument that is not a tensor.
+        TypeError: for an argument that is not a tensor, and for a scale that is not a number.
         RuntimeError: for mismatched shapes, dtypes or devices, a height or width of 0, a scale that is not finite.
 
     Source: Huang et al., "CCNet: Criss-Cross Attention for Semantic Segmentation" (2019), section 3.2.
@@ -55,9 +56,12 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor, scale: floa
     if has_torch_function((query, key, value)):
         overridden: Tensor = handle_torch_function(criss_cross_attention, (query, key, value), query, key, value, scale)
         return overridden
-    check_tensors("criss_cross_attention", query=query, key=key, value=value)
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        check_tensors("criss_cross_attention", query=query, key=key, value=value)
+    if type(scale) is not float:
+        scale = number("criss_cross_attention", "scale", scale)
     query, key, value = autocast(query, key, value)
-    operators = _backend.operators(query.device)
+    operators = _backend.operators("criss_cross_attention", query, key, value)
     if operators is None:
         check_criss_cross_attention(query, key, value, scale)
         with without_autocast(query.device.type):
@@ -89,7 +93,7 @@ def criss_cross_affinity(query: Tensor, key: Tensor) -> Tensor:
         return overridden
     check_tensors("criss_cross_affinity", query=query, key=key)
     query, key = autocast(query, key)
-    operators = _backend.operators(query.device)
+    operators = _backend.operators("criss_cross_affinity", query, key)
     if operators is None:
         check_criss_cross_affinity(query, key)
         with without_autocast(query.device.type):
@@ -121,7 +125,7 @@ def criss_cross_aggregation(attention: Tensor, value: Tensor) -> Tensor:
         return overridden
     check_tensors("criss_cross_aggregation", attention=attention, value=value)
     attention, value = autocast(attention, value)
-    operators = _backend.operators(value.device)
+    operators = _backend.operators("criss_cross_aggregation", attention, value)
     if operators is None:
         check_criss_cross_aggregation(attention, value)
         with without_autocast(attention.device.type):
@@ -152,7 +156,7 @@ def criss_cross_attention_map(
 
     Raises:
         RuntimeError: as :func:`criss_cross_attention`.
-        TypeError: for a query or key that is not a tensor.
+        TypeError: for a query or key that is not a tensor, and for a scale that is not a number.
         ValueError: for positions outside the feature map or of another shape, a recurrence that is not a positive
             integer, or sequences of another length.
     """
@@ -166,6 +170,7 @@ def criss_cross_attention_map(
             f"{op}: query and key must be one tensor or {recurrence} of them, one for each recurrence "
             f"(got {len(queries)} and {len(keys)})"
         )
+    scale = number(op, "scale", scale)
     for q, k in zip(queries, keys, strict=True):
         check_tensors(op, query=q, key=k)
     attentions = []

@@ -28,14 +28,29 @@ from ._check import (
     check_shape_is,
     check_spatial,
     check_tensors,
+    number,
 )
+from ._layout import warn_if_tokens
 from ._positions import flat_positions
 from ._register import Operator
 
 
 def position_attention(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:
-    r"""Attention over all positions: ``out_i = sum_j softmax_j(scale * q_i . k_j) v_j``, the attention of a Non-local
-    block, of DANet's position attention module and, with pooled keys and values, of ANN and DRANet.
+    r"""Attention over all positions of feature maps, (batch, channels, height, width) or other spatial dimensions.
+
+    ``out_i = sum_j softmax_j(scale * q_i . k_j) v_j``, the attention of a Non-local block, of DANet's position
+    attention module and, with pooled keys and values, of ANN and DRANet.
+
+    Warning:
+        The channels are dimension 1, and all further dimensions are positions. Other layouts are accepted where their
+        sizes agree, and give other numbers. From (B, heads, N, D) tokens, fold the heads into the batch and put the
+        channels first::
+
+            out = position_attention(*(t.flatten(0, 1).mT for t in (q, k, v)), D**-0.5)  # (B * heads, D, N)
+            out = out.mT.unflatten(0, (B, heads))
+
+        From (B, heads, D, H, W) maps only the heads are folded: ``t.flatten(0, 1)``. From (B, N, D) tokens: ``t.mT``.
+        A call with 4-D tensors whose sizes suggest tokens warns once in a process.
 
     The N x M attention map is never stored: memory beyond the result is O(N + M), forward and backward. If a 16-bit
     input requires a gradient, the rounding error of the result, a tensor of the same size, is kept for the backward.
@@ -51,7 +66,7 @@ def position_attention(query: Tensor, key: Tensor, value: Tensor, scale: float =
         (B, C, *S), in the inputs' dtype. Accumulated in float32, float64 for float64.
 
     Raises:
-        TypeError: for an argument that is not a tensor.
+        TypeError: for an argument that is not a tensor, and for a scale that is not a number.
         RuntimeError: for mismatched shapes, dtypes or devices, and for a scale that is not finite.
 
     Source: Wang et al., "Non-local Neural Networks" (2018), equation 1; Fu et al., "Dual Attention Network for Scene
@@ -61,9 +76,16 @@ def position_attention(query: Tensor, key: Tensor, value: Tensor, scale: float =
     if has_torch_function((query, key, value)):
         overridden: Tensor = handle_torch_function(position_attention, (query, key, value), query, key, value, scale)
         return overridden
-    check_tensors("position_attention", query=query, key=key, value=value)
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        check_tensors("position_attention", query=query, key=key, value=value)
+    if not torch.compiler.is_compiling():
+        elements = key.numel()
+        if type(elements) is int and elements == value.numel():  # a trace has a tensor here
+            warn_if_tokens(query, key, value)
+    if type(scale) is not float:
+        scale = number("position_attention", "scale", scale)
     query, key, value = autocast(query, key, value)
-    operators = _backend.operators(query.device)
+    operators = _backend.operators("position_attention", query, key, value)
     if operators is None:
         check_position_attention(query, key, value, scale)
         with without_autocast(query.device.type):
@@ -97,10 +119,11 @@ def position_attention_map(query: Tensor, key: Tensor, positions: Tensor, scale:
         (B, P, *T), in the dtype of accumulation; every row sums to 1.
 
     Raises:
-        RuntimeError: as :func:`position_attention`.
+        TypeError, RuntimeError: as :func:`position_attention`.
         ValueError: for positions of another shape or dtype, or outside the feature map.
     """
     check_tensors("position_attention_map", query=query, key=key)
+    scale = number("position_attention_map", "scale", scale)
     query, key = autocast(query, key)
     check_position_attention(query, key, key, scale, "position_attention_map")
     index = flat_positions(positions, query.shape[2:], "position_attention_map")

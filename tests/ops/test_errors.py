@@ -5,14 +5,17 @@ import ast
 import inspect
 import math
 import re
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import segattn_ops
 from segattn_ops.ops import channel, criss_cross, position
+from segattn_ops.ops._check import NAMES, SUPPORTED
 
 
 def t(*shape, dtype=torch.float32):
@@ -59,7 +62,7 @@ BAD = [
         "position_attention",
         POSITION,
         {"query": t(2, 8, 5, 7, dtype=torch.int64)},
-        "query must be float16, bfloat16, float32 or float64 (got another dtype)",
+        "query must be float16, bfloat16, float32 or float64 (got int64)",
     ),
     ("position_attention", POSITION, {"scale": math.inf}, "scale must be finite (got inf)"),
     ("position_attention", POSITION, {"scale": math.nan}, "scale must be finite (got nan)"),
@@ -168,7 +171,7 @@ BAD_OPERATORS = [
         "channel_self_attention",
         SELF,
         [
-            ({"input": t(2, 8).long()}, "input must be float16, bfloat16, float32 or float64 (got another dtype)"),
+            ({"input": t(2, 8).long()}, "input must be float16, bfloat16, float32 or float64 (got int64)"),
             (
                 {"input": t(2, 8)},
                 "input must have at least 3 dimensions, (batch, channels, *spatial) (got shape [2, 8])",
@@ -367,7 +370,7 @@ def assert_residual_channel_attention_checks_input_and_gamma(device):
         call(x, gamma[:7])
     with pytest.raises(RuntimeError, match=r"gamma must be of a shape that broadcasts.*\(got shape \[1, 8, 1, 1\]\)"):
         call(x, gamma.view(1, 8, 1, 1))
-    with pytest.raises(RuntimeError, match=r"gamma must be float16.*\(got another dtype\)"):
+    with pytest.raises(RuntimeError, match=r"gamma must be float16.*\(got int64\)"):
         call(x, gamma.long())
     other = "cpu" if device == "meta" else "meta"
     with pytest.raises(RuntimeError, match=rf"gamma must be on device .* like input \(got {other}\)"):
@@ -401,13 +404,102 @@ def test_functions_of_one_input_on_fakes(function):
         function("cpu")
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if getattr(torch, name) not in SUPPORTED])
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+def test_a_dtype_has_the_same_name_in_both_languages(name):
+    """On the CPU the kernels' check speaks, on meta tensors its twin in Python."""
+    for device in ("cpu", "meta"):
+        q = torch.empty(1, 2, 3, 4, dtype=getattr(torch, name), device=device)
+        message = message_of(torch.ops.segattn.criss_cross_affinity, (q, q)).splitlines()[0]
+        assert message == f"criss_cross_affinity: query must be float16, bfloat16, float32 or float64 (got {name})"
+
+
+SCALED = [
+    ("position_attention", POSITION),
+    ("channel_attention", CHANNEL),
+    ("criss_cross_attention", CRISS_CROSS),
+    ("residual_channel_attention", {"input": t(2, 8, 5), "gamma": t(1)}),
+]
+SCALED_MAPS = [
+    ("position_attention_map", {"query": t(2, 8, 5), "key": t(2, 8, 5), "positions": [[0]]}),
+    ("criss_cross_attention_map", AFFINITY | {"positions": [[0, 0]]}),
+]
+each_scaled = pytest.mark.parametrize(("op", "good"), SCALED, ids=[op for op, _ in SCALED])
+NO_NUMBERS = [
+    (None, "NoneType"),
+    ("auto", "str"),
+    (True, "bool"),
+    (1j, "complex"),
+    (np.ones(3), "ndarray"),
+    ([0.5], "list"),
+    (torch.ones(2), r"a tensor of shape \[2\]"),
+    (torch.tensor(1j), r"a tensor of shape \[\]"),
+]
+
+
+@pytest.mark.parametrize(("op", "good"), SCALED + SCALED_MAPS, ids=[op for op, _ in SCALED + SCALED_MAPS])
+@pytest.mark.parametrize(("value", "got"), NO_NUMBERS, ids=[got for _, got in NO_NUMBERS])
+def test_a_scale_that_is_not_a_number(backend, op, good, value, got):
+    with pytest.raises(TypeError, match=rf"^{op}: scale must be a number \(got {got}\)$"):
+        getattr(segattn_ops, op)(**good | {"scale": value})
+
+
+@each_scaled
+def test_a_scale_that_requires_a_gradient(backend, op, good):
+    """The kernels would drop it; also without autograd, so that a model that trains wrongly does not run either."""
+    function, scale = getattr(segattn_ops, op), torch.nn.Parameter(torch.tensor(0.5))
+    good = dict(zip(good, moved(backend.device, good), strict=True))
+    message = f"^{op}: scale must be a number .got a tensor that requires a gradient.*multiply"
+    for value in (scale, 2 * scale):
+        with pytest.raises(TypeError, match=message):
+            function(**good | {"scale": value})
+    with torch.no_grad(), pytest.raises(TypeError, match=message):
+        function(**good | {"scale": scale})
+    with pytest.raises(TypeError, match=message):
+        torch.func.jvp(lambda s: function(**good | {"scale": s}), (scale.detach(),), (scale.detach(),))
+    with pytest.raises(TypeError, match=message):
+        torch.func.grad(lambda s: function(**good | {"scale": s}).sum())(scale.detach())
+
+
+@each_scaled
+def test_any_kind_of_real_number_is_a_scale(backend, op, good):
+    function = getattr(segattn_ops, op)
+    good = {k: torch.randn_like(v) if isinstance(v, torch.Tensor) else v for k, v in good.items()}
+    good = dict(zip(good, moved(backend.device, good), strict=True))
+    expected = function(**good | {"scale": 2.0})
+    for value in (2, np.float32(2), np.float64(2), np.int64(2), Fraction(4, 2), torch.tensor(2.0), torch.tensor(2)):
+        assert torch.equal(function(**good | {"scale": value}), expected)
+    compiled = torch.compile(lambda **arguments: function(**arguments), fullgraph=True, backend="eager")
+    torch._dynamo.reset()
+    torch.testing.assert_close(compiled(**good | {"scale": 2}), expected)
+
+
+def test_gamma_is_a_number_or_a_tensor(backend):
+    x = torch.randn(2, 8, 5, 7, device=backend.device)
+    call = segattn_ops.residual_channel_attention
+    expected = call(x, torch.tensor(0.5, device=backend.device), -0.1)
+    for gamma in (0.5, np.float32(0.5), Fraction(1, 2)):
+        assert torch.equal(call(x, gamma, -0.1), expected)
+    assert torch.equal(call(x, 0), x)
+    assert call(x.bfloat16(), 0.5).dtype == torch.bfloat16
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: call(x, 0.5, -0.1), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), expected)
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(call(leaf, 0.5, -0.1).square().sum(), leaf)
+    (wanted,) = torch.autograd.grad(call(leaf, torch.full((8,), 0.5, device=x.device), -0.1).square().sum(), leaf)
+    assert torch.equal(gradient, wanted)
+
+
 NOT_TENSORS = [
+    ("position_attention", POSITION, "query", np.zeros((2, 8, 5, 7))),
+    ("criss_cross_aggregation", AGGREGATION, "value", np.zeros(3)),
     ("position_attention", POSITION, "key", [1.0]),
     ("channel_attention", CHANNEL, "query", None),
     ("criss_cross_attention", CRISS_CROSS, "value", 1.0),
     ("criss_cross_affinity", AFFINITY, "query", "q"),
     ("criss_cross_aggregation", AGGREGATION, "attention", (1,)),
-    ("residual_channel_attention", {"input": t(2, 8, 5), "gamma": t(1)}, "gamma", 0.5),
+    ("residual_channel_attention", {"input": t(2, 8, 5), "gamma": t(1)}, "input", np.zeros((2, 8, 5))),
     ("position_attention_map", {"query": t(2, 8, 5), "key": t(2, 8, 5), "positions": [[0]]}, "query", [1]),
     ("criss_cross_attention_map", AFFINITY | {"positions": [[0, 0]]}, "key", [1.0]),
 ]
@@ -418,6 +510,30 @@ def test_an_argument_that_is_not_a_tensor(op, good, name, value):
     wrong = type(value[0] if op == "criss_cross_attention_map" else value).__name__
     with pytest.raises(TypeError, match=rf"^{op}: {name} must be a torch.Tensor \(got {wrong}\)$"):
         getattr(segattn_ops, op)(**good | {name: value})
+
+
+@pytest.mark.parametrize("gamma", [None, "0.5", [0.5], True, np.full(8, 0.5)], ids=lambda g: type(g).__name__)
+def test_a_gamma_that_is_neither(gamma):
+    rule = rf"gamma must be a number or a torch.Tensor \(got {type(gamma).__name__}\)"
+    with pytest.raises(TypeError, match=f"^residual_channel_attention: {rule}$"):
+        segattn_ops.residual_channel_attention(t(2, 8, 5), gamma)
+
+
+NOT_STRIDED = {
+    "sparse": lambda x: x.to_sparse(),
+    "nested": lambda x: torch.nested.nested_tensor(list(x)),
+    "quantized": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.quint8),
+    "mkldnn": lambda x: x.to_mkldnn(),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_STRIDED)
+@pytest.mark.parametrize("op", ["position_attention", "channel_attention", "criss_cross_attention"])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of PyTorch about its prototypes
+def test_tensors_that_are_not_strided(backend, op, kind):
+    q = NOT_STRIDED[kind](torch.randn(2, 4, 3, 5))
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        getattr(segattn_ops, op)(q, q, q)
 
 
 def test_mixed_devices(backend):
