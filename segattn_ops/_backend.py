@@ -63,7 +63,7 @@ def operators(op: str, *tensors: Tensor) -> ModuleType | None:
     The reference serves a call that torch.onnx.export captures: ONNX has no such operators, but all of the
     reference's."""
     namespace = _NAMESPACES[_current]
-    if namespace is None or _in_onnx_export():
+    if namespace is None or in_onnx_export():
         return None
     device_type = tensors[0].device.type
     if namespace == "segattn" and not LIBRARIES.serves(device_type):
@@ -78,8 +78,8 @@ def operators(op: str, *tensors: Tensor) -> ModuleType | None:
     return found
 
 
-def _in_onnx_export() -> bool:
-    """`is_in_onnx_export` alone takes 0.9 us, a tenth of a small call."""
+def in_onnx_export() -> bool:
+    """`torch.onnx.is_in_onnx_export` alone takes 0.9 us, a tenth of a small call."""
     capturing = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
     return capturing and torch.onnx.is_in_onnx_export()
 

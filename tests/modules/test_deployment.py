@@ -22,6 +22,7 @@ MODULES = {
     "criss_cross": lambda: nn.RecurrentCrissCrossAttention(16),
     "non_local": lambda: nn.NonLocal2d(16, sub_sample=True, norm_layer=None),
     "non_local_dot_product": lambda: nn.NonLocal2d(16, mode="dot_product", norm_layer=None),
+    "non_local_concatenation": lambda: nn.NonLocal2d(16, mode="concatenation", norm_layer=None),
     "dual": lambda: nn.DAModule(16),
     "asymmetric": lambda: nn.APNB(16, 16, 4, 6),
 }
