@@ -72,12 +72,15 @@ struct LineAttention {
             weights.other_factors()[at] = softmax.sum[line][half];
             return;
           }
-          const auto merged =
-              softmax.merge(line, half, p.accumulate ? block.scalar(p.other_logsumexp, line, q) : nullptr);
+          Logsumexp<Real> other;
+          if (p.accumulate) {
+            other = block.logsumexp(p.other_logsumexp, line, q);
+          }
+          const auto merged = softmax.merge(line, half, p.accumulate ? &other : nullptr);
           weights.own_factors()[at] = merged.factor;
           weights.other_factors()[at] = merged.other_factor;
           if (weights.channel_group() == 0) {
-            *block.scalar(p.logsumexp, line, q) = merged.logsumexp;
+            block.store_logsumexp(p.logsumexp, line, q, merged.logsumexp);
           }
         });
       }

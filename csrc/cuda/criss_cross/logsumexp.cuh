@@ -21,8 +21,12 @@ __device__ __forceinline__ void line_statistics(
   for (int i = 0; i < 4; ++i) {
     const int line = i / 2, half = i % 2, query = softmax.query(block.owned_begin, half);
     if (lane_index() % 4 == 0 && query < block.owned_end() && block.first_line() + line < block.window.line_end) {
-      auto* result = block.scalar(p.logsumexp, line, query);
-      *result = softmax.merge(line, half, p.accumulate ? result : nullptr).logsumexp;
+      Logsumexp<typename Arithmetic::Real> other;
+      if (p.accumulate) {
+        other = block.logsumexp(p.logsumexp, line, query);
+      }
+      block.store_logsumexp(
+          p.logsumexp, line, query, softmax.merge(line, half, p.accumulate ? &other : nullptr).logsumexp);
     }
   }
 }

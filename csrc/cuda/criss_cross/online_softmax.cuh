@@ -9,7 +9,7 @@ namespace segattn::cuda {
 // other direction's weights are exp(energy - its logsumexp), those of this line exp(energy - max_energy).
 template <class Real>
 struct MergeFactors {
-  Real logsumexp;
+  Logsumexp<Real> logsumexp;
   Real other_factor;
   Real factor;
 };
@@ -55,7 +55,7 @@ struct LineSoftmax {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             Real& x = d[line][j][2 * half + e];
-            x = block.attends(line, query(first_query, half), first_key + 8 * j + 2 * t + e) ? x * scale
+            x = block.attends(line, query(first_query, half), first_key + 8 * j + 2 * t + e) ? line_energy(x, scale)
                                                                                              : kMinusInfinity;
             new_max = fmax(new_max, x);
           }
@@ -97,16 +97,19 @@ struct LineSoftmax {
     }
   }
 
-  // other_logsumexp: of the other direction; null if this is the first
-  __device__ __forceinline__ MergeFactors<Real> merge(int line, int half, const Real* other_logsumexp) const {
+  // other: of the other direction; null if this is the first
+  __device__ __forceinline__ MergeFactors<Real> merge(int line, int half, const Logsumexp<Real>* other) const {
     const Real own_max = max_energy[line][half], own_sum = sum[line][half];
-    if (other_logsumexp == nullptr) {
-      return {own_max + log(own_sum), 0, 1 / own_sum};
+    if (other == nullptr) {
+      // Energies of -inf throughout a column do not count if the row has others.
+      const bool no_column = own_sum == 0 && block.lines.skips_self;
+      return {split_logsumexp(own_max, own_sum), 0, no_column ? 0 : 1 / own_sum};
     }
-    const Real other_max = *other_logsumexp, common_max = fmax(other_max, own_max);
-    const Real other_scale = line_exp(other_max - common_max), own_scale = line_exp(own_max - common_max);
+    const Real common_max = fmax(other->value, own_max);
+    const Real other_scale = line_exp(other->value - common_max, -other->low);
+    const Real own_scale = line_exp(own_max - common_max);
     const Real total = other_scale + own_sum * own_scale;
-    return {common_max + log(total), other_scale / total, own_scale / total};
+    return {split_logsumexp(common_max, total), other_scale / total, own_scale / total};
   }
 };
 
