@@ -43,7 +43,9 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
     return ((got.double() - exact).norm() / exact.norm()).item()
 
 
-def assert_as_exact_as_eager(kernels, tensors: list[Tensor], scale: float, names: tuple[str, ...]) -> None:
+def assert_as_exact_as_eager(
+    kernels, tensors: list[Tensor], scale: float, names: tuple[str, ...], product_error: float = 0
+) -> None:
     dtype = tensors[0].dtype
     exact = results(eager_criss_cross, tensors, scale, torch.float64)
     eager = results(eager_criss_cross, tensors, scale, dtype)
@@ -52,7 +54,7 @@ def assert_as_exact_as_eager(kernels, tensors: list[Tensor], scale: float, names
         if name in names:
             error, eager_error = relative_error(g, x), relative_error(e, x)
             # Energies in float16 overflow in eager PyTorch.
-            allowed = (0 if math.isnan(eager_error) else 2 * eager_error) + FLOOR[dtype]
+            allowed = (0 if math.isnan(eager_error) else 2 * eager_error) + FLOOR[dtype] + product_error
             assert error <= allowed, f"{name}: {error:.1e}, eager's {eager_error:.1e}"
 
 
@@ -69,7 +71,10 @@ def test_one_key_for_each_query(kernels, dtype, energy, scale):
 @pytest.mark.parametrize("energy", [100.0, 1000.0, 8000.0])
 @pytest.mark.parametrize("dtype", list(FLOOR), ids=str)
 def test_two_keys_for_each_query(kernels, dtype, energy, scale):
-    assert_as_exact_as_eager(kernels, inputs(energy, scale, dtype, twins=True), scale, NAMES)
+    # The products of 3xTF32 have errors of two units in the last place. Energies have that error, and so has
+    # grad_query, where two keys cancel up to 1 / energy of their size.
+    product_error = 0 if kernels.name == "cpu" or dtype != torch.float32 else 2 * energy * torch.finfo(dtype).eps
+    assert_as_exact_as_eager(kernels, inputs(energy, scale, dtype, twins=True), scale, NAMES, product_error)
 
 
 def test_float64(kernels):

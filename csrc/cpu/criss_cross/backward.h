@@ -170,8 +170,7 @@ class CrissCrossBackward {
         V sum{};
         for (std::int64_t j = 0; j < keys; ++j) {
           const std::int64_t offset = first * keys + j * width + i;
-          const V weight =
-              backward_weight(load<V>(weights + offset), scale, query_logsumexp, query_logsumexp_low);
+          const V weight = backward_weight(load<V>(weights + offset), scale, query_logsumexp, query_logsumexp_low);
           store(weights + offset, weight);
           const V grad = weight * (load<V>(grads + offset) - query_delta) * scale;
           store(grads + offset, grad);

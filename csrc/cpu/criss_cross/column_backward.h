@@ -93,8 +93,7 @@ class ColumnBackward {
     for (std::int64_t j = 0; j < image_.height; ++j) {
       A* const weight_at = weights + j * kWidthOf<V>;
       A* const grad_at = grads + j * kWidthOf<V>;
-      const V weight =
-          j == query ? V{} : backward_weight(load<V>(weight_at), scale, logsumexp, logsumexp_low);
+      const V weight = j == query ? V{} : backward_weight(load<V>(weight_at), scale, logsumexp, logsumexp_low);
       const V grad = j == query ? V{} : weight * (load<V>(grad_at) - delta) * scale;
       store(weight_at, weight);
       store(grad_at, grad);

@@ -64,7 +64,7 @@ class CrissCrossForward {
     });
   }
 
-  // C panels (keys x queries), from q.k to exp(energy - that of maximum), with the maximum and the total of every query.
+  // C panels (keys x queries), from q.k to exp(energy - that of maximum), with every query's maximum and total.
   void exponentials(A* panels, std::int64_t keys, std::int64_t queries, A* maximum, A* total) const {
     const ForwardSoftmax<V> softmax(arguments_.scale);
     for_each_column_vector(panels, keys, queries, [&](std::int64_t column, A* products, std::int64_t width) {

@@ -1,8 +1,8 @@
 // The softmax of criss-cross attention, whose energies, scale * product of query and key, may be in the thousands.
 //
-// The backward pass recomputes the weights as exp(energy - logsumexp). In float a logsumexp of 1000 has a rounding error
-// of up to 3e-5, which would be a relative error of all weights of its query. Therefore the forward pass stores the
-// rounding error as well. No energy is rounded, in either pass, because that error would be as large.
+// The backward pass recomputes the weights as exp(energy - logsumexp). In float a logsumexp of 1000 is rounded by up to
+// 3e-5, which would be a relative error of all weights of its query. Therefore the forward pass stores the rounding
+// error as well. Neither pass rounds an energy, because that error would be as large.
 #pragma once
 
 #include <cmath>
@@ -18,7 +18,8 @@ struct ForwardSoftmax {
   using A = ElementOf<V>;
   V sign, size;  // of scale
 
-  explicit ForwardSoftmax(A scale) : sign(broadcast<V>(scale < 0 ? A(-1) : A(1))), size(broadcast<V>(std::abs(scale))) {}
+  explicit ForwardSoftmax(A scale)
+      : sign(broadcast<V>(scale < 0 ? A(-1) : A(1))), size(broadcast<V>(std::abs(scale))) {}
 
   static V lowest() { return broadcast<V>(-std::numeric_limits<A>::infinity()); }
   V maximum(V maximum, V product) const { return max(maximum, product * sign); }
@@ -29,9 +30,7 @@ struct ForwardSoftmax {
   }
 
   // exp(largest energy - a larger one); 0 without a finite energy
-  V factor(V maximum, V common) const {
-    return select(maximum == lowest(), V{}, exp((maximum - common) * size));
-  }
+  V factor(V maximum, V common) const { return select(maximum == lowest(), V{}, exp((maximum - common) * size)); }
 };
 
 template <class A>
@@ -39,8 +38,8 @@ struct SplitLogsumexp {
   A value, low;  // low: the exact logsumexp minus value
 };
 
-// largest energy + log(total), for the maximum and scale's size of ForwardSoftmax; energy = maximum * size, rounded. Not
-// inlined: contracted with that product, the sums below would not be those of the rounded energy.
+// largest energy + log(total), for the maximum and scale's size of ForwardSoftmax; energy = maximum * size, rounded.
+// Not inlined: contracted with that product, the sums below would not be those of the rounded energy.
 template <class A>
 [[gnu::noinline]] SplitLogsumexp<A> split_logsumexp(A maximum, A size, A energy, A total) {
   const A log_total = std::log(total);

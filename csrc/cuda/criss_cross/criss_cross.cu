@@ -207,8 +207,8 @@ void attend_in_one_kernel(
     params.values = features(value, direction);
     params.output = features(output, direction);
     params.other_logsumexp = split_scalars(column_logsumexp, column_logsumexp_low, direction);
-    params.logsumexp = direction == Direction::kColumns ? params.other_logsumexp
-                                                        : split_scalars(logsumexp, logsumexp_low, direction);
+    params.logsumexp =
+        direction == Direction::kColumns ? params.other_logsumexp : split_scalars(logsumexp, logsumexp_low, direction);
     params.scale = scale;
     params.accumulate = call.accumulates(direction);
     call.with_arithmetic([&]<class Arithmetic>() {
