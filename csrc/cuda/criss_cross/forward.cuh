@@ -72,11 +72,8 @@ struct LineAttention {
             weights.other_factors()[at] = softmax.sum[line][half];
             return;
           }
-          Logsumexp<Real> other;
-          if (p.accumulate) {
-            other = block.logsumexp(p.other_logsumexp, line, q);
-          }
-          const auto merged = softmax.merge(line, half, p.accumulate ? &other : nullptr);
+          const auto other = p.accumulate ? block.logsumexp(p.other_logsumexp, line, q) : Logsumexp<Real>{};
+          const auto merged = softmax.merge(line, half, !p.accumulate, other);
           weights.own_factors()[at] = merged.factor;
           weights.other_factors()[at] = merged.other_factor;
           if (weights.channel_group() == 0) {

@@ -97,16 +97,16 @@ struct LineSoftmax {
     }
   }
 
-  // other: of the other direction; null if this is the first
-  __device__ __forceinline__ MergeFactors<Real> merge(int line, int half, const Logsumexp<Real>* other) const {
+  // other: of the other direction, unless this is the first
+  __device__ __forceinline__ MergeFactors<Real> merge(int line, int half, bool is_first, Logsumexp<Real> other) const {
     const Real own_max = max_energy[line][half], own_sum = sum[line][half];
-    if (other == nullptr) {
+    if (is_first) {
       // Energies of -inf throughout a column do not count if the row has others.
       const bool no_column = own_sum == 0 && block.lines.skips_self;
       return {split_logsumexp(own_max, own_sum), 0, no_column ? 0 : 1 / own_sum};
     }
-    const Real common_max = fmax(other->value, own_max);
-    const Real other_scale = line_exp(other->value - common_max, -other->low);
+    const Real common_max = fmax(other.value, own_max);
+    const Real other_scale = line_exp(other.value - common_max, -other.low);
     const Real own_scale = line_exp(own_max - common_max);
     const Real total = other_scale + own_sum * own_scale;
     return {split_logsumexp(common_max, total), other_scale / total, own_scale / total};
