@@ -28,13 +28,13 @@ __device__ __forceinline__ double line_exp(double x, double low) {
   return exp(x - low);
 }
 
-// The energy of a product. Rounded before the maximum or the logsumexp is subtracted, never contracted with the
-// subtraction: the energies of all kernels must be the same, or large ones give different weights.
-__device__ __forceinline__ float line_energy(float product, float scale) {
-  return __fmul_rn(product, scale);
+// scale * product - shift with one rounding. All kernels use it: a large energy that some round and others do not gives
+// different weights.
+__device__ __forceinline__ float shifted_energy(float product, float scale, float shift) {
+  return fmaf(product, scale, -shift);
 }
-__device__ __forceinline__ double line_energy(double product, double scale) {
-  return __dmul_rn(product, scale);
+__device__ __forceinline__ double shifted_energy(double product, double scale, double shift) {
+  return fma(product, scale, -shift);
 }
 
 template <class Real>

@@ -109,7 +109,8 @@ struct LineWeights {
         for (int e = 0; e < 2; ++e) {
           weights[e] = block.attends(line, q, k + e)
               ? line_exp(
-                    line_energy(d[line][j][2 * half + e], static_cast<Real>(p.scale)) - logsumexp.value, logsumexp.low)
+                    shifted_energy(d[line][j][2 * half + e], static_cast<Real>(p.scale), logsumexp.value),
+                    logsumexp.low)
               : Real(0);
         }
         store_pair(element, weights[0], weights[1]);

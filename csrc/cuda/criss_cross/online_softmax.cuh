@@ -54,10 +54,9 @@ struct LineSoftmax {
         for (int j = 0; j < Shape::kTile / 8; ++j) {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            Real& x = d[line][j][2 * half + e];
-            x = block.attends(line, query(first_query, half), first_key + 8 * j + 2 * t + e) ? line_energy(x, scale)
-                                                                                             : kMinusInfinity;
-            new_max = fmax(new_max, x);
+            if (block.attends(line, query(first_query, half), first_key + 8 * j + 2 * t + e)) {
+              new_max = fmax(new_max, d[line][j][2 * half + e] * scale);
+            }
           }
         }
         new_max = fmax(new_max, __shfl_xor_sync(0xffffffffu, new_max, 1));
@@ -73,7 +72,9 @@ struct LineSoftmax {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             Real& x = d[line][j][2 * half + e];
-            x = line_exp(x - shift);
+            x = block.attends(line, query(first_query, half), first_key + 8 * j + 2 * t + e)
+                ? line_exp(shifted_energy(x, scale, shift))
+                : Real(0);
             total += x;
             serialize(total);
           }

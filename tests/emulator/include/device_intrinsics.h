@@ -79,12 +79,6 @@ inline double __fma_rn(double x, double y, double z) {
   segattn::emulator::count_fma(1);
   return std::fma(x, y, z);
 }
-inline float __fmul_rn(float x, float y) {
-  return x * y;
-}
-inline double __dmul_rn(double x, double y) {
-  return x * y;
-}
 inline unsigned __float_as_uint(float x) {
   return std::bit_cast<unsigned>(x);
 }
