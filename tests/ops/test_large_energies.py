@@ -167,3 +167,11 @@ def test_gradients_beside_energies_of_minus_infinity(kernels, dtype):
     got = results(segattn_ops.criss_cross_attention, tensors, 1.0, dtype, kernels.device)
     assert all(t.isfinite().all() for t in got)
     assert not got[2][:, :, 2].any() and not got[3][:, :, 2].any()  # keys that no query attends to
+
+
+def test_a_scale_of_zero_gives_the_mean_of_row_and_column(kernels):
+    tensors = inputs(1000.0, 1.0, torch.float32, twins=False)
+    got = results(segattn_ops.criss_cross_attention, tensors, 0.0, torch.float32, kernels.device)
+    exact = results(eager_criss_cross, tensors, 0.0, torch.float64)
+    assert not got[1].any() and not got[2].any()
+    assert relative_error(got[0], exact[0]) < 1e-6 and relative_error(got[3], exact[3]) < 1e-6

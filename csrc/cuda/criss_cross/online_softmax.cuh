@@ -1,6 +1,8 @@
 // Online softmax of a warp's queries over tiles of keys, and its merge with the softmax over the other direction.
 #pragma once
 
+#include <cfloat>
+
 #include "cuda/criss_cross/line_block.cuh"
 
 namespace segattn::cuda {
@@ -20,13 +22,19 @@ struct LineSoftmax {
   using Block = LineBlock<Arithmetic, Shape>;
   using Real = typename Arithmetic::Real;
   static constexpr Real kMinusInfinity = -static_cast<Real>(INFINITY);
+  // Stands for a scale of 0, which times `excluded` would be NaN. The energies are 0 up to rounding with it, too.
+  static constexpr Real kSmallest = sizeof(Real) == 4 ? Real(FLT_MIN) : Real(DBL_MIN);
 
   const Block& block;
   Real scale;
+  Real excluded;          // the product of a key that the query does not attend to; its energy is -inf
   Real max_energy[2][2];  // so far: [line][half]; the same in the four lanes of a query
   Real sum[2][2];         // of exp(energy - max_energy), over the lane's own keys
 
-  __device__ __forceinline__ LineSoftmax(const Block& block_, Real scale_) : block(block_), scale(scale_) {
+  __device__ __forceinline__ LineSoftmax(const Block& block_, Real scale_)
+      : block(block_),
+        scale(scale_ == 0 ? kSmallest : scale_),
+        excluded(scale_ < 0 ? -kMinusInfinity : kMinusInfinity) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       max_energy[i / 2][i % 2] = kMinusInfinity;
@@ -54,9 +62,9 @@ struct LineSoftmax {
         for (int j = 0; j < Shape::kTile / 8; ++j) {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            if (block.attends(line, query(first_query, half), first_key + 8 * j + 2 * t + e)) {
-              new_max = fmax(new_max, d[line][j][2 * half + e] * scale);
-            }
+            Real& x = d[line][j][2 * half + e];
+            x = block.attends(line, query(first_query, half), first_key + 8 * j + 2 * t + e) ? x : excluded;
+            new_max = fmax(new_max, x * scale);
           }
         }
         new_max = fmax(new_max, __shfl_xor_sync(0xffffffffu, new_max, 1));
@@ -72,9 +80,7 @@ struct LineSoftmax {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             Real& x = d[line][j][2 * half + e];
-            x = block.attends(line, query(first_query, half), first_key + 8 * j + 2 * t + e)
-                ? line_exp(shifted_energy(x, scale, shift))
-                : Real(0);
+            x = line_exp(shifted_energy(x, scale, shift));
             total += x;
             serialize(total);
           }
