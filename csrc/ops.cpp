@@ -40,11 +40,13 @@ SEGATTN_LIBRARY(SEGATTN_NAMESPACE, m) {
   m.def(
       "criss_cross_aggregation_backward(Tensor grad_output, Tensor attention, Tensor value)"
       " -> (Tensor grad_attention, Tensor grad_value)");
-  // query (B, E, H, W), key (B, E, H, W), value (B, C, H, W) -> output (B, C, H, W), logsumexp (B, H, W)
+  // query (B, E, H, W), key (B, E, H, W), value (B, C, H, W) -> output (B, C, H, W), logsumexp (B, H, W) and its
+  // rounding error, logsumexp_low (B, H, W), which the gradient needs where energies are large
   m.def(
       "criss_cross_attention(Tensor query, Tensor key, Tensor value, float scale)"
-      " -> (Tensor output, Tensor logsumexp)");
+      " -> (Tensor output, Tensor logsumexp, Tensor logsumexp_low)");
   m.def(
       "criss_cross_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output,"
-      " Tensor logsumexp, float scale) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+      " Tensor logsumexp, float scale, Tensor? logsumexp_low=None)"
+      " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
 }

@@ -1,6 +1,8 @@
 // The arguments of the criss-cross ops. The CPU and the CUDA host code call these checks first.
 #pragma once
 
+#include <optional>
+
 #include "checks/check.h"
 
 namespace segattn {
@@ -95,10 +97,10 @@ inline CrissCrossSizes check_criss_cross_attention(
 }
 
 // grad_output (B, C, H, W), query (B, E, H, W), key (B, E, H, W), value (B, C, H, W), output (B, C, H, W),
-// logsumexp (B, H, W)
+// logsumexp (B, H, W), logsumexp_low (B, H, W)
 inline CrissCrossSizes check_criss_cross_attention_backward(
     const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output,
-    const Tensor& logsumexp, double scale) {
+    const Tensor& logsumexp, double scale, const std::optional<Tensor>& logsumexp_low) {
   constexpr std::string_view op = "criss_cross_attention_backward";
   const CrissCrossSizes sizes = check_criss_cross_attention(query, key, value, scale, op);
   const Argument v{"value", value}, o{"output", output}, g{"grad_output", grad_output}, l{"logsumexp", logsumexp};
@@ -112,6 +114,11 @@ inline CrissCrossSizes check_criss_cross_attention_backward(
       op, l,
       "[" + std::to_string(sizes.batch) + ", " + std::to_string(sizes.height) + ", " + std::to_string(sizes.width) +
           "]");
+  if (logsumexp_low.has_value()) {
+    const Argument low{"logsumexp_low", *logsumexp_low};
+    check_like(op, low, l);
+    check_shape(op, low, l);
+  }
   return sizes;
 }
 

@@ -289,9 +289,10 @@ def check_criss_cross_attention_backward(
     output: Tensor,
     logsumexp: Tensor,
     scale: float,
+    logsumexp_low: Tensor | None,
 ) -> None:
     """grad_output (B, C, H, W), query (B, E, H, W), key (B, E, H, W), value (B, C, H, W), output (B, C, H, W),
-    logsumexp (B, H, W)."""
+    logsumexp (B, H, W), logsumexp_low (B, H, W)."""
     op = "criss_cross_attention_backward"
     check_criss_cross_attention(query, key, value, scale, op)
     v, o = Argument("value", value), Argument("output", output)
@@ -303,6 +304,10 @@ def check_criss_cross_attention_backward(
     check_same_device(op, l, v)
     check_dtype_is(op, l, accumulation_dtype(query.dtype), "for these inputs")
     check_shape_is(op, l, (query.shape[0], *query.shape[2:]))
+    if logsumexp_low is not None:
+        low = Argument("logsumexp_low", logsumexp_low)
+        check_like(op, low, l)
+        check_shape(op, low, l)
 
 
 def _fake_affinity(query: Tensor, key: Tensor) -> Tensor:
@@ -326,10 +331,11 @@ def _fake_aggregation_backward(grad_output: Tensor, attention: Tensor, value: Te
     return attention.new_empty(attention.shape), value.new_empty(value.shape)
 
 
-def _fake(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _fake(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     check_criss_cross_attention(query, key, value, scale)
     batch, _, height, width = query.shape
-    return value.new_empty(value.shape), query.new_empty((batch, height, width), dtype=accumulation_dtype(query.dtype))
+    logsumexp = query.new_empty((batch, height, width), dtype=accumulation_dtype(query.dtype))
+    return value.new_empty(value.shape), logsumexp, logsumexp.new_empty(logsumexp.shape)
 
 
 def _fake_backward(
@@ -340,8 +346,9 @@ def _fake_backward(
     output: Tensor,
     logsumexp: Tensor,
     scale: float,
+    logsumexp_low: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_criss_cross_attention_backward(grad_output, query, key, value, output, logsumexp, scale)
+    check_criss_cross_attention_backward(grad_output, query, key, value, output, logsumexp, scale, logsumexp_low)
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
@@ -349,10 +356,10 @@ def _setup_pair_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor)
     ctx.save_for_backward(*inputs)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     query, key, value, ctx.scale = inputs
     ctx.save_for_backward(query, key, value, *output)
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
 
 
 def _pair_backward(operator: Any, ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -360,8 +367,11 @@ def _pair_backward(operator: Any, ctx: Any, gradient: Tensor) -> tuple[Tensor | 
     return grad_first, grad_second
 
 
-def _backward(operator: Any, ctx: Any, grad_output: Tensor, grad_logsumexp: Tensor) -> tuple[Tensor | None, ...]:
-    return *operator(grad_output, *ctx.saved_tensors, ctx.scale), None
+def _backward(
+    operator: Any, ctx: Any, grad_output: Tensor, grad_logsumexp: Tensor, grad_logsumexp_low: Tensor
+) -> tuple[Tensor | None, ...]:
+    *saved, logsumexp_low = ctx.saved_tensors
+    return *operator(grad_output, *saved, ctx.scale, logsumexp_low), None
 
 
 def _products(shape: Sequence[int], channels: int) -> int:
@@ -396,7 +406,7 @@ OPERATORS = (
         setup_context=_setup_context,
         backward=_backward,
         flops=lambda query, key, value: _products(query, query[1] + value[1]),
-        flops_backward=lambda grad_output, query, key, value, output, logsumexp: _products(
+        flops_backward=lambda grad_output, query, key, value, output, logsumexp, logsumexp_low=None: _products(
             query, 3 * query[1] + 2 * value[1]
         ),
     ),

@@ -50,8 +50,8 @@ def feature_maps(*channels: int, height: int, width: int, dtype: torch.dtype) ->
 def run_criss_cross(height: int, width: int, dtype: torch.dtype) -> list[torch.Tensor]:
     torch.manual_seed(1)
     q, k, v, grad = feature_maps(12, 12, 37, 37, height=height, width=width, dtype=dtype)
-    output, logsumexp = OPERATORS.criss_cross_attention(q, k, v, 0.5)
-    grads = OPERATORS.criss_cross_attention_backward(grad, q, k, v, output, logsumexp, 0.5)
+    output, logsumexp, low = OPERATORS.criss_cross_attention(q, k, v, 0.5)
+    grads = OPERATORS.criss_cross_attention_backward(grad, q, k, v, output, logsumexp, 0.5, low)
     affinity = OPERATORS.criss_cross_affinity(q, k)
     results = [output, logsumexp, *grads, affinity, OPERATORS.criss_cross_aggregation(affinity, v)]
     results += OPERATORS.criss_cross_affinity_backward(affinity, q, k)
@@ -113,11 +113,11 @@ def test_criss_cross_work_is_the_arithmetic(multiply_adds, dtype, size, padding)
     """N (H + W) pairs times E + C forward, times 3 E + 2 C backward, plus N W E for the rows' mean key. The 97th column
     takes 4 lanes, not 16. The 97th position of a row is padded to a vector only where results are rounded."""
     q, k, v, grad = feature_maps(32, 32, 64, 64, height=size, width=size, dtype=dtype)
-    output, logsumexp = OPERATORS.criss_cross_attention(q, k, v, 1.0)
+    output, logsumexp, low = OPERATORS.criss_cross_attention(q, k, v, 1.0)
     pairs = 2 * size**3
     forward = multiply_adds(OPERATORS.criss_cross_attention, q, k, v, 1.0)
     assert pairs * 96 <= forward <= pairs * 96 * padding
-    arguments = (grad, q, k, v, output, logsumexp, 1.0)
+    arguments = (grad, q, k, v, output, logsumexp, 1.0, low)
     backward = multiply_adds(OPERATORS.criss_cross_attention_backward, *arguments)
     products = pairs * (3 * 32 + 2 * 64) + size**3 * 32
     assert products <= backward <= products * padding
@@ -153,8 +153,8 @@ operators = torch.ops.segattn
 
 def run(x, q):
     if op == "criss_cross":
-        output, logsumexp = operators.criss_cross_attention(q, q, x, 1.0)
-        return output, operators.criss_cross_attention_backward(x, q, q, x, output, logsumexp, 1.0)
+        output, logsumexp, low = operators.criss_cross_attention(q, q, x, 1.0)
+        return output, operators.criss_cross_attention_backward(x, q, q, x, output, logsumexp, 1.0, low)
     output, logsumexp = operators.channel_self_attention(x, -1.0)
     return output, operators.channel_self_attention_backward(x, x, -1.0)
 

@@ -31,11 +31,11 @@ def inputs(key_channels, value_channels, height, width, dtype, batch=1, seed=0):
 
 def run(query, key, value, grad_output, scale=0.5):
     """output, logsumexp and the three gradients of the kernels."""
-    output, logsumexp = OPERATORS.criss_cross_attention(query, key, value, scale)
+    output, logsumexp, low = OPERATORS.criss_cross_attention(query, key, value, scale)
     return (
         output,
         logsumexp,
-        *OPERATORS.criss_cross_attention_backward(grad_output, query, key, value, output, logsumexp, scale),
+        *OPERATORS.criss_cross_attention_backward(grad_output, query, key, value, output, logsumexp, scale, low),
     )
 
 
@@ -78,7 +78,7 @@ def launch_both_directions(emulator, key_channels, value_channels, backward, sid
     emulator.reset()
     if backward:
         logsumexp = torch.zeros(1, side, side)
-        OPERATORS.criss_cross_attention_backward(grad_output, query, key, value, value, logsumexp, 1.0)
+        OPERATORS.criss_cross_attention_backward(grad_output, query, key, value, value, logsumexp, 1.0, logsumexp)
     else:
         OPERATORS.criss_cross_attention(query, key, value, 1.0)
 
@@ -147,20 +147,20 @@ def backward_accesses(key_channels, value_channels):
 
 
 def scalar_traffic(backward, side):
-    """Bytes and bytes of sectors of logsumexp, delta and grad_sum, by launch.
+    """Bytes and bytes of sectors of logsumexp, logsumexp_low, delta and grad_sum, by launch.
 
-    Forward: one thread per query; columns write logsumexp, rows read and write it. Backward: the four threads of a
-    query read logsumexp and delta, columns once for each of two tiles of keys. The mean key reads logsumexp once per
-    tile in both directions. One of the four threads writes grad_sum in columns and adds to it in rows."""
+    Forward: one thread per query; columns write logsumexp and logsumexp_low, rows read and write them. Backward: the
+    four threads of a query read both and delta, columns once for each of two tiles of keys. The mean key reads both
+    once per tile in both directions. One of the four threads writes grad_sum in columns and adds to it in rows."""
     positions, row = side * side, sectors_of_scalars(side)
     if backward:
         return {
-            "mean key, columns": (32 * positions, 2 * 32 * positions),
-            "columns": ((64 + 4) * positions, (2 * 2 + 1) * 32 * positions),
-            "mean key, rows": (32 * positions, 2 * row),
-            "rows": ((32 + 2 * 4) * positions, (2 + 2) * row),
+            "mean key, columns": (64 * positions, 2 * 2 * 32 * positions),
+            "columns": ((96 + 4) * positions, (2 * 3 + 1) * 32 * positions),
+            "mean key, rows": (64 * positions, 2 * 2 * row),
+            "rows": ((48 + 2 * 4) * positions, (3 + 2) * row),
         }
-    return {"columns": (4 * positions, 32 * positions), "rows": (8 * positions, 2 * row)}
+    return {"columns": (8 * positions, 2 * 32 * positions), "rows": (16 * positions, 4 * row)}
 
 
 def sectors_of_scalars(side):
@@ -277,7 +277,7 @@ def test_energies_that_rise_or_fall_along_a_column(emulator, dtype):
         query, key, value, grad_output = inputs(4, 6, height, 5, dtype)
         query, key = query.abs(), key.abs() * 0.1
         key = key + rise * torch.arange(height).div(10, rounding_mode="floor").to(dtype)[:, None]
-        output, logsumexp = OPERATORS.criss_cross_attention(query, key, value, 0.5)
+        output, logsumexp, _ = OPERATORS.criss_cross_attention(query, key, value, 0.5)
         want_output, want_logsumexp, *_ = exact(query, key, value, grad_output)
         assert (output.double() - want_output).norm() < 2 * TOLERANCE[dtype] * want_output.norm()
         assert (logsumexp.double() - want_logsumexp).norm() < 1e-6 * want_logsumexp.norm()

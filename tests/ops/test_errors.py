@@ -120,6 +120,7 @@ CRISS_CROSS_BACKWARD = {
     "output": t(2, 6, 5, 7),
     "logsumexp": t(2, 5, 7),
     "scale": 1.0,
+    "logsumexp_low": t(2, 5, 7),
 }
 
 
@@ -228,6 +229,8 @@ BAD_OPERATORS = [
             ({"grad_output": t(2, 6, 5, 7).double()}, "grad_output must be float32 like value (got float64)"),
             ({"logsumexp": t(2, 7, 5)}, "logsumexp must have shape [2, 5, 7] (got [2, 7, 5])"),
             ({"logsumexp": t(2, 5, 7).double()}, "logsumexp must be float32 for these inputs (got float64)"),
+            ({"logsumexp_low": t(2, 7, 5)}, "logsumexp_low must have shape [2, 5, 7] like logsumexp (got [2, 7, 5])"),
+            ({"logsumexp_low": t(2, 5, 7).double()}, "logsumexp_low must be float32 like logsumexp (got float64)"),
             ({"scale": -math.inf}, "scale must be finite (got -inf)"),
         ],
     ),

@@ -169,7 +169,8 @@ def test_large_logits(backend, operator, dtype):
     arguments = inputs * 3 if len(inputs) == 1 else inputs
     energy = definition(*(t.double() for t in arguments), *scalars)[1].abs().max().item()
     assert energy > 100
-    if operator == "channel_self_attention":  # its weights never come from a rounded logsumexp
+    # Weights that do not come from a rounded logsumexp. In float64 `exact` has the rounding errors of its own energies.
+    if operator == "channel_self_attention" or (operator == "criss_cross_attention" and dtype != torch.float64):
         energy = 0
     for name, *values in zip(names(family), got, eager, exact, strict=True):
         assert_as_exact_as_eager(name, *values, energy=energy)

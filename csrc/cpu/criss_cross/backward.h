@@ -1,4 +1,4 @@
-// Criss-cross attention, backward. With the forward's logsumexp and D = sum_c grad_output * output (delta):
+// Criss-cross attention, backward. With the forward's logsumexp (softmax.h) and D = sum_c grad_output * output (delta):
 //
 //   P = exp(scale * key . query - logsumexp), dP = value . grad_output, dS = scale * P * (dP - D)
 //   grad_value = grad_output P^T, grad_query = key dS, grad_key = query dS^T
@@ -11,9 +11,9 @@
 // cancels. The row pass stores its parts of s and M; the column pass corrects with both parts.
 #pragma once
 
-#include "cpu/common/exp.h"
 #include "cpu/criss_cross/column_backward.h"
 #include "cpu/criss_cross/row_products.h"
+#include "cpu/criss_cross/softmax.h"
 
 namespace segattn::cpu {
 
@@ -118,7 +118,7 @@ class CrissCrossBackward {
     const std::int64_t key_offset = sample * sizes.key_channels * image_.positions();
     const std::int64_t value_offset = sample * sizes.value_channels * image_.positions();
     const T* const grad_output = arguments_.grad_output + value_offset;
-    const A* const logsumexp = arguments_.logsumexp + sample * image_.positions() + row.offset();
+    const std::int64_t first = sample * image_.positions() + row.offset();
     A* const weights = workspace.weights + workspace.slot;
     A* const grads = workspace.grads + workspace.slot;
     // Elements of P and A have the same size.
@@ -129,9 +129,8 @@ class CrissCrossBackward {
       row.dot_products(arguments_.key + key_offset, arguments_.query + key_offset, sizes.key_channels, block, weights);
       row.dot_products(arguments_.value + value_offset, grad_output, sizes.value_channels, block, grads);
       differentiate_softmax(
-          weights, grads, width, queries, logsumexp + block.begin, workspace.delta + block.begin, workspace.grad_sum);
-      std::copy_n(
-          workspace.grad_sum, queries, grad_sum_.data() + sample * image_.positions() + row.offset() + block.begin);
+          weights, grads, width, queries, first + block.begin, workspace.delta + block.begin, workspace.grad_sum);
+      std::copy_n(workspace.grad_sum, queries, grad_sum_.data() + first + block.begin);
 
       const auto sum_keys = [&](const A* panels, P* packed, T* target) {
         const P* const operand = b_operand_of_panels<P>(packed, panels, width, queries);
@@ -152,22 +151,26 @@ class CrissCrossBackward {
     });
   }
 
-  // C panels (keys x queries): weights, from q.k to P; grads, from dP to dS. grad_sum [queries]: the sums of dS,
-  // rounded as the products use it.
+  // C panels (keys x queries): weights, from q.k to P; grads, from dP to dS. first_query: index in (B, H, W). delta
+  // [queries]. grad_sum [queries]: the sums of dS, rounded as the products use it.
   void differentiate_softmax(
-      A* weights, A* grads, std::int64_t keys, std::int64_t queries, const A* logsumexp, const A* delta,
+      A* weights, A* grads, std::int64_t keys, std::int64_t queries, std::int64_t first_query, const A* delta,
       A* grad_sum) const {
+    const A* const logsumexp = arguments_.logsumexp + first_query;
+    const A* const logsumexp_low =
+        arguments_.logsumexp_low == nullptr ? nullptr : arguments_.logsumexp_low + first_query;
     const V scale = broadcast<V>(arguments_.scale);
     for (std::int64_t first = 0; first < queries; first += panel_columns<A>) {
       const std::int64_t width = panel_width<A>(queries, first);
       for (std::int64_t i = 0; i < width; i += kLane) {
         const std::int64_t n = std::min(kLane, queries - first - i);
         const V query_logsumexp = read_vector(logsumexp + first + i, n);
+        const V query_logsumexp_low = logsumexp_low == nullptr ? V{} : read_vector(logsumexp_low + first + i, n);
         const V query_delta = read_vector(delta + first + i, n);
         V sum{};
         for (std::int64_t j = 0; j < keys; ++j) {
           const std::int64_t offset = first * keys + j * width + i;
-          const V weight = exp(fma(load<V>(weights + offset), scale, -query_logsumexp));
+          const V weight = backward_weight(load<V>(weights + offset), scale, query_logsumexp, query_logsumexp_low);
           store(weights + offset, weight);
           const V grad = weight * (load<V>(grads + offset) - query_delta) * scale;
           store(grads + offset, grad);

@@ -1,10 +1,10 @@
 // Criss-cross attention, backward, the column pass: adds the columns' part to the gradients that the row pass wrote.
 #pragma once
 
-#include "cpu/common/exp.h"
 #include "cpu/common/parallel.h"
 #include "cpu/criss_cross/arguments.h"
 #include "cpu/criss_cross/column_strip.h"
+#include "cpu/criss_cross/softmax.h"
 
 namespace segattn::cpu {
 
@@ -87,12 +87,13 @@ class ColumnBackward {
     const std::int64_t at = sample * image_.positions() + strip.offset(query);
     const V scale = broadcast<V>(arguments_.scale);
     const V logsumexp = strip.read(arguments_.logsumexp + at);
+    const V logsumexp_low = arguments_.logsumexp_low == nullptr ? V{} : strip.read(arguments_.logsumexp_low + at);
     const V delta = strip.read(rows_.delta + at);
     V sum = strip.read(rows_.grad_sum + at);
     for (std::int64_t j = 0; j < image_.height; ++j) {
       A* const weight_at = weights + j * kWidthOf<V>;
       A* const grad_at = grads + j * kWidthOf<V>;
-      const V weight = j == query ? V{} : exp(fma(load<V>(weight_at), scale, -logsumexp));
+      const V weight = j == query ? V{} : backward_weight(load<V>(weight_at), scale, logsumexp, logsumexp_low);
       const V grad = j == query ? V{} : weight * (load<V>(grad_at) - delta) * scale;
       store(weight_at, weight);
       store(grad_at, grad);

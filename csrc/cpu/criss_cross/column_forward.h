@@ -2,13 +2,10 @@
 // itself, into the row pass's output.
 #pragma once
 
-#include <cmath>
-#include <limits>
-
-#include "cpu/common/exp.h"
 #include "cpu/common/parallel.h"
 #include "cpu/criss_cross/arguments.h"
 #include "cpu/criss_cross/column_strip.h"
+#include "cpu/criss_cross/softmax.h"
 
 namespace segattn::cpu {
 
@@ -18,8 +15,8 @@ class ColumnForward {
   static constexpr std::int64_t kLane = kLanes<A>;
 
  public:
-  // On entry output is the attention over rows alone, logsumexp the rows' maximum energy, and row_total (B, H, W) the
-  // rows' sum of exp(energy - maximum).
+  // On entry output is the attention over rows alone, logsumexp the rows' maximum (softmax.h), and row_total (B, H, W)
+  // the rows' sum of exp(energy - that of maximum).
   ColumnForward(const CrissCrossForwardArguments<T>& arguments, const A* row_total)
       : arguments_(arguments), image_{arguments.sizes.height, arguments.sizes.width}, row_total_(row_total) {}
 
@@ -87,32 +84,31 @@ class ColumnForward {
 
     // The products of a query become exponentials of energies. Its maximum and total are merged with the row's.
     void normalize(std::int64_t query) const {
-      const V scale = broadcast<V>(pass.arguments_.scale);
-      const V lowest = broadcast<V>(-std::numeric_limits<A>::infinity());
+      const ForwardSoftmax<V> softmax(pass.arguments_.scale);
       A* const row = strip.element(weights, query, 0);
       const std::int64_t self = block.begin + query;
-      V most = lowest;
+      V most = softmax.lowest();  // stays so where H = 1
       for (std::int64_t j = 0; j < strip.height(); ++j) {
-        const V energy = load<V>(row + j * lanes) * scale;
-        store(row + j * lanes, energy);
-        most = j == self ? most : max(most, energy);
+        most = j == self ? most : softmax.maximum(most, load<V>(row + j * lanes));
       }
-      // If all energies are -inf (H = 1), the weights are 0, not exp(-inf - -inf) = NaN.
-      const V offset = select(most == lowest, V{}, most);
       V total{};
       for (std::int64_t j = 0; j < strip.height(); ++j) {
-        const V weight = j == self ? V{} : exp(load<V>(row + j * lanes) - offset);
+        const V weight = j == self ? V{} : softmax.weight(load<V>(row + j * lanes), most);
         store(row + j * lanes, weight);
         total += weight;
       }
       const std::int64_t at = sample * pass.image_.positions() + strip.offset(self);
-      A* const logsumexp = pass.arguments_.logsumexp + at;
-      const V row_maximum = strip.read(logsumexp);
+      const V row_maximum = strip.read(pass.arguments_.logsumexp + at);
       const V common = max(most, row_maximum);
-      const V row_sum = exp(row_maximum - common) * strip.read(pass.row_total_ + at);
-      const V exponential = exp(most - common);
+      const V row_sum = softmax.factor(row_maximum, common) * strip.read(pass.row_total_ + at);
+      const V exponential = softmax.factor(most, common);
       const V sum = row_sum + exponential * total;
-      strip.for_each_lane([&](std::int64_t lane) { logsumexp[lane] = common[lane] + std::log(sum[lane]); });
+      const V energy = common * softmax.size;
+      strip.for_each_lane([&](std::int64_t lane) {
+        const auto logsumexp = split_logsumexp(common[lane], softmax.size[lane], energy[lane], sum[lane]);
+        pass.arguments_.logsumexp[at + lane] = logsumexp.value;
+        pass.arguments_.logsumexp_low[at + lane] = logsumexp.low;
+      });
       store(row_factor + query * lanes, row_sum / sum);
       store(column_factor + query * lanes, exponential / sum);
     }

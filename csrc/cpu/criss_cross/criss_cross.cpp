@@ -1,4 +1,5 @@
 // Criss-cross attention on the CPU: checks, outputs, dtype dispatch, registration.
+#include <optional>
 #include <tuple>
 
 #include "cpu/common/dispatch.h"
@@ -64,12 +65,14 @@ std::tuple<Tensor, Tensor> criss_cross_aggregation_backward(Tensor grad_output, 
   return {grad_attention, grad_value};
 }
 
-// query (B, E, H, W), key (B, E, H, W), value (B, C, H, W) -> output (B, C, H, W), logsumexp (B, H, W)
-std::tuple<Tensor, Tensor> criss_cross_attention(Tensor query, Tensor key, Tensor value, double scale) {
+// query (B, E, H, W), key (B, E, H, W), value (B, C, H, W)
+// -> output (B, C, H, W), logsumexp (B, H, W), logsumexp_low (B, H, W)
+std::tuple<Tensor, Tensor, Tensor> criss_cross_attention(Tensor query, Tensor key, Tensor value, double scale) {
   const CrissCrossSizes sizes = check_criss_cross_attention(query, key, value, scale);
   make_contiguous(query, key, value);
   Tensor output = new_like(value);
   Tensor logsumexp = new_position_statistics(query);
+  Tensor logsumexp_low = new_position_statistics(query);
   dispatch_dtype(query.scalar_type(), [&]<class T>() {
     using A = AccumulatorOf<T>;
     const CrissCrossForwardArguments<T> arguments{
@@ -78,20 +81,22 @@ std::tuple<Tensor, Tensor> criss_cross_attention(Tensor query, Tensor key, Tenso
         .value = data<T>(value),
         .output = mutable_data<T>(output),
         .logsumexp = mutable_data<A>(logsumexp),
+        .logsumexp_low = mutable_data<A>(logsumexp_low),
         .sizes = sizes,
         .scale = static_cast<A>(scale)};
     CrissCrossForward<T>(arguments).run();
   });
-  return {output, logsumexp};
+  return {output, logsumexp, logsumexp_low};
 }
 
 // grad_output (B, C, H, W), query (B, E, H, W), key (B, E, H, W), value (B, C, H, W), output (B, C, H, W),
-// logsumexp (B, H, W) -> grad_query, grad_key, grad_value
+// logsumexp (B, H, W), logsumexp_low (B, H, W) -> grad_query, grad_key, grad_value
 std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(
-    Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, Tensor logsumexp, double scale) {
+    Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, Tensor logsumexp, double scale,
+    std::optional<Tensor> logsumexp_low) {
   const CrissCrossSizes sizes =
-      check_criss_cross_attention_backward(grad_output, query, key, value, output, logsumexp, scale);
-  make_contiguous(grad_output, query, key, value, output, logsumexp);
+      check_criss_cross_attention_backward(grad_output, query, key, value, output, logsumexp, scale, logsumexp_low);
+  make_contiguous(grad_output, query, key, value, output, logsumexp, logsumexp_low);
   Tensor grad_query = new_like(query);
   Tensor grad_key = new_like(key);
   Tensor grad_value = new_like(value);
@@ -104,6 +109,7 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(
         .value = data<T>(value),
         .output = data<T>(output),
         .logsumexp = data<A>(logsumexp),
+        .logsumexp_low = data<A>(logsumexp_low),
         .grad_query = mutable_data<T>(grad_query),
         .grad_key = mutable_data<T>(grad_key),
         .grad_value = mutable_data<T>(grad_value),

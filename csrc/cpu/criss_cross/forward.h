@@ -3,11 +3,9 @@
 // the position itself, into it.
 #pragma once
 
-#include <limits>
-
-#include "cpu/common/exp.h"
 #include "cpu/criss_cross/column_forward.h"
 #include "cpu/criss_cross/row_products.h"
+#include "cpu/criss_cross/softmax.h"
 
 namespace segattn::cpu {
 
@@ -66,19 +64,17 @@ class CrissCrossForward {
     });
   }
 
-  // C panels (keys x queries), from q.k to exp(energy - maximum), with the maximum and the total of every query.
+  // C panels (keys x queries), from q.k to exp(energy - that of maximum), with every query's maximum and total.
   void exponentials(A* panels, std::int64_t keys, std::int64_t queries, A* maximum, A* total) const {
-    const V scale = broadcast<V>(arguments_.scale);
+    const ForwardSoftmax<V> softmax(arguments_.scale);
     for_each_column_vector(panels, keys, queries, [&](std::int64_t column, A* products, std::int64_t width) {
-      V most = broadcast<V>(-std::numeric_limits<A>::infinity());
+      V most = softmax.lowest();
       for (std::int64_t j = 0; j < keys; ++j) {
-        const V energy = load<V>(products + j * width) * scale;
-        store(products + j * width, energy);
-        most = max(most, energy);
+        most = softmax.maximum(most, load<V>(products + j * width));
       }
       V sum{};
       for (std::int64_t j = 0; j < keys; ++j) {
-        const V weight = exp(load<V>(products + j * width) - most);
+        const V weight = softmax.weight(load<V>(products + j * width), most);
         store(products + j * width, weight);
         sum += weight;
       }
@@ -113,13 +109,13 @@ class CrissCrossForward {
     for (std::int64_t i = 0; i < queries; ++i) {
       arguments_.logsumexp[offset + i] = maximum[i];
       row_total_.data()[offset + i] = total[i];
-      factor[i] = A(1) / total[i];
+      factor[i] = total[i] == 0 ? A(0) : A(1) / total[i];  // 0: all energies of the row are -inf
     }
   }
 
   CrissCrossForwardArguments<T> arguments_;
   ImageSize image_;
-  Buffer<A> row_total_;  // (B, H, W): sum over the row of exp(energy - maximum)
+  Buffer<A> row_total_;  // (B, H, W): sum over the row of exp(energy - that of maximum)
 };
 
 }  // namespace segattn::cpu

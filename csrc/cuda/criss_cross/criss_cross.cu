@@ -4,6 +4,7 @@
 // (params.h). The second direction also reads the results of the first. That is cheaper for rows: the sectors of a
 // strip of 8 columns are two to three times the bytes it needs, those of a row hardly more. An image of one row has no
 // columns: each would hold only the query itself.
+#include <optional>
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>
@@ -52,6 +53,11 @@ LineScalars scalars(const Tensor& tensor, Direction direction) {
   return {
       const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0),
       tensor.stride(direction == Direction::kColumns ? 2 : 1), tensor.stride(direction == Direction::kColumns ? 1 : 2)};
+}
+
+// logsumexp and its rounding error, both (B, H, W)
+LineLogsumexp split_scalars(const Tensor& logsumexp, const std::optional<Tensor>& low, Direction direction) {
+  return {scalars(logsumexp, direction), low.has_value() ? const_cast<void*>(low->const_data_ptr()) : nullptr};
 }
 
 Lines lines_of(const CrissCrossSizes& sizes, Direction direction) {
@@ -190,8 +196,9 @@ bool fits_in_one_kernel(const Call& call, const Tensor& output) {
 // the final logsumexp of the same queries, so the two are separate tensors.
 void attend_in_one_kernel(
     const Call& call, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output,
-    const Tensor& logsumexp, double scale) {
+    const Tensor& logsumexp, const Tensor& logsumexp_low, double scale) {
   const Tensor column_logsumexp = call.has_columns() ? allocate_like(logsumexp) : logsumexp;
+  const Tensor column_logsumexp_low = call.has_columns() ? allocate_like(logsumexp) : logsumexp_low;
   call.for_each_direction([&](Direction direction) {
     LineAttentionParams params{};
     params.lines = lines_of(call.sizes, direction);
@@ -199,8 +206,9 @@ void attend_in_one_kernel(
     params.key = features(key, direction);
     params.values = features(value, direction);
     params.output = features(output, direction);
-    params.logsumexp = scalars(direction == Direction::kColumns ? column_logsumexp : logsumexp, direction);
-    params.other_logsumexp = scalars(column_logsumexp, direction);
+    params.other_logsumexp = split_scalars(column_logsumexp, column_logsumexp_low, direction);
+    params.logsumexp =
+        direction == Direction::kColumns ? params.other_logsumexp : split_scalars(logsumexp, logsumexp_low, direction);
     params.scale = scale;
     params.accumulate = call.accumulates(direction);
     call.with_arithmetic([&]<class Arithmetic>() {
@@ -212,13 +220,13 @@ void attend_in_one_kernel(
 // Long lines: first logsumexp over both directions, then sums by the final weights.
 void attend_in_passes(
     const Call& call, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output,
-    const Tensor& logsumexp, double scale) {
+    const Tensor& logsumexp, const Tensor& logsumexp_low, double scale) {
   call.for_each_direction([&](Direction direction) {
     LineStatisticsParams params{};
     params.lines = lines_of(call.sizes, direction);
     params.query = features(query, direction);
     params.key = features(key, direction);
-    params.logsumexp = scalars(logsumexp, direction);
+    params.logsumexp = split_scalars(logsumexp, logsumexp_low, direction);
     params.scale = scale;
     params.accumulate = call.accumulates(direction);
     call.with_arithmetic([&]<class Arithmetic>() {
@@ -229,25 +237,26 @@ void attend_in_passes(
     LineSumParams params{};
     params.query = features(query, direction);
     params.key = features(key, direction);
-    params.logsumexp = scalars(logsumexp, direction);
+    params.logsumexp = split_scalars(logsumexp, logsumexp_low, direction);
     params.scale = scale;
     sum<LineWeight::kSoftmax, LineOwner::kQueries>(call, params, value, output, direction);
   });
 }
 
-Pair criss_cross_attention(const Tensor& query, const Tensor& key, const Tensor& value, double scale) {
+Triple criss_cross_attention(const Tensor& query, const Tensor& key, const Tensor& value, double scale) {
   const CrissCrossSizes sizes = check_criss_cross_attention(query, key, value, scale);
   const LaunchContext context("criss_cross_attention", query);
   const Call call{context, sizes};
   const Tensor output = allocate_like(value);
   const Tensor logsumexp =
       allocate(query, {sizes.batch, sizes.height, sizes.width}, accumulation_dtype(query.scalar_type()));
+  const Tensor logsumexp_low = allocate_like(logsumexp);
   if (fits_in_one_kernel(call, output)) {
-    attend_in_one_kernel(call, query, key, value, output, logsumexp, scale);
+    attend_in_one_kernel(call, query, key, value, output, logsumexp, logsumexp_low, scale);
   } else {
-    attend_in_passes(call, query, key, value, output, logsumexp, scale);
+    attend_in_passes(call, query, key, value, output, logsumexp, logsumexp_low, scale);
   }
-  return {output, logsumexp};
+  return {output, logsumexp, logsumexp_low};
 }
 
 // grad_query -= grad_sum * mean_key (correction.cuh)
@@ -272,9 +281,9 @@ void correct_query_gradient(
 
 Triple criss_cross_attention_backward(
     const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output,
-    const Tensor& logsumexp, double scale) {
+    const Tensor& logsumexp, double scale, const std::optional<Tensor>& logsumexp_low) {
   const CrissCrossSizes sizes =
-      check_criss_cross_attention_backward(grad_output, query, key, value, output, logsumexp, scale);
+      check_criss_cross_attention_backward(grad_output, query, key, value, output, logsumexp, scale, logsumexp_low);
   const LaunchContext context("criss_cross_attention_backward", query);
   const Call call{context, sizes};
   const Tensor grad_query = allocate_like(query), grad_key = allocate_like(key), grad_value = allocate_like(value);
@@ -284,6 +293,9 @@ Triple criss_cross_attention_backward(
   const Tensor delta = delta_of(
       context, feature_map(grad_output), feature_map(output), std::nullopt, {sizes.batch, sizes.height, sizes.width});
   const Tensor grad_sum = allocate_like(delta), mean_key = allocate_like(key);
+  // Both are read with the same strides.
+  const Tensor logsumexp_value = torch::stable::contiguous(logsumexp);
+  const std::optional<Tensor> logsumexp_error = contiguous(logsumexp_low);
   call.for_each_direction([&](Direction direction) {
     LineBackwardParams params{};
     params.lines = lines_of(sizes, direction);
@@ -291,7 +303,7 @@ Triple criss_cross_attention_backward(
     params.key = features(key, direction);
     params.grad_output = features(grad_output, direction);
     params.value = features(value, direction);
-    params.logsumexp = scalars(logsumexp, direction);
+    params.logsumexp = split_scalars(logsumexp_value, logsumexp_error, direction);
     params.delta = scalars(delta, direction);
     params.grad_sum = scalars(grad_sum, direction);
     params.scale = scale;

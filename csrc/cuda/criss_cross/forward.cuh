@@ -72,12 +72,12 @@ struct LineAttention {
             weights.other_factors()[at] = softmax.sum[line][half];
             return;
           }
-          const auto merged =
-              softmax.merge(line, half, p.accumulate ? block.scalar(p.other_logsumexp, line, q) : nullptr);
+          const auto other = p.accumulate ? block.logsumexp(p.other_logsumexp, line, q) : Logsumexp<Real>{};
+          const auto merged = softmax.merge(line, half, !p.accumulate, other);
           weights.own_factors()[at] = merged.factor;
           weights.other_factors()[at] = merged.other_factor;
           if (weights.channel_group() == 0) {
-            *block.scalar(p.logsumexp, line, q) = merged.logsumexp;
+            block.store_logsumexp(p.logsumexp, line, q, merged.logsumexp);
           }
         });
       }

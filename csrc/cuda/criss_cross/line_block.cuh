@@ -3,6 +3,7 @@
 // image are independent except for the logsumexp that rows and columns share.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include <cuda_runtime.h>
@@ -18,6 +19,36 @@ __device__ __forceinline__ float line_exp(float x) {
 }
 __device__ __forceinline__ double line_exp(double x) {
   return exp(x);
+}
+// exp(x - low) for a low near 0
+__device__ __forceinline__ float line_exp(float x, float low) {
+  return ptx::exp2_approx(fmaf(x, kLog2E, -low * kLog2E));
+}
+__device__ __forceinline__ double line_exp(double x, double low) {
+  return exp(x - low);
+}
+
+// scale * product - shift with one rounding. All kernels use it: a large energy that some round and others do not gives
+// different weights.
+__device__ __forceinline__ float shifted_energy(float product, float scale, float shift) {
+  return fmaf(product, scale, -shift);
+}
+__device__ __forceinline__ double shifted_energy(double product, double scale, double shift) {
+  return fma(product, scale, -shift);
+}
+
+template <class Real>
+struct Logsumexp {
+  Real value;
+  Real low;  // the exact logsumexp minus value
+};
+
+// max_energy + log(sum)
+template <class Real>
+__device__ __forceinline__ Logsumexp<Real> split_logsumexp(Real max_energy, Real sum) {
+  const Real log_sum = log(sum), value = max_energy + log_sum, added = value - max_energy;
+  const Real low = (max_energy - (value - added)) + (log_sum - added);
+  return {value, fabs(value) < static_cast<Real>(INFINITY) ? low : Real(0)};
 }
 
 // Keeps the compiler from interleaving float64 exponentials, which would spill registers.
@@ -126,9 +157,22 @@ struct LineBlock {
     }
   }
 
+  __device__ __forceinline__ int64_t scalar_offset(const LineScalars& s, int line, int position) const {
+    return window.sample * s.batch_stride + (first_line() + line) * s.line_stride + position * s.position_stride;
+  }
   __device__ __forceinline__ Real* scalar(const LineScalars& s, int line, int position) const {
-    return static_cast<Real*>(s.data) + window.sample * s.batch_stride + (first_line() + line) * s.line_stride +
-        position * s.position_stride;
+    return static_cast<Real*>(s.data) + scalar_offset(s, line, position);
+  }
+  __device__ __forceinline__ Logsumexp<Real> logsumexp(const LineLogsumexp& l, int line, int position) const {
+    const int64_t offset = scalar_offset(l, line, position);
+    return {
+        static_cast<const Real*>(l.data)[offset], l.low == nullptr ? Real(0) : static_cast<const Real*>(l.low)[offset]};
+  }
+  __device__ __forceinline__ void store_logsumexp(
+      const LineLogsumexp& l, int line, int position, const Logsumexp<Real>& logsumexp) const {
+    const int64_t offset = scalar_offset(l, line, position);
+    static_cast<Real*>(l.data)[offset] = logsumexp.value;
+    static_cast<Real*>(l.low)[offset] = logsumexp.low;
   }
 
   // Whether query q attends to key k in the given line of the pair; false beyond the edges.

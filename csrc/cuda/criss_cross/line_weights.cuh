@@ -101,13 +101,16 @@ struct LineWeights {
     Products d;
     block.multiply_features(d, p.query, p.key, query0, key0);
     for_queries(query0, [&](int line, int q, int half) {
-      const Real logsumexp = query_exists(line, q) ? *block.scalar(p.logsumexp, line, q) : Real(0);
+      const Logsumexp<Real> logsumexp =
+          query_exists(line, q) ? block.logsumexp(p.logsumexp, line, q) : Logsumexp<Real>{};
       for_keys(line, q, key0, [&](T* element, int j, int k) {
         Real weights[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           weights[e] = block.attends(line, q, k + e)
-              ? line_exp(d[line][j][2 * half + e] * static_cast<Real>(p.scale) - logsumexp)
+              ? line_exp(
+                    shifted_energy(d[line][j][2 * half + e], static_cast<Real>(p.scale), logsumexp.value),
+                    logsumexp.low)
               : Real(0);
         }
         store_pair(element, weights[0], weights[1]);

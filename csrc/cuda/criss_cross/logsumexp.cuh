@@ -21,8 +21,9 @@ __device__ __forceinline__ void line_statistics(
   for (int i = 0; i < 4; ++i) {
     const int line = i / 2, half = i % 2, query = softmax.query(block.owned_begin, half);
     if (lane_index() % 4 == 0 && query < block.owned_end() && block.first_line() + line < block.window.line_end) {
-      auto* result = block.scalar(p.logsumexp, line, query);
-      *result = softmax.merge(line, half, p.accumulate ? result : nullptr).logsumexp;
+      const auto other =
+          p.accumulate ? block.logsumexp(p.logsumexp, line, query) : Logsumexp<typename Arithmetic::Real>{};
+      block.store_logsumexp(p.logsumexp, line, query, softmax.merge(line, half, !p.accumulate, other).logsumexp);
     }
   }
 }

@@ -1,6 +1,8 @@
 // Online softmax of a warp's queries over tiles of keys, and its merge with the softmax over the other direction.
 #pragma once
 
+#include <cfloat>
+
 #include "cuda/criss_cross/line_block.cuh"
 
 namespace segattn::cuda {
@@ -9,7 +11,7 @@ namespace segattn::cuda {
 // other direction's weights are exp(energy - its logsumexp), those of this line exp(energy - max_energy).
 template <class Real>
 struct MergeFactors {
-  Real logsumexp;
+  Logsumexp<Real> logsumexp;
   Real other_factor;
   Real factor;
 };
@@ -20,13 +22,19 @@ struct LineSoftmax {
   using Block = LineBlock<Arithmetic, Shape>;
   using Real = typename Arithmetic::Real;
   static constexpr Real kMinusInfinity = -static_cast<Real>(INFINITY);
+  // Stands for a scale of 0, which times `excluded` would be NaN. The energies are 0 up to rounding with it, too.
+  static constexpr Real kSmallest = sizeof(Real) == 4 ? Real(FLT_MIN) : Real(DBL_MIN);
 
   const Block& block;
   Real scale;
+  Real excluded;          // the product of a key that the query does not attend to; its energy is -inf
   Real max_energy[2][2];  // so far: [line][half]; the same in the four lanes of a query
   Real sum[2][2];         // of exp(energy - max_energy), over the lane's own keys
 
-  __device__ __forceinline__ LineSoftmax(const Block& block_, Real scale_) : block(block_), scale(scale_) {
+  __device__ __forceinline__ LineSoftmax(const Block& block_, Real scale_)
+      : block(block_),
+        scale(scale_ == 0 ? kSmallest : scale_),
+        excluded(scale_ < 0 ? -kMinusInfinity : kMinusInfinity) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       max_energy[i / 2][i % 2] = kMinusInfinity;
@@ -55,9 +63,8 @@ struct LineSoftmax {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             Real& x = d[line][j][2 * half + e];
-            x = block.attends(line, query(first_query, half), first_key + 8 * j + 2 * t + e) ? x * scale
-                                                                                             : kMinusInfinity;
-            new_max = fmax(new_max, x);
+            x = block.attends(line, query(first_query, half), first_key + 8 * j + 2 * t + e) ? x : excluded;
+            new_max = fmax(new_max, x * scale);
           }
         }
         new_max = fmax(new_max, __shfl_xor_sync(0xffffffffu, new_max, 1));
@@ -73,7 +80,7 @@ struct LineSoftmax {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             Real& x = d[line][j][2 * half + e];
-            x = line_exp(x - shift);
+            x = line_exp(shifted_energy(x, scale, shift));
             total += x;
             serialize(total);
           }
@@ -97,16 +104,19 @@ struct LineSoftmax {
     }
   }
 
-  // other_logsumexp: of the other direction; null if this is the first
-  __device__ __forceinline__ MergeFactors<Real> merge(int line, int half, const Real* other_logsumexp) const {
+  // other: of the other direction, unless this is the first
+  __device__ __forceinline__ MergeFactors<Real> merge(int line, int half, bool is_first, Logsumexp<Real> other) const {
     const Real own_max = max_energy[line][half], own_sum = sum[line][half];
-    if (other_logsumexp == nullptr) {
-      return {own_max + log(own_sum), 0, 1 / own_sum};
+    if (is_first) {
+      // Energies of -inf throughout a column do not count if the row has others.
+      const bool no_column = own_sum == 0 && block.lines.skips_self;
+      return {split_logsumexp(own_max, own_sum), 0, no_column ? 0 : 1 / own_sum};
     }
-    const Real other_max = *other_logsumexp, common_max = fmax(other_max, own_max);
-    const Real other_scale = line_exp(other_max - common_max), own_scale = line_exp(own_max - common_max);
+    const Real common_max = fmax(other.value, own_max);
+    const Real other_scale = line_exp(other.value - common_max, -other.low);
+    const Real own_scale = line_exp(own_max - common_max);
     const Real total = other_scale + own_sum * own_scale;
-    return {common_max + log(total), other_scale / total, own_scale / total};
+    return {split_logsumexp(common_max, total), other_scale / total, own_scale / total};
   }
 };
 

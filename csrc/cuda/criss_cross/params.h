@@ -41,6 +41,12 @@ struct LineScalars {
   int64_t position_stride;
 };
 
+// Energies may be in the thousands. A weight exp(energy - logsumexp) then needs more of the logsumexp than its rounded
+// value.
+struct LineLogsumexp : LineScalars {
+  void* low;  // the rounding error of the value, with the same strides; null: not given
+};
+
 // The lines of a batch and their partition into blocks.
 struct Lines {
   int64_t batch;
@@ -58,7 +64,7 @@ struct LineStatisticsParams {
   Lines lines;
   LineFeatures query;  // (B, E, lines, length)
   LineFeatures key;    // (B, E, lines, length)
-  LineScalars logsumexp;
+  LineLogsumexp logsumexp;
   double scale;
   bool accumulate;  // merges with the other direction's logsumexp, which `logsumexp` holds
 };
@@ -100,10 +106,10 @@ struct LineSumParams {
   LineFeatures key;
   LineFeatures grad_output;  // kGradient
   LineFeatures value;
-  LineScalars logsumexp;  // kSoftmax, kGradient
-  LineScalars delta;      // kGradient: sum_c grad_output * output
-  LineScalars grad_sum;   // kGradient, LineOwner::kQueries: (+)= sum_j weight(i, j)
-  LineFeatures values;    // the summands
+  LineLogsumexp logsumexp;  // kSoftmax, kGradient
+  LineScalars delta;        // kGradient: sum_c grad_output * output
+  LineScalars grad_sum;     // kGradient, LineOwner::kQueries: (+)= sum_j weight(i, j)
+  LineFeatures values;      // the summands
   LineFeatures output;
   double scale;
   int weight_rows;         // queries of the weights in shared memory
@@ -117,7 +123,7 @@ struct LineSumParams {
 // Criss-cross attention over one direction, for lines whose weights fit in shared memory. Writes the output and
 // logsumexp of this direction or, with `accumulate`, of both: `output` then holds the other direction's.
 struct LineAttentionParams : LineSumParams {
-  LineScalars other_logsumexp;  // of the other direction, for `accumulate`
+  LineLogsumexp other_logsumexp;  // of the other direction, for `accumulate`
 };
 
 // All three gradients of criss-cross attention at once, for lines whose weights fit in shared memory. `values` and

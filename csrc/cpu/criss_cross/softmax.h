@@ -1,0 +1,58 @@
+// The softmax of criss-cross attention, whose energies, scale * product of query and key, may be in the thousands.
+//
+// The backward pass recomputes the weights as exp(energy - logsumexp). In float a logsumexp of 1000 is rounded by up to
+// 3e-5, which would be a relative error of all weights of its query. Therefore the forward pass stores the rounding
+// error as well. Neither pass rounds an energy, because that error would be as large.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "cpu/common/exp.h"
+
+namespace segattn::cpu {
+
+// The forward pass. Its maximum is that of the products, times the sign of scale; it stands for the largest energy.
+template <class V>
+struct ForwardSoftmax {
+  using A = ElementOf<V>;
+  V sign, size;  // of scale
+
+  explicit ForwardSoftmax(A scale)
+      : sign(broadcast<V>(scale < 0 ? A(-1) : A(1))), size(broadcast<V>(std::abs(scale))) {}
+
+  static V lowest() { return broadcast<V>(-std::numeric_limits<A>::infinity()); }
+  V maximum(V maximum, V product) const { return max(maximum, product * sign); }
+
+  // exp(energy - largest energy). If all energies are -inf, the weights are 0, not exp(-inf - -inf) = NaN.
+  V weight(V product, V maximum) const {
+    return exp(fma(product, sign, -select(maximum == lowest(), V{}, maximum)) * size);
+  }
+
+  // exp(largest energy - a larger one); 0 without a finite energy
+  V factor(V maximum, V common) const { return select(maximum == lowest(), V{}, exp((maximum - common) * size)); }
+};
+
+template <class A>
+struct SplitLogsumexp {
+  A value, low;  // low: the exact logsumexp minus value
+};
+
+// largest energy + log(total), for the maximum and scale's size of ForwardSoftmax; energy = maximum * size, rounded.
+// Not inlined: contracted with that product, the sums below would not be those of the rounded energy.
+template <class A>
+[[gnu::noinline]] SplitLogsumexp<A> split_logsumexp(A maximum, A size, A energy, A total) {
+  const A log_total = std::log(total);
+  const A value = energy + log_total;
+  const A added = value - energy;
+  const A low = fma(maximum, size, -energy) + (energy - (value - added)) + (log_total - added);
+  return {value, std::isfinite(value) ? low : A(0)};
+}
+
+// The backward pass: a weight from the logsumexp and its rounding error.
+template <class V>
+V backward_weight(V product, V scale, V logsumexp, V logsumexp_low) {
+  return exp(fma(product, scale, -logsumexp) - logsumexp_low);
+}
+
+}  // namespace segattn::cpu
