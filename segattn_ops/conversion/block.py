@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .scripting import scriptable
+from .settings import Settings, changed
 
 _GENERATED: dict[tuple[type[nn.Module], type[nn.Module]], Any] = {}  # the classes made so far
 
@@ -25,6 +26,7 @@ class Traits:
         parameters: name and default of every parameter of the original's forward, in order.
         positional: how many of them can be given by position.
         bypassed: name and class of the descendants that the fused forward does not call.
+        settings: the attributes that the original's forward reads, as they were.
     """
 
     inputs: int
@@ -34,6 +36,7 @@ class Traits:
     parameters: tuple[tuple[str, Any], ...] = ()
     positional: int = 0
     bypassed: tuple[tuple[str, type[nn.Module]], ...] = ()
+    settings: Settings = ()
 
 
 class FusedBlock(nn.Module):
@@ -44,8 +47,8 @@ class FusedBlock(nn.Module):
     children, hooks and attributes are the original's.
 
     The original's forward runs for whatever the fused one cannot do: other arguments than the feature maps, what the
-    original does only in training, and hooks, active dropout and a replacement on children that the fused forward does
-    not call.
+    original does only in training, attributes that it reads and that have changed, and hooks, active dropout and a
+    replacement on children that the fused forward does not call.
 
     Raises:
         ValueError: for an input of a rank that the original does not take.
@@ -106,7 +109,7 @@ class FusedBlock(nn.Module):
             child = self.get_submodule(name)
             if type(child) is not kind or has_hooks(child) or (child.training and drops(child)):
                 return True
-        return False
+        return bool(changed(self, self._fused_traits.settings))
 
     def _fused_drops(self) -> bool:
         """Whether training drops something that the fused forward does not."""
@@ -119,13 +122,18 @@ class FusedBlock(nn.Module):
             RuntimeError: for a block that cannot be scripted; torch.jit.trace and torch.export take every block.
         """
         body = self._fused_script()
-        changed = [
+        replaced = [
             name
             for name, kind in self._fused_traits.bypassed
             if type(self.get_submodule(name)) is not kind or has_hooks(self.get_submodule(name))
         ]
-        if body is None or changed:
-            reason = f"{', '.join(changed)} has a hook or was replaced" if changed else "it has no scriptable form"
+        other = changed(self, self._fused_traits.settings)
+        if body is None or replaced or other:
+            reason = "it has no scriptable form"
+            if replaced:
+                reason = f"{', '.join(replaced)} has a hook or was replaced"
+            elif other:
+                reason = f"{', '.join(other)} has changed since the conversion"
             raise RuntimeError(f"{self._original_class.__name__}: {reason}; use torch.jit.trace or torch.export")
         return scriptable(self, body, ["x", "y"][: self._fused_traits.inputs])
 

@@ -191,12 +191,21 @@ def _gamma_only(view: View) -> list[Candidate]:
         return []
     for gamma in ("gamma", "beta"):
         if view.parametrised() == {gamma} and view.is_scalar(gamma):
-            names, dims = {"gamma": view.own(gamma)}, (2, 3, 1)
+            names, dims, channels = {"gamma": view.own(gamma)}, (2, 3, 1), (_own_channels(view),)
             return [
-                Candidate(FusedChannelAttention, names, (12,), {"scale": -1.0}, dims),
-                Candidate(FusedChannelAttention, names, (12,), {"scale": 1.0}, dims, label="softmax of +E"),
+                Candidate(FusedChannelAttention, names, channels, {"scale": -1.0}, dims),
+                Candidate(FusedChannelAttention, names, channels, {"scale": 1.0}, dims, label="softmax of +E"),
             ]
     return []
+
+
+def _own_channels(view: View) -> int:
+    """The number of channels that a block without layers was made for; 12 if it does not say, or has very many."""
+    for name in ("chanel_in", "channel_in", "in_channels", "in_dim", "channels", "dim"):
+        own = getattr(view.module, name, None)
+        if isinstance(own, int) and 0 < own <= 1024:
+            return own
+    return 12
 
 
 def _non_local(view: View) -> list[Candidate]:

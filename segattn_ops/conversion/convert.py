@@ -43,8 +43,9 @@ def convert(
 
     The block stays the same object, of a class that derives from its own: parameter names, hooks, methods and
     ``isinstance`` do not change, and checkpoints, optimizers and DistributedDataParallel keep working. The original's
-    forward runs for arguments other than the feature maps, for dropout in training, and while a child that the fused
-    forward does not call has a hook or is another one than it was. If anything is raised, the model is as it was.
+    forward runs for arguments other than the feature maps, for dropout in training, while an attribute that it reads,
+    such as a temperature, has another value than at the conversion, and while a child that the fused forward does not
+    call has a hook or is another one than it was. If anything is raised, the model is as it was.
 
     Args:
         model: any module; also inside DistributedDataParallel or DataParallel. Compile it after converting.

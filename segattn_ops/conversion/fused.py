@@ -31,7 +31,8 @@ class FusedChannelAttention(FusedBlock):
     def fused_forward(self, x: Tensor) -> Tensor:
         """x (B, C, *spatial) -> (B, C, *spatial)."""
         gamma, scale = getattr(self, self._fused_names["gamma"]), self._fused_options["scale"]
-        if isinstance(gamma, nn.Module) or (isinstance(x, Tensor) and gamma.dtype != x.dtype):  # the sum is in gamma's
+        other = isinstance(gamma, nn.Module) or gamma.dim() > 1 or gamma.numel() != 1
+        if other or (isinstance(x, Tensor) and gamma.dtype != x.dtype):  # the sum is in gamma's dtype
             return self._fused_residual(channel_attention(x, x, x, scale), x)
         return residual_channel_attention(x, gamma, scale)
 

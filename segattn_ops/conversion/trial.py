@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .block import drops
+from .block import FusedBlock, drops
 from .candidates import Candidate, pointwise
 from .compare import leaves
+from .settings import reads, shake
 from .state import RandomState
 
 
@@ -34,6 +35,8 @@ class Mode(NamedTuple):
     training: bool = False
     gradient: bool = False
     gain: float = 1.0  # of the inputs
+    shaken: bool = False  # with other values in the tensors that are no parameters
+    negative: bool = False  # with gamma of the other sign
 
 
 EVALUATION = Mode()
@@ -49,6 +52,7 @@ class Outcome:
         gradients: of the inputs and parameters; None if they were not asked for or could not be computed.
         written: the plain attributes that the run wrote.
         random: the state of the random number generators after the run.
+        read: (descendant, attribute) of what the original read from itself and the bypassed descendants.
     """
 
     result: dict[str, Any]
@@ -56,6 +60,7 @@ class Outcome:
     gradients: dict[str, Any] | None
     written: frozenset[str]
     random: RandomState
+    read: frozenset[tuple[str, str]]
 
 
 class Trials:
@@ -102,15 +107,21 @@ class Trials:
         ]
         for m in module.modules():
             m.training = mode.training
-        for name, _ in bypassed(module, candidate):  # active dropout is seen at each call
+        watched = ["", *(name for name, _ in bypassed(module, candidate))]
+        for name in watched[1:]:  # active dropout is seen at each call
             child = module.get_submodule(name)
             if drops(child):
                 child.training = False
+        if mode.shaken:
+            generator = torch.Generator("cpu").manual_seed(0)
+            shake(module, watched, lambda tensor: _uniform(tensor, generator))
+        observed = [] if isinstance(module, FusedBlock) else watched
+        gamma = _scalars(module, candidate) if mode.negative else []
         kept = RandomState({self.device.type})
-        with _neutral(self.device, dtype):
+        with _neutral(self.device, dtype), _negated(gamma):
             try:
                 before = _plain_attributes(module)
-                with torch.set_grad_enabled(mode.gradient):
+                with torch.set_grad_enabled(mode.gradient), reads(module, observed) as read:
                     output = module(*[x.clone() for x in inputs] if mode.gradient else inputs)
                 result, effects = leaves(output), leaves([inputs, dict(module.named_buffers())])
                 random = RandomState({self.device.type})
@@ -119,7 +130,7 @@ class Trials:
                 gradients = _gradients(module, inputs, output) if mode.gradient else None
             finally:
                 kept.restore()
-        return Outcome(result, effects, gradients, written, random)
+        return Outcome(result, effects, gradients, written, random, frozenset(read))
 
     def _prepare(self, dtype: torch.dtype) -> nn.Module:
         try:
@@ -164,7 +175,30 @@ def _random(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
         return normal() / math.sqrt(max(1, math.prod(like.shape[1:])))
     if name.endswith("bias"):
         return normal() / 2
-    return torch.rand(like.shape, generator=generator, dtype=torch.float32, device="cpu") + 0.5
+    return _uniform(like, generator) + (1.5 if like.numel() == 1 else 0.5)  # gamma > 1, so that a clamp to 1 shows
+
+
+def _scalars(module: nn.Module, candidate: Candidate) -> list[nn.Parameter]:
+    """The parameters of the role gamma."""
+    gamma = getattr(module, candidate.names["gamma"]) if "gamma" in candidate.names else None
+    return list(gamma.parameters()) if isinstance(gamma, nn.Module) else [] if gamma is None else [gamma]
+
+
+@contextmanager
+def _negated(parameters: list[nn.Parameter]) -> Iterator[None]:
+    try:
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.neg_()
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.neg_()
+
+
+def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.rand(like.shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _amplitude(candidate: Candidate, size: tuple[int, ...]) -> float:

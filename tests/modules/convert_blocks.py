@@ -245,3 +245,77 @@ class BigGAN(nn.Module):
         phi, g = (F.max_pool2d(layer(x), 2).flatten(2) for layer in (self.phi, self.g))
         beta = torch.einsum("bei,bej->bij", theta, phi).softmax(-1)
         return self.gamma * self.o(torch.einsum("bij,bcj->bci", beta, g).unflatten(2, x.shape[2:])) + x
+
+
+class Tempered(Fork):
+    """Reads a number, a class attribute, an optional mask, an optional norm, and a switch."""
+
+    sharpness = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.temperature, self.enabled, self.mask, self.rate = 2.0, True, None, 0.0
+        self.after = nn.Sequential()
+
+    def on_key(self, key):
+        key = key * self.sharpness / self.temperature
+        return key if self.mask is None else key * self.mask
+
+    def on_map(self, attention):
+        return F.dropout(attention, self.rate, self.training)
+
+    def forward(self, x):
+        if not self.enabled:
+            return x
+        attended = self.after(self.attended(x))
+        norm = getattr(self, "norm", None)
+        return self.gamma * (attended if norm is None else norm(attended)) + x
+
+
+class BufferTemperature(Fork):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("temperature", torch.ones(()))
+
+    def on_key(self, key):
+        return key / self.temperature
+
+
+class MaskOfFalse(Fork):
+    def __init__(self):
+        super().__init__()
+        self.masked = torch.zeros(1, 4, 1, dtype=torch.bool)
+
+    def on_key(self, key):
+        return key.masked_fill(self.masked, 0.0)
+
+
+class AbsoluteGamma(Fork):
+    def forward(self, x):
+        return self.gamma.abs() * self.attended(x) + x
+
+
+class ReturnsFloat32(Fork):
+    def forward(self, x):
+        return (self.gamma * self.attended(x) + x).float()
+
+
+class SoftmaxInFloat32(Fork):
+    def attended(self, x, scale=1.0):
+        q, k, v = (conv(x).flatten(2) for conv in self.layers())
+        attention = torch.softmax(torch.einsum("bei,bej->bij", q, k), -1, dtype=torch.float32).to(x.dtype)
+        return torch.einsum("bij,bcj->bci", attention, v).view_as(x)
+
+
+class BoundCAM(nn.Module):
+    """A CAM that takes its own number of channels only."""
+
+    def __init__(self, in_dim=20):
+        super().__init__()
+        self.chanel_in, self.gamma = in_dim, nn.Parameter(torch.full((1, 1, 1, 1), 0.3))
+
+    def forward(self, x):
+        flat = x.view(len(x), self.chanel_in, x.shape[2] * x.shape[3])
+        energy = flat @ flat.mT
+        attention = torch.softmax(energy.max(-1, keepdim=True)[0] - energy, -1)
+        return self.gamma * (attention @ flat).view_as(x) + x

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn as tnn
 
 import segattn_ops

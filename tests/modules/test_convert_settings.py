@@ -1,0 +1,119 @@
+"""What a converted block does after an attribute, tensor or parameter that its forward reads has changed."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn as tnn
+
+import segattn_ops
+from segattn_ops.conversion.block import FusedBlock
+
+from . import convert_blocks as forks
+
+
+def pair(block: tnn.Module) -> tuple[tnn.Module, tnn.Module]:
+    """The block and a converted copy."""
+    converted = copy.deepcopy(block)
+    report = segattn_ops.convert(converted)
+    assert isinstance(converted, FusedBlock), str(report)
+    return block, converted
+
+
+def result(block: tnn.Module, x: torch.Tensor) -> torch.Tensor:
+    torch.manual_seed(2)
+    return block(x)
+
+
+def set_norm(block: tnn.Module) -> None:
+    block.norm = tnn.InstanceNorm2d(16)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda block: setattr(block, "temperature", 0.25),
+        lambda block: setattr(block, "enabled", False),
+        lambda block: setattr(block, "mask", torch.tensor([1.0, 0.0, 1.0, 0.0])[:, None]),
+        lambda block: setattr(block, "rate", 0.5),
+        lambda block: setattr(block, "sharpness", 3.0),
+        lambda block: setattr(block.softmax, "dim", 1),
+        lambda block: setattr(block, "softmax", tnn.Softmax(dim=1)),
+        lambda block: block.after.append(tnn.ReLU()),
+        set_norm,
+    ],
+    ids=["number", "switch", "mask", "rate", "class attribute", "child's attribute", "child", "grandchild", "norm"],
+)
+def test_later_changes_have_the_same_effect(change, training: bool) -> None:
+    x = torch.randn(2, 16, 6, 5)
+    original, converted = (block.train(training) for block in pair(forks.Tempered()))
+    torch.testing.assert_close(result(converted, x), result(original, x))
+    before = result(original, x)
+    for copied in (converted, copy.deepcopy(converted), pickle.loads(pickle.dumps(converted))):
+        twin = copy.deepcopy(original)
+        change(twin)
+        change(copied)
+        torch.testing.assert_close(result(copied, x), result(twin, x))
+    if training or twin.rate == 0:  # dropout is for training
+        assert not torch.allclose(result(twin, x), before)
+
+
+def test_setting_back_runs_fused_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, converted = pair(forks.Tempered())
+    calls: list[int] = []
+    fused = type(converted).fused_forward
+    monkeypatch.setattr(type(converted), "fused_forward", lambda self, x: calls.append(1) or fused(self, x))
+    x = torch.randn(1, 16, 4, 4)
+    for temperature, expected in ((2.0, 1), (1.0, 1), (2.0, 2)):
+        converted.temperature = temperature
+        converted(x)
+        assert len(calls) == expected
+    converted.unread = 1
+    converted(x)
+    assert len(calls) == 3
+
+
+def test_compiled_and_scripted_blocks_see_a_change() -> None:
+    x = torch.randn(1, 16, 4, 4)
+    original, converted = pair(forks.Tempered().eval())
+    compiled = torch.compile(converted, backend="eager", fullgraph=True)
+    for temperature in (2.0, 0.5):
+        original.temperature = converted.temperature = temperature
+        torch.testing.assert_close(compiled(x), original(x))
+    with pytest.raises(RuntimeError, match="temperature has changed since the conversion"):
+        torch.jit.script(converted)
+
+
+@pytest.mark.parametrize(
+    ("fork", "reason"),
+    [
+        (forks.BufferTemperature, "depends on a buffer or another tensor"),
+        (forks.MaskOfFalse, "depends on a buffer or another tensor"),
+        (forks.AbsoluteGamma, "differs where gamma is negative"),
+    ],
+)
+def test_what_has_no_effect_yet_is_left(fork: type[tnn.Module], reason: str) -> None:
+    block = fork()
+    assert reason in segattn_ops.convert(block).left[""]
+    assert type(block) is fork
+
+
+def test_dtype_of_the_result() -> None:
+    block = forks.ReturnsFloat32().bfloat16()
+    assert "it returns float32 where the replacement returns bfloat16" in segattn_ops.convert(block).left[""]
+    pair(forks.ReturnsFloat32())
+
+
+@pytest.mark.parametrize("channels", [16, 48, 320])
+def test_softmax_in_float32_is_no_difference(channels: int) -> None:
+    pair(forks.SoftmaxInFloat32(channels))
+
+
+def test_channel_attention_bound_to_its_channels() -> None:
+    original, converted = pair(forks.BoundCAM())
+    x = torch.randn(2, 20, 5, 4)
+    torch.testing.assert_close(converted(x), original(x))
+    original.gamma = converted.gamma = tnn.Parameter(torch.rand(20, 1, 1))
+    torch.testing.assert_close(converted(x), original(x))
