@@ -66,11 +66,11 @@ def permissive(module: nn.Module, candidate: Candidate) -> Traits:
     )
 
 
-def examine(module: nn.Module, possible: list[Candidate]) -> Finding:
+def examine(module: nn.Module, possible: list[Candidate], model: nn.Module) -> Finding:
     """The first of the candidates that is the same function as the module.
 
     The module itself is not run. Copies are, with random parameters: a zero gamma, or weights so small that the softmax
-    is uniform, would hide what the block computes.
+    is uniform, would hide what the block computes. What else of ``model`` the module refers to is not copied.
 
     Raises:
         CannotRun: if the original does not run on a feature map of small or of large size.
@@ -84,7 +84,7 @@ def examine(module: nn.Module, possible: list[Candidate]) -> Finding:
         raise Differs(f"no replacement can be made: {error}") from error
     failures: list[tuple[int, float, Differs]] = []
     with torch.inference_mode(False):
-        examination = _Examination(module, possible[0])
+        examination = _Examination(module, possible[0], model)
         for candidate in possible:
             try:
                 return examination.compare(candidate)
@@ -96,8 +96,8 @@ def examine(module: nn.Module, possible: list[Candidate]) -> Finding:
 class _Examination:
     """The original on probes; what it did is kept for the next candidate."""
 
-    def __init__(self, module: nn.Module, candidate: Candidate) -> None:
-        self._module, self._trials = module, Trials(module, candidate)
+    def __init__(self, module: nn.Module, candidate: Candidate, model: nn.Module) -> None:
+        self._module, self._trials = module, Trials(module, candidate, model)
         self._dtype = self._trials.dtype
         self._outcomes: dict[Any, Outcome | Exception] = {}
         self.agreements = 0  # of the candidate compared last

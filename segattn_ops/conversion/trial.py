@@ -2,7 +2,8 @@
 
 import copy
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -40,6 +41,8 @@ class Mode(NamedTuple):
 
 
 EVALUATION = Mode()
+# The default dtype is the process's: of two conversions in threads, one would restore what the other had set.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -70,20 +73,23 @@ class Trials:
     Args:
         module: the block, which is not run itself.
         candidate: one of the blocks that it may be.
+        model: the modules of which a block refers to, for instance its parent in a list, are not copied with it.
     """
 
-    def __init__(self, module: nn.Module, candidate: Candidate) -> None:
+    def __init__(self, module: nn.Module, candidate: Candidate, model: nn.Module) -> None:
         parameter = next(module.parameters())
         self._module, self._roles = module, candidate
         self.device, self.dtype = parameter.device, parameter.dtype
         self._prepared: dict[torch.dtype, nn.Module] = {}
+        inside = set(map(id, module.modules()))
+        self._outside = {id(m): m for m in model.modules() if id(m) not in inside}
 
     def twin(self, dtype: torch.dtype) -> nn.Module:
         """A copy for one run: its own buffers, the parameters shared with the other copies of this dtype."""
         if dtype not in self._prepared:
             self._prepared[dtype] = self._prepare(dtype)
         prepared = self._prepared[dtype]
-        return _copy(prepared, {id(p): p for p in prepared.parameters()})
+        return _copy(prepared, {id(p): p for p in prepared.parameters()} | self._outside)
 
     def run(
         self, module: nn.Module, candidate: Candidate, dtype: torch.dtype, shape: tuple[int, ...], mode: Mode
@@ -134,7 +140,7 @@ class Trials:
 
     def _prepare(self, dtype: torch.dtype) -> nn.Module:
         try:
-            prepared = _copy(self._module, {})
+            prepared = _copy(self._module, self._outside)
         except Exception as error:
             raise CannotRun(f"it cannot be copied: {in_one_line(error)}") from error
         if dtype != self.dtype:
@@ -212,16 +218,17 @@ def _amplitude(candidate: Candidate, size: tuple[int, ...]) -> float:
 @contextmanager
 def _neutral(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Without the caller's autocast, inference mode, default device and default dtype."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_default_dtype(default)
+    with _ONE_AT_A_TIME:
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device), torch.autocast(device.type, enabled=False):
+                yield
+        finally:
+            torch.set_default_dtype(default)
 
 
-def _copy(module: nn.Module, shared: dict[int, Any]) -> nn.Module:
+def _copy(module: nn.Module, shared: Mapping[int, Any]) -> nn.Module:
     """A deep copy. Hooks are not copied, because a bound method would take its object along; tensors with a history,
     such as a stored attention map or a normalised weight, are copied without it."""
     memo: dict[int, Any] = dict(shared)

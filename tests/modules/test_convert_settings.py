@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -117,3 +118,34 @@ def test_channel_attention_bound_to_its_channels() -> None:
     torch.testing.assert_close(converted(x), original(x))
     original.gamma = converted.gamma = tnn.Parameter(torch.rand(20, 1, 1))
     torch.testing.assert_close(converted(x), original(x))
+
+
+class Parent(tnn.Module):
+    """Its block refers to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = forks.Fork()
+        self.block.owner = [self]
+
+    def __deepcopy__(self, memo):
+        raise AssertionError("the whole model is copied")
+
+    def forward(self, x):
+        return self.block(x)
+
+
+def test_what_a_block_refers_to_is_not_copied() -> None:
+    assert segattn_ops.convert(Parent()).converted == ["block"]
+
+
+def test_conversions_in_threads_leave_the_default_dtype() -> None:
+    reports = []
+    models = [tnn.Sequential(forks.Fork(), forks.Fork()) for _ in range(4)]
+    threads = [threading.Thread(target=lambda m: reports.append(segattn_ops.convert(m)), args=(m,)) for m in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.get_default_dtype() == torch.float32
+    assert [report.converted for report in reports] == [["0", "1"]] * 4
