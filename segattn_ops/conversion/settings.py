@@ -4,7 +4,10 @@ A converted block computes what its original computed when it was converted. An 
 ``self.temperature``, or skips the attention unless ``self.enabled``, computes something else once that is set.
 """
 
+import enum
+import functools
 import inspect
+import numbers
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,8 +20,8 @@ Settings = tuple[tuple[str, str, Any], ...]  # name of the descendant, name of i
 
 _OWN = frozenset(dir(nn.Module()))
 _MISSING = inspect.Parameter.empty
-_NUMBERS = (bool, int, float, complex)
-_VALUES = (*_NUMBERS, str, bytes, type(None), type, torch.dtype, types.FunctionType, types.BuiltinFunctionType)
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
+_VALUES = (numbers.Number, str, bytes, type(None), enum.Enum, type, torch.dtype, *_FUNCTIONS)
 
 
 @contextmanager
@@ -84,6 +87,10 @@ def _plain(value: Any) -> Any:
         return tuple(_plain(item) for item in value)
     if isinstance(value, dict):
         return tuple((key, _plain(item)) for key, item in value.items())
+    if isinstance(value, functools.partial):
+        return value.func, _plain(value.args), _plain(value.keywords)
+    if isinstance(value, types.MethodType):
+        return value.__func__
     return type(value)
 
 

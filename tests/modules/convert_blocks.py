@@ -1,5 +1,7 @@
 """Forks of published blocks, each with one deviation, for the tests of conversion."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -255,10 +257,11 @@ class Tempered(Fork):
     def __init__(self):
         super().__init__()
         self.temperature, self.enabled, self.mask, self.rate = 2.0, True, None, 0.0
+        self.adapt = partial(torch.mul, other=1.0)
         self.after = nn.Sequential()
 
     def on_key(self, key):
-        key = key * self.sharpness / self.temperature
+        key = self.adapt(key) * float(self.sharpness) / self.temperature
         return key if self.mask is None else key * self.mask
 
     def on_map(self, attention):

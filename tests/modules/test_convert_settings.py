@@ -1,12 +1,15 @@
 """What a converted block does after an attribute, tensor or parameter that its forward reads has changed."""
 
 import copy
+import functools
 import pickle
 import threading
 
+import numpy
 import pytest
 import torch
 from torch import nn as tnn
+from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 import segattn_ops
 from segattn_ops.conversion.block import FusedBlock
@@ -27,6 +30,10 @@ def result(block: tnn.Module, x: torch.Tensor) -> torch.Tensor:
     return block(x)
 
 
+def divided(key: torch.Tensor, by: float) -> torch.Tensor:
+    return key / by
+
+
 def set_norm(block: tnn.Module) -> None:
     block.norm = tnn.InstanceNorm2d(16)
 
@@ -39,13 +46,25 @@ def set_norm(block: tnn.Module) -> None:
         lambda block: setattr(block, "enabled", False),
         lambda block: setattr(block, "mask", torch.tensor([1.0, 0.0, 1.0, 0.0])[:, None]),
         lambda block: setattr(block, "rate", 0.5),
-        lambda block: setattr(block, "sharpness", 3.0),
+        lambda block: setattr(block, "sharpness", numpy.float32(3.0)),
+        lambda block: setattr(block, "adapt", functools.partial(divided, by=4.0)),
         lambda block: setattr(block.softmax, "dim", 1),
         lambda block: setattr(block, "softmax", tnn.Softmax(dim=1)),
         lambda block: block.after.append(tnn.ReLU()),
         set_norm,
     ],
-    ids=["number", "switch", "mask", "rate", "class attribute", "child's attribute", "child", "grandchild", "norm"],
+    ids=[
+        "number",
+        "switch",
+        "mask",
+        "rate",
+        "class attribute",
+        "partial",
+        "child's attribute",
+        "child",
+        "grandchild",
+        "norm",
+    ],
 )
 def test_later_changes_have_the_same_effect(change, training: bool) -> None:
     x = torch.randn(2, 16, 6, 5)
@@ -149,3 +168,22 @@ def test_conversions_in_threads_leave_the_default_dtype() -> None:
         thread.join()
     assert torch.get_default_dtype() == torch.float32
     assert [report.converted for report in reports] == [["0", "1"]] * 4
+
+
+class Tanh(tnn.Module):
+    def forward(self, x):
+        return torch.tanh(x)
+
+
+@pytest.mark.parametrize("block", [forks.Fork, forks.BoundCAM])
+def test_parametrized_gamma(block: type[tnn.Module]) -> None:
+    """Afterwards it has its effect; before, no class can be generated that remove_parametrizations restores."""
+    x = torch.randn(2, 16, 5, 4)
+    original, converted = pair(block(16))
+    for module in (original, converted):
+        register_parametrization(module, "gamma", Tanh())
+    torch.testing.assert_close(converted(x), original(x))
+    torch.testing.assert_close(copy.deepcopy(converted)(x), original(x))
+    assert "its gamma is parametrized" in segattn_ops.convert(original).left[""]
+    remove_parametrizations(converted, "gamma")
+    assert isinstance(converted, FusedBlock)
