@@ -178,9 +178,15 @@ def _query_key_value(view: View) -> list[Candidate]:
             kinds.append(FusedCrissCrossAttention)
         if "criss" in view.class_name.lower():
             kinds.reverse()
+        # A block of 1-D convolutions may flatten what it is given: fastai's.
+        dims, flat = ((2, 1, 3), {"flat": True}) if isinstance(q, nn.Conv1d) else ((_dims(q),), {})
+        exchanged = names | {"query": names["key"], "key": names["query"]}  # fastai's softmax is over the queries
         return [
-            Candidate(kind, names, (q.in_channels,), {"scale": scale}, (_dims(q),), label=label)
+            Candidate(kind, names, (q.in_channels,), {"scale": scale} | flat, dims, label=label)
             for label, scale in _scales(view, q.out_channels, q.in_channels)
+            for kind in kinds
+        ] + [
+            Candidate(kind, exchanged, (q.in_channels,), {"scale": 1.0} | flat, dims, label="query and key exchanged")
             for kind in kinds
         ]
     return []

@@ -10,17 +10,23 @@ from .block import FusedBlock
 
 
 class FusedPositionAttention(FusedBlock):
-    """gamma * softmax_j(scale * q_i . k_j) v_j + x: DANet's PAM and the self-attention of SAGAN. Option: scale."""
+    """gamma * softmax_j(scale * q_i . k_j) v_j + x: DANet's PAM and the self-attention of SAGAN. Options: scale; flat
+    for layers that take (B, C, N)."""
 
     fused_kind = "position attention"
 
     def fused_forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, C, H, W)."""
+        """x (B, C, *spatial) -> (B, C, *spatial)."""
+        if self._fused_options.get("flat"):
+            return self._fused_attended(x.flatten(2)).unflatten(2, x.shape[2:])
+        return self._fused_attended(x)
+
+    def _fused_attended(self, x: Tensor) -> Tensor:
         query, key, value = (self._fused_call(role, x) for role in ("query", "key", "value"))
         return self._fused_residual(position_attention(query, key, value, self._fused_options["scale"]), x)
 
-    def _fused_script(self) -> list[str]:
-        return self._fused_script_of("position")
+    def _fused_script(self) -> list[str] | None:
+        return None if self._fused_options.get("flat") else self._fused_script_of("position")
 
 
 class FusedChannelAttention(FusedBlock):

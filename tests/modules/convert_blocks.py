@@ -310,6 +310,26 @@ class SoftmaxInFloat32(Fork):
         return torch.einsum("bij,bcj->bci", attention, v).view_as(x)
 
 
+class Flattening(nn.Module):
+    """fastai's SelfAttention: 1-D convolutions, and a softmax over the index of the one that is called query."""
+
+    over = 1
+
+    def __init__(self, channels=16):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Conv1d(channels, c, 1, bias=False) for c in (2, 2, channels))
+        self.gamma = nn.Parameter(torch.tensor([0.4]))
+
+    def forward(self, x):
+        flat = x.view(*x.shape[:2], -1)
+        weights = torch.softmax(self.query(flat).mT @ self.key(flat), dim=self.over)
+        return (self.gamma * (self.value(flat) @ weights) + flat).view(x.shape).contiguous()
+
+
+class FlatteningOverKeys(Flattening):
+    over = 2
+
+
 class BoundCAM(nn.Module):
     """A CAM that takes its own number of channels only."""
 

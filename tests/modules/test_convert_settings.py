@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import register_parametrization, remove_parametr
 import segattn_ops
 from segattn_ops.conversion.block import FusedBlock
 
+from ..peers import blocks
 from . import convert_blocks as forks
 
 
@@ -175,7 +176,7 @@ class Tanh(tnn.Module):
         return torch.tanh(x)
 
 
-@pytest.mark.parametrize("block", [forks.Fork, forks.BoundCAM])
+@pytest.mark.parametrize("block", [forks.Fork, blocks.CAM_Module])
 def test_parametrized_gamma(block: type[tnn.Module]) -> None:
     """Afterwards it has its effect; before, no class can be generated that remove_parametrizations restores."""
     x = torch.randn(2, 16, 5, 4)
