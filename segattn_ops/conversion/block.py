@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .scripting import scriptable
@@ -23,6 +24,7 @@ class Traits:
         ranks: numbers of dimensions of an input, on which the two forwards agree.
         original_ranks: those on which only the original's forward is right.
         original_in_training: whether the original does something in training that the fused forward does not.
+        original_in_autocast: whether the original disables autocast, or returns another dtype under it.
         parameters: name and default of every parameter of the original's forward, in order.
         positional: how many of them can be given by position.
         bypassed: name and class of the descendants that the fused forward does not call.
@@ -33,6 +35,7 @@ class Traits:
     ranks: frozenset[int]
     original_ranks: frozenset[int] = frozenset()
     original_in_training: bool = False
+    original_in_autocast: bool = False
     parameters: tuple[tuple[str, Any], ...] = ()
     positional: int = 0
     bypassed: tuple[tuple[str, type[nn.Module]], ...] = ()
@@ -105,6 +108,10 @@ class FusedBlock(nn.Module):
     def _fused_needs_original(self) -> bool:
         if self.training and self._fused_traits.original_in_training:
             return True
+        if self._fused_traits.original_in_autocast:
+            parameter = next(self.parameters())
+            if torch.is_autocast_enabled(parameter.device.type):
+                return True
         for name, kind in self._fused_traits.bypassed:
             child = self.get_submodule(name)
             if type(child) is not kind or has_hooks(child) or (child.training and drops(child)):

@@ -18,7 +18,8 @@ class FusedPositionAttention(FusedBlock):
     def fused_forward(self, x: Tensor) -> Tensor:
         """x (B, C, *spatial) -> (B, C, *spatial)."""
         if self._fused_options.get("flat"):
-            return self._fused_attended(x.flatten(2)).unflatten(2, x.shape[2:])
+            flat: Tensor = self._fused_attended(x.flatten(2)).unflatten(2, x.shape[2:])
+            return flat
         return self._fused_attended(x)
 
     def _fused_attended(self, x: Tensor) -> Tensor:

@@ -138,6 +138,8 @@ class _Examination:
         traits = replace(traits, ranks=frozenset(agreeing))
         traits = replace(traits, original_ranks=self._other_ranks(candidate, precise, traits))
         traits, note = self._training(candidate, traits, precise)
+        traits, under_autocast = self._autocast(candidate, traits)
+        note += under_autocast
         self._other_values(candidate, traits, precise)
         traits = replace(traits, settings=self._settings(traits))
         precision = ", ".join(f"{error:.0e} in {str(d).removeprefix('torch.')}" for d, error in worst.items())
@@ -250,6 +252,30 @@ class _Examination:
             if not error <= TOLERANCE[dtype]:
                 raise Differs(f"its gradient differs by {error:.0e} of the largest", error)
         return traits, note
+
+    def _autocast(self, candidate: Candidate, traits: Traits) -> tuple[Traits, str]:
+        """Adds to the traits whether autocast acts on the original otherwise than on the replacement; with a note.
+
+        Both are not compared with each other: the original's own error in bfloat16 may be larger than the tolerance.
+        """
+        small = self._small(candidate, min(traits.ranks) - 2)
+        on = Mode(autocast=True)
+        theirs = self._original(candidate, torch.float32, small)
+        if self._dtype != torch.float32 or isinstance(theirs, Exception):
+            return traits, ""
+        theirs_on = self._original(candidate, torch.float32, small, on)
+        if isinstance(theirs_on, Exception):
+            return replace(traits, original_in_autocast=True), "; the original's forward runs under autocast"
+        ours, ours_on = (self._fused(candidate, traits, torch.float32, small, mode) for mode in (EVALUATION, on))
+        acts = [
+            difference(with_it.result, without.result) > TOLERANCE[torch.float64]
+            for with_it, without in ((theirs_on, theirs), (ours_on, ours))
+        ]
+        if acts[0] == acts[1] and _dtypes(theirs_on.result) == _dtypes(ours_on.result):
+            return traits, ""
+        reason = "returns another dtype there" if acts[0] else "disables it"
+        note = f"; the original's forward runs under autocast: it {reason}"
+        return replace(traits, original_in_autocast=True), note
 
     def _other_values(self, candidate: Candidate, traits: Traits, dtype: torch.dtype) -> None:
         """Raises Differs if the two differ for other tensors than the block's own or for a negative gamma."""

@@ -38,6 +38,7 @@ class Mode(NamedTuple):
     gain: float = 1.0  # of the inputs
     shaken: bool = False  # with other values in the tensors that are no parameters
     negative: bool = False  # with gamma of the other sign
+    autocast: bool = False  # to bfloat16
 
 
 EVALUATION = Mode()
@@ -124,7 +125,7 @@ class Trials:
         observed = [] if isinstance(module, FusedBlock) else watched
         gamma = _scalars(module, candidate) if mode.negative else []
         kept = RandomState({self.device.type})
-        with _neutral(self.device, dtype), _negated(gamma):
+        with _neutral(self.device, dtype, mode.autocast), _negated(gamma):
             try:
                 before = _plain_attributes(module)
                 with torch.set_grad_enabled(mode.gradient), reads(module, observed) as read:
@@ -216,13 +217,13 @@ def _amplitude(candidate: Candidate, size: tuple[int, ...]) -> float:
 
 
 @contextmanager
-def _neutral(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+def _neutral(device: torch.device, dtype: torch.dtype, autocast: bool) -> Iterator[None]:
     """Without the caller's autocast, inference mode, default device and default dtype."""
     with _ONE_AT_A_TIME:
         default = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
-            with torch.device(device), torch.autocast(device.type, enabled=False):
+            with torch.device(device), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                 yield
         finally:
             torch.set_default_dtype(default)

@@ -303,6 +303,20 @@ class ReturnsFloat32(Fork):
         return (self.gamma * self.attended(x) + x).float()
 
 
+class WithoutAutocast(Fork):
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.float())
+
+
+class AutocastDtype(Fork):
+    """A result of the dtype of autocast."""
+
+    def forward(self, x):
+        result = super().forward(x)
+        return result.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else result
+
+
 class SoftmaxInFloat32(Fork):
     def attended(self, x, scale=1.0):
         q, k, v = (conv(x).flatten(2) for conv in self.layers())

@@ -188,3 +188,22 @@ def test_parametrized_gamma(block: type[tnn.Module]) -> None:
     assert "its gamma is parametrized" in segattn_ops.convert(original).left[""]
     remove_parametrizations(converted, "gamma")
     assert isinstance(converted, FusedBlock)
+
+
+@pytest.mark.parametrize(
+    ("fork", "reason"),
+    [(forks.WithoutAutocast, "it disables it"), (forks.AutocastDtype, "it returns another dtype there")],
+)
+def test_a_block_with_its_own_autocast_keeps_it(fork: type[tnn.Module], reason: str) -> None:
+    original, x = fork(), torch.randn(2, 16, 5, 4)
+    converted = copy.deepcopy(original)
+    assert reason in segattn_ops.convert(converted).entries[0].detail
+    assert type(converted).fused_forward(converted, x).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(converted(x), original(x), rtol=0, atol=0)
+    torch.testing.assert_close(converted(x), original(x))
+
+
+def test_published_blocks_stay_fused_under_autocast() -> None:
+    for block in (blocks.PAM_Module(16), blocks.CAM_Module(16), blocks.CrissCrossAttention(16)):
+        assert not pair(block)[1]._fused_traits.original_in_autocast
