@@ -61,9 +61,11 @@ class FusedBlock(nn.Module):
     _original_class: type[nn.Module]
     _fused_names: Mapping[str, str]
     _fused_options: Mapping[str, Any]
-    _fused_traits: Traits
+    _fused_traits: Traits  # None for a block that was not converted but made from a generated class
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._fused_traits is None:  # made by the original's own code, as type(self)(...)
+            return self._original_class.forward(self, *args, **kwargs)
         inputs = self._fused_inputs(args, kwargs)
         if inputs is None or self._fused_needs_original():
             return self._original_class.forward(self, *args, **kwargs)
@@ -258,6 +260,7 @@ def generated_class(kind: type[FusedBlock], original: type[nn.Module]) -> type[F
 
     def body(namespace: dict[str, Any]) -> None:
         namespace.update(forward=forward, __module__=__name__, __doc__=original.__doc__)
+        namespace.update(_original_class=original, _fused_traits=None)
 
     generated: type[FusedBlock] = types.new_class(f"Fused{original.__name__}", (kind, original), exec_body=body)
     _GENERATED[kind, original] = generated

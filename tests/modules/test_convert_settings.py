@@ -207,3 +207,12 @@ def test_a_block_with_its_own_autocast_keeps_it(fork: type[tnn.Module], reason: 
 def test_published_blocks_stay_fused_under_autocast() -> None:
     for block in (blocks.PAM_Module(16), blocks.CAM_Module(16), blocks.CrissCrossAttention(16)):
         assert not pair(block)[1]._fused_traits.original_in_autocast
+
+
+def test_a_block_made_by_calling_the_class_runs_the_original() -> None:
+    _, converted = pair(forks.Fork())
+    twin = type(converted)(16)
+    twin.load_state_dict(converted.state_dict())
+    x = torch.randn(2, 16, 5, 4)
+    for block in (twin, copy.deepcopy(twin)):
+        torch.testing.assert_close(block(x), converted(x))
