@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .scripting import scriptable
+from .settings import Settings, changed
 
 _GENERATED: dict[tuple[type[nn.Module], type[nn.Module]], Any] = {}  # the classes made so far
 
@@ -22,18 +24,22 @@ class Traits:
         ranks: numbers of dimensions of an input, on which the two forwards agree.
         original_ranks: those on which only the original's forward is right.
         original_in_training: whether the original does something in training that the fused forward does not.
+        original_in_autocast: whether the original disables autocast, or returns another dtype under it.
         parameters: name and default of every parameter of the original's forward, in order.
         positional: how many of them can be given by position.
         bypassed: name and class of the descendants that the fused forward does not call.
+        settings: the attributes that the original's forward reads, as they were.
     """
 
     inputs: int
     ranks: frozenset[int]
     original_ranks: frozenset[int] = frozenset()
     original_in_training: bool = False
+    original_in_autocast: bool = False
     parameters: tuple[tuple[str, Any], ...] = ()
     positional: int = 0
     bypassed: tuple[tuple[str, type[nn.Module]], ...] = ()
+    settings: Settings = ()
 
 
 class FusedBlock(nn.Module):
@@ -44,8 +50,8 @@ class FusedBlock(nn.Module):
     children, hooks and attributes are the original's.
 
     The original's forward runs for whatever the fused one cannot do: other arguments than the feature maps, what the
-    original does only in training, and hooks, active dropout and a replacement on children that the fused forward does
-    not call.
+    original does only in training, attributes that it reads and that have changed, and hooks, active dropout and a
+    replacement on children that the fused forward does not call.
 
     Raises:
         ValueError: for an input of a rank that the original does not take.
@@ -55,9 +61,11 @@ class FusedBlock(nn.Module):
     _original_class: type[nn.Module]
     _fused_names: Mapping[str, str]
     _fused_options: Mapping[str, Any]
-    _fused_traits: Traits
+    _fused_traits: Traits  # None for a block that was not converted but made from a generated class
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._fused_traits is None:  # made by the original's own code, as type(self)(...)
+            return self._original_class.forward(self, *args, **kwargs)
         inputs = self._fused_inputs(args, kwargs)
         if inputs is None or self._fused_needs_original():
             return self._original_class.forward(self, *args, **kwargs)
@@ -102,11 +110,15 @@ class FusedBlock(nn.Module):
     def _fused_needs_original(self) -> bool:
         if self.training and self._fused_traits.original_in_training:
             return True
+        if self._fused_traits.original_in_autocast:
+            parameter = next(self.parameters())
+            if torch.is_autocast_enabled(parameter.device.type):
+                return True
         for name, kind in self._fused_traits.bypassed:
             child = self.get_submodule(name)
             if type(child) is not kind or has_hooks(child) or (child.training and drops(child)):
                 return True
-        return False
+        return bool(changed(self, self._fused_traits.settings))
 
     def _fused_drops(self) -> bool:
         """Whether training drops something that the fused forward does not."""
@@ -119,13 +131,18 @@ class FusedBlock(nn.Module):
             RuntimeError: for a block that cannot be scripted; torch.jit.trace and torch.export take every block.
         """
         body = self._fused_script()
-        changed = [
+        replaced = [
             name
             for name, kind in self._fused_traits.bypassed
             if type(self.get_submodule(name)) is not kind or has_hooks(self.get_submodule(name))
         ]
-        if body is None or changed:
-            reason = f"{', '.join(changed)} has a hook or was replaced" if changed else "it has no scriptable form"
+        other = changed(self, self._fused_traits.settings)
+        if body is None or replaced or other:
+            reason = "it has no scriptable form"
+            if replaced:
+                reason = f"{', '.join(replaced)} has a hook or was replaced"
+            elif other:
+                reason = f"{', '.join(other)} has changed since the conversion"
             raise RuntimeError(f"{self._original_class.__name__}: {reason}; use torch.jit.trace or torch.export")
         return scriptable(self, body, ["x", "y"][: self._fused_traits.inputs])
 
@@ -243,6 +260,7 @@ def generated_class(kind: type[FusedBlock], original: type[nn.Module]) -> type[F
 
     def body(namespace: dict[str, Any]) -> None:
         namespace.update(forward=forward, __module__=__name__, __doc__=original.__doc__)
+        namespace.update(_original_class=original, _fused_traits=None)
 
     generated: type[FusedBlock] = types.new_class(f"Fused{original.__name__}", (kind, original), exec_body=body)
     _GENERATED[kind, original] = generated

@@ -178,9 +178,15 @@ def _query_key_value(view: View) -> list[Candidate]:
             kinds.append(FusedCrissCrossAttention)
         if "criss" in view.class_name.lower():
             kinds.reverse()
+        # A block of 1-D convolutions may flatten what it is given: fastai's.
+        dims, flat = ((2, 1, 3), {"flat": True}) if isinstance(q, nn.Conv1d) else ((_dims(q),), {})
+        exchanged = names | {"query": names["key"], "key": names["query"]}  # fastai's softmax is over the queries
         return [
-            Candidate(kind, names, (q.in_channels,), {"scale": scale}, (_dims(q),), label=label)
+            Candidate(kind, names, (q.in_channels,), {"scale": scale} | flat, dims, label=label)
             for label, scale in _scales(view, q.out_channels, q.in_channels)
+            for kind in kinds
+        ] + [
+            Candidate(kind, exchanged, (q.in_channels,), {"scale": 1.0} | flat, dims, label="query and key exchanged")
             for kind in kinds
         ]
     return []
@@ -191,12 +197,21 @@ def _gamma_only(view: View) -> list[Candidate]:
         return []
     for gamma in ("gamma", "beta"):
         if view.parametrised() == {gamma} and view.is_scalar(gamma):
-            names, dims = {"gamma": view.own(gamma)}, (2, 3, 1)
+            names, dims, channels = {"gamma": view.own(gamma)}, (2, 3, 1), (_own_channels(view),)
             return [
-                Candidate(FusedChannelAttention, names, (12,), {"scale": -1.0}, dims),
-                Candidate(FusedChannelAttention, names, (12,), {"scale": 1.0}, dims, label="softmax of +E"),
+                Candidate(FusedChannelAttention, names, channels, {"scale": -1.0}, dims),
+                Candidate(FusedChannelAttention, names, channels, {"scale": 1.0}, dims, label="softmax of +E"),
             ]
     return []
+
+
+def _own_channels(view: View) -> int:
+    """The number of channels that a block without layers was made for; 12 if it does not say, or has very many."""
+    for name in ("chanel_in", "channel_in", "in_channels", "in_dim", "channels", "dim"):
+        own = getattr(view.module, name, None)
+        if isinstance(own, int) and 0 < own <= 1024:
+            return own
+    return 12
 
 
 def _non_local(view: View) -> list[Candidate]:

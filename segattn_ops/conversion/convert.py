@@ -43,8 +43,9 @@ def convert(
 
     The block stays the same object, of a class that derives from its own: parameter names, hooks, methods and
     ``isinstance`` do not change, and checkpoints, optimizers and DistributedDataParallel keep working. The original's
-    forward runs for arguments other than the feature maps, for dropout in training, and while a child that the fused
-    forward does not call has a hook or is another one than it was. If anything is raised, the model is as it was.
+    forward runs for arguments other than the feature maps, for dropout in training, while an attribute that it reads,
+    such as a temperature, has another value than at the conversion, and while a child that the fused forward does not
+    call has a hook or is another one than it was. If anything is raised, the model is as it was.
 
     Args:
         model: any module; also inside DistributedDataParallel or DataParallel. Compile it after converting.
@@ -73,7 +74,7 @@ def convert(
     findings: list[tuple[str, nn.Module, Finding]] = []
     with kept(model):
         for name, module in _blocks(model, mapping):
-            entry, finding = _consider(name, module, mapping, dry_run)
+            entry, finding = _consider(model, name, module, mapping, dry_run)
             report.entries.append(entry)
             if finding is not None:
                 findings.append((name, module, finding))
@@ -171,7 +172,9 @@ def _blocks(model: nn.Module, mapping: Mapping[str, str]) -> Iterator[tuple[str,
     yield from walk("", model)
 
 
-def _consider(name: str, module: nn.Module, mapping: Mapping[str, str], dry_run: bool) -> tuple[Entry, Finding | None]:
+def _consider(
+    model: nn.Module, name: str, module: nn.Module, mapping: Mapping[str, str], dry_run: bool
+) -> tuple[Entry, Finding | None]:
     """What to do with one block."""
     class_name = type(module).__name__
     if isinstance(module, (FusedBlock, *_OWN)):
@@ -182,7 +185,7 @@ def _consider(name: str, module: nn.Module, mapping: Mapping[str, str], dry_run:
     if "forward" in vars(module):
         return Entry(name, class_name, "left", detail="its forward was replaced on the instance"), None
     try:
-        finding = examine(module, possible)
+        finding = examine(module, possible, model)
     except CannotRun as error:
         if class_name not in PUBLISHED or not error.environment:
             return Entry(name, class_name, "left", detail=f"not compared: it does not run here ({error})"), None

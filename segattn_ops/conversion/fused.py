@@ -10,17 +10,24 @@ from .block import FusedBlock
 
 
 class FusedPositionAttention(FusedBlock):
-    """gamma * softmax_j(scale * q_i . k_j) v_j + x: DANet's PAM and the self-attention of SAGAN. Option: scale."""
+    """gamma * softmax_j(scale * q_i . k_j) v_j + x: DANet's PAM and the self-attention of SAGAN. Options: scale; flat
+    for layers that take (B, C, N)."""
 
     fused_kind = "position attention"
 
     def fused_forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, C, H, W)."""
+        """x (B, C, *spatial) -> (B, C, *spatial)."""
+        if self._fused_options.get("flat"):
+            flat: Tensor = self._fused_attended(x.flatten(2)).unflatten(2, x.shape[2:])
+            return flat
+        return self._fused_attended(x)
+
+    def _fused_attended(self, x: Tensor) -> Tensor:
         query, key, value = (self._fused_call(role, x) for role in ("query", "key", "value"))
         return self._fused_residual(position_attention(query, key, value, self._fused_options["scale"]), x)
 
-    def _fused_script(self) -> list[str]:
-        return self._fused_script_of("position")
+    def _fused_script(self) -> list[str] | None:
+        return None if self._fused_options.get("flat") else self._fused_script_of("position")
 
 
 class FusedChannelAttention(FusedBlock):
@@ -31,7 +38,8 @@ class FusedChannelAttention(FusedBlock):
     def fused_forward(self, x: Tensor) -> Tensor:
         """x (B, C, *spatial) -> (B, C, *spatial)."""
         gamma, scale = getattr(self, self._fused_names["gamma"]), self._fused_options["scale"]
-        if isinstance(gamma, nn.Module) or (isinstance(x, Tensor) and gamma.dtype != x.dtype):  # the sum is in gamma's
+        other = isinstance(gamma, nn.Module) or gamma.dim() > 1 or gamma.numel() != 1
+        if other or (isinstance(x, Tensor) and gamma.dtype != x.dtype):  # the sum is in gamma's dtype
             return self._fused_residual(channel_attention(x, x, x, scale), x)
         return residual_channel_attention(x, gamma, scale)
 

@@ -13,6 +13,7 @@ from torch import nn
 from .block import Traits, fuse, generated_class, is_dropout
 from .candidates import Candidate
 from .compare import TOLERANCE, difference
+from .settings import Settings, settings
 from .trial import EVALUATION, CannotRun, Mode, Outcome, Trials, bypassed, in_one_line
 
 # Spatial sizes by number of dimensions: odd and even, wide and high, a few positions and more than a thousand.
@@ -20,6 +21,7 @@ _SMALL = {1: (7,), 2: (5, 4), 3: (3, 4, 5)}
 _LARGE = {1: (1221,), 2: (33, 37), 3: (6, 13, 16)}
 _PAIRS = {1: (143,), 2: (13, 11), 3: (3, 6, 8)}  # for an original that stores 2E values for each pair of positions
 _FURTHER = {1: ((70,),), 2: ((1, 7), (2, 70), (67, 3)), 3: ((2, 3, 35),)}
+_LOUD = 1e-4  # tolerance for large energies: a float32 softmax in a float64 block errs by 1e-5 where they are 100
 _MISSING = re.compile(
     r"not compiled with|no cuda gpus|nvidia driver|not (been )?(built|compiled|installed)|extension|same device|"
     r"must be (on )?(a )?cuda|cuda (tensor|device)|undefined symbol|no kernel image|could not run .* backend",
@@ -64,11 +66,11 @@ def permissive(module: nn.Module, candidate: Candidate) -> Traits:
     )
 
 
-def examine(module: nn.Module, possible: list[Candidate]) -> Finding:
+def examine(module: nn.Module, possible: list[Candidate], model: nn.Module) -> Finding:
     """The first of the candidates that is the same function as the module.
 
     The module itself is not run. Copies are, with random parameters: a zero gamma, or weights so small that the softmax
-    is uniform, would hide what the block computes.
+    is uniform, would hide what the block computes. What else of ``model`` the module refers to is not copied.
 
     Raises:
         CannotRun: if the original does not run on a feature map of small or of large size.
@@ -82,7 +84,7 @@ def examine(module: nn.Module, possible: list[Candidate]) -> Finding:
         raise Differs(f"no replacement can be made: {error}") from error
     failures: list[tuple[int, float, Differs]] = []
     with torch.inference_mode(False):
-        examination = _Examination(module, possible[0])
+        examination = _Examination(module, possible[0], model)
         for candidate in possible:
             try:
                 return examination.compare(candidate)
@@ -94,8 +96,8 @@ def examine(module: nn.Module, possible: list[Candidate]) -> Finding:
 class _Examination:
     """The original on probes; what it did is kept for the next candidate."""
 
-    def __init__(self, module: nn.Module, candidate: Candidate) -> None:
-        self._module, self._trials = module, Trials(module, candidate)
+    def __init__(self, module: nn.Module, candidate: Candidate, model: nn.Module) -> None:
+        self._module, self._trials = module, Trials(module, candidate, model)
         self._dtype = self._trials.dtype
         self._outcomes: dict[Any, Outcome | Exception] = {}
         self.agreements = 0  # of the candidate compared last
@@ -136,6 +138,10 @@ class _Examination:
         traits = replace(traits, ranks=frozenset(agreeing))
         traits = replace(traits, original_ranks=self._other_ranks(candidate, precise, traits))
         traits, note = self._training(candidate, traits, precise)
+        traits, under_autocast = self._autocast(candidate, traits)
+        note += under_autocast
+        self._other_values(candidate, traits, precise)
+        traits = replace(traits, settings=self._settings(traits))
         precision = ", ".join(f"{error:.0e} in {str(d).removeprefix('torch.')}" for d, error in worst.items())
         detail = f"differs by {precision} on {len(maps)} maps of {_range(maps)}{note}"
         return Finding(candidate, traits, detail)
@@ -196,9 +202,12 @@ class _Examination:
         if fused.random != original.random:
             raise Differs("it draws random numbers in evaluation mode")
         error = difference(fused.result, original.result)
-        if not error <= TOLERANCE[dtype]:
+        if not error <= (TOLERANCE[dtype] if mode.gain == 1 else max(TOLERANCE[dtype], _LOUD)):
             size = "in kind" if math.isinf(error) else f"by {error:.0e} of the largest"
             raise Differs(f"its result differs {size} on {where}", error)
+        if dtype == self._dtype and _dtypes(fused.result) != _dtypes(original.result):
+            ours, theirs = (", ".join(_dtypes(o.result)) for o in (fused, original))
+            raise Differs(f"it returns {theirs} where the replacement returns {ours}", error)
         self.agreements += 1
         effects = difference(fused.effects, original.effects)
         lost = sorted(original.written - fused.written)
@@ -244,6 +253,52 @@ class _Examination:
                 raise Differs(f"its gradient differs by {error:.0e} of the largest", error)
         return traits, note
 
+    def _autocast(self, candidate: Candidate, traits: Traits) -> tuple[Traits, str]:
+        """Adds to the traits whether autocast acts on the original otherwise than on the replacement; with a note.
+
+        Both are not compared with each other: the original's own error in bfloat16 may be larger than the tolerance.
+        """
+        small = self._small(candidate, min(traits.ranks) - 2)
+        on = Mode(autocast=True)
+        theirs = self._original(candidate, torch.float32, small)
+        if self._dtype != torch.float32 or isinstance(theirs, Exception):
+            return traits, ""
+        theirs_on = self._original(candidate, torch.float32, small, on)
+        if isinstance(theirs_on, Exception):
+            return replace(traits, original_in_autocast=True), "; the original's forward runs under autocast"
+        ours, ours_on = (self._fused(candidate, traits, torch.float32, small, mode) for mode in (EVALUATION, on))
+        acts = [
+            difference(with_it.result, without.result) > TOLERANCE[torch.float64]
+            for with_it, without in ((theirs_on, theirs), (ours_on, ours))
+        ]
+        if acts[0] == acts[1] and _dtypes(theirs_on.result) == _dtypes(ours_on.result):
+            return traits, ""
+        reason = "returns another dtype there" if acts[0] else "disables it"
+        note = f"; the original's forward runs under autocast: it {reason}"
+        return replace(traits, original_in_autocast=True), note
+
+    def _other_values(self, candidate: Candidate, traits: Traits, dtype: torch.dtype) -> None:
+        """Raises Differs if the two differ for other tensors than the block's own or for a negative gamma."""
+        small = self._small(candidate, min(traits.ranks) - 2)
+        for mode, reason in (
+            (Mode(shaken=True), "its result depends on a buffer or another tensor, whose changes would be ignored"),
+            (Mode(negative=True), "its result differs where gamma is negative"),
+        ):
+            original = self._original(candidate, dtype, small, mode)
+            if isinstance(original, Exception):
+                continue
+            error = difference(self._fused(candidate, traits, dtype, small, mode).result, original.result)
+            if not error <= TOLERANCE[dtype]:
+                raise Differs(reason, error)
+
+    def _settings(self, traits: Traits) -> Settings:
+        """What the original read in any run, and the children of the bypassed descendants."""
+        read = {r for outcome in self._outcomes.values() if isinstance(outcome, Outcome) for r in outcome.read}
+        dropouts = {name for name, _ in traits.bypassed if is_dropout(self._module.get_submodule(name))}
+        found = settings(self._module, (r for r in read if r[0] not in dropouts))
+        children = [(name, self._module.get_submodule(name)) for name, _ in traits.bypassed]
+        return found + tuple((name, "_modules", tuple(child._modules)) for name, child in children)
+
     def _other_ranks(self, candidate: Candidate, dtype: torch.dtype, traits: Traits) -> frozenset[int]:
         """Ranks that the original takes and the replacement does not."""
         found = set()
@@ -276,6 +331,10 @@ class _Examination:
             return self._trials.run(twin, candidate, dtype, shape, mode)
         except Exception as error:
             raise Differs(f"the replacement raises {in_one_line(error)} on {_sizes(shape[1:])} positions") from error
+
+
+def _dtypes(result: dict[str, Any]) -> list[str]:
+    return [str(value.dtype).removeprefix("torch.") for value in result.values() if isinstance(value, torch.Tensor)]
 
 
 def _gradient_difference(got: dict[str, Any], expected: dict[str, Any]) -> float:

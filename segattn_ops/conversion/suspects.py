@@ -4,6 +4,7 @@ import re
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from .candidates import pointwise
 
@@ -39,6 +40,12 @@ def why_suspect(module: nn.Module) -> str | None:
     if isinstance(module, torch.jit.ScriptModule):
         if _SUSPECT.search(getattr(module, "original_name", "")):
             return "it is scripted or traced: convert the model before torch.jit"
+        return None
+    if "parametrizations" in module._modules and parametrize.is_parametrized(module):
+        name = name.removeprefix("Parametrized")
+        parametrized = ", ".join(module.parametrizations)  # type: ignore[arg-type]
+        if _SUSPECT.search(name) or near_miss(module) is not None:
+            return f"its {parametrized} is parametrized: convert the model before register_parametrization"
         return None
     near = near_miss(module)
     if near is not None:

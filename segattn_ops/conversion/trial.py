@@ -2,7 +2,8 @@
 
 import copy
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .block import drops
+from .block import FusedBlock, drops
 from .candidates import Candidate, pointwise
 from .compare import leaves
+from .settings import reads, shake
 from .state import RandomState
 
 
@@ -34,9 +36,14 @@ class Mode(NamedTuple):
     training: bool = False
     gradient: bool = False
     gain: float = 1.0  # of the inputs
+    shaken: bool = False  # with other values in the tensors that are no parameters
+    negative: bool = False  # with gamma of the other sign
+    autocast: bool = False  # to bfloat16
 
 
 EVALUATION = Mode()
+# The default dtype is the process's: of two conversions in threads, one would restore what the other had set.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,7 @@ class Outcome:
         gradients: of the inputs and parameters; None if they were not asked for or could not be computed.
         written: the plain attributes that the run wrote.
         random: the state of the random number generators after the run.
+        read: (descendant, attribute) of what the original read from itself and the bypassed descendants.
     """
 
     result: dict[str, Any]
@@ -56,6 +64,7 @@ class Outcome:
     gradients: dict[str, Any] | None
     written: frozenset[str]
     random: RandomState
+    read: frozenset[tuple[str, str]]
 
 
 class Trials:
@@ -65,20 +74,23 @@ class Trials:
     Args:
         module: the block, which is not run itself.
         candidate: one of the blocks that it may be.
+        model: the modules of which a block refers to, for instance its parent in a list, are not copied with it.
     """
 
-    def __init__(self, module: nn.Module, candidate: Candidate) -> None:
+    def __init__(self, module: nn.Module, candidate: Candidate, model: nn.Module) -> None:
         parameter = next(module.parameters())
         self._module, self._roles = module, candidate
         self.device, self.dtype = parameter.device, parameter.dtype
         self._prepared: dict[torch.dtype, nn.Module] = {}
+        inside = set(map(id, module.modules()))
+        self._outside = {id(m): m for m in model.modules() if id(m) not in inside}
 
     def twin(self, dtype: torch.dtype) -> nn.Module:
         """A copy for one run: its own buffers, the parameters shared with the other copies of this dtype."""
         if dtype not in self._prepared:
             self._prepared[dtype] = self._prepare(dtype)
         prepared = self._prepared[dtype]
-        return _copy(prepared, {id(p): p for p in prepared.parameters()})
+        return _copy(prepared, {id(p): p for p in prepared.parameters()} | self._outside)
 
     def run(
         self, module: nn.Module, candidate: Candidate, dtype: torch.dtype, shape: tuple[int, ...], mode: Mode
@@ -102,15 +114,21 @@ class Trials:
         ]
         for m in module.modules():
             m.training = mode.training
-        for name, _ in bypassed(module, candidate):  # active dropout is seen at each call
+        watched = ["", *(name for name, _ in bypassed(module, candidate))]
+        for name in watched[1:]:  # active dropout is seen at each call
             child = module.get_submodule(name)
             if drops(child):
                 child.training = False
+        if mode.shaken:
+            generator = torch.Generator("cpu").manual_seed(0)
+            shake(module, watched, lambda tensor: _uniform(tensor, generator))
+        observed = [] if isinstance(module, FusedBlock) else watched
+        gamma = _scalars(module, candidate) if mode.negative else []
         kept = RandomState({self.device.type})
-        with _neutral(self.device, dtype):
+        with _neutral(self.device, dtype, mode.autocast), _negated(gamma):
             try:
                 before = _plain_attributes(module)
-                with torch.set_grad_enabled(mode.gradient):
+                with torch.set_grad_enabled(mode.gradient), reads(module, observed) as read:
                     output = module(*[x.clone() for x in inputs] if mode.gradient else inputs)
                 result, effects = leaves(output), leaves([inputs, dict(module.named_buffers())])
                 random = RandomState({self.device.type})
@@ -119,11 +137,11 @@ class Trials:
                 gradients = _gradients(module, inputs, output) if mode.gradient else None
             finally:
                 kept.restore()
-        return Outcome(result, effects, gradients, written, random)
+        return Outcome(result, effects, gradients, written, random, frozenset(read))
 
     def _prepare(self, dtype: torch.dtype) -> nn.Module:
         try:
-            prepared = _copy(self._module, {})
+            prepared = _copy(self._module, self._outside)
         except Exception as error:
             raise CannotRun(f"it cannot be copied: {in_one_line(error)}") from error
         if dtype != self.dtype:
@@ -164,7 +182,30 @@ def _random(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
         return normal() / math.sqrt(max(1, math.prod(like.shape[1:])))
     if name.endswith("bias"):
         return normal() / 2
-    return torch.rand(like.shape, generator=generator, dtype=torch.float32, device="cpu") + 0.5
+    return _uniform(like, generator) + (1.5 if like.numel() == 1 else 0.5)  # gamma > 1, so that a clamp to 1 shows
+
+
+def _scalars(module: nn.Module, candidate: Candidate) -> list[nn.Parameter]:
+    """The parameters of the role gamma."""
+    gamma = getattr(module, candidate.names["gamma"]) if "gamma" in candidate.names else None
+    return list(gamma.parameters()) if isinstance(gamma, nn.Module) else [] if gamma is None else [gamma]
+
+
+@contextmanager
+def _negated(parameters: list[nn.Parameter]) -> Iterator[None]:
+    try:
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.neg_()
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.neg_()
+
+
+def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.rand(like.shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _amplitude(candidate: Candidate, size: tuple[int, ...]) -> float:
@@ -176,18 +217,19 @@ def _amplitude(candidate: Candidate, size: tuple[int, ...]) -> float:
 
 
 @contextmanager
-def _neutral(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+def _neutral(device: torch.device, dtype: torch.dtype, autocast: bool) -> Iterator[None]:
     """Without the caller's autocast, inference mode, default device and default dtype."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_default_dtype(default)
+    with _ONE_AT_A_TIME:
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                yield
+        finally:
+            torch.set_default_dtype(default)
 
 
-def _copy(module: nn.Module, shared: dict[int, Any]) -> nn.Module:
+def _copy(module: nn.Module, shared: Mapping[int, Any]) -> nn.Module:
     """A deep copy. Hooks are not copied, because a bound method would take its object along; tensors with a history,
     such as a stored attention map or a normalised weight, are copied without it."""
     memo: dict[int, Any] = dict(shared)

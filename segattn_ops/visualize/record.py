@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .._autocast import autocast
+from ..conversion.block import FusedBlock
 from ..nn import RecurrentCrissCrossAttention
 from ..ops import (
     criss_cross_aggregation,
@@ -110,7 +111,7 @@ class _Run:
     inputs: list[Tensor]
     calls: int = 0  # of ops with a map
     passes: list[Tensor] = field(default_factory=list)  # weights of the criss-cross attentions that form one map
-    outputs: list[weakref.ref[Tensor]] = field(default_factory=list)
+    outputs: list[tuple[weakref.ref[Tensor], int]] = field(default_factory=list)  # with their versions
 
     @property
     def is_one_map(self) -> bool:
@@ -122,6 +123,11 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
     return [value for value in values if isinstance(value, Tensor)]
 
 
+def _version(tensor: Tensor) -> int:
+    """Counts writes in place, which are not counted in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class _Recorder(TorchFunctionMode):
     """Sees every call of the public ops. Hooks keep the stack of the modules that run, for the names."""
 
@@ -131,6 +137,7 @@ class _Recorder(TorchFunctionMode):
         self.maps: dict[str, Tensor] = {}
         self.recorded = False
         self.ran_elsewhere = False
+        self.ran_originals: list[str] = []  # converted blocks whose original's forward ran
         self._thread = threading.get_ident()  # a mode does not see calls of other threads
         self._running: list[_Run] = []
         self._finished: dict[str, _Run] = {}
@@ -155,11 +162,13 @@ class _Recorder(TorchFunctionMode):
         if threading.get_ident() != self._thread:
             self.ran_elsewhere = True
             return
+        if isinstance(module, FusedBlock) and module._fused_needs_original():
+            self.ran_originals.append(name)
         run = _Run(name, module, _tensors(inputs))
         before = self._finished.pop(name, None)
         if before is not None and before.is_one_map:
-            returned = [output() for output in before.outputs]
-            if any(x is y for x in run.inputs for y in returned):
+            returned = [(output(), version) for output, version in before.outputs]
+            if any(x is y and _version(x) == version for x in run.inputs for y, version in returned):
                 run.passes = before.passes
         self._running.append(run)
 
@@ -169,7 +178,8 @@ class _Recorder(TorchFunctionMode):
         while (run := self._running.pop()).module is not module:
             pass
         if run.passes:
-            run.outputs = [weakref.ref(t) for t in _tensors(output if isinstance(output, tuple | list) else (output,))]
+            outputs = _tensors(output if isinstance(output, tuple | list) else (output,))
+            run.outputs = [(weakref.ref(t), _version(t)) for t in outputs]
             self._finished[run.name] = run
 
     def _store(self, run: _Run, rows: Tensor) -> None:
@@ -263,13 +273,14 @@ def record_attention(model: nn.Module, points: Points) -> Iterator[dict[str, Ten
           distributes ANN's over the positions.
         - Criss-cross attention: the map over the whole image of all passes of a ``RecurrentCrissCrossAttention``, and
           of successive runs of one module each of which takes the tensor that the one before returned, as the official
-          code has it.
+          code has it; not if that was written to in between.
 
     Raises:
         TypeError: for a model that is not a module.
         ValueError: for points outside the image or of other dimensions than a feature map; and on leaving, if no
-            attention was seen. Not seen are blocks that were not converted, modes without a softmax, scripted and
-            exported models, CUDA graphs, and ``DataParallel`` on several devices (record its ``module``).
+            attention was seen. Not seen are blocks that were not converted or whose original's forward runs, modes
+            without a softmax, scripted and exported models, CUDA graphs, and ``DataParallel`` on several devices
+            (record its ``module``).
     """
     with _recording(model, points) as recorder:
         yield recorder.maps
@@ -277,6 +288,11 @@ def record_attention(model: nn.Module, points: Points) -> Iterator[dict[str, Ten
         name = type(model).__name__
         if recorder.ran_elsewhere:
             reason = f"{name} ran in other threads, as DataParallel on several devices does: record its module"
+        elif recorder.ran_originals:
+            reason = (
+                f"{recorder.ran_originals[0]} is converted, but its original's forward ran, because of dropout in "
+                "training, a hook on a child or an attribute that has changed since the conversion"
+            )
         else:
             reason = (
                 f"{name} called no position, criss-cross or softmax non-local attention of segattn_ops. Blocks of "

@@ -1,5 +1,7 @@
 """Forks of published blocks, each with one deviation, for the tests of conversion."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -245,3 +247,112 @@ class BigGAN(nn.Module):
         phi, g = (F.max_pool2d(layer(x), 2).flatten(2) for layer in (self.phi, self.g))
         beta = torch.einsum("bei,bej->bij", theta, phi).softmax(-1)
         return self.gamma * self.o(torch.einsum("bij,bcj->bci", beta, g).unflatten(2, x.shape[2:])) + x
+
+
+class Tempered(Fork):
+    """Reads a number, a class attribute, an optional mask, an optional norm, and a switch."""
+
+    sharpness = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.temperature, self.enabled, self.mask, self.rate = 2.0, True, None, 0.0
+        self.adapt = partial(torch.mul, other=1.0)
+        self.after = nn.Sequential()
+
+    def on_key(self, key):
+        key = self.adapt(key) * float(self.sharpness) / self.temperature
+        return key if self.mask is None else key * self.mask
+
+    def on_map(self, attention):
+        return F.dropout(attention, self.rate, self.training)
+
+    def forward(self, x):
+        if not self.enabled:
+            return x
+        attended = self.after(self.attended(x))
+        norm = getattr(self, "norm", None)
+        return self.gamma * (attended if norm is None else norm(attended)) + x
+
+
+class BufferTemperature(Fork):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("temperature", torch.ones(()))
+
+    def on_key(self, key):
+        return key / self.temperature
+
+
+class MaskOfFalse(Fork):
+    def __init__(self):
+        super().__init__()
+        self.masked = torch.zeros(1, 4, 1, dtype=torch.bool)
+
+    def on_key(self, key):
+        return key.masked_fill(self.masked, 0.0)
+
+
+class AbsoluteGamma(Fork):
+    def forward(self, x):
+        return self.gamma.abs() * self.attended(x) + x
+
+
+class ReturnsFloat32(Fork):
+    def forward(self, x):
+        return (self.gamma * self.attended(x) + x).float()
+
+
+class WithoutAutocast(Fork):
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.float())
+
+
+class AutocastDtype(Fork):
+    """A result of the dtype of autocast."""
+
+    def forward(self, x):
+        result = super().forward(x)
+        return result.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else result
+
+
+class SoftmaxInFloat32(Fork):
+    def attended(self, x, scale=1.0):
+        q, k, v = (conv(x).flatten(2) for conv in self.layers())
+        attention = torch.softmax(torch.einsum("bei,bej->bij", q, k), -1, dtype=torch.float32).to(x.dtype)
+        return torch.einsum("bij,bcj->bci", attention, v).view_as(x)
+
+
+class Flattening(nn.Module):
+    """fastai's SelfAttention: 1-D convolutions, and a softmax over the index of the one that is called query."""
+
+    over = 1
+
+    def __init__(self, channels=16):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Conv1d(channels, c, 1, bias=False) for c in (2, 2, channels))
+        self.gamma = nn.Parameter(torch.tensor([0.4]))
+
+    def forward(self, x):
+        flat = x.view(*x.shape[:2], -1)
+        weights = torch.softmax(self.query(flat).mT @ self.key(flat), dim=self.over)
+        return (self.gamma * (self.value(flat) @ weights) + flat).view(x.shape).contiguous()
+
+
+class FlatteningOverKeys(Flattening):
+    over = 2
+
+
+class BoundCAM(nn.Module):
+    """A CAM that takes its own number of channels only."""
+
+    def __init__(self, in_dim=20):
+        super().__init__()
+        self.chanel_in, self.gamma = in_dim, nn.Parameter(torch.full((1, 1, 1, 1), 0.3))
+
+    def forward(self, x):
+        flat = x.view(len(x), self.chanel_in, x.shape[2] * x.shape[3])
+        energy = flat @ flat.mT
+        attention = torch.softmax(energy.max(-1, keepdim=True)[0] - energy, -1)
+        return self.gamma * (attention @ flat).view_as(x) + x

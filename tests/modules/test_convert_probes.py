@@ -6,9 +6,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn as tnn
 
 import segattn_ops
+from segattn_ops import visualize
 from segattn_ops.conversion.block import FusedBlock
 
 from ..peers import blocks
@@ -168,6 +170,27 @@ def test_volumes(fork: type[tnn.Module], label: str) -> None:
     torch.testing.assert_close(block(x), original(x), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=rf"{fork.__name__}: input must have 5 dimensions .*got shape \(2, 6, 3, 4\)"):
         block(x[:, :, 0])
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 6, 5), (2, 16, 30), (1, 16, 2, 3, 5)])
+def test_maps_flattened_for_one_dimensional_layers(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    original = forks.Flattening()
+    report, block = convert(original)
+    assert "query and key exchanged" in report.entries[0].kind
+    x = torch.randn(shape)
+    with counted(block, monkeypatch) as calls:
+        torch.testing.assert_close(block(x), original(x))
+        assert calls
+    assert convert(forks.FlatteningOverKeys())[0].left  # its values are summed over the queries
+
+
+def test_map_of_a_block_that_flattens() -> None:
+    original, x = forks.Flattening(), torch.randn(2, 16, 6, 5)
+    _, block = convert(original)
+    with visualize.record_attention(block, [(0.4, 0.9)]) as maps:
+        block(x)
+    weights = torch.softmax(original.query(x.flatten(2)).mT @ original.key(x.flatten(2)), dim=1)
+    torch.testing.assert_close(maps["FusedFlattening"][:, 0].flatten(1), weights[:, :, 2 * 5 + 4])
 
 
 def test_input_without_a_batch_dimension() -> None:

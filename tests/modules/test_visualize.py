@@ -252,6 +252,29 @@ def test_a_checkpointed_block_runs_again_in_the_backward():
     torch.testing.assert_close(maps["block"], visualize.attention_maps(block, x, POINTS))
 
 
+class WritesInBetween(Loop):
+    """Writes to the tensor that the block returned."""
+
+    def forward(self, x):
+        return self.cca(self.cca(x).relu_())
+
+
+def test_a_pass_over_an_overwritten_result_is_a_map_of_its_own():
+    single, x = with_gamma(nn.CrissCrossAttention(16)), torch.randn(1, 16, 4, 6, dtype=torch.float64)
+    with torch.no_grad():
+        second = single(x).relu()
+        maps = recorded(WritesInBetween(single), x)["cca"]
+    torch.testing.assert_close(maps, visualize.attention_maps(single, second, POINTS))
+
+
+def test_a_converted_block_that_runs_its_original_is_named():
+    block = blocks.PAM_Module(16)
+    segattn_ops.convert(block)
+    block.softmax.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"FusedPAM_Module is converted, but its original's forward ran, because"):
+        recorded(block, torch.randn(1, 16, 4, 6))
+
+
 class InAThread(torch.nn.Module):
     """What DataParallel on several devices does."""
 
