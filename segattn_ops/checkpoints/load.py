@@ -33,7 +33,8 @@ class LoadReport:
         loaded: names that were loaded.
         missing: names of the module that the checkpoint does not have. They keep their values.
         unknown: names of the checkpoint that are not in the module or in the layout.
-        mismatched: name, with the two shapes or dtypes.
+        mismatched: name, with the two shapes or dtypes; or with a name that the module has for the same parameter and
+            the checkpoint for another tensor.
         left_out: names of parts that the module does not have (a backbone, for a head alone; an auxiliary head; a
             criterion beside the network).
         filled: biases that the layout does not have, set to zero.
@@ -105,9 +106,12 @@ def load(
     of wrappers and training modules are found, and one-element tensors take the module's shape. If only one of the two
     layouts has a bias before a batch norm, it is set to zero or folded into the running mean: the same function.
 
-    A network's ``preprocessing`` becomes that of the layout. Settings that a state dict does not store but that the
-    layout implies (the activation, the scale of a non-local block, ``align_corners``, InPlaceABN's norms) are compared
-    with the module's: a ``UserWarning`` and the report's notes name those that differ.
+    A network's ``preprocessing`` becomes that of the layout. A backbone does not know its network: after a load into
+    ``model.backbone``, set ``model.preprocessing = report.preprocessing``.
+
+    What a state dict does not store but the layout implies (position or criss-cross attention, the activation, the
+    scale of a non-local block, ``align_corners``, InPlaceABN's norms) is compared with the module: a ``UserWarning``
+    and the report's notes name what differs.
 
     Args:
         module: takes the weights, in its own dtype and on its own device.
@@ -156,6 +160,7 @@ def load(
         elif ours not in found:
             found[ours] = value.reshape(target[ours].shape)
     report.mismatched += [f"{name} {ours}, in the checkpoint {theirs}" for name, (ours, theirs) in mismatches.items()]
+    report.mismatched += _disagreeing(found, target)
     for name in translation.unknown:
         outside = bool(place.strip) and not name.startswith(translation.recognised.prefix)
         (report.left_out if outside else report.unknown).append(name)
@@ -166,7 +171,7 @@ def load(
     report.notes += [hint.text for hint in reasons]
     if strict and not report.complete:
         raise ValueError(_does_not_fit(module, report, reasons, translation))
-    different = differences(translation, module, inplace_abn)
+    different = differences(translation, module, found, inplace_abn)
     report.notes += different
     for text in different:
         warnings.warn(f"checkpoints.load: {text}", UserWarning, stacklevel=2)
@@ -228,6 +233,19 @@ def _castable(source: torch.dtype, target: torch.dtype) -> bool:
     if source.is_complex:
         return target.is_complex
     return not target.is_floating_point or (source.is_floating_point and source.itemsize >= 2)
+
+
+def _disagreeing(found: State, target: State) -> list[str]:
+    """Takes from ``found`` the second names of parameters that the module shares (APNB's f_key and f_query) where the
+    checkpoint's two tensors differ, and returns a remark on each."""
+    first: dict[tuple[int, torch.Size], str] = {}
+    remarks = []
+    for name in list(found):
+        other = first.setdefault((target[name].data_ptr(), target[name].shape), name)
+        if other != name and not torch.equal(found[other], found[name]):
+            del found[name]
+            remarks.append(f"{name} is the same parameter as {other}, in the checkpoint another tensor")
+    return remarks
 
 
 def _overflows(found: State, target: State) -> list[str]:

@@ -40,7 +40,7 @@ class Translation:
         recognised: the layout it came in.
         state: tensors by our names.
         source: the checkpoint's name for each of ours.
-        unknown: names of the checkpoint that have no place in the layout.
+        unknown: names of the checkpoint that have no place in the layout, or whose place another name has taken.
         ignored: names that the network does not use (the ImageNet classifier).
         beside: names outside the network (a criterion beside it in a training module).
         preprocessing: what the layout's published weights expect of a picture; None where it is not known.
@@ -305,9 +305,11 @@ def translate(state: State, found: Found, checkpoint: Any) -> Translation:
     result.preprocessing = of_layout(recognised.system, recognised.format, recognised.stem, checkpoint)
     for key, value in state.items():
         name = _native_name(key, found)
-        if name is not None:
+        if name is not None and name not in result.state:
             result.state[name] = value
             result.source[name] = key
+        elif name is not None:
+            result.unknown.append(key)  # a second value for one parameter (dsn. beside aux_classifier.)
         elif not key.startswith(found.root):
             result.beside.append(key)
         elif any(re.fullmatch(pattern, key[len(found.root) :]) for pattern in IGNORED):
