@@ -165,16 +165,23 @@ def _negative_norms(state: Mapping[str, Tensor]) -> bool:
 
 
 def _attention(translation: Translation, module: nn.Module, loaded: Container[str]) -> list[str]:
-    """Position against criss-cross attention, whose parameters have the same names and shapes."""
+    """Position against criss-cross attention, whose parameters have the same names and shapes, and their scale."""
     position, criss_cross = (PositionAttention, "position attention"), (CrissCrossAttention, "criss-cross attention")
     theirs = {"danet": position, "position": position, "ccnet": criss_cross, "criss_cross": criss_cross}.get(
         translation.recognised.system
     )
     ours = criss_cross if theirs is position else position
-    blocks = [name for name, block in module.named_modules() if isinstance(block, ours[0])]
-    if theirs is None or not any(f"{name}.query_conv.weight".lstrip(".") in loaded for name in blocks):
+    if theirs is None:
         return []
-    return [f"these are weights of {theirs[1]}, the module is {ours[1]}: another function of the same parameters"]
+    blocks = [
+        block
+        for name, block in module.named_modules()
+        if isinstance(block, (position[0], criss_cross[0])) and f"{name}.query_conv.weight".lstrip(".") in loaded
+    ]
+    if any(isinstance(block, ours[0]) for block in blocks):
+        return [f"these are weights of {theirs[1]}, the module is {ours[1]}: another function of the same parameters"]
+    scales = [block.scale for block in blocks if block.scale != 1]
+    return [f"the layout's {theirs[1]} has no scale, this module scales by {scales[0]:g}"] if scales else []
 
 
 def _scale(translation: Translation, module: nn.Module) -> list[str]:

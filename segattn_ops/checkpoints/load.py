@@ -139,7 +139,7 @@ def load(
     module = unwrapped(module)
     target = module.state_dict()
     _require_values(module, target, state)
-    translation, place = _best(*candidates(state, prefix), checkpoint, target, type(module).__name__)
+    translation, place = _best(*candidates(state, prefix), checkpoint, prefix, target, type(module).__name__)
     report = LoadReport(translation.recognised, translation.preprocessing, ignored=translation.ignored, notes=notes)
     if inplace_abn:
         _absolute_norms(translation.state)
@@ -189,14 +189,16 @@ def load(
     return report
 
 
-def _best(state: State, found: list[Found], checkpoint: Any, target: State, module: str) -> tuple[Translation, _Place]:
+def _best(
+    state: State, found: list[Found], checkpoint: Any, prefix: str | None, target: State, module: str
+) -> tuple[Translation, _Place]:
     """The translation of what fits the module best among what was found in the checkpoint.
 
     Two heads of one system are not ranked: a student and a teacher that differ in an auxiliary head are both wanted.
     """
     systems = [one.naming.system for one in found if isinstance(one.naming, Naming) and one.naming.head]
     if len(set(systems)) < len(systems):
-        raise several(found)
+        raise several(found, prefix)
     translations = [translate(state, one, checkpoint) for one in found]
     places = [_place(translation, target, module) for translation in translations]
     ranks = [(place.matches, -place.extras) for place in places]
@@ -205,7 +207,7 @@ def _best(state: State, found: list[Found], checkpoint: Any, target: State, modu
         layouts = ", ".join(sorted({f"{one.recognised.format} {one.recognised.system}" for one in found}))
         raise ValueError(f"checkpoints.load: nothing in the checkpoint ({layouts}) fits {module}")
     if len(best) > 1:
-        raise several([found[index] for index in best])
+        raise several([found[index] for index in best], prefix)
     return translations[best[0]], places[best[0]]
 
 

@@ -151,7 +151,7 @@ def choose(state: State, prefix: str | None) -> tuple[State, Found]:
     blocks = [one for one in found if one.naming is not None]
     remaining = blocks or found
     if len(remaining) > 1:
-        raise several(remaining)
+        raise several(remaining, prefix)
     return state, remaining[0]
 
 
@@ -171,9 +171,11 @@ def candidates(state: State, prefix: str | None) -> tuple[State, list[Found]]:
     return state, found
 
 
-def several(found: Sequence[Found]) -> ValueError:
+def several(found: Sequence[Found], prefix: str | None) -> ValueError:
+    """The choices, as values of ``prefix``; those found are inside the one given."""
+    outer = f"{prefix}." if prefix and prefix[-1].isalnum() else prefix or ""
     what = {f"{one.recognised.format} {one.recognised.system}" for one in found}
-    choices = ", ".join(repr(label) for label in labels(found))
+    choices = ", ".join(repr(outer + label) for label in labels(found))
     return ValueError(
         f"checkpoints: there are several of {', '.join(sorted(what))} in this checkpoint; choose with prefix=, one of "
         f"{choices}"

@@ -186,6 +186,29 @@ def test_weights_of_position_attention_in_criss_cross_attention() -> None:
         checkpoints.load(position, criss_cross.state_dict())  # plain query_conv, key_conv: of either
 
 
+@pytest.mark.parametrize("kind", [nn.PositionAttention, nn.CrissCrossAttention])
+def test_a_scale_has_no_place_in_danet_and_ccnet(kind) -> None:
+    plain, scaled = kind(16), kind(16, scale=0.25)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        saved = checkpoints.to_mmseg(plain)
+        checkpoints.to_official(plain)
+        checkpoints.load(plain, saved)
+        checkpoints.load(scaled, scaled.state_dict())
+    with pytest.warns(UserWarning, match="has no scale, this module scales by 0.25"):
+        checkpoints.load(scaled, saved)
+    for export in (checkpoints.to_mmseg, checkpoints.to_official):
+        with pytest.warns(UserWarning, match=f"{export.__name__}: this {kind.__name__} scales its energies by 0.25"):
+            exported = export(scaled)
+    # What the warning advises is the same function.
+    x = torch.randn(2, 16, 5, 6)
+    tnn.init.ones_(scaled.gamma)
+    for name in ("weight", "bias"):
+        exported[f"query_conv.{name}"] = scaled.query_conv.state_dict()[name] * 0.25
+    checkpoints.load(plain, exported)
+    torch.testing.assert_close(plain(x), scaled(x))
+
+
 @pytest.mark.parametrize("layout", ["official", "mmsegmentation"])
 def test_two_tensors_for_one_parameter(layout: str) -> None:
     """APNB's query and key are one convolution under two names."""
