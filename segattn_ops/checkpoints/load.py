@@ -111,7 +111,7 @@ def load(
 
     What a state dict does not store but the layout implies (position or criss-cross attention, the activation, the
     scale of a non-local block, ``align_corners``, InPlaceABN's norms) is compared with the module: a ``UserWarning``
-    and the report's notes name what differs.
+    and the report's notes name what differs, and tensors with NaN or infinite values.
 
     Args:
         module: takes the weights, in its own dtype and on its own device.
@@ -130,7 +130,7 @@ def load(
         TypeError: if ``source`` or ``module`` is of another type.
         ValueError: with all names, if ``strict`` and something is missing, unknown or of the wrong shape; if nothing
             fits the module; if the layout is not known or fits the module in several places; if there are several
-            networks in the checkpoint and no ``prefix``; and for tensors without values (on the meta device).
+            networks in the checkpoint and no ``prefix``; and for tensors on the meta device, quantized or sparse.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"checkpoints.load: module must be a torch.nn.Module (got {type(module).__name__})")
@@ -171,7 +171,7 @@ def load(
     report.notes += [hint.text for hint in reasons]
     if strict and not report.complete:
         raise ValueError(_does_not_fit(module, report, reasons, translation))
-    different = differences(translation, module, found, inplace_abn)
+    different = _not_finite(found) + differences(translation, module, found, inplace_abn)
     report.notes += different
     for text in different:
         warnings.warn(f"checkpoints.load: {text}", UserWarning, stacklevel=2)
@@ -212,7 +212,7 @@ def _best(
 
 
 def _require_values(module: nn.Module, target: State, state: State) -> None:
-    """Raises ValueError for a module or a checkpoint on the meta device and for quantized tensors."""
+    """Raises ValueError for a module or a checkpoint on the meta device and for quantized and sparse tensors."""
     empty = next((name for name, value in target.items() if value.is_meta), None)
     if empty is not None:
         raise ValueError(
@@ -222,6 +222,8 @@ def _require_values(module: nn.Module, target: State, state: State) -> None:
     for name, value in state.items():
         if value.is_meta:
             raise ValueError(f"checkpoints.load: {name} of the checkpoint is on the meta device, which holds no values")
+        if value.layout != torch.strided:
+            raise ValueError(f"checkpoints.load: {name} of the checkpoint is sparse ({value.layout}); save it dense")
         if value.is_quantized:
             raise ValueError(
                 f"checkpoints.load: {name} of the checkpoint is quantized ({value.dtype}); load the checkpoint of the "
@@ -248,6 +250,12 @@ def _disagreeing(found: State, target: State) -> list[str]:
             del found[name]
             remarks.append(f"{name} is the same parameter as {other}, in the checkpoint another tensor")
     return remarks
+
+
+def _not_finite(found: State) -> list[str]:
+    """A remark on NaN and infinite values: of a training that diverged, or a damaged file."""
+    names = [name for name, value in found.items() if value.is_floating_point() and not value.isfinite().all()]
+    return [f"there are NaN or infinite values in {', '.join(names)}"] if names else []
 
 
 def _overflows(found: State, target: State) -> list[str]:
