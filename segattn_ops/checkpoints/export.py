@@ -6,7 +6,15 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from ..nn import ChannelAttention, CrissCrossAttention, NonLocal1d, NonLocal2d, NonLocal3d, PositionAttention
+from ..nn import (
+    ChannelAttention,
+    CrissCrossAttention,
+    NonLocal1d,
+    NonLocal2d,
+    NonLocal3d,
+    PositionAttention,
+    RecurrentCrissCrossAttention,
+)
 from .containers import State, unwrapped
 from .names import AUXILIARY, BLOCKS, HEADS, PREFIXES, STAGES, STEMS, Pairs
 from .translate import Found, backbones, choose, rename
@@ -50,7 +58,8 @@ def to_mmseg(module: nn.Module) -> State:
 
     gamma becomes a 0-dim ``gamma.scale``. Biases before batch norms, which mmcv's ConvModule does not have, are
     subtracted from the running means: the same function. The result loads with ``strict=True``. A ``UserWarning`` says
-    where the counterpart's settings have to differ from its defaults (ReLU in CCHead, ``use_scale`` in NonLocal2d),
+    where the counterpart's settings have to differ from its defaults (ReLU and
+    ``recurrence`` in CCHead, ``use_scale`` in NonLocal2d),
     and where it cannot compute the same (a ``scale`` other than 1 in position and criss-cross attention).
 
     Args, returns, raises: as :func:`to_official`.
@@ -94,6 +103,14 @@ def _of(module: nn.Module, function: str) -> tuple[nn.Module, State, Found]:
 
 def _warn_of_settings(module: nn.Module, system: str) -> None:
     """Warns where mmsegmentation's default is another function."""
+    recurrence = next((m.recurrence for m in module.modules() if isinstance(m, RecurrentCrissCrossAttention)), 2)
+    if system == "ccnet" and recurrence != 2:
+        warnings.warn(
+            f"to_mmseg: CCHead applies its attention twice by default, this module {recurrence} times: build CCHead "
+            f"with recurrence={recurrence}",
+            UserWarning,
+            stacklevel=3,
+        )
     text = None
     if system == "ccnet" and any(isinstance(layer, nn.LeakyReLU) for layer in module.modules()):
         text = "this module has leaky ReLU, CCHead ReLU: build CCHead with act_cfg=dict(type='LeakyReLU')"

@@ -144,6 +144,8 @@ def test_settings_that_a_state_dict_does_not_store(networks) -> None:
     assert remarks(relu, exported) == ""
     with pytest.warns(UserWarning, match="act_cfg"):
         checkpoints.to_mmseg(models.CCNetHead(32, 5))
+    with pytest.warns(UserWarning, match="this module 3 times: build CCHead with recurrence=3"):
+        checkpoints.to_mmseg(models.CCNetHead(32, 5, recurrence=3, activation=tnn.ReLU))
 
 
 def test_scales_of_non_local_blocks() -> None:
