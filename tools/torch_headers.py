@@ -54,7 +54,8 @@ def fetch(version: str) -> None:
 
 if __name__ == "__main__":
     formatter = argparse.RawDescriptionHelpFormatter
-    argparse.ArgumentParser("python -m tools.torch_headers", description=__doc__, formatter_class=formatter).parse_args()
+    parser = argparse.ArgumentParser("python -m tools.torch_headers", description=__doc__, formatter_class=formatter)
+    parser.parse_args()
     for wanted in versions():
         if not include_folder(wanted).exists():
             fetch(wanted)
