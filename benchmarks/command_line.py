@@ -32,12 +32,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(prog: str, command: Callable[[], int]) -> int:
-    """The exit status of ``command``: 2 and a line on stderr for :class:`Refused` and for files that cannot be read or
-    written, 130 after an interrupt."""
+    """The exit status of ``command``: 2 and a line on stderr for :class:`Refused`, for files that cannot be read or
+    written, and for too little memory; 130 after an interrupt."""
     try:
         return command()
     except (Refused, OSError) as error:
         return fail(prog, error, 2)
+    except MemoryError as error:
+        return fail(prog, f"there is not enough memory: {error}", 2)
     except KeyboardInterrupt:
         return fail(prog, "interrupted", INTERRUPTED)
 

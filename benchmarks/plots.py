@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from . import rivals
@@ -79,7 +80,15 @@ def _axes(ax, entries: list[dict]) -> None:
     ax.set_xticks(sorted(sizes), minor=True)
     ax.xaxis.set_minor_formatter("")
     ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter("")
+    ax.yaxis.set_minor_formatter(_minor_labels(*ax.get_ylim()))
+    ax.tick_params(axis="y", which="minor", labelsize=6.5)
+
+
+def _minor_labels(low: float, high: float):
+    """A formatter of the minor ticks of a log axis: an axis of few decades has no or one major tick to read."""
+    decades = math.log10(high / low)
+    shown = "" if decades >= 2 else "25" if decades >= 0.8 else "123456789"
+    return lambda value, _: f"{value:g}" if f"{value:e}"[0] in shown else ""
 
 
 def draw_time(records: list[dict], path: Path) -> Path | None:

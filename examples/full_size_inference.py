@@ -46,7 +46,7 @@ def trained(system: str, out: Path, steps: int, console: Console) -> models.Segm
         options = ["--systems", system, "--backends", "fused", "--steps", str(steps), "--out", str(out)]
         train_shapes.main(options)
     model = small_network(system)
-    model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["model"])
+    model.load_state_dict(checkpoints.read(checkpoint)["model"])
     return model
 
 
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> dict[str, float | None]:
     formatter = argparse.RawDescriptionHelpFormatter
     whole = command_line.whole
     parser = command_line.Parser(prog=PROG, description=__doc__, formatter_class=formatter)
-    builders = [name for name in models.__all__ if "_resnet" in name]
+    builders = [name for name in models.__all__ if "_resnet" in name and name != "dilated_resnet"]
     parser.add_argument(
         "--network",
         choices=["danet", "ccnet", *builders],
@@ -99,8 +99,8 @@ def main(argv: list[str] | None = None) -> dict[str, float | None]:
     parser.add_argument("--image", type=Path, help="for a ResNet network; scikit-image's coffee if not given")
     parser.add_argument("--checkpoint", type=Path, help="for a ResNet network: weights of any known layout")
     parser.add_argument("--prefix", help="of the network in a checkpoint of several")
-    parser.add_argument("--stem", default="torchvision", help="of a ResNet network: torchvision, v1c, deep or ccnet")
-    parser.add_argument("--classes", type=whole(), default=19, help="of a ResNet network (default 19)")
+    parser.add_argument("--stem", help="of a ResNet network: torchvision (default), v1c, deep or ccnet")
+    parser.add_argument("--classes", type=whole(), help="of a ResNet network (default 19)")
     parser.add_argument("--height", type=whole(), default=1024)
     parser.add_argument("--width", type=whole(), default=2048)
     parser.add_argument("--steps", type=whole(), default=150, help="of training, if there is no checkpoint yet")
@@ -108,17 +108,20 @@ def main(argv: list[str] | None = None) -> dict[str, float | None]:
     parser.add_argument("--device", type=command_line.device, default=default)
     parser.add_argument("--out", type=Path, default=Path("report/examples"))
     options = parser.parse_args(argv)
+    small = options.network in ("danet", "ccnet")
+    for name in ("image", "checkpoint", "prefix", "stem", "classes"):
+        if small and getattr(options, name) is not None:
+            parser.error(f"--{name} needs a ResNet network, such as --network danet_resnet50 (got {options.network})")
     command_line.visible(options.device)
     command_line.writable_folder(options.out)
     console = Console()
-    small = options.network in ("danet", "ccnet")
     size = options.height, options.width
     if small:
         model = trained(options.network, options.out, options.steps, console)
         image, labels = scene(7, *size)
     else:
-        model = getattr(models, options.network)(options.classes, stem=options.stem)
-        if options.checkpoint:
+        model = getattr(models, options.network)(options.classes or 19, stem=options.stem or "torchvision")
+        if options.checkpoint is not None:
             console.print(str(checkpoints.load(model, options.checkpoint, prefix=options.prefix)))
         image, labels = photograph(options.image, *size), None
         console.print(f"preprocessing: {model.preprocessing}")

@@ -3,16 +3,18 @@
     python -m examples.train_shapes
 
 draws both loss curves and mIoUs of each network into report/examples/train_shapes.png: they coincide. A run writes a
-checkpoint every --save-every steps and continues from it with --resume; --amp trains in bfloat16 (float16 with a
-GradScaler on CUDA).
+checkpoint every --save-every steps and continues from it with --resume and the same settings: give --total-steps to
+both calls if the first stops early with --steps. --amp trains in bfloat16 (float16 with a GradScaler on CUDA).
 """
 
 import argparse
 import contextlib
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
@@ -22,6 +24,7 @@ from rich.table import Table
 
 import segattn_ops
 from benchmarks import command_line
+from segattn_ops import checkpoints
 from segattn_ops.models import SegmentationModel, segmentation_loss
 
 from .shapes import batch, mean_iou, small_network
@@ -32,6 +35,7 @@ import matplotlib.pyplot as plt
 PROG = "python -m examples.train_shapes"
 BACKENDS = {"fused": "native", "eager": "reference"}
 VALIDATION_SEED = 1_000_000
+SETTINGS = ("total_steps", "batch_size", "size", "lr", "seed", "amp")  # a resumed run must have the same
 
 
 @dataclass
@@ -66,7 +70,11 @@ def train(
     progress: Progress | None = None,
     label: str = "",
 ) -> tuple[SegmentationModel, Run]:
-    """Trains one network on the active backend; continues from ``checkpoint`` with ``options.resume``."""
+    """Trains one network on the active backend; continues from ``checkpoint`` with ``options.resume``.
+
+    Raises:
+        ValueError: if the checkpoint is damaged, of another program, of other settings, or of more steps.
+    """
     device = options.device
     torch.manual_seed(options.seed)  # the same initial weights and dropout for every backend
     model = small_network(system).to(device).train()
@@ -77,7 +85,7 @@ def train(
     run, first = Run(), 0
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     if options.resume and checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=device, weights_only=True)
+        saved = _resumable(checkpoint, options)
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         torch.set_rng_state(saved["rng"].cpu())
@@ -103,10 +111,26 @@ def train(
         if done % options.save_every == 0 or done == options.steps:
             state = {name: part.state_dict() for name, part in parts.items()}
             state |= {"step": done, "rng": torch.get_rng_state(), "seconds": run.seconds}
+            state["settings"] = {name: getattr(options, name) for name in SETTINGS}
             torch.save(state | {"losses": run.losses, "validation": run.validation}, checkpoint)
         if progress:
             progress.update(task, advance=1, description=f"{label} loss {run.losses[-1]:.3f}")
     return model, run
+
+
+def _resumable(checkpoint: Path, options: argparse.Namespace) -> Mapping[str, Any]:
+    """The content of a checkpoint whose run can be continued with the options."""
+    saved = checkpoints.read(checkpoint)
+    if "settings" not in saved:
+        raise ValueError(f"--resume: {checkpoint} has no settings of a run; this program did not write it")
+    different = [name for name in SETTINGS if saved["settings"][name] != getattr(options, name)]
+    if different:
+        theirs = ", ".join(f"--{name.replace('_', '-')} {saved['settings'][name]}" for name in different)
+        ours = ", ".join(str(getattr(options, name)) for name in different)
+        raise ValueError(f"--resume: the run in {checkpoint} has {theirs} (got {ours})")
+    if saved["step"] > options.steps:
+        raise ValueError(f"--resume: {checkpoint} is after step {saved['step']} (got --steps {options.steps})")
+    return saved
 
 
 def draw(runs: dict[str, dict[str, Run]], path: Path) -> None:

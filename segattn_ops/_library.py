@@ -67,6 +67,8 @@ def load() -> Libraries:
     state = Libraries(build_info=_read_build_info())
     if not _path("_C").exists():
         reason = f"the compiled library {_path('_C').name} is not in {PACKAGE}; build it with {HOW_TO_BUILD}"
+        if (PACKAGE.parent / "setup.py").exists():
+            reason += "; if that is done, start Python outside the source tree, whose package hides the installed one"
         state.missing = {"cpu": reason, "cuda": reason}
         return state
     try:

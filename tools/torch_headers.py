@@ -6,6 +6,7 @@ They come from the wheels for macOS, the smallest, since they hold no CUDA libra
 the same on every platform.
 """
 
+import argparse
 import re
 import subprocess
 import sys
@@ -52,6 +53,9 @@ def fetch(version: str) -> None:
 
 
 if __name__ == "__main__":
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m tools.torch_headers", description=__doc__, formatter_class=formatter)
+    parser.parse_args()
     for wanted in versions():
         if not include_folder(wanted).exists():
             fetch(wanted)

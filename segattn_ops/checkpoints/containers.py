@@ -24,8 +24,9 @@ def unwrap(checkpoint: Any, prefix: str | None = None) -> tuple[State, list[str]
 
     Args:
         checkpoint: a state dict, a mapping around one or several, or a module.
-        prefix: keep the names that begin so, without it; of the names in the state dict or, for several state dicts
-            in one file, of its entries. "" keeps what :func:`~segattn_ops.checkpoints.recognise` calls "".
+        prefix: keep the names that begin so ("student" as "student."), without it; of the names in the state dict or,
+            for several state dicts in one file, of its entries. "" keeps what
+            :func:`~segattn_ops.checkpoints.recognise` calls "".
 
     Raises:
         TypeError: if it is neither a mapping nor a module.
@@ -109,10 +110,10 @@ def _beginnings(names: Iterable[str]) -> list[str]:
 
 
 def _of_prefix(state: State, prefix: str) -> State:
-    """The names with the prefix, without it; "student" means "student." where there are such names."""
+    """The names with the prefix, without it. "student" means "student.", never "student2."."""
     if prefix == "ema_" and (copies := _flat_copies(state)):
         return {name: state[copies.get(name, name)] for name in state if name not in set(copies.values())}
-    for start in dict.fromkeys((prefix if prefix.endswith(".") else f"{prefix}.", prefix)):
+    for start in (f"{prefix}.",) if prefix[-1].isalnum() else (prefix, f"{prefix}."):
         found = {name[len(start) :]: value for name, value in state.items() if name.startswith(start)}
         if found:
             return found

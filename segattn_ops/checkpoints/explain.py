@@ -1,11 +1,12 @@
 """Says in words why a checkpoint does not fit a module, or fits and computes something else."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..nn import CrissCrossAttention, PositionAttention
 from .translate import Translation, backbones
 
 _BLOCKS: dict[tuple[int, ...], str] = {
@@ -113,8 +114,15 @@ def _depth(names: Iterable[str], prefix: str) -> str:
     return "resnet34" if known == "resnet50" and not bottleneck else known
 
 
-def differences(translation: Translation, module: nn.Module, inplace_abn: bool) -> list[str]:
-    """Settings that a state dict does not store, where the module's are not those that the layout implies."""
+def differences(translation: Translation, module: nn.Module, loaded: Container[str], inplace_abn: bool) -> list[str]:
+    """What a state dict does not store, where the module's is not what the layout implies.
+
+    Args:
+        translation: of the checkpoint.
+        module: that takes it.
+        loaded: the module's names that are loaded.
+        inplace_abn: whether norm weights are taken as InPlaceABN's.
+    """
     recognised = translation.recognised
     found = []
     leaky = [m for m in module.modules() if isinstance(m, nn.LeakyReLU)]
@@ -122,7 +130,7 @@ def differences(translation: Translation, module: nn.Module, inplace_abn: bool) 
         found.append("mmsegmentation's CCHead has ReLU, this module leaky ReLU: build it with activation=nn.ReLU")
     if recognised.system == "ccnet" and not inplace_abn and _negative_norms(translation.state):
         found.append("there are negative norm weights: if InPlaceABN trained them, load with inplace_abn=True")
-    found += _scale(translation, module)
+    found += _attention(translation, module, loaded) + _scale(translation, module)
     align = {"mmsegmentation": False, "official": True}.get(recognised.format)
     if recognised.system not in ("danet", "ccnet", "ann", "non_local"):
         align = None
@@ -154,6 +162,26 @@ def _negative_norms(state: Mapping[str, Tensor]) -> bool:
         name.endswith(".weight") and f"{name[:-7]}.running_mean" in state and bool((value < 0).any())
         for name, value in state.items()
     )
+
+
+def _attention(translation: Translation, module: nn.Module, loaded: Container[str]) -> list[str]:
+    """Position against criss-cross attention, whose parameters have the same names and shapes, and their scale."""
+    position, criss_cross = (PositionAttention, "position attention"), (CrissCrossAttention, "criss-cross attention")
+    theirs = {"danet": position, "position": position, "ccnet": criss_cross, "criss_cross": criss_cross}.get(
+        translation.recognised.system
+    )
+    ours = criss_cross if theirs is position else position
+    if theirs is None:
+        return []
+    blocks = [
+        block
+        for name, block in module.named_modules()
+        if isinstance(block, (position[0], criss_cross[0])) and f"{name}.query_conv.weight".lstrip(".") in loaded
+    ]
+    if any(isinstance(block, ours[0]) for block in blocks):
+        return [f"these are weights of {theirs[1]}, the module is {ours[1]}: another function of the same parameters"]
+    scales = [block.scale for block in blocks if block.scale != 1]
+    return [f"the layout's {theirs[1]} has no scale, this module scales by {scales[0]:g}"] if scales else []
 
 
 def _scale(translation: Translation, module: nn.Module) -> list[str]:

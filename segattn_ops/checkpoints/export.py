@@ -6,7 +6,15 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from ..nn import ChannelAttention, CrissCrossAttention, NonLocal1d, NonLocal2d, NonLocal3d, PositionAttention
+from ..nn import (
+    ChannelAttention,
+    CrissCrossAttention,
+    NonLocal1d,
+    NonLocal2d,
+    NonLocal3d,
+    PositionAttention,
+    RecurrentCrissCrossAttention,
+)
 from .containers import State, unwrapped
 from .names import AUXILIARY, BLOCKS, HEADS, PREFIXES, STAGES, STEMS, Pairs
 from .translate import Found, backbones, choose, rename
@@ -20,7 +28,8 @@ def to_official(module: nn.Module) -> State:
 
     Blocks and heads already have those names; a network's parts get their authors' prefixes (``pretrained.`` and
     ``head.`` for DANet), its auxiliary head CCNet's and ANN's ``dsn``, whose convolution has a bias: zero. DANet and
-    dfn_seg have no auxiliary head, which only training needs: it is left out with a ``UserWarning``.
+    dfn_seg have no auxiliary head, which only training needs: it is left out with a ``UserWarning``. Another says
+    where a ``scale`` other than 1 is lost, which DANet's and CCNet's attention does not have.
 
     Args:
         module: of :mod:`segattn_ops.nn`, or a head or network of :mod:`segattn_ops.models`.
@@ -33,6 +42,7 @@ def to_official(module: nn.Module) -> State:
         ValueError: if there is no official layout for the module or for a part of it; the message names the part.
     """
     module, state, found = _of(module, "to_official")
+    _warn_of_scale(module, "to_official")
     if found.naming is None or found.naming.system == "non_local":
         raise ValueError(f"to_official: there is no official repository of {type(module).__name__}")
     if any(re.search(r"(smooth|border)_cls", name) for name in state):
@@ -48,7 +58,9 @@ def to_mmseg(module: nn.Module) -> State:
 
     gamma becomes a 0-dim ``gamma.scale``. Biases before batch norms, which mmcv's ConvModule does not have, are
     subtracted from the running means: the same function. The result loads with ``strict=True``. A ``UserWarning`` says
-    where the counterpart's settings have to differ from its defaults (ReLU in CCHead, ``use_scale`` in NonLocal2d).
+    where the counterpart's settings have to differ from its defaults (ReLU and
+    ``recurrence`` in CCHead, ``use_scale`` in NonLocal2d),
+    and where it cannot compute the same (a ``scale`` other than 1 in position and criss-cross attention).
 
     Args, returns, raises: as :func:`to_official`.
     """
@@ -59,6 +71,7 @@ def to_mmseg(module: nn.Module) -> State:
     if found.naming is None or not theirs:
         raise ValueError(f"to_mmseg: mmsegmentation has no counterpart of {type(module).__name__}")
     _warn_of_settings(module, system)
+    _warn_of_scale(module, "to_mmseg")
     _fold_biases(state)
     target = theirs[-1] if system == "non_local_block" and "W.weight" in state else theirs[0]
     if found.prefix == "classifier.":
@@ -90,6 +103,14 @@ def _of(module: nn.Module, function: str) -> tuple[nn.Module, State, Found]:
 
 def _warn_of_settings(module: nn.Module, system: str) -> None:
     """Warns where mmsegmentation's default is another function."""
+    recurrence = next((m.recurrence for m in module.modules() if isinstance(m, RecurrentCrissCrossAttention)), 2)
+    if system == "ccnet" and recurrence != 2:
+        warnings.warn(
+            f"to_mmseg: CCHead applies its attention twice by default, this module {recurrence} times: build CCHead "
+            f"with recurrence={recurrence}",
+            UserWarning,
+            stacklevel=3,
+        )
     text = None
     if system == "ccnet" and any(isinstance(layer, nn.LeakyReLU) for layer in module.modules()):
         text = "this module has leaky ReLU, CCHead ReLU: build CCHead with act_cfg=dict(type='LeakyReLU')"
@@ -101,6 +122,17 @@ def _warn_of_settings(module: nn.Module, system: str) -> None:
             )
     if text:
         warnings.warn(f"to_mmseg: {text}", UserWarning, stacklevel=3)
+
+
+def _warn_of_scale(module: nn.Module, function: str) -> None:
+    for block in module.modules():
+        if isinstance(block, (PositionAttention, CrissCrossAttention)) and block.scale != 1:
+            warnings.warn(
+                f"{function}: this {type(block).__name__} scales its energies by {block.scale:g}, its counterpart does "
+                f"not: multiply query_conv by {block.scale:g} first, and set scale to 1",
+                UserWarning,
+                stacklevel=3,
+            )
 
 
 def _swap(pairs: Pairs) -> Pairs:

@@ -33,7 +33,8 @@ class LoadReport:
         loaded: names that were loaded.
         missing: names of the module that the checkpoint does not have. They keep their values.
         unknown: names of the checkpoint that are not in the module or in the layout.
-        mismatched: name, with the two shapes or dtypes.
+        mismatched: name, with the two shapes or dtypes; or with a name that the module has for the same parameter and
+            the checkpoint for another tensor.
         left_out: names of parts that the module does not have (a backbone, for a head alone; an auxiliary head; a
             criterion beside the network).
         filled: biases that the layout does not have, set to zero.
@@ -105,9 +106,12 @@ def load(
     of wrappers and training modules are found, and one-element tensors take the module's shape. If only one of the two
     layouts has a bias before a batch norm, it is set to zero or folded into the running mean: the same function.
 
-    A network's ``preprocessing`` becomes that of the layout. Settings that a state dict does not store but that the
-    layout implies (the activation, the scale of a non-local block, ``align_corners``, InPlaceABN's norms) are compared
-    with the module's: a ``UserWarning`` and the report's notes name those that differ.
+    A network's ``preprocessing`` becomes that of the layout. A backbone does not know its network: after a load into
+    ``model.backbone``, set ``model.preprocessing = report.preprocessing``.
+
+    What a state dict does not store but the layout implies (position or criss-cross attention, the activation, the
+    scale of a non-local block, ``align_corners``, InPlaceABN's norms) is compared with the module: a ``UserWarning``
+    and the report's notes name what differs, and tensors with NaN or infinite values.
 
     Args:
         module: takes the weights, in its own dtype and on its own device.
@@ -126,7 +130,7 @@ def load(
         TypeError: if ``source`` or ``module`` is of another type.
         ValueError: with all names, if ``strict`` and something is missing, unknown or of the wrong shape; if nothing
             fits the module; if the layout is not known or fits the module in several places; if there are several
-            networks in the checkpoint and no ``prefix``; and for tensors without values (on the meta device).
+            networks in the checkpoint and no ``prefix``; and for tensors on the meta device, quantized or sparse.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"checkpoints.load: module must be a torch.nn.Module (got {type(module).__name__})")
@@ -135,7 +139,7 @@ def load(
     module = unwrapped(module)
     target = module.state_dict()
     _require_values(module, target, state)
-    translation, place = _best(*candidates(state, prefix), checkpoint, target, type(module).__name__)
+    translation, place = _best(*candidates(state, prefix), checkpoint, prefix, target, type(module).__name__)
     report = LoadReport(translation.recognised, translation.preprocessing, ignored=translation.ignored, notes=notes)
     if inplace_abn:
         _absolute_norms(translation.state)
@@ -156,6 +160,7 @@ def load(
         elif ours not in found:
             found[ours] = value.reshape(target[ours].shape)
     report.mismatched += [f"{name} {ours}, in the checkpoint {theirs}" for name, (ours, theirs) in mismatches.items()]
+    report.mismatched += _disagreeing(found, target)
     for name in translation.unknown:
         outside = bool(place.strip) and not name.startswith(translation.recognised.prefix)
         (report.left_out if outside else report.unknown).append(name)
@@ -166,7 +171,7 @@ def load(
     report.notes += [hint.text for hint in reasons]
     if strict and not report.complete:
         raise ValueError(_does_not_fit(module, report, reasons, translation))
-    different = differences(translation, module, inplace_abn)
+    different = _not_finite(found) + differences(translation, module, found, inplace_abn)
     report.notes += different
     for text in different:
         warnings.warn(f"checkpoints.load: {text}", UserWarning, stacklevel=2)
@@ -184,14 +189,16 @@ def load(
     return report
 
 
-def _best(state: State, found: list[Found], checkpoint: Any, target: State, module: str) -> tuple[Translation, _Place]:
+def _best(
+    state: State, found: list[Found], checkpoint: Any, prefix: str | None, target: State, module: str
+) -> tuple[Translation, _Place]:
     """The translation of what fits the module best among what was found in the checkpoint.
 
     Two heads of one system are not ranked: a student and a teacher that differ in an auxiliary head are both wanted.
     """
     systems = [one.naming.system for one in found if isinstance(one.naming, Naming) and one.naming.head]
     if len(set(systems)) < len(systems):
-        raise several(found)
+        raise several(found, prefix)
     translations = [translate(state, one, checkpoint) for one in found]
     places = [_place(translation, target, module) for translation in translations]
     ranks = [(place.matches, -place.extras) for place in places]
@@ -200,12 +207,12 @@ def _best(state: State, found: list[Found], checkpoint: Any, target: State, modu
         layouts = ", ".join(sorted({f"{one.recognised.format} {one.recognised.system}" for one in found}))
         raise ValueError(f"checkpoints.load: nothing in the checkpoint ({layouts}) fits {module}")
     if len(best) > 1:
-        raise several([found[index] for index in best])
+        raise several([found[index] for index in best], prefix)
     return translations[best[0]], places[best[0]]
 
 
 def _require_values(module: nn.Module, target: State, state: State) -> None:
-    """Raises ValueError for a module or a checkpoint on the meta device and for quantized tensors."""
+    """Raises ValueError for a module or a checkpoint on the meta device and for quantized and sparse tensors."""
     empty = next((name for name, value in target.items() if value.is_meta), None)
     if empty is not None:
         raise ValueError(
@@ -215,6 +222,8 @@ def _require_values(module: nn.Module, target: State, state: State) -> None:
     for name, value in state.items():
         if value.is_meta:
             raise ValueError(f"checkpoints.load: {name} of the checkpoint is on the meta device, which holds no values")
+        if value.layout != torch.strided:
+            raise ValueError(f"checkpoints.load: {name} of the checkpoint is sparse ({value.layout}); save it dense")
         if value.is_quantized:
             raise ValueError(
                 f"checkpoints.load: {name} of the checkpoint is quantized ({value.dtype}); load the checkpoint of the "
@@ -228,6 +237,25 @@ def _castable(source: torch.dtype, target: torch.dtype) -> bool:
     if source.is_complex:
         return target.is_complex
     return not target.is_floating_point or (source.is_floating_point and source.itemsize >= 2)
+
+
+def _disagreeing(found: State, target: State) -> list[str]:
+    """Takes from ``found`` the second names of parameters that the module shares (APNB's f_key and f_query) where the
+    checkpoint's two tensors differ, and returns a remark on each."""
+    first: dict[tuple[int, torch.Size], str] = {}
+    remarks = []
+    for name in list(found):
+        other = first.setdefault((target[name].data_ptr(), target[name].shape), name)
+        if other != name and not torch.equal(found[other], found[name]):
+            del found[name]
+            remarks.append(f"{name} is the same parameter as {other}, in the checkpoint another tensor")
+    return remarks
+
+
+def _not_finite(found: State) -> list[str]:
+    """A remark on NaN and infinite values: of a training that diverged, or a damaged file."""
+    names = [name for name, value in found.items() if value.is_floating_point() and not value.isfinite().all()]
+    return [f"there are NaN or infinite values in {', '.join(names)}"] if names else []
 
 
 def _overflows(found: State, target: State) -> list[str]:

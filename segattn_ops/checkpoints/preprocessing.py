@@ -30,21 +30,27 @@ class Preprocessing:
     def __post_init__(self) -> None:
         if self.order not in ("RGB", "BGR"):
             raise ValueError(f"Preprocessing: order must be 'RGB' or 'BGR' (got {self.order!r})")
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(value > 0 for value in self.std):
+            raise ValueError(
+                f"Preprocessing: mean and std must have 3 values, those of std above 0 (got {self.mean} and {self.std})"
+            )
 
     def __call__(self, image: Any, order: str = "RGB") -> Tensor:
         """The network's input.
 
         Args:
-            image: a PIL image; an array (H, W, 3); or a tensor (3, H, W) or (B, 3, H, W), on any device. uint8 of 0 to
-                255, or floating point of 0 to 1.
-            order: of the channels of arrays and tensors. "BGR" for OpenCV's ``imread`` and mmcv's.
+            image: a PIL image of 8 bits a channel; an array (H, W, 3); or a tensor (3, H, W) or (B, 3, H, W), on any
+                device. uint8 of 0 to 255, or floating point of 0 to 1.
+            order: of the channels of arrays and tensors. "BGR" for OpenCV's ``imread`` and mmcv's. It cannot be seen in
+                the pixels: an array of OpenCV without ``order="BGR"`` gives another result.
 
         Returns:
             (B, 3, H, W) float32, B = 1 for a single picture.
 
         Raises:
             TypeError: for another type of picture or of pixels.
-            ValueError: for other channels, another shape, or floating-point pixels outside 0 to 1.
+            ValueError: for other channels, another shape, an empty picture, floating-point pixels outside 0 to 1, a
+                PIL image of more than 8 bits a channel, and order="BGR" with a PIL image, which is RGB.
         """
         pixels, order = _pixels(image, order)
         if order != self.order:
@@ -62,10 +68,17 @@ def _pixels(image: Any, order: str) -> tuple[Tensor, str]:
     if order not in ("RGB", "BGR"):
         raise ValueError(f"Preprocessing: order must be 'RGB' or 'BGR' (got {order!r})")
     if hasattr(image, "convert") and hasattr(image, "getbands"):  # PIL
-        image, order = np.asarray(image.convert("RGB")), "RGB"
+        if order != "RGB":
+            raise ValueError("Preprocessing: a PIL image is RGB (got order='BGR'); pass the array for BGR pixels")
+        if image.mode.startswith(("I", "F")):  # convert("RGB") would cut them off at 255
+            raise ValueError(
+                f"Preprocessing: a PIL image must have 8 bits a channel (got mode {image.mode!r}); scale its values to "
+                "0 to 255 first"
+            )
+        image = np.asarray(image.convert("RGB"))
     if isinstance(image, np.ndarray):
-        if image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"Preprocessing: an array must have shape (H, W, 3) (got {image.shape})")
+        if image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+            raise ValueError(f"Preprocessing: an array must have shape (H, W, 3) and pixels (got shape {image.shape})")
         x = torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1)
     elif isinstance(image, Tensor):
         x = image
@@ -74,9 +87,10 @@ def _pixels(image: Any, order: str) -> tuple[Tensor, str]:
             f"Preprocessing: image must be a PIL image, a numpy array or a tensor (got {type(image).__name__})"
         )
     x = x[None] if x.dim() == 3 else x
-    if x.dim() != 4 or x.shape[1] != 3:
+    if x.dim() != 4 or x.shape[1] != 3 or x.numel() == 0:
         raise ValueError(
-            f"Preprocessing: a tensor must have shape (3, H, W) or (B, 3, H, W) (got {tuple(image.shape)})"
+            "Preprocessing: a tensor must have shape (3, H, W) or (B, 3, H, W) and pixels (got shape "
+            f"{tuple(image.shape)})"
         )
     if x.dtype == torch.uint8:
         return x.float(), order
@@ -108,7 +122,8 @@ _PUBLISHED = {
     ("ann", "official"): ANN,
     **{(system, "mmsegmentation"): MMSEGMENTATION for system in ("danet", "ccnet", "ann", "non_local")},
 }
-_NUMBERS = r"\s*=\s*[\[(]\s*([\d.]+)\s*,\s*([\d.]+)\s*,\s*([\d.]+)\s*,?\s*[\])]"
+_NUMBER = r"([-+]?[\d.]+(?:e[-+]?\d+)?)"
+_NUMBERS = rf"\s*=\s*[\[(]\s*{_NUMBER}\s*,\s*{_NUMBER}\s*,\s*{_NUMBER}\s*,?\s*[\])]"
 
 
 def of_layout(system: str, layout: str, stem: str | None, checkpoint: Any) -> Preprocessing | None:
@@ -130,8 +145,10 @@ def _of_configuration(meta: Any) -> Preprocessing | None:
     if not isinstance(text, str):
         return None
     mean, std = (re.search(rf"\b{name}{_NUMBERS}", text) for name in ("mean", "std"))
-    swapped = re.search(r"\b(?:bgr_to_rgb|to_rgb)\s*=\s*(True|False)", text)
-    if not (mean and std and swapped):
+    if not (mean and std):
         return None
     values = [(float(m[1]), float(m[2]), float(m[3])) for m in (mean, std)]
-    return Preprocessing("RGB" if swapped[1] == "True" else "BGR", values[0], values[1], 1.0)
+    swaps = re.findall(r"\b(?:bgr_to_rgb|rgb_to_bgr|to_rgb)\s*=\s*(True|False)", text)
+    # Without the argument mmengine's preprocessor keeps BGR, mmcv's Normalize swaps.
+    swapped = "True" in swaps if swaps else "SegDataPreProcessor" not in text
+    return Preprocessing("RGB" if swapped else "BGR", values[0], values[1], 1.0)

@@ -40,7 +40,7 @@ class Translation:
         recognised: the layout it came in.
         state: tensors by our names.
         source: the checkpoint's name for each of ours.
-        unknown: names of the checkpoint that have no place in the layout.
+        unknown: names of the checkpoint that have no place in the layout, or whose place another name has taken.
         ignored: names that the network does not use (the ImageNet classifier).
         beside: names outside the network (a criterion beside it in a training module).
         preprocessing: what the layout's published weights expect of a picture; None where it is not known.
@@ -151,7 +151,7 @@ def choose(state: State, prefix: str | None) -> tuple[State, Found]:
     blocks = [one for one in found if one.naming is not None]
     remaining = blocks or found
     if len(remaining) > 1:
-        raise several(remaining)
+        raise several(remaining, prefix)
     return state, remaining[0]
 
 
@@ -171,9 +171,11 @@ def candidates(state: State, prefix: str | None) -> tuple[State, list[Found]]:
     return state, found
 
 
-def several(found: Sequence[Found]) -> ValueError:
+def several(found: Sequence[Found], prefix: str | None) -> ValueError:
+    """The choices, as values of ``prefix``; those found are inside the one given."""
+    outer = f"{prefix}." if prefix and prefix[-1].isalnum() else prefix or ""
     what = {f"{one.recognised.format} {one.recognised.system}" for one in found}
-    choices = ", ".join(repr(label) for label in labels(found))
+    choices = ", ".join(repr(outer + label) for label in labels(found))
     return ValueError(
         f"checkpoints: there are several of {', '.join(sorted(what))} in this checkpoint; choose with prefix=, one of "
         f"{choices}"
@@ -305,9 +307,11 @@ def translate(state: State, found: Found, checkpoint: Any) -> Translation:
     result.preprocessing = of_layout(recognised.system, recognised.format, recognised.stem, checkpoint)
     for key, value in state.items():
         name = _native_name(key, found)
-        if name is not None:
+        if name is not None and name not in result.state:
             result.state[name] = value
             result.source[name] = key
+        elif name is not None:
+            result.unknown.append(key)  # a second value for one parameter (dsn. beside aux_classifier.)
         elif not key.startswith(found.root):
             result.beside.append(key)
         elif any(re.fullmatch(pattern, key[len(found.root) :]) for pattern in IGNORED):

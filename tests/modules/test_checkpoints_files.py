@@ -244,6 +244,11 @@ def test_tensors_without_usable_values(block, tmp_path) -> None:
     quantized = torch.quantize_per_tensor(state["key_conv.weight"], 0.1, 0, torch.qint8)
     with pytest.raises(ValueError, match=r"key_conv\.weight of the checkpoint is quantized \(torch\.qint8\)"):
         checkpoints.load(block, {**state, "key_conv.weight": quantized})
+    with pytest.raises(ValueError, match=r"key_conv\.weight of the checkpoint is sparse"):
+        checkpoints.load(block, {**state, "key_conv.weight": state["key_conv.weight"].to_sparse()})
+    for value in (torch.nan, torch.inf):
+        with pytest.warns(UserWarning, match="NaN or infinite values in key_conv.bias$"):
+            checkpoints.load(nn.PositionAttention(16), {**state, "key_conv.bias": torch.full((2,), value)})
     for dtype in (torch.int8, torch.float8_e4m3fn, torch.complex64):
         with pytest.raises(ValueError, match=rf"key_conv\.weight torch\.float32, in the checkpoint {dtype}"):
             checkpoints.load(block, {**state, "key_conv.weight": state["key_conv.weight"].to(dtype)})

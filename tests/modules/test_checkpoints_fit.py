@@ -144,6 +144,8 @@ def test_settings_that_a_state_dict_does_not_store(networks) -> None:
     assert remarks(relu, exported) == ""
     with pytest.warns(UserWarning, match="act_cfg"):
         checkpoints.to_mmseg(models.CCNetHead(32, 5))
+    with pytest.warns(UserWarning, match="this module 3 times: build CCHead with recurrence=3"):
+        checkpoints.to_mmseg(models.CCNetHead(32, 5, recurrence=3, activation=tnn.ReLU))
 
 
 def test_scales_of_non_local_blocks() -> None:
@@ -161,6 +163,76 @@ def test_scales_of_non_local_blocks() -> None:
     timm = need("timm.layers").NonLocalAttn(16, rd_channels=8)
     with pytest.warns(UserWarning, match=r"timm's block scales by in_channels \*\* -0.5"):
         checkpoints.load(nn.NonLocal2d(16, inter_channels=8), timm.state_dict())
+
+
+def test_weights_of_position_attention_in_criss_cross_attention() -> None:
+    """Their parameters have the same names and shapes; the layout around them tells which they are."""
+    position, criss_cross = nn.PositionAttention(16), nn.CrissCrossAttention(16)
+    danet, ccnet_head = models.DANetHead(64, 5).state_dict(), models.CCNetHead(64, 5).state_dict()
+    block = checkpoints.to_mmseg(position)
+    for module, saved in (
+        (criss_cross, danet),
+        (criss_cross, block),
+        (nn.RecurrentCrissCrossAttention(16), danet),
+        (tnn.ModuleDict({"cca": criss_cross}), block),
+    ):
+        with pytest.warns(UserWarning, match="weights of position attention, the module is criss-cross attention"):
+            checkpoints.load(module, saved)
+    for saved in (ccnet_head, checkpoints.to_mmseg(criss_cross)):
+        with pytest.warns(UserWarning, match="weights of criss-cross attention, the module is position attention"):
+            checkpoints.load(position, saved)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        checkpoints.load(position, danet)
+        checkpoints.load(criss_cross, ccnet_head)
+        checkpoints.load(position, criss_cross.state_dict())  # plain query_conv, key_conv: of either
+
+
+@pytest.mark.parametrize("kind", [nn.PositionAttention, nn.CrissCrossAttention])
+def test_a_scale_has_no_place_in_danet_and_ccnet(kind) -> None:
+    plain, scaled = kind(16), kind(16, scale=0.25)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        saved = checkpoints.to_mmseg(plain)
+        checkpoints.to_official(plain)
+        checkpoints.load(plain, saved)
+        checkpoints.load(scaled, scaled.state_dict())
+    with pytest.warns(UserWarning, match="has no scale, this module scales by 0.25"):
+        checkpoints.load(scaled, saved)
+    for export in (checkpoints.to_mmseg, checkpoints.to_official):
+        with pytest.warns(UserWarning, match=f"{export.__name__}: this {kind.__name__} scales its energies by 0.25"):
+            exported = export(scaled)
+    # What the warning advises is the same function.
+    x = torch.randn(2, 16, 5, 6)
+    tnn.init.ones_(scaled.gamma)
+    for name in ("weight", "bias"):
+        exported[f"query_conv.{name}"] = scaled.query_conv.state_dict()[name] * 0.25
+    checkpoints.load(plain, exported)
+    torch.testing.assert_close(plain(x), scaled(x))
+
+
+@pytest.mark.parametrize("layout", ["official", "mmsegmentation"])
+def test_two_tensors_for_one_parameter(layout: str) -> None:
+    """APNB's query and key are one convolution under two names."""
+    head = models.ANNHead(16, 32, 5)
+    saved = head.state_dict() if layout == "official" else checkpoints.to_mmseg(head)
+    query = "f_query.0" if layout == "official" else "query_project.conv"
+    name = next(key for key in saved if "context" in key and key.endswith(f"{query}.weight"))
+    changed = {**saved, name: saved[name] + 1}
+    _, rest = refused(head, changed)
+    ours = "context.2.stages.0.f_query.0.weight"
+    assert f"{ours} is the same parameter as {ours.replace('query', 'key')}, in the checkpoint another tensor" in rest
+    report = checkpoints.load(head, changed, strict=False)
+    assert len(report.mismatched) == 1 and ours not in report.loaded
+    assert torch.equal(head.state_dict()[ours], saved[name])
+
+
+def test_two_names_for_one_parameter() -> None:
+    model = ccnet(aux_loss=True)
+    saved = checkpoints.to_official(model)
+    saved["aux_classifier.0.weight"] = saved["dsn.0.weight"] + 1
+    _, rest = refused(model, saved)
+    assert "unknown (1): aux_classifier.0.weight" in rest
 
 
 # Every block and head: (constructor, whether mmsegmentation has one).
@@ -302,6 +374,9 @@ CONFIGURATIONS = {
         "        123.675,\n    ],\n    std=[1.0, 1.0, 1.0],\n    type='SegDataPreProcessor')"
     },
     "mmcv": {"config": "img_norm_cfg = dict(mean=[103.53, 116.28, 123.675], std=[1.0, 1.0, 1.0], to_rgb=False)"},
+    "mmengine's default": {
+        "cfg": "dict(type='SegDataPreProcessor', mean=[103.53, 116.28, 123.675], std=[1, 1e0, 1.0], size=(9, 9))"
+    },
 }
 
 
@@ -314,10 +389,17 @@ def test_the_configuration_in_a_checkpoint_counts_more(kind: str) -> None:
     assert checkpoints.load(head, {**saved, "meta": {"epoch": 3}}).preprocessing == checkpoints.MMSEGMENTATION
 
 
+def test_mmcv_swaps_channels_by_default() -> None:
+    saved = {"meta": {"config": "img_norm_cfg = dict(mean=[-1.5, 2.0, 3], std=[4.0, 5.0, 6.0])"}}
+    saved["state_dict"] = checkpoints.to_mmseg(models.DANetHead(32, 5))
+    expected = checkpoints.Preprocessing("RGB", (-1.5, 2.0, 3.0), (4.0, 5.0, 6.0), 1.0)
+    assert checkpoints.to_native(saved).preprocessing == expected
+
+
 @pytest.mark.parametrize(
     ("image", "error", "message"),
     [
-        (np.zeros((4, 5), np.uint8), ValueError, "an array must have shape (H, W, 3) (got (4, 5))"),
+        (np.zeros((4, 5), np.uint8), ValueError, "an array must have shape (H, W, 3) and pixels (got shape (4, 5))"),
         (np.zeros((3, 4, 5), np.uint8), ValueError, "an array must have shape (H, W, 3)"),
         (torch.zeros(4, 5, 3), ValueError, "a tensor must have shape (3, H, W) or (B, 3, H, W)"),
         (torch.full((3, 4, 5), 200.0), ValueError, "must lie in 0 to 1 (got 200 to 200)"),
@@ -325,6 +407,11 @@ def test_the_configuration_in_a_checkpoint_counts_more(kind: str) -> None:
         (torch.full((3, 4, 5), torch.nan), ValueError, "must lie in 0 to 1"),
         (torch.zeros(3, 4, 5, dtype=torch.int64), TypeError, "uint8 or floating point (got torch.int64)"),
         ("picture.png", TypeError, "a PIL image, a numpy array or a tensor (got str)"),
+        (torch.zeros(0, 3, 4, 5), ValueError, "and pixels (got shape (0, 3, 4, 5))"),
+        (np.zeros((0, 5, 3), np.float32), ValueError, "and pixels (got shape (0, 5, 3))"),
+        (Image.fromarray(np.full((4, 5), 300, np.uint16)), ValueError, "8 bits a channel (got mode 'I;16')"),
+        (Image.fromarray(np.full((4, 5), 300, np.int32)), ValueError, "8 bits a channel (got mode 'I')"),
+        (Image.fromarray(np.full((4, 5), 0.5, np.float32)), ValueError, "8 bits a channel (got mode 'F')"),
     ],
 )
 def test_pictures_of_another_kind(image, error, message: str) -> None:
@@ -332,3 +419,11 @@ def test_pictures_of_another_kind(image, error, message: str) -> None:
         checkpoints.IMAGENET(image)
     with pytest.raises(ValueError, match="order must be 'RGB' or 'BGR'"):
         checkpoints.IMAGENET(np.zeros((4, 5, 3), np.uint8), order="rgb")
+    with pytest.raises(ValueError, match="a PIL image is RGB"):
+        checkpoints.CCNET(Image.new("RGB", (5, 4)), order="BGR")
+
+
+@pytest.mark.parametrize(("mean", "std"), [((1, 2), (1, 1, 1)), ((1, 2, 3), (1, 0, 1)), ((1, 2, 3), (1, 1, np.nan))])
+def test_constants_of_a_preprocessing_are_checked(mean, std) -> None:
+    with pytest.raises(ValueError, match="mean and std must have 3 values"):
+        checkpoints.Preprocessing("RGB", mean, std, 1.0)

@@ -237,3 +237,16 @@ def test_modules_as_sources_and_targets_in_wrappers(trained, blank) -> None:
     assert checkpoints.to_official(tnn.DataParallel(model.classifier)).keys() == model.classifier.state_dict().keys()
     averaged = torch.optim.swa_utils.AveragedModel(model.classifier)
     assert checkpoints.load(blank.classifier, averaged).complete
+
+
+def test_choices_inside_a_prefix_and_names_that_only_begin_like_it() -> None:
+    block = nn.PositionAttention(16)
+    saved = under("net.a.", block.state_dict()) | under("net.b.", block.state_dict())
+    for prefix in ("net", "net."):
+        with pytest.raises(ValueError, match=r"one of 'net\.a\.', 'net\.b\.'"):
+            checkpoints.load(block, saved, prefix=prefix)
+    assert checkpoints.load(block, saved, prefix="net.a.").complete
+    for other in ({"model_ema": block.state_dict()}, under("model_ema.", block.state_dict())):
+        with pytest.raises(ValueError, match=r"no name begins with prefix 'model' \(they begin model_ema\.\)"):
+            checkpoints.load(block, other, prefix="model")
+        assert checkpoints.load(block, other, prefix="model_ema").complete

@@ -1,5 +1,6 @@
 """The examples run, their curves coincide, and a resumed training is the uninterrupted one."""
 
+import re
 import warnings
 
 import numpy as np
@@ -44,6 +45,19 @@ def test_resumed_training_is_the_uninterrupted_one(trained, tmp_path, capsys) ->
     assert "danet_eager.pt is missing: the run starts at step 0" in printed and "is overwritten" not in printed
     assert resumed.losses == runs["danet"]["eager"].losses
     assert resumed.validation == runs["danet"]["eager"].validation
+    # What would be another run is refused.
+    for other, message in (
+        (["--steps", "6", "--size", "64", "--lr", "0.1"], "danet_eager.pt has --size 48, --lr 0.05 (got 64, 0.1)"),
+        (["--steps", "5"], "danet_eager.pt is after step 6 (got --steps 5)"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            train_shapes.main([*options, *other, "--resume"])
+    torch.save({"model": {}}, tmp_path / "danet_eager.pt")
+    with pytest.raises(ValueError, match="this program did not write it"):
+        train_shapes.main([*options, "--steps", "6", "--resume"])
+    (tmp_path / "danet_fused.pt").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="danet_fused.pt is text"):
+        full_size_inference.main(["--out", str(tmp_path), "--device", "cpu"])
 
 
 def test_mixed_precision_training_stays_near(trained, tmp_path) -> None:
@@ -131,6 +145,8 @@ def test_bad_arguments_are_named_in_a_line(example, capsys, tmp_path) -> None:
     cases += [(["--device", "cuda:99"], "CUDA devices"), (["--out", tmp_path / "file"], "cannot be made")]
     if example is full_size_inference:
         cases[1:2] = [(["--width", "x"], "--width: must be a whole number"), (["--network", "unet"], "invalid choice")]
+        cases += [(["--checkpoint", tmp_path / "file"], "--checkpoint needs a ResNet network")]
+        cases += [(["--network", "dilated_resnet"], "invalid choice")]
         cases += [(["--network", "danet_resnet50", "--image", tmp_path / "file", "--out", tmp_path], "cannot identify")]
     if example is convert_mmseg_danet:
         cases[-1:] = [(["--image", tmp_path / "file"], "cannot identify"), (["--image", tmp_path / "none"], "No such")]

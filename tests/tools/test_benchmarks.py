@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__ as main_job
-from benchmarks import features, measure, papers, report, rivals, run, schedule, validate, workloads
+from benchmarks import features, measure, papers, plots, report, rivals, run, schedule, validate, workloads
 from benchmarks.cell import CellSpec, save_inputs
 from benchmarks.processes import CellFailed, CellProcess
 from benchmarks.workloads import Workload
@@ -442,6 +442,26 @@ class TestFeatures:
         torch.save({"conv1.weight": state["conv1.weight"]}, path)
         with pytest.raises(ValueError, match="is not a ResNet-50"):
             features.Extractor(16, path)
+
+
+@pytest.mark.parametrize("ends", [(100, 107), (11, 95), (12, 150), (88, 300), (0.02, 5), (3, 40000)])
+def test_every_time_axis_has_numbers_to_read(ends, tmp_path, monkeypatch):
+    """Ranges of less than a decade, and of several."""
+    cells = [
+        {"op": "position", "dtype": "float32", "rival": rival, "status": "measured", "positions": 64, "height": 8}
+        | {"width": 8, "batch": 1, **dict.fromkeys(("forward", "forward_backward"), {"median": milliseconds / 1e3})}
+        for rival, milliseconds in zip(("fused", "eager"), ends, strict=True)
+    ]
+    figures = []
+    monkeypatch.setattr(plots, "finish", lambda figure, *_: figures.append(figure))
+    plots.draw_time(cells, tmp_path / "time.png")
+    (figure,) = figures
+    figure.canvas.draw()
+    for ax in figure.axes:
+        low, high = ax.get_ylim()
+        ticks = [tick for which in (True, False) for tick in ax.yaxis.get_ticklabels(minor=which)]
+        read = [float(tick.get_text()) for tick in ticks if tick.get_text() and low <= tick.get_position()[1] <= high]
+        assert 2 <= len(read) <= 12, read
 
 
 def run_main(*arguments: str) -> int:

@@ -161,6 +161,7 @@ def raising(error: BaseException):
         (WrongResult("position 4x4: output\nis wrong"), 1, "position 4x4: output is wrong"),
         (processes.CellFailed("the cell's process was killed"), 1, "the cell's process was killed"),
         (OSError(28, "No space left on device"), 2, "No space left on device"),
+        (MemoryError("Unable to allocate 1.07 PiB"), 2, "there is not enough memory: Unable to allocate 1.07 PiB"),
     ],
 )
 def test_a_run_that_stops_says_why_in_a_line(error, status, message, quick, capsys, tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """The documents: the README's examples run unchanged, and files, commands and links that are named exist."""
 
+import ast
+import builtins
 import importlib.util
 import re
 from pathlib import Path
@@ -20,6 +22,19 @@ def test_readme_examples(code):
     if "timm" in code:
         pytest.importorskip("timm")
     exec(compile(code, "README.md", "exec"), {})
+
+
+@each_document
+def test_examples_import_what_they_use(document):
+    """What an example takes from its reader is a model, an input of it, or a module of other code."""
+    for block in re.findall(r"^```python\n(.*?)^```", document.read_text(), re.DOTALL | re.MULTILINE):
+        names = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Name)]
+        bound = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                bound |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        used = {node.id for node in names if isinstance(node.ctx, ast.Load)}
+        assert used - bound - set(dir(builtins)) <= {"model", "image", "batch", "official_pam"}, block
 
 
 @each_document
