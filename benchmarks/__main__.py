@@ -240,7 +240,7 @@ def _run(argv: list[str], arguments: argparse.Namespace) -> int:
     (arguments.output / "report.md").write_text(report.markdown(result))
     report.print_tables(result, console)
     written = ", ".join(["report.json", "report.md", *result["pictures"]])
-    console.print(f"{schedule.elapsed:.0f} s; {arguments.output}/: {written}", highlight=False)
+    console.print(f"{schedule.elapsed:.0f} s; {arguments.output}/: {written}", highlight=False, soft_wrap=True)
     return 0
 
 

@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> segattn_ops.ConversionReport:
 
     report = segattn_ops.convert(model, sample_input=image)
 
-    console.print(str(report))
+    console.print(str(report), soft_wrap=True)
     table = Table(title=f"DANet of mmsegmentation, {options.size} x {options.size}, {options.device}")
     for column in ("part", "original, s", "converted, s", "speed-up"):
         table.add_column(column, justify="left" if column == "part" else "right")

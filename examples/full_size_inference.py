@@ -42,7 +42,7 @@ def trained(system: str, out: Path, steps: int, console: Console) -> models.Segm
     """The small network with the training example's weights; trains it if there is no checkpoint."""
     checkpoint = out / f"{system}_fused.pt"
     if not checkpoint.exists():
-        console.print(f"{checkpoint} does not exist: training {system} for {steps} steps")
+        console.print(f"{checkpoint} does not exist: training {system} for {steps} steps", soft_wrap=True)
         options = ["--systems", system, "--backends", "fused", "--steps", str(steps), "--out", str(out)]
         train_shapes.main(options)
     model = small_network(system)
@@ -122,9 +122,9 @@ def main(argv: list[str] | None = None) -> dict[str, float | None]:
     else:
         model = getattr(models, options.network)(options.classes or 19, stem=options.stem or "torchvision")
         if options.checkpoint is not None:
-            console.print(str(checkpoints.load(model, options.checkpoint, prefix=options.prefix)))
+            console.print(str(checkpoints.load(model, options.checkpoint, prefix=options.prefix)), soft_wrap=True)
         image, labels = photograph(options.image, *size), None
-        console.print(f"preprocessing: {model.preprocessing}")
+        console.print(f"preprocessing: {model.preprocessing}", soft_wrap=True)
     tensor = model.preprocessing(image)
     model.aux_classifier = None  # only for training
     device = options.device
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> dict[str, float | None]:
         panels["prediction" if options.checkpoint else "prediction of random weights"] = colours
     picture = options.out / "full_size.png"
     draw(panels, picture)
-    console.print(f"picture: {picture}")
+    console.print(f"picture: {picture}", soft_wrap=True)
     return result
 
 

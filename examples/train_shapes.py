@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, Run]]:
                     checkpoint = options.out / f"{system}_{backend}.pt"
                     if checkpoint.exists() != options.resume:
                         state = "is missing: the run starts at step 0" if options.resume else "is overwritten"
-                        console.print(f"{checkpoint} {state}")
+                        console.print(f"{checkpoint} {state}", soft_wrap=True)
                     _, runs[system][backend] = train(system, options, checkpoint, progress, f"{system} {backend}")
     table = Table(title=f"{options.steps} steps of {options.batch_size} scenes, {options.size} x {options.size}")
     for column in ("network", "backend", "last loss", "mIoU", "s a step", "largest gap of the losses"):
@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, Run]]:
     console.print(table)
     picture = options.out / "train_shapes.png"
     draw(runs, picture)
-    console.print(f"curves: {picture}; checkpoints: {options.out}/*.pt")
+    console.print(f"curves: {picture}; checkpoints: {options.out}/*.pt", soft_wrap=True)
     return runs
 
 

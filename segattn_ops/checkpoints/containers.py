@@ -81,7 +81,11 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def _collect(value: Mapping[Any, Any], path: str, depth: int, entries: dict[str, State]) -> None:
-    """Adds the tensors of ``value`` to ``entries``, those of a mapping inside it under its path."""
+    """Adds the tensors of ``value`` to ``entries``, those of a mapping inside it under its path.
+
+    Raises:
+        ValueError: if two names are the same without those of wrappers.
+    """
     for key, item in value.items():
         if not isinstance(key, str):
             continue
@@ -90,7 +94,13 @@ def _collect(value: Mapping[Any, Any], path: str, depth: int, entries: dict[str,
         if isinstance(item, np.ndarray) and item.dtype.kind in "fiub":
             item = torch.from_numpy(item.copy())
         if isinstance(item, Tensor):
-            entries.setdefault(path, {})[_WRAPPERS.sub("", key)] = item
+            name, state = _WRAPPERS.sub("", key), entries.setdefault(path, {})
+            if name in state:
+                raise ValueError(
+                    f"checkpoints: there are two tensors for {path}{name}, with and without the names of wrappers "
+                    f"({key}); remove one of the copies"
+                )
+            state[name] = item
         elif isinstance(item, Mapping) and depth < _DEPTH and not _NOT_WEIGHTS.fullmatch(key.lower()):
             _collect(item, f"{path}{key}.", depth + 1, entries)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -281,18 +282,24 @@ def record_attention(model: nn.Module, points: Points) -> Iterator[dict[str, Ten
             attention was seen. Not seen are blocks that were not converted or whose original's forward runs, modes
             without a softmax, scripted and exported models, CUDA graphs, and ``DataParallel`` on several devices
             (record its ``module``).
+
+    Warns:
+        UserWarning: on leaving, if the original's forward of a converted block ran beside attention that was seen.
     """
     with _recording(model, points) as recorder:
         yield recorder.maps
+    originals = (
+        f"{', '.join(dict.fromkeys(recorder.ran_originals))} is converted, but its original's forward ran, because of "
+        "dropout in training, a hook on a child or an attribute that has changed since the conversion"
+    )
+    if recorder.recorded and recorder.ran_originals:
+        warnings.warn(f"record_attention: there is a map missing: {originals}", UserWarning, stacklevel=3)
     if not recorder.recorded:
         name = type(model).__name__
         if recorder.ran_elsewhere:
             reason = f"{name} ran in other threads, as DataParallel on several devices does: record its module"
         elif recorder.ran_originals:
-            reason = (
-                f"{recorder.ran_originals[0]} is converted, but its original's forward ran, because of dropout in "
-                "training, a hook on a child or an attribute that has changed since the conversion"
-            )
+            reason = originals
         else:
             reason = (
                 f"{name} called no position, criss-cross or softmax non-local attention of segattn_ops. Blocks of "

@@ -90,6 +90,16 @@ def test_whole_network_is_found(kind: str, trained, blank) -> None:
     assert ("prefix='ema_state_dict.'" in str(report)) == ("mmengine" in kind)
 
 
+def test_names_that_differ_in_wrappers_only_are_refused(trained, blank) -> None:
+    """The compiled and the plain name of one parameter with different values: neither is preferred."""
+    _, state = trained
+    name = "decode_head.pam.query_project.conv.weight"
+    with pytest.raises(
+        ValueError, match=r"two tensors for decode_head.pam.query_project.conv.weight, with and without"
+    ):
+        checkpoints.load(emptied(blank), {**state, f"_orig_mod.{name}": state[name] + 1})
+
+
 COPIES = {
     "student and teacher": (
         lambda s: {**under("student.", s), **under("teacher.", shifted(s))},

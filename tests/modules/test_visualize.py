@@ -273,6 +273,9 @@ def test_a_converted_block_that_runs_its_original_is_named():
     block.softmax.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match=r"FusedPAM_Module is converted, but its original's forward ran, because"):
         recorded(block, torch.randn(1, 16, 4, 6))
+    beside = torch.nn.Sequential(block, nn.PositionAttention(16))
+    with pytest.warns(UserWarning, match="there is a map missing: 0 is converted, but its original's forward ran"):
+        assert list(recorded(beside, torch.randn(1, 16, 4, 6))) == ["1"]
 
 
 class InAThread(torch.nn.Module):
