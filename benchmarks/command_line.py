@@ -76,24 +76,23 @@ def whole(least: int = 1, most: int = MOST) -> Callable[[str], int]:
     return parse
 
 
-def seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of seconds, at least 0 (got {text!r})")
-    return value
+def _real(rule: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
+    """A parser of numbers for which ``holds`` is true; it is false for NaN."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"must be {rule} (got {text!r})")
+        return value
+
+    return parse
 
 
-def positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a positive number (got {text!r})")
-    return value
+seconds = _real("a number of seconds, at least 0", lambda value: 0 <= value < math.inf)
+positive = _real("a positive number", lambda value: 0 < value < math.inf)
 
 
 def names(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:

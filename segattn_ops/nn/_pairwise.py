@@ -19,6 +19,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from .._autocast import without_autocast
 from .._backend import in_onnx_export
 from .._forward_mode import has_tangent
+from ..ops._register import fold_into_batch
 from ._checks import is_pointwise
 
 # Prefix sums are held in double precision for this many channels at a time: 32 x 32768 positions are 8 MiB per array.
@@ -176,15 +177,8 @@ def _active_products(a: Tensor, b: Tensor, g: Tensor, h: Tensor, divisor: int) -
 
 
 def _fold_mapped(function: Any, info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
-    """The vmap rule of a function of independent samples: the mapped dimension is folded into the batch."""
-
-    def fold(argument: Any, dim: int | None) -> Any:
-        if not isinstance(argument, Tensor):
-            return argument
-        mapped = argument.movedim(dim, 0) if dim is not None else argument.expand(info.batch_size, *argument.shape)
-        return mapped.flatten(0, 1)
-
-    result = function.apply(*map(fold, arguments, in_dims))
+    """The vmap rule of the functions below."""
+    result = function.apply(*fold_into_batch(info.batch_size, in_dims, arguments))
     return result.unflatten(0, (info.batch_size, -1)), 0
 
 

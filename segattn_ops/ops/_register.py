@@ -95,17 +95,23 @@ def _register_once_differentiable(library: Library, name: str) -> None:
     torch.library.register_autograd(name, backward, lib=library)
 
 
+def fold_into_batch(batch_size: int, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]) -> list[Any]:
+    """The arguments of a function of independent samples with the dimension that vmap maps folded into the batch."""
+
+    def fold(argument: Any, dim: int | None) -> Any:
+        if not isinstance(argument, Tensor):
+            return argument
+        mapped = argument.movedim(dim, 0) if dim is not None else argument.expand(batch_size, *argument.shape)
+        return mapped.flatten(0, 1)
+
+    return [fold(argument, dim) for argument, dim in zip(arguments, in_dims, strict=True)]
+
+
 def _register_vmap(name: str, packet: Any, adjust: Callable[..., tuple[Any, ...]] | None = None) -> None:
     """Samples are independent in every operator, so a mapped dimension is folded into the batch."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-        def fold(argument: Any, dim: int | None) -> Any:
-            if not isinstance(argument, Tensor):
-                return argument
-            mapped = argument.movedim(dim, 0) if dim is not None else argument.expand(info.batch_size, *argument.shape)
-            return mapped.flatten(0, 1)
-
-        folded = [fold(argument, dim) for argument, dim in zip(arguments, in_dims, strict=True)]
+        folded = fold_into_batch(info.batch_size, in_dims, arguments)
         result = packet(*(folded if adjust is None else adjust(*folded)))
         if isinstance(result, Tensor):
             return result.unflatten(0, (info.batch_size, -1)), 0
