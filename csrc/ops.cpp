@@ -1,18 +1,26 @@
 // The schemas of all operators. Shapes: B samples, E key channels (of query and key), C value channels, *S the spatial
 // sizes of the queries, *T those of the keys and values. logsumexp is float64 for float64 inputs, else float32.
+//
+// needs_input_grad of a backward says which gradients are wanted, in the order of the results; one that is not wanted
+// is an empty tensor of shape (0).
 #include "registration.h"
 
 SEGATTN_LIBRARY(SEGATTN_NAMESPACE, m) {
   // query (B, E, *S), key (B, E, *T), value (B, C, *T) -> output (B, C, *S), logsumexp (B, *S), output_low: the
-  // rounding error of output, itself rounded, (B, C, *S), for 16-bit types and with_low; else empty, (B, 0, *S)
+  // rounding error of output, itself rounded, (B, C, *S), for 16-bit types and with_low; else empty, (B, 0, *S).
+  // key_padding_mask (B, *T), bool: true for a key that is padding and takes no part. Without any other key, output is
+  // 0 and logsumexp -inf.
   m.def(
-      "position_attention(Tensor query, Tensor key, Tensor value, float scale, bool with_low=False)"
-      " -> (Tensor output, Tensor logsumexp, Tensor output_low)");
-  // grad_output, output, output_low (B, C, *S), logsumexp (B, *S) -> gradients of query, key and value.
+      "position_attention(Tensor query, Tensor key, Tensor value, float scale, bool with_low=False,"
+      " Tensor? key_padding_mask=None) -> (Tensor output, Tensor logsumexp, Tensor output_low)");
+  // grad_output, output, output_low (B, C, *S), logsumexp, grad_logsumexp (B, *S) -> gradients of query, key and value.
+  // The weights are exp(energy - logsumexp): with the logsumexp and the output over more keys than those of the call,
+  // the gradients are the call's part of those over all keys.
   // Without output_low, the rounding of output is an error of grad_query for 16-bit types (docs/decisions.md).
   m.def(
       "position_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output,"
-      " Tensor logsumexp, float scale, Tensor? output_low=None)"
+      " Tensor logsumexp, float scale, Tensor? output_low=None, Tensor? grad_logsumexp=None,"
+      " bool[3] needs_input_grad=[True, True, True], Tensor? key_padding_mask=None)"
       " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
 
   // query (B, C, *S), key (B, K, *S), value (B, K, *T) -> output (B, C, *T), logsumexp (B, C)
@@ -20,25 +28,29 @@ SEGATTN_LIBRARY(SEGATTN_NAMESPACE, m) {
       "channel_attention(Tensor query, Tensor key, Tensor value, float scale)"
       " -> (Tensor output, Tensor logsumexp)");
   m.def(
-      "channel_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, float scale)"
+      "channel_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, float scale,"
+      " bool[3] needs_input_grad=[True, True, True])"
       " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
   // input (B, C, *S), which is query, key and value -> output (B, C, *S), logsumexp (B, C). The energy is symmetric, so
   // half of it is computed. With gamma (B, C), in logsumexp's dtype: output = gamma * attention + input
   m.def("channel_self_attention(Tensor input, float scale, Tensor? gamma=None) -> (Tensor output, Tensor logsumexp)");
   // grad_input (B, C, *S), grad_gamma (B, C); grad_gamma is computed without a gamma too
   m.def(
-      "channel_self_attention_backward(Tensor grad_output, Tensor input, float scale, Tensor? gamma=None)"
+      "channel_self_attention_backward(Tensor grad_output, Tensor input, float scale, Tensor? gamma=None,"
+      " bool[2] needs_input_grad=[True, True])"
       " -> (Tensor grad_input, Tensor grad_gamma)");
 
   // query (B, E, H, W), key (B, E, H, W) -> affinity (B, H + W - 1, H, W)
   m.def("criss_cross_affinity(Tensor query, Tensor key) -> Tensor affinity");
   m.def(
-      "criss_cross_affinity_backward(Tensor grad_affinity, Tensor query, Tensor key)"
+      "criss_cross_affinity_backward(Tensor grad_affinity, Tensor query, Tensor key,"
+      " bool[2] needs_input_grad=[True, True])"
       " -> (Tensor grad_query, Tensor grad_key)");
   // attention (B, H + W - 1, H, W), value (B, C, H, W) -> output (B, C, H, W)
   m.def("criss_cross_aggregation(Tensor attention, Tensor value) -> Tensor output");
   m.def(
-      "criss_cross_aggregation_backward(Tensor grad_output, Tensor attention, Tensor value)"
+      "criss_cross_aggregation_backward(Tensor grad_output, Tensor attention, Tensor value,"
+      " bool[2] needs_input_grad=[True, True])"
       " -> (Tensor grad_attention, Tensor grad_value)");
   // query (B, E, H, W), key (B, E, H, W), value (B, C, H, W) -> output (B, C, H, W), logsumexp (B, H, W) and its
   // rounding error, logsumexp_low (B, H, W), which the gradient needs where energies are large
@@ -47,6 +59,7 @@ SEGATTN_LIBRARY(SEGATTN_NAMESPACE, m) {
       " -> (Tensor output, Tensor logsumexp, Tensor logsumexp_low)");
   m.def(
       "criss_cross_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output,"
-      " Tensor logsumexp, float scale, Tensor? logsumexp_low=None)"
+      " Tensor logsumexp, float scale, Tensor? logsumexp_low=None, Tensor? grad_logsumexp=None,"
+      " bool[3] needs_input_grad=[True, True, True])"
       " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
 }

@@ -12,16 +12,28 @@ def _upcast(*tensors: Tensor) -> list[Tensor]:
     return [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
 
 
-def position_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def position_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, key_padding_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Fu et al., "Dual Attention Network for Scene Segmentation" (2019), equations 1 and 2, without gamma.
 
-    query (B, E, *S), key (B, E, *T), value (B, C, *T) -> output (B, C, *S), logsumexp (B, *S).
+    query (B, E, *S), key (B, E, *T), value (B, C, *T), key_padding_mask (B, *T), True for padding
+    -> output (B, C, *S), logsumexp (B, *S).
     """
     q, k, v = _upcast(query.flatten(2), key.flatten(2), value.flatten(2))
-    energy = scale * (q.transpose(1, 2) @ k)  # (B, N, M)
-    output = v @ energy.softmax(2).transpose(1, 2)
     spatial = query.shape[2:]
-    return output.unflatten(2, spatial).to(query.dtype), energy.logsumexp(2).unflatten(1, spatial)
+    if key_padding_mask is None:
+        energy = scale * (q.transpose(1, 2) @ k)  # (B, N, M)
+        weights, logsumexp = energy.softmax(2), energy.logsumexp(2)
+    else:
+        padding = key_padding_mask.flatten(1).unsqueeze(1)  # (B, 1, M)
+        only_padding = padding.all(2, keepdim=True)  # (B, 1, 1), where a softmax over -inf would be NaN
+        k, v = k.masked_fill(padding, 0), v.masked_fill(padding, 0)  # NaN in padding would spread
+        energy = (scale * (q.transpose(1, 2) @ k)).masked_fill(padding & ~only_padding, -torch.inf)
+        weights = energy.softmax(2).masked_fill(only_padding, 0)
+        logsumexp = energy.logsumexp(2).masked_fill(only_padding.squeeze(2), -torch.inf)
+    output = v @ weights.transpose(1, 2)
+    return output.unflatten(2, spatial).to(query.dtype), logsumexp.unflatten(1, spatial)
 
 
 def channel_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,8 @@ inline ChannelSizes check_channel_attention(
 
 // grad_output (B, C, *T), query (B, C, *S), key (B, K, *S), value (B, K, *T)
 inline ChannelSizes check_channel_attention_backward(
-    const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, double scale) {
+    const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, double scale,
+    const std::vector<bool>& needs_input_grad) {
   constexpr std::string_view op = "channel_attention_backward";
   const ChannelSizes sizes = check_channel_attention(query, key, value, scale, op);
   const Argument g{"grad_output", grad_output}, q{"query", query};
@@ -48,6 +49,7 @@ inline ChannelSizes check_channel_attention_backward(
   check_batch(op, g, q);
   check_channels(op, g, q);
   check_spatial(op, g, {"value", value});
+  check_needs_input_grad(op, needs_input_grad, 3);
   return sizes;
 }
 
@@ -73,12 +75,14 @@ inline ChannelSizes check_channel_self_attention(
 
 // grad_output (B, C, *S), input (B, C, *S), gamma (B, C)
 inline ChannelSizes check_channel_self_attention_backward(
-    const Tensor& grad_output, const Tensor& input, double scale, const std::optional<Tensor>& gamma) {
+    const Tensor& grad_output, const Tensor& input, double scale, const std::optional<Tensor>& gamma,
+    const std::vector<bool>& needs_input_grad) {
   constexpr std::string_view op = "channel_self_attention_backward";
   const ChannelSizes sizes = check_channel_self_attention(input, scale, gamma, op);
   const Argument g{"grad_output", grad_output}, x{"input", input};
   check_like(op, g, x);
   check_shape(op, g, x);
+  check_needs_input_grad(op, needs_input_grad, 2);
   return sizes;
 }
 

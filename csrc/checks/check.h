@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -220,6 +221,14 @@ inline void check_shape(std::string_view op, const Argument& argument, const Arg
 inline void check_shape_is(std::string_view op, const Argument& argument, const std::string& expected) {
   if (shape_of(argument.tensor) != expected) {
     fail(op, argument.name, " must have shape ", expected, " (got ", shape_of(argument.tensor), ")");
+  }
+}
+
+// One entry for each gradient of the backward `op`
+inline void check_needs_input_grad(
+    std::string_view op, const std::vector<bool>& needs_input_grad, std::size_t gradients) {
+  if (needs_input_grad.size() != gradients) {
+    fail(op, "needs_input_grad must have ", gradients, " entries (got ", needs_input_grad.size(), ")");
   }
 }
 

@@ -42,7 +42,7 @@ inline CrissCrossSizes check_criss_cross_affinity(
 
 // grad_affinity (B, H + W - 1, H, W), query (B, E, H, W), key (B, E, H, W)
 inline CrissCrossSizes check_criss_cross_affinity_backward(
-    const Tensor& grad_affinity, const Tensor& query, const Tensor& key) {
+    const Tensor& grad_affinity, const Tensor& query, const Tensor& key, const std::vector<bool>& needs_input_grad) {
   constexpr std::string_view op = "criss_cross_affinity_backward";
   const CrissCrossSizes sizes = check_criss_cross_affinity(query, key, op);
   const Argument g{"grad_affinity", grad_affinity}, q{"query", query};
@@ -50,6 +50,7 @@ inline CrissCrossSizes check_criss_cross_affinity_backward(
   check_reach(op, g, sizes);
   check_batch(op, g, q);
   check_spatial(op, g, q);
+  check_needs_input_grad(op, needs_input_grad, 2);
   return sizes;
 }
 
@@ -71,12 +72,14 @@ inline CrissCrossSizes check_criss_cross_aggregation(
 
 // grad_output (B, C, H, W), attention (B, H + W - 1, H, W), value (B, C, H, W)
 inline CrissCrossSizes check_criss_cross_aggregation_backward(
-    const Tensor& grad_output, const Tensor& attention, const Tensor& value) {
+    const Tensor& grad_output, const Tensor& attention, const Tensor& value,
+    const std::vector<bool>& needs_input_grad) {
   constexpr std::string_view op = "criss_cross_aggregation_backward";
   const CrissCrossSizes sizes = check_criss_cross_aggregation(attention, value, op);
   const Argument g{"grad_output", grad_output}, v{"value", value};
   check_like(op, g, v);
   check_shape(op, g, v);
+  check_needs_input_grad(op, needs_input_grad, 2);
   return sizes;
 }
 
@@ -97,10 +100,11 @@ inline CrissCrossSizes check_criss_cross_attention(
 }
 
 // grad_output (B, C, H, W), query (B, E, H, W), key (B, E, H, W), value (B, C, H, W), output (B, C, H, W),
-// logsumexp (B, H, W), logsumexp_low (B, H, W)
+// logsumexp (B, H, W), logsumexp_low (B, H, W), grad_logsumexp (B, H, W)
 inline CrissCrossSizes check_criss_cross_attention_backward(
     const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output,
-    const Tensor& logsumexp, double scale, const std::optional<Tensor>& logsumexp_low) {
+    const Tensor& logsumexp, double scale, const std::optional<Tensor>& logsumexp_low,
+    const std::optional<Tensor>& grad_logsumexp, const std::vector<bool>& needs_input_grad) {
   constexpr std::string_view op = "criss_cross_attention_backward";
   const CrissCrossSizes sizes = check_criss_cross_attention(query, key, value, scale, op);
   const Argument v{"value", value}, o{"output", output}, g{"grad_output", grad_output}, l{"logsumexp", logsumexp};
@@ -119,6 +123,12 @@ inline CrissCrossSizes check_criss_cross_attention_backward(
     check_like(op, low, l);
     check_shape(op, low, l);
   }
+  if (grad_logsumexp.has_value()) {
+    const Argument gradient{"grad_logsumexp", *grad_logsumexp};
+    check_like(op, gradient, l);
+    check_shape(op, gradient, l);
+  }
+  check_needs_input_grad(op, needs_input_grad, 3);
   return sizes;
 }
 

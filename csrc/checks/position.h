@@ -15,10 +15,10 @@ struct PositionSizes {
   int64_t keys;            // M, the positions of key and value
 };
 
-// query (B, E, *S), key (B, E, *T), value (B, C, *T)
+// query (B, E, *S), key (B, E, *T), value (B, C, *T), key_padding_mask (B, *T)
 inline PositionSizes check_position_attention(
     const Tensor& query, const Tensor& key, const Tensor& value, double scale,
-    std::string_view op = "position_attention") {
+    const std::optional<Tensor>& key_padding_mask, std::string_view op = "position_attention") {
   const Argument q{"query", query}, k{"key", key}, v{"value", value};
   check_dtype(op, q);
   check_like(op, k, q);
@@ -34,6 +34,12 @@ inline PositionSizes check_position_attention(
   check_spatial(op, v, k);
   check_has_positions(op, k);
   check_scale(op, scale);
+  if (key_padding_mask.has_value()) {
+    const Argument mask{"key_padding_mask", *key_padding_mask};
+    check_same_device(op, mask, k);
+    check_dtype_is(op, mask, ScalarType::Bool, "with True for padding");
+    check_shape_is(op, mask, "[" + std::to_string(key.size(0)) + ", " + shape_of(key, 2).substr(1));
+  }
   return {query.size(0), query.size(1), value.size(1), positions_of(query), positions_of(key)};
 }
 
@@ -43,12 +49,14 @@ inline int64_t low_channels(const Tensor& value, bool with_low) {
 }
 
 // grad_output (B, C, *S), query (B, E, *S), key (B, E, *T), value (B, C, *T), output (B, C, *S), logsumexp (B, *S),
-// output_low (B, C, *S)
+// output_low (B, C, *S), grad_logsumexp (B, *S), key_padding_mask (B, *T)
 inline PositionSizes check_position_attention_backward(
     const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output,
-    const Tensor& logsumexp, double scale, const std::optional<Tensor>& output_low) {
+    const Tensor& logsumexp, double scale, const std::optional<Tensor>& output_low,
+    const std::optional<Tensor>& grad_logsumexp, const std::vector<bool>& needs_input_grad,
+    const std::optional<Tensor>& key_padding_mask) {
   constexpr std::string_view op = "position_attention_backward";
-  const PositionSizes sizes = check_position_attention(query, key, value, scale, op);
+  const PositionSizes sizes = check_position_attention(query, key, value, scale, key_padding_mask, op);
   const Argument q{"query", query}, o{"output", output}, g{"grad_output", grad_output}, l{"logsumexp", logsumexp};
   check_like(op, o, q);
   check_like(op, g, q);
@@ -66,6 +74,12 @@ inline PositionSizes check_position_attention_backward(
     check_like(op, low, q);
     check_shape(op, low, o);
   }
+  if (grad_logsumexp.has_value()) {
+    const Argument gradient{"grad_logsumexp", *grad_logsumexp};
+    check_like(op, gradient, l);
+    check_shape(op, gradient, l);
+  }
+  check_needs_input_grad(op, needs_input_grad, 3);
   return sizes;
 }
 

@@ -165,6 +165,12 @@ def check_shape_is(op: str, argument: Argument, expected: Sequence[int]) -> None
         fail(op, f"{argument.name} must have shape {list(expected)} (got {shape_of(argument.tensor)})")
 
 
+def check_needs_input_grad(op: str, needs_input_grad: Sequence[bool], gradients: int) -> None:
+    """One entry for each gradient of the backward `op`."""
+    if len(needs_input_grad) != gradients:
+        fail(op, f"needs_input_grad must have {gradients} entries (got {len(needs_input_grad)})")
+
+
 def check_scale(op: str, scale: float) -> None:
     if not -math.inf < scale < math.inf:  # math.isfinite cannot be traced with a symbolic scale
         fail(op, f"scale must be finite (got {scale})")

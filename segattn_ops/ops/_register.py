@@ -1,6 +1,6 @@
 """How the Python side of an operator is described and registered."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ class Operator:
         setup_context: saves for the backward pass, as ``torch.library.register_autograd`` takes it.
         backward: the gradients, from the operator ``<name>_backward``, the context and the gradient of each result.
         flops: FLOP of a call, two for a multiply-add, from the shapes of its tensor arguments in order.
-        flops_backward: the same for ``<name>_backward``.
+        flops_backward: the same for ``<name>_backward``, with its ``needs_input_grad`` by keyword.
         adjust_vmap: from the arguments with the mapped dimensions folded into the batch, those of the call. None if
             they are the same.
     """
@@ -95,6 +95,26 @@ def _register_once_differentiable(library: Library, name: str) -> None:
     torch.library.register_autograd(name, backward, lib=library)
 
 
+def empty_gradients(inputs: Sequence[Tensor], needs_input_grad: Sequence[bool]) -> list[Tensor]:
+    """What a backward operator returns, uninitialised: contiguous gradients of the inputs, of shape (0,) for those that
+    are not wanted."""
+    return [t.new_empty(t.shape if needed else (0,)) for t, needed in zip(inputs, needs_input_grad, strict=True)]
+
+
+def wanted(gradients: Sequence[Tensor], needs_input_grad: Sequence[bool]) -> list[Tensor | None]:
+    """The results of a backward operator as autograd takes them."""
+    return [g if needed else None for g, needed in zip(gradients, needs_input_grad, strict=True)]
+
+
+def channels_of_products(energy: int, values: int, needs_input_grad: Sequence[bool]) -> int:
+    """The channels over which the backward of an attention multiplies each query with each key: for the energies and
+    the gradients of query and key `energy` each, for the gradients of the weights and of the values `values` each."""
+    query, key, value = needs_input_grad
+    if not any(needs_input_grad):
+        return 0
+    return energy * (1 + query + key) + values * ((query or key) + value)
+
+
 def fold_into_batch(batch_size: int, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]) -> list[Any]:
     """The arguments of a function of independent samples with the dimension that vmap maps folded into the batch."""
 
@@ -120,8 +140,15 @@ def _register_vmap(name: str, packet: Any, adjust: Callable[..., tuple[Any, ...]
     torch.library.register_vmap(name, rule)
 
 
+def _is_mask(argument: Sequence[Any]) -> bool:
+    return len(argument) > 0 and all(isinstance(entry, bool) for entry in argument)
+
+
 def _register_flops(packet: Any, formula: Callable[..., int]) -> None:
-    def of_shapes(*shapes: Any, out_shape: Any = None, **kwargs: Any) -> int:
-        return formula(*(s for s in shapes if isinstance(s, (tuple, list, torch.Size))))
+    def of_shapes(*arguments: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        lists = [a for a in arguments if isinstance(a, (tuple, list, torch.Size))]
+        shapes = [a for a in lists if not _is_mask(a)]
+        masks = [a for a in lists if _is_mask(a)]
+        return formula(*shapes, **({"needs_input_grad": masks[0]} if masks else {}))
 
     register_flop_formula(packet)(of_shapes)

@@ -21,6 +21,7 @@ from ._check import (
     check_has_channels,
     check_has_positions,
     check_like,
+    check_needs_input_grad,
     check_same_device,
     check_scale,
     check_shape,
@@ -30,7 +31,7 @@ from ._check import (
     fail,
     number,
 )
-from ._register import Operator
+from ._register import Operator, channels_of_products, empty_gradients, wanted
 
 
 def channel_attention(query: Tensor, key: Tensor, value: Tensor, scale: float = -1.0) -> Tensor:
@@ -168,7 +169,7 @@ def check_channel_attention(
 
 
 def check_channel_attention_backward(
-    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
+    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float, needs_input_grad: Sequence[bool]
 ) -> None:
     """grad_output (B, C, *T), query (B, C, *S), key (B, K, *S), value (B, K, *T)."""
     op = "channel_attention_backward"
@@ -179,6 +180,7 @@ def check_channel_attention_backward(
     check_batch(op, g, q)
     check_channels(op, g, q)
     check_spatial(op, g, v)
+    check_needs_input_grad(op, needs_input_grad, 3)
 
 
 def check_channel_self_attention(
@@ -199,7 +201,7 @@ def check_channel_self_attention(
 
 
 def check_channel_self_attention_backward(
-    grad_output: Tensor, input: Tensor, scale: float, gamma: Tensor | None
+    grad_output: Tensor, input: Tensor, scale: float, gamma: Tensor | None, needs_input_grad: Sequence[bool]
 ) -> None:
     """grad_output (B, C, *S), input (B, C, *S), gamma (B, C)."""
     op = "channel_self_attention_backward"
@@ -207,6 +209,7 @@ def check_channel_self_attention_backward(
     g, x = Argument("grad_output", grad_output), Argument("input", input)
     check_like(op, g, x)
     check_shape(op, g, x)
+    check_needs_input_grad(op, needs_input_grad, 2)
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -216,10 +219,15 @@ def _fake(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tens
 
 
 def _fake_backward(
-    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_channel_attention_backward(grad_output, query, key, value, scale)
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    needs_input_grad: Sequence[bool] = (True, True, True),
+) -> list[Tensor]:
+    check_channel_attention_backward(grad_output, query, key, value, scale, needs_input_grad)
+    return empty_gradients((query, key, value), needs_input_grad)
 
 
 def _fake_self(input: Tensor, scale: float, gamma: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -228,10 +236,15 @@ def _fake_self(input: Tensor, scale: float, gamma: Tensor | None = None) -> tupl
 
 
 def _fake_self_backward(
-    grad_output: Tensor, input: Tensor, scale: float, gamma: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    check_channel_self_attention_backward(grad_output, input, scale, gamma)
-    return input.new_empty(input.shape), input.new_empty(input.shape[:2], dtype=accumulation_dtype(input.dtype))
+    grad_output: Tensor,
+    input: Tensor,
+    scale: float,
+    gamma: Tensor | None = None,
+    needs_input_grad: Sequence[bool] = (True, True),
+) -> list[Tensor]:
+    check_channel_self_attention_backward(grad_output, input, scale, gamma, needs_input_grad)
+    factors = input.new_empty(input.shape[:2], dtype=accumulation_dtype(input.dtype))
+    return empty_gradients((input, factors), needs_input_grad)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -247,13 +260,15 @@ def _setup_self_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 
 
 def _backward(operator: Any, ctx: Any, grad_output: Tensor, grad_logsumexp: Tensor) -> tuple[Tensor | None, ...]:
-    return *operator(grad_output, *ctx.saved_tensors, ctx.scale), None
+    needs = list(ctx.needs_input_grad[:3])
+    return *wanted(operator(grad_output, *ctx.saved_tensors, ctx.scale, needs), needs), None
 
 
 def _self_backward(operator: Any, ctx: Any, grad_output: Tensor, grad_logsumexp: Tensor) -> tuple[Tensor | None, ...]:
     x, gamma = ctx.saved_tensors
-    grad_input, grad_gamma = operator(grad_output, x, ctx.scale, gamma)
-    return grad_input, None, None if gamma is None else grad_gamma
+    needs = [ctx.needs_input_grad[0], gamma is not None and ctx.needs_input_grad[2]]
+    grad_input, grad_gamma = wanted(operator(grad_output, x, ctx.scale, gamma, needs), needs)
+    return grad_input, None, grad_gamma
 
 
 def _flops(query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> int:
@@ -261,9 +276,16 @@ def _flops(query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> in
     return 2 * query[0] * query[1] * key[1] * (math.prod(query[2:]) + math.prod(value[2:]))
 
 
-def _flops_backward(grad_output: Any, query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> int:
+def _flops_backward(
+    grad_output: Any,
+    query: Sequence[int],
+    key: Sequence[int],
+    value: Sequence[int],
+    needs_input_grad: Sequence[bool] = (True, True, True),
+) -> int:
     """Over the positions of query the energy again, grad_query and grad_key; over those of value two products."""
-    return 2 * query[0] * query[1] * key[1] * (3 * math.prod(query[2:]) + 2 * math.prod(value[2:]))
+    positions = channels_of_products(math.prod(query[2:]), math.prod(value[2:]), needs_input_grad)
+    return 2 * query[0] * query[1] * key[1] * positions
 
 
 def _flops_self(x: Sequence[int], gamma: Any = None) -> int:
@@ -271,9 +293,12 @@ def _flops_self(x: Sequence[int], gamma: Any = None) -> int:
     return 3 * x[0] * x[1] ** 2 * math.prod(x[2:])
 
 
-def _flops_self_backward(grad_output: Any, x: Sequence[int], gamma: Any = None) -> int:
-    """Half of the energy again, dA = dO x^T, then A^T dO and (dE + dE^T) x."""
-    return 7 * x[0] * x[1] ** 2 * math.prod(x[2:])
+def _flops_self_backward(
+    grad_output: Any, x: Sequence[int], gamma: Any = None, needs_input_grad: Sequence[bool] = (True, True)
+) -> int:
+    """Half of the energy again, dA = dO x^T, then, for the input, A^T dO and (dE + dE^T) x."""
+    products = 7 if needs_input_grad[0] else 3 if needs_input_grad[1] else 0
+    return products * x[0] * x[1] ** 2 * math.prod(x[2:])
 
 
 OPERATORS = (

@@ -1,7 +1,7 @@
 """Criss-cross attention: each position attends to its row and its column."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from ._check import (
     check_has_channels,
     check_image,
     check_like,
+    check_needs_input_grad,
     check_same_device,
     check_scale,
     check_shape,
@@ -28,11 +29,50 @@ from ._check import (
     fail,
     number,
 )
+from ._heads import check_heads, logsumexp_of_heads, merge_heads, split_heads
 from ._positions import flat_positions
-from ._register import Operator
+from ._register import Operator, channels_of_products, empty_gradients, wanted
 
 
-def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:
+@overload
+def criss_cross_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float = 1.0,
+    *,
+    num_heads: int = 1,
+    return_logsumexp: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def criss_cross_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float = 1.0,
+    *,
+    num_heads: int = 1,
+    return_logsumexp: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def criss_cross_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float = 1.0,
+    *,
+    num_heads: int = 1,
+    return_logsumexp: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def criss_cross_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float = 1.0,
+    *,
+    num_heads: int = 1,
+    return_logsumexp: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention of each position over the H + W - 1 positions of its row and column, itself counted once:
     ``criss_cross_aggregation(softmax(scale * criss_cross_affinity(query, key)), value)`` in one operator, without
     the (B, H + W - 1, H, W) attention map. Memory beyond the results is O(H W) forward and, for the mean keys,
@@ -43,23 +83,42 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor, scale: floa
         key: (B, E, H, W).
         value: (B, C, H, W).
         scale: multiplies query . key; 1 in CCNet. Not differentiable.
+        num_heads: groups of consecutive channels that attend independently, as in :func:`position_attention`.
+        return_logsumexp: also returns the logsumexp of the energies over row and column. Both results are
+            differentiable.
 
     Returns:
-        (B, C, H, W), in the inputs' dtype. Accumulated in float32, float64 for float64.
+        (B, C, H, W), in the inputs' dtype. Accumulated in float32, float64 for float64. With ``return_logsumexp`` a
+        pair with (B, num_heads, H, W) in the dtype of accumulation.
 
     Raises:
-        TypeError: for an argument that is not a tensor, and for a scale that is not a number.
-        RuntimeError: for mismatched shapes, dtypes or devices, a height or width of 0, a scale that is not finite.
+        TypeError: for an argument that is not a tensor, for a scale that is not a number, and for a num_heads that is
+            not an int.
+        ValueError: for a num_heads below 1.
+        RuntimeError: for mismatched shapes, dtypes or devices, a height or width of 0, a scale that is not finite, and
+            for channels that cannot be split into num_heads.
 
     Source: Huang et al., "CCNet: Criss-Cross Attention for Semantic Segmentation" (2019), section 3.2.
     """
     if has_torch_function((query, key, value)):
-        overridden: Tensor = handle_torch_function(criss_cross_attention, (query, key, value), query, key, value, scale)
+        overridden: Tensor | tuple[Tensor, Tensor] = handle_torch_function(
+            criss_cross_attention,
+            (query, key, value),
+            query,
+            key,
+            value,
+            scale,
+            num_heads=num_heads,
+            return_logsumexp=return_logsumexp,
+        )
         return overridden
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
         check_tensors("criss_cross_attention", query=query, key=key, value=value)
     if type(scale) is not float:
         scale = number("criss_cross_attention", "scale", scale)
+    if num_heads != 1:
+        check_heads("criss_cross_attention", num_heads, query=query, key=key, value=value)
+        query, key, value = (split_heads(t, num_heads) for t in (query, key, value))
     query, key, value = autocast(query, key, value)
     operators = _backend.operators("criss_cross_attention", query, key, value)
     if operators is None:
@@ -68,7 +127,10 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor, scale: floa
             results = reference.criss_cross_attention(query, key, value, scale)
     else:
         results = operators.criss_cross_attention(query, key, value, scale)
-    return results[0]
+    output: Tensor = results[0]
+    if num_heads != 1:
+        output = merge_heads(output, num_heads)
+    return (output, logsumexp_of_heads(results[1], num_heads)) if return_logsumexp else output
 
 
 def criss_cross_affinity(query: Tensor, key: Tensor) -> Tensor:
@@ -234,7 +296,9 @@ def check_criss_cross_affinity(query: Tensor, key: Tensor, op: str = "criss_cros
     check_spatial(op, k, q)
 
 
-def check_criss_cross_affinity_backward(grad_affinity: Tensor, query: Tensor, key: Tensor) -> None:
+def check_criss_cross_affinity_backward(
+    grad_affinity: Tensor, query: Tensor, key: Tensor, needs_input_grad: Sequence[bool]
+) -> None:
     """grad_affinity (B, H + W - 1, H, W), query (B, E, H, W), key (B, E, H, W)."""
     op = "criss_cross_affinity_backward"
     check_criss_cross_affinity(query, key, op)
@@ -243,6 +307,7 @@ def check_criss_cross_affinity_backward(grad_affinity: Tensor, query: Tensor, ke
     check_reach(op, g, q)
     check_batch(op, g, q)
     check_spatial(op, g, q)
+    check_needs_input_grad(op, needs_input_grad, 2)
 
 
 def check_criss_cross_aggregation(attention: Tensor, value: Tensor, op: str = "criss_cross_aggregation") -> None:
@@ -258,13 +323,16 @@ def check_criss_cross_aggregation(attention: Tensor, value: Tensor, op: str = "c
     check_reach(op, a, v)
 
 
-def check_criss_cross_aggregation_backward(grad_output: Tensor, attention: Tensor, value: Tensor) -> None:
+def check_criss_cross_aggregation_backward(
+    grad_output: Tensor, attention: Tensor, value: Tensor, needs_input_grad: Sequence[bool]
+) -> None:
     """grad_output (B, C, H, W), attention (B, H + W - 1, H, W), value (B, C, H, W)."""
     op = "criss_cross_aggregation_backward"
     check_criss_cross_aggregation(attention, value, op)
     g, v = Argument("grad_output", grad_output), Argument("value", value)
     check_like(op, g, v)
     check_shape(op, g, v)
+    check_needs_input_grad(op, needs_input_grad, 2)
 
 
 def check_criss_cross_attention(
@@ -290,9 +358,11 @@ def check_criss_cross_attention_backward(
     logsumexp: Tensor,
     scale: float,
     logsumexp_low: Tensor | None,
+    grad_logsumexp: Tensor | None,
+    needs_input_grad: Sequence[bool],
 ) -> None:
     """grad_output (B, C, H, W), query (B, E, H, W), key (B, E, H, W), value (B, C, H, W), output (B, C, H, W),
-    logsumexp (B, H, W), logsumexp_low (B, H, W)."""
+    logsumexp (B, H, W), logsumexp_low (B, H, W), grad_logsumexp (B, H, W)."""
     op = "criss_cross_attention_backward"
     check_criss_cross_attention(query, key, value, scale, op)
     v, o = Argument("value", value), Argument("output", output)
@@ -308,6 +378,11 @@ def check_criss_cross_attention_backward(
         low = Argument("logsumexp_low", logsumexp_low)
         check_like(op, low, l)
         check_shape(op, low, l)
+    if grad_logsumexp is not None:
+        gradient = Argument("grad_logsumexp", grad_logsumexp)
+        check_like(op, gradient, l)
+        check_shape(op, gradient, l)
+    check_needs_input_grad(op, needs_input_grad, 3)
 
 
 def _fake_affinity(query: Tensor, key: Tensor) -> Tensor:
@@ -316,9 +391,11 @@ def _fake_affinity(query: Tensor, key: Tensor) -> Tensor:
     return query.new_empty((batch, height + width - 1, height, width))
 
 
-def _fake_affinity_backward(grad_affinity: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    check_criss_cross_affinity_backward(grad_affinity, query, key)
-    return query.new_empty(query.shape), key.new_empty(key.shape)
+def _fake_affinity_backward(
+    grad_affinity: Tensor, query: Tensor, key: Tensor, needs_input_grad: Sequence[bool] = (True, True)
+) -> list[Tensor]:
+    check_criss_cross_affinity_backward(grad_affinity, query, key, needs_input_grad)
+    return empty_gradients((query, key), needs_input_grad)
 
 
 def _fake_aggregation(attention: Tensor, value: Tensor) -> Tensor:
@@ -326,9 +403,11 @@ def _fake_aggregation(attention: Tensor, value: Tensor) -> Tensor:
     return value.new_empty(value.shape)
 
 
-def _fake_aggregation_backward(grad_output: Tensor, attention: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    check_criss_cross_aggregation_backward(grad_output, attention, value)
-    return attention.new_empty(attention.shape), value.new_empty(value.shape)
+def _fake_aggregation_backward(
+    grad_output: Tensor, attention: Tensor, value: Tensor, needs_input_grad: Sequence[bool] = (True, True)
+) -> list[Tensor]:
+    check_criss_cross_aggregation_backward(grad_output, attention, value, needs_input_grad)
+    return empty_gradients((attention, value), needs_input_grad)
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -347,9 +426,13 @@ def _fake_backward(
     logsumexp: Tensor,
     scale: float,
     logsumexp_low: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_criss_cross_attention_backward(grad_output, query, key, value, output, logsumexp, scale, logsumexp_low)
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    grad_logsumexp: Tensor | None = None,
+    needs_input_grad: Sequence[bool] = (True, True, True),
+) -> list[Tensor]:
+    check_criss_cross_attention_backward(
+        grad_output, query, key, value, output, logsumexp, scale, logsumexp_low, grad_logsumexp, needs_input_grad
+    )
+    return empty_gradients((query, key, value), needs_input_grad)
 
 
 def _setup_pair_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -359,19 +442,28 @@ def _setup_pair_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor)
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     query, key, value, ctx.scale = inputs
     ctx.save_for_backward(query, key, value, *output)
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)  # otherwise autograd allocates zeros for the gradients of unused results
 
 
 def _pair_backward(operator: Any, ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    grad_first, grad_second = operator(gradient, *ctx.saved_tensors)
-    return grad_first, grad_second
+    needs = list(ctx.needs_input_grad)
+    return tuple(wanted(operator(gradient, *ctx.saved_tensors, needs), needs))
 
 
 def _backward(
-    operator: Any, ctx: Any, grad_output: Tensor, grad_logsumexp: Tensor, grad_logsumexp_low: Tensor
+    operator: Any, ctx: Any, grad_output: Tensor | None, grad_logsumexp: Tensor | None, grad_logsumexp_low: None
 ) -> tuple[Tensor | None, ...]:
-    *saved, logsumexp_low = ctx.saved_tensors
-    return *operator(grad_output, *saved, ctx.scale, logsumexp_low), None
+    if grad_output is None and grad_logsumexp is None:  # as set_materialize_grads(False) allows
+        return (None,) * 4
+    query, key, value, output, logsumexp, logsumexp_low = ctx.saved_tensors
+    if grad_output is None:
+        grad_output = torch.zeros_like(output)
+    needs = list(ctx.needs_input_grad[:3])
+    gradients = operator(
+        grad_output, query, key, value, output, logsumexp, ctx.scale, logsumexp_low, grad_logsumexp, needs
+    )
+    return *wanted(gradients, needs), None
 
 
 def _products(shape: Sequence[int], channels: int) -> int:
@@ -388,7 +480,9 @@ OPERATORS = (
         setup_context=_setup_pair_context,
         backward=_pair_backward,
         flops=lambda query, key: _products(query, query[1]),
-        flops_backward=lambda grad_affinity, query, key: 2 * _products(query, query[1]),
+        flops_backward=lambda grad_affinity, query, key, needs_input_grad=(True, True): _products(
+            query, query[1] * sum(needs_input_grad)
+        ),
     ),
     Operator(
         "criss_cross_aggregation",
@@ -397,7 +491,9 @@ OPERATORS = (
         setup_context=_setup_pair_context,
         backward=_pair_backward,
         flops=lambda attention, value: _products(value, value[1]),
-        flops_backward=lambda grad_output, attention, value: 2 * _products(value, value[1]),
+        flops_backward=lambda grad_output, attention, value, needs_input_grad=(True, True): _products(
+            value, value[1] * sum(needs_input_grad)
+        ),
     ),
     Operator(
         "criss_cross_attention",
@@ -406,8 +502,8 @@ OPERATORS = (
         setup_context=_setup_context,
         backward=_backward,
         flops=lambda query, key, value: _products(query, query[1] + value[1]),
-        flops_backward=lambda grad_output, query, key, value, output, logsumexp, logsumexp_low=None: _products(
-            query, 3 * query[1] + 2 * value[1]
+        flops_backward=lambda grad_output, query, key, value, *saved, needs_input_grad=(True, True, True): _products(
+            query, channels_of_products(query[1], value[1], needs_input_grad)
         ),
     ),
 )

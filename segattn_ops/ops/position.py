@@ -3,7 +3,7 @@ attention map."""
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from ._check import (
     check_has_channels,
     check_has_positions,
     check_like,
+    check_needs_input_grad,
     check_same_device,
     check_scale,
     check_shape,
@@ -30,12 +31,55 @@ from ._check import (
     check_tensors,
     number,
 )
+from ._heads import check_heads, logsumexp_of_heads, merge_heads, split_heads
 from ._layout import warn_if_tokens
 from ._positions import flat_positions
-from ._register import Operator
+from ._register import Operator, channels_of_products, empty_gradients, wanted
 
 
-def position_attention(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:
+@overload
+def position_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float = 1.0,
+    *,
+    num_heads: int = 1,
+    key_padding_mask: Tensor | None = None,
+    return_logsumexp: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def position_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float = 1.0,
+    *,
+    num_heads: int = 1,
+    key_padding_mask: Tensor | None = None,
+    return_logsumexp: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def position_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float = 1.0,
+    *,
+    num_heads: int = 1,
+    key_padding_mask: Tensor | None = None,
+    return_logsumexp: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def position_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float = 1.0,
+    *,
+    num_heads: int = 1,
+    key_padding_mask: Tensor | None = None,
+    return_logsumexp: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     r"""Attention over all positions of feature maps, (batch, channels, height, width) or other spatial dimensions.
 
     ``out_i = sum_j softmax_j(scale * q_i . k_j) v_j``, the attention of a Non-local block, of DANet's position
@@ -50,6 +94,7 @@ def position_attention(query: Tensor, key: Tensor, value: Tensor, scale: float =
             out = out.mT.unflatten(0, (B, heads))
 
         From (B, heads, D, H, W) maps only the heads are folded: ``t.flatten(0, 1)``. From (B, N, D) tokens: ``t.mT``.
+        Heads that are groups of channels need no folding: ``num_heads``.
         A call with 4-D tensors whose sizes suggest tokens warns once in a process.
 
     The N x M attention map is never stored: memory beyond the result is O(N + M), forward and backward. If a 16-bit
@@ -61,20 +106,40 @@ def position_attention(query: Tensor, key: Tensor, value: Tensor, scale: float =
         value: (B, C, *T).
         scale: multiplies the energies; 1 in DANet and CCNet, E ** -0.5 in scaled dot-product attention. Not
             differentiable.
+        num_heads: groups of consecutive channels that attend independently: head h takes the channels
+            [h * E / num_heads, (h + 1) * E / num_heads) of query and key, and likewise of value. A view of contiguous
+            tensors.
+        key_padding_mask: (B, *T), bool, True for a key that is padding, as in ``torch.nn.MultiheadAttention``. Such a
+            key has no weight, and what it and its value hold, NaN too, has no influence. A sample in which every key
+            is padding has the output 0, the logsumexp -inf and gradients of 0.
+        return_logsumexp: also returns the logsumexp of the energies over the keys. Both results are differentiable.
 
     Returns:
-        (B, C, *S), in the inputs' dtype. Accumulated in float32, float64 for float64.
+        (B, C, *S), in the inputs' dtype. Accumulated in float32, float64 for float64. With ``return_logsumexp`` a pair
+        with (B, num_heads, *S) in the dtype of accumulation.
 
     Raises:
-        TypeError: for an argument that is not a tensor, and for a scale that is not a number.
-        RuntimeError: for mismatched shapes, dtypes or devices, and for a scale that is not finite.
+        TypeError: for an argument that is not a tensor, for a scale that is not a number, and for a num_heads that is
+            not an int.
+        ValueError: for a num_heads below 1.
+        RuntimeError: for mismatched shapes, dtypes or devices, for a scale that is not finite, and for channels that
+            cannot be split into num_heads.
 
     Source: Wang et al., "Non-local Neural Networks" (2018), equation 1; Fu et al., "Dual Attention Network for Scene
-    Segmentation" (2019), equations 1 and 2. The logsumexp that the backward pass needs is the second result of the
-    operator ``torch.ops.segattn.position_attention``.
+    Segmentation" (2019), equations 1 and 2; heads: Vaswani et al., "Attention Is All You Need" (2017), section 3.2.2.
     """
-    if has_torch_function((query, key, value)):
-        overridden: Tensor = handle_torch_function(position_attention, (query, key, value), query, key, value, scale)
+    if has_torch_function((query, key, value, key_padding_mask)):
+        overridden: Tensor | tuple[Tensor, Tensor] = handle_torch_function(
+            position_attention,
+            (query, key, value, key_padding_mask),
+            query,
+            key,
+            value,
+            scale,
+            num_heads=num_heads,
+            key_padding_mask=key_padding_mask,
+            return_logsumexp=return_logsumexp,
+        )
         return overridden
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
         check_tensors("position_attention", query=query, key=key, value=value)
@@ -84,15 +149,26 @@ def position_attention(query: Tensor, key: Tensor, value: Tensor, scale: float =
             warn_if_tokens(query, key, value)
     if type(scale) is not float:
         scale = number("position_attention", "scale", scale)
+    if key_padding_mask is not None and not isinstance(key_padding_mask, Tensor):
+        check_tensors("position_attention", key_padding_mask=key_padding_mask)
+    if num_heads != 1:
+        check_heads("position_attention", num_heads, query=query, key=key, value=value)
+        query, key, value = (split_heads(t, num_heads) for t in (query, key, value))
+        if key_padding_mask is not None:
+            key_padding_mask = key_padding_mask.repeat_interleave(num_heads, 0)
     query, key, value = autocast(query, key, value)
     operators = _backend.operators("position_attention", query, key, value)
     if operators is None:
-        check_position_attention(query, key, value, scale)
+        check_position_attention(query, key, value, scale, key_padding_mask)
         with without_autocast(query.device.type):
-            results = reference.position_attention(query, key, value, scale)
+            results = reference.position_attention(query, key, value, scale, key_padding_mask)
     else:
-        results = operators.position_attention(query, key, value, scale, _needs_low(query, key, value))
-    return results[0]
+        with_low = _needs_low(query, key, value)
+        results = operators.position_attention(query, key, value, scale, with_low, key_padding_mask)
+    output: Tensor = results[0]
+    if num_heads != 1:
+        output = merge_heads(output, num_heads)
+    return (output, logsumexp_of_heads(results[1], num_heads)) if return_logsumexp else output
 
 
 def _needs_low(*tensors: Tensor) -> bool:
@@ -125,7 +201,7 @@ def position_attention_map(query: Tensor, key: Tensor, positions: Tensor, scale:
     check_tensors("position_attention_map", query=query, key=key)
     scale = number("position_attention_map", "scale", scale)
     query, key = autocast(query, key)
-    check_position_attention(query, key, key, scale, "position_attention_map")
+    check_position_attention(query, key, key, scale, None, "position_attention_map")
     index = flat_positions(positions, query.shape[2:], "position_attention_map")
     dtype = accumulation_dtype(query.dtype)
     rows = query.flatten(2)[:, :, index.to(query.device)].to(dtype)  # (B, E, P)
@@ -136,9 +212,14 @@ def position_attention_map(query: Tensor, key: Tensor, positions: Tensor, scale:
 
 
 def check_position_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, op: str = "position_attention"
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    key_padding_mask: Tensor | None,
+    op: str = "position_attention",
 ) -> None:
-    """query (B, E, *S), key (B, E, *T), value (B, C, *T)."""
+    """query (B, E, *S), key (B, E, *T), value (B, C, *T), key_padding_mask (B, *T)."""
     q, k, v = Argument("query", query), Argument("key", key), Argument("value", value)
     check_dtype(op, q)
     check_like(op, k, q)
@@ -154,6 +235,11 @@ def check_position_attention(
     check_spatial(op, v, k)
     check_has_positions(op, k)
     check_scale(op, scale)
+    if key_padding_mask is not None:
+        mask = Argument("key_padding_mask", key_padding_mask)
+        check_same_device(op, mask, k)
+        check_dtype_is(op, mask, torch.bool, "with True for padding")
+        check_shape_is(op, mask, (key.shape[0], *key.shape[2:]))
 
 
 def check_position_attention_backward(
@@ -165,11 +251,14 @@ def check_position_attention_backward(
     logsumexp: Tensor,
     scale: float,
     output_low: Tensor | None,
+    grad_logsumexp: Tensor | None,
+    needs_input_grad: Sequence[bool],
+    key_padding_mask: Tensor | None,
 ) -> None:
     """grad_output (B, C, *S), query (B, E, *S), key (B, E, *T), value (B, C, *T), output (B, C, *S), logsumexp
-    (B, *S), output_low (B, C, *S)."""
+    (B, *S), output_low (B, C, *S), grad_logsumexp (B, *S), key_padding_mask (B, *T)."""
     op = "position_attention_backward"
-    check_position_attention(query, key, value, scale, op)
+    check_position_attention(query, key, value, scale, key_padding_mask, op)
     q, v, o = Argument("query", query), Argument("value", value), Argument("output", output)
     g, l = Argument("grad_output", grad_output), Argument("logsumexp", logsumexp)  # noqa: E741
     check_like(op, o, q)
@@ -186,12 +275,22 @@ def check_position_attention_backward(
         low = Argument("output_low", output_low)
         check_like(op, low, q)
         check_shape(op, low, o)
+    if grad_logsumexp is not None:
+        gradient = Argument("grad_logsumexp", grad_logsumexp)
+        check_like(op, gradient, l)
+        check_shape(op, gradient, l)
+    check_needs_input_grad(op, needs_input_grad, 3)
 
 
 def _fake(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, with_low: bool = False
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    with_low: bool = False,
+    key_padding_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_position_attention(query, key, value, scale)
+    check_position_attention(query, key, value, scale, key_padding_mask)
     batch, spatial = query.shape[0], query.shape[2:]
     output = query.new_empty((batch, value.shape[1], *spatial))
     logsumexp = query.new_empty((batch, *spatial), dtype=accumulation_dtype(query.dtype))
@@ -208,42 +307,92 @@ def _fake_backward(
     logsumexp: Tensor,
     scale: float,
     output_low: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_position_attention_backward(grad_output, query, key, value, output, logsumexp, scale, output_low)
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    grad_logsumexp: Tensor | None = None,
+    needs_input_grad: Sequence[bool] = (True, True, True),
+    key_padding_mask: Tensor | None = None,
+) -> list[Tensor]:
+    check_position_attention_backward(
+        grad_output,
+        query,
+        key,
+        value,
+        output,
+        logsumexp,
+        scale,
+        output_low,
+        grad_logsumexp,
+        needs_input_grad,
+        key_padding_mask,
+    )
+    return empty_gradients((query, key, value), needs_input_grad)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    query, key, value, ctx.scale, _ = inputs
+    query, key, value, ctx.scale, _, key_padding_mask = inputs
     result, logsumexp, output_low = output
-    ctx.save_for_backward(query, key, value, result, logsumexp, output_low if output_low.shape[1] > 0 else None)
-    ctx.mark_non_differentiable(logsumexp, output_low)
-    ctx.set_materialize_grads(False)  # otherwise autograd allocates zeros of output_low's size for its gradient
+    low = output_low if output_low.shape[1] > 0 else None
+    ctx.save_for_backward(query, key, value, result, logsumexp, low, key_padding_mask)
+    ctx.mark_non_differentiable(output_low)
+    ctx.set_materialize_grads(False)  # otherwise autograd allocates zeros for the gradients of unused results
 
 
 def _backward(
-    operator: Any, ctx: Any, grad_output: Tensor | None, grad_logsumexp: None, grad_output_low: None
+    operator: Any, ctx: Any, grad_output: Tensor | None, grad_logsumexp: Tensor | None, grad_output_low: None
 ) -> tuple[Tensor | None, ...]:
-    if grad_output is None:  # as set_materialize_grads(False) allows
-        return (None,) * 5
-    *saved, output_low = ctx.saved_tensors
-    return *operator(grad_output, *saved, ctx.scale, output_low), None, None
+    if grad_output is None and grad_logsumexp is None:  # as set_materialize_grads(False) allows
+        return (None,) * 6
+    query, key, value, output, logsumexp, output_low, key_padding_mask = ctx.saved_tensors
+    if grad_output is None:
+        grad_output = torch.zeros_like(output)
+    needs = list(ctx.needs_input_grad[:3])
+    gradients = operator(
+        grad_output,
+        query,
+        key,
+        value,
+        output,
+        logsumexp,
+        ctx.scale,
+        output_low,
+        grad_logsumexp,
+        needs,
+        key_padding_mask,
+    )
+    return *wanted(gradients, needs), None, None, None
 
 
-def _flops(query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> int:
+def _flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], key_padding_mask: Any = None) -> int:
     return 2 * query[0] * math.prod(query[2:]) * math.prod(key[2:]) * (query[1] + value[1])
 
 
 def _flops_backward(
-    grad_output: Any, query: Sequence[int], key: Sequence[int], value: Sequence[int], *saved: Any
+    grad_output: Any,
+    query: Sequence[int],
+    key: Sequence[int],
+    value: Sequence[int],
+    *saved: Any,
+    needs_input_grad: Sequence[bool] = (True, True, True),
 ) -> int:
-    """The energies are recomputed: three products over E, two over C."""
-    return 2 * query[0] * math.prod(query[2:]) * math.prod(key[2:]) * (3 * query[1] + 2 * value[1])
+    """The energies are recomputed: with all gradients three products over E, two over C."""
+    return (
+        2
+        * query[0]
+        * math.prod(query[2:])
+        * math.prod(key[2:])
+        * channels_of_products(query[1], value[1], needs_input_grad)
+    )
 
 
-def _adjust_vmap(query: Tensor, key: Tensor, value: Tensor, scale: float, with_low: bool = False) -> tuple[Any, ...]:
+def _adjust_vmap(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    with_low: bool = False,
+    key_padding_mask: Tensor | None = None,
+) -> tuple[Any, ...]:
     """Decides with_low again: a tensor that vmap wraps does not require a gradient even if the one inside does."""
-    return query, key, value, scale, with_low or _needs_low(query, key, value)
+    return query, key, value, scale, with_low or _needs_low(query, key, value), key_padding_mask
 
 
 OPERATORS = (

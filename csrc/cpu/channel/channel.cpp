@@ -1,6 +1,7 @@
 // Channel attention on the CPU: checks, outputs, dtype dispatch, registration.
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "cpu/channel/backward.h"
 #include "cpu/channel/forward.h"
@@ -37,8 +38,8 @@ std::tuple<Tensor, Tensor> channel_attention(Tensor query, Tensor key, Tensor va
 // grad_output (B, C, *T), query (B, C, *S), key (B, K, *S), value (B, K, *T)
 // -> grad_query (B, C, *S), grad_key (B, K, *S), grad_value (B, K, *T)
 std::tuple<Tensor, Tensor, Tensor> channel_attention_backward(
-    Tensor grad_output, Tensor query, Tensor key, Tensor value, double scale) {
-  const ChannelSizes sizes = check_channel_attention_backward(grad_output, query, key, value, scale);
+    Tensor grad_output, Tensor query, Tensor key, Tensor value, double scale, std::vector<bool> needs_input_grad) {
+  const ChannelSizes sizes = check_channel_attention_backward(grad_output, query, key, value, scale, needs_input_grad);
   make_contiguous(grad_output, query, key, value);
   Tensor grad_query = new_like(query);
   Tensor grad_key = new_like(key);
@@ -86,8 +87,8 @@ std::tuple<Tensor, Tensor> channel_self_attention(Tensor input, double scale, st
 
 // grad_output (B, C, *S), input (B, C, *S), gamma (B, C) -> grad_input (B, C, *S), grad_gamma (B, C)
 std::tuple<Tensor, Tensor> channel_self_attention_backward(
-    Tensor grad_output, Tensor input, double scale, std::optional<Tensor> gamma) {
-  const ChannelSizes sizes = check_channel_self_attention_backward(grad_output, input, scale, gamma);
+    Tensor grad_output, Tensor input, double scale, std::optional<Tensor> gamma, std::vector<bool> needs_input_grad) {
+  const ChannelSizes sizes = check_channel_self_attention_backward(grad_output, input, scale, gamma, needs_input_grad);
   make_contiguous(grad_output, input, gamma);
   Tensor grad_input = new_like(input);
   Tensor grad_gamma = new_channel_statistics(input);

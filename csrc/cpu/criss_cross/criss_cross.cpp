@@ -1,6 +1,7 @@
 // Criss-cross attention on the CPU: checks, outputs, dtype dispatch, registration.
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "cpu/common/dispatch.h"
 #include "cpu/common/tensors.h"
@@ -26,8 +27,9 @@ Tensor criss_cross_affinity(Tensor query, Tensor key) {
 }
 
 // grad_affinity (B, H + W - 1, H, W), query (B, E, H, W), key (B, E, H, W) -> grad_query, grad_key
-std::tuple<Tensor, Tensor> criss_cross_affinity_backward(Tensor grad_affinity, Tensor query, Tensor key) {
-  const CrissCrossSizes sizes = check_criss_cross_affinity_backward(grad_affinity, query, key);
+std::tuple<Tensor, Tensor> criss_cross_affinity_backward(
+    Tensor grad_affinity, Tensor query, Tensor key, std::vector<bool> needs_input_grad) {
+  const CrissCrossSizes sizes = check_criss_cross_affinity_backward(grad_affinity, query, key, needs_input_grad);
   make_contiguous(grad_affinity, query, key);
   Tensor grad_query = new_like(query);
   Tensor grad_key = new_like(key);
@@ -52,8 +54,9 @@ Tensor criss_cross_aggregation(Tensor attention, Tensor value) {
 }
 
 // grad_output (B, C, H, W), attention (B, H + W - 1, H, W), value (B, C, H, W) -> grad_attention, grad_value
-std::tuple<Tensor, Tensor> criss_cross_aggregation_backward(Tensor grad_output, Tensor attention, Tensor value) {
-  const CrissCrossSizes sizes = check_criss_cross_aggregation_backward(grad_output, attention, value);
+std::tuple<Tensor, Tensor> criss_cross_aggregation_backward(
+    Tensor grad_output, Tensor attention, Tensor value, std::vector<bool> needs_input_grad) {
+  const CrissCrossSizes sizes = check_criss_cross_aggregation_backward(grad_output, attention, value, needs_input_grad);
   make_contiguous(grad_output, attention, value);
   Tensor grad_attention = new_like(attention);
   Tensor grad_value = new_like(value);
@@ -90,12 +93,12 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_attention(Tensor query, Tensor ke
 }
 
 // grad_output (B, C, H, W), query (B, E, H, W), key (B, E, H, W), value (B, C, H, W), output (B, C, H, W),
-// logsumexp (B, H, W), logsumexp_low (B, H, W) -> grad_query, grad_key, grad_value
+// logsumexp (B, H, W), logsumexp_low (B, H, W), grad_logsumexp (B, H, W) -> grad_query, grad_key, grad_value
 std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(
     Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, Tensor logsumexp, double scale,
-    std::optional<Tensor> logsumexp_low) {
-  const CrissCrossSizes sizes =
-      check_criss_cross_attention_backward(grad_output, query, key, value, output, logsumexp, scale, logsumexp_low);
+    std::optional<Tensor> logsumexp_low, std::optional<Tensor> grad_logsumexp, std::vector<bool> needs_input_grad) {
+  const CrissCrossSizes sizes = check_criss_cross_attention_backward(
+      grad_output, query, key, value, output, logsumexp, scale, logsumexp_low, grad_logsumexp, needs_input_grad);
   make_contiguous(grad_output, query, key, value, output, logsumexp, logsumexp_low);
   Tensor grad_query = new_like(query);
   Tensor grad_key = new_like(key);

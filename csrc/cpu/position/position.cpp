@@ -1,6 +1,7 @@
 // Position attention on the CPU: checks, outputs, dtype dispatch, registration.
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "cpu/common/dispatch.h"
 #include "cpu/common/tensors.h"
@@ -12,11 +13,11 @@ namespace segattn::cpu {
 
 namespace {
 
-// query (B, E, *S), key (B, E, *T), value (B, C, *T)
+// query (B, E, *S), key (B, E, *T), value (B, C, *T), key_padding_mask (B, *T)
 // -> output (B, C, *S), logsumexp (B, *S), output_low (B, C, *S) or (B, 0, *S)
 std::tuple<Tensor, Tensor, Tensor> position_attention(
-    Tensor query, Tensor key, Tensor value, double scale, bool with_low) {
-  const PositionSizes sizes = check_position_attention(query, key, value, scale);
+    Tensor query, Tensor key, Tensor value, double scale, bool with_low, std::optional<Tensor> key_padding_mask) {
+  const PositionSizes sizes = check_position_attention(query, key, value, scale, key_padding_mask);
   make_contiguous(query, key, value);
   Tensor output = new_feature_map(query, sizes.value_channels);
   Tensor output_low = new_feature_map(query, low_channels(value, with_low));
@@ -38,12 +39,15 @@ std::tuple<Tensor, Tensor, Tensor> position_attention(
 }
 
 // grad_output (B, C, *S), query (B, E, *S), key (B, E, *T), value (B, C, *T), output (B, C, *S), logsumexp (B, *S),
-// output_low (B, C, *S) -> grad_query (B, E, *S), grad_key (B, E, *T), grad_value (B, C, *T)
+// output_low (B, C, *S), grad_logsumexp (B, *S), key_padding_mask (B, *T)
+// -> grad_query (B, E, *S), grad_key (B, E, *T), grad_value (B, C, *T)
 std::tuple<Tensor, Tensor, Tensor> position_attention_backward(
     Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, Tensor logsumexp, double scale,
-    std::optional<Tensor> output_low) {
-  const PositionSizes sizes =
-      check_position_attention_backward(grad_output, query, key, value, output, logsumexp, scale, output_low);
+    std::optional<Tensor> output_low, std::optional<Tensor> grad_logsumexp, std::vector<bool> needs_input_grad,
+    std::optional<Tensor> key_padding_mask) {
+  const PositionSizes sizes = check_position_attention_backward(
+      grad_output, query, key, value, output, logsumexp, scale, output_low, grad_logsumexp, needs_input_grad,
+      key_padding_mask);
   make_contiguous(grad_output, query, key, value, output, logsumexp, output_low);
   Tensor grad_query = new_like(query);
   Tensor grad_key = new_like(key);

@@ -243,8 +243,9 @@ Pair channel_self_attention(const Tensor& input, double scale, const std::option
 }
 
 Triple channel_attention_backward(
-    const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, double scale) {
-  const ChannelSizes sizes = check_channel_attention_backward(grad_output, query, key, value, scale);
+    const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, double scale,
+    const std::vector<bool>& needs_input_grad) {
+  const ChannelSizes sizes = check_channel_attention_backward(grad_output, query, key, value, scale, needs_input_grad);
   const LaunchContext context("channel_attention_backward", query);
   const Tensor grad_query = allocate_like(query), grad_key = allocate_like(key), grad_value = allocate_like(value);
   const int64_t batch = sizes.batch, channels = sizes.query_channels, keys = sizes.key_channels;
@@ -328,8 +329,9 @@ void self_backward_mma(const SelfBackwardCall& call) {
 }
 
 Pair channel_self_attention_backward(
-    const Tensor& grad_output, const Tensor& input, double scale, const std::optional<Tensor>& gamma) {
-  const ChannelSizes sizes = check_channel_self_attention_backward(grad_output, input, scale, gamma);
+    const Tensor& grad_output, const Tensor& input, double scale, const std::optional<Tensor>& gamma,
+    const std::vector<bool>& needs_input_grad) {
+  const ChannelSizes sizes = check_channel_self_attention_backward(grad_output, input, scale, gamma, needs_input_grad);
   const LaunchContext context("channel_self_attention_backward", input);
   const SelfBackwardCall call{
       context,

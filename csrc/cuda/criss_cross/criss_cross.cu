@@ -151,8 +151,9 @@ Tensor criss_cross_affinity(const Tensor& query, const Tensor& key) {
   return affinity;
 }
 
-Pair criss_cross_affinity_backward(const Tensor& grad_affinity, const Tensor& query, const Tensor& key) {
-  const CrissCrossSizes sizes = check_criss_cross_affinity_backward(grad_affinity, query, key);
+Pair criss_cross_affinity_backward(
+    const Tensor& grad_affinity, const Tensor& query, const Tensor& key, const std::vector<bool>& needs_input_grad) {
+  const CrissCrossSizes sizes = check_criss_cross_affinity_backward(grad_affinity, query, key, needs_input_grad);
   const LaunchContext context("criss_cross_affinity_backward", query);
   const Call call{context, sizes};
   const Tensor grad_query = allocate_like(query), grad_key = allocate_like(key);
@@ -170,8 +171,10 @@ Tensor criss_cross_aggregation(const Tensor& attention, const Tensor& value) {
   return output;
 }
 
-Pair criss_cross_aggregation_backward(const Tensor& grad_output, const Tensor& attention, const Tensor& value) {
-  const CrissCrossSizes sizes = check_criss_cross_aggregation_backward(grad_output, attention, value);
+Pair criss_cross_aggregation_backward(
+    const Tensor& grad_output, const Tensor& attention, const Tensor& value,
+    const std::vector<bool>& needs_input_grad) {
+  const CrissCrossSizes sizes = check_criss_cross_aggregation_backward(grad_output, attention, value, needs_input_grad);
   const LaunchContext context("criss_cross_aggregation_backward", value);
   const Call call{context, sizes};
   const Tensor grad_attention = allocate_like(attention), grad_value = allocate_like(value);
@@ -281,9 +284,10 @@ void correct_query_gradient(
 
 Triple criss_cross_attention_backward(
     const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output,
-    const Tensor& logsumexp, double scale, const std::optional<Tensor>& logsumexp_low) {
-  const CrissCrossSizes sizes =
-      check_criss_cross_attention_backward(grad_output, query, key, value, output, logsumexp, scale, logsumexp_low);
+    const Tensor& logsumexp, double scale, const std::optional<Tensor>& logsumexp_low,
+    const std::optional<Tensor>& grad_logsumexp, const std::vector<bool>& needs_input_grad) {
+  const CrissCrossSizes sizes = check_criss_cross_attention_backward(
+      grad_output, query, key, value, output, logsumexp, scale, logsumexp_low, grad_logsumexp, needs_input_grad);
   const LaunchContext context("criss_cross_attention_backward", query);
   const Call call{context, sizes};
   const Tensor grad_query = allocate_like(query), grad_key = allocate_like(key), grad_value = allocate_like(value);

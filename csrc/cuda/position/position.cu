@@ -370,8 +370,10 @@ bool query_key_gradient_mma(const BackwardCall& call, const AlignedOperands& ope
 
 // ---- operators ------------------------------------------------------------------------------------------------------
 
-Forward position_attention(const Tensor& query, const Tensor& key, const Tensor& value, double scale, bool with_low) {
-  const PositionSizes sizes = check_position_attention(query, key, value, scale);
+Forward position_attention(
+    const Tensor& query, const Tensor& key, const Tensor& value, double scale, bool with_low,
+    const std::optional<Tensor>& key_padding_mask) {
+  const PositionSizes sizes = check_position_attention(query, key, value, scale, key_padding_mask);
   const LaunchContext context("position_attention", query);
   context.position_count("query", sizes.queries);
   context.position_count("key", sizes.keys);
@@ -393,9 +395,12 @@ Forward position_attention(const Tensor& query, const Tensor& key, const Tensor&
 
 Backward position_attention_backward(
     const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output,
-    const Tensor& logsumexp, double scale, const std::optional<Tensor>& output_low) {
-  const PositionSizes sizes =
-      check_position_attention_backward(grad_output, query, key, value, output, logsumexp, scale, output_low);
+    const Tensor& logsumexp, double scale, const std::optional<Tensor>& output_low,
+    const std::optional<Tensor>& grad_logsumexp, const std::vector<bool>& needs_input_grad,
+    const std::optional<Tensor>& key_padding_mask) {
+  const PositionSizes sizes = check_position_attention_backward(
+      grad_output, query, key, value, output, logsumexp, scale, output_low, grad_logsumexp, needs_input_grad,
+      key_padding_mask);
   const LaunchContext context("position_attention_backward", query);
   context.position_count("query", sizes.queries);
   context.position_count("key", sizes.keys);
