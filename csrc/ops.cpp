@@ -15,12 +15,13 @@ SEGATTN_LIBRARY(SEGATTN_NAMESPACE, m) {
       " Tensor? key_padding_mask=None) -> (Tensor output, Tensor logsumexp, Tensor output_low)");
   // grad_output, output, output_low (B, C, *S), logsumexp, grad_logsumexp (B, *S) -> gradients of query, key and value.
   // The weights are exp(energy - logsumexp): with the logsumexp and the output over more keys than those of the call,
-  // the gradients are the call's part of those over all keys.
-  // Without output_low, the rounding of output is an error of grad_query for 16-bit types (docs/decisions.md).
+  // the gradients are the call's part of those over all keys. keys_complete says that they are over the keys of the
+  // call alone. The kernels then take the rounding errors of both off, by sums that are known. Without output_low, the
+  // rounding of output is an error of grad_query for 16-bit types (docs/decisions.md).
   m.def(
       "position_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output,"
       " Tensor logsumexp, float scale, Tensor? output_low=None, Tensor? grad_logsumexp=None,"
-      " bool[3] needs_input_grad=[True, True, True], Tensor? key_padding_mask=None)"
+      " bool[3] needs_input_grad=[True, True, True], Tensor? key_padding_mask=None, bool keys_complete=False)"
       " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
 
   // query (B, C, *S), key (B, K, *S), value (B, K, *T) -> output (B, C, *T), logsumexp (B, C)
@@ -53,13 +54,14 @@ SEGATTN_LIBRARY(SEGATTN_NAMESPACE, m) {
       " bool[2] needs_input_grad=[True, True])"
       " -> (Tensor grad_attention, Tensor grad_value)");
   // query (B, E, H, W), key (B, E, H, W), value (B, C, H, W) -> output (B, C, H, W), logsumexp (B, H, W) and its
-  // rounding error, logsumexp_low (B, H, W), which the gradient needs where energies are large
+  // rounding error, logsumexp_low (B, H, W), which the gradient needs where energies are large. The backward's
+  // logsumexp, output and keys_complete are as in position_attention_backward.
   m.def(
       "criss_cross_attention(Tensor query, Tensor key, Tensor value, float scale)"
       " -> (Tensor output, Tensor logsumexp, Tensor logsumexp_low)");
   m.def(
       "criss_cross_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output,"
       " Tensor logsumexp, float scale, Tensor? logsumexp_low=None, Tensor? grad_logsumexp=None,"
-      " bool[3] needs_input_grad=[True, True, True])"
+      " bool[3] needs_input_grad=[True, True, True], bool keys_complete=False)"
       " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
 }

@@ -428,6 +428,7 @@ def _fake_backward(
     logsumexp_low: Tensor | None = None,
     grad_logsumexp: Tensor | None = None,
     needs_input_grad: Sequence[bool] = (True, True, True),
+    keys_complete: bool = False,
 ) -> list[Tensor]:
     check_criss_cross_attention_backward(
         grad_output, query, key, value, output, logsumexp, scale, logsumexp_low, grad_logsumexp, needs_input_grad
@@ -461,7 +462,7 @@ def _backward(
         grad_output = torch.zeros_like(output)
     needs = list(ctx.needs_input_grad[:3])
     gradients = operator(
-        grad_output, query, key, value, output, logsumexp, ctx.scale, logsumexp_low, grad_logsumexp, needs
+        grad_output, query, key, value, output, logsumexp, ctx.scale, logsumexp_low, grad_logsumexp, needs, True
     )
     return *wanted(gradients, needs), None
 

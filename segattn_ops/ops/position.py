@@ -310,6 +310,7 @@ def _fake_backward(
     grad_logsumexp: Tensor | None = None,
     needs_input_grad: Sequence[bool] = (True, True, True),
     key_padding_mask: Tensor | None = None,
+    keys_complete: bool = False,
 ) -> list[Tensor]:
     check_position_attention_backward(
         grad_output,
@@ -357,6 +358,7 @@ def _backward(
         grad_logsumexp,
         needs,
         key_padding_mask,
+        True,
     )
     return *wanted(gradients, needs), None, None, None
 

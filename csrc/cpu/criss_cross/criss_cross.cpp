@@ -96,7 +96,8 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_attention(Tensor query, Tensor ke
 // logsumexp (B, H, W), logsumexp_low (B, H, W), grad_logsumexp (B, H, W) -> grad_query, grad_key, grad_value
 std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(
     Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, Tensor logsumexp, double scale,
-    std::optional<Tensor> logsumexp_low, std::optional<Tensor> grad_logsumexp, std::vector<bool> needs_input_grad) {
+    std::optional<Tensor> logsumexp_low, std::optional<Tensor> grad_logsumexp, std::vector<bool> needs_input_grad,
+    bool keys_complete) {
   const CrissCrossSizes sizes = check_criss_cross_attention_backward(
       grad_output, query, key, value, output, logsumexp, scale, logsumexp_low, grad_logsumexp, needs_input_grad);
   make_contiguous(grad_output, query, key, value, output, logsumexp, logsumexp_low);

@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor> position_attention(
 std::tuple<Tensor, Tensor, Tensor> position_attention_backward(
     Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, Tensor logsumexp, double scale,
     std::optional<Tensor> output_low, std::optional<Tensor> grad_logsumexp, std::vector<bool> needs_input_grad,
-    std::optional<Tensor> key_padding_mask) {
+    std::optional<Tensor> key_padding_mask, bool keys_complete) {
   const PositionSizes sizes = check_position_attention_backward(
       grad_output, query, key, value, output, logsumexp, scale, output_low, grad_logsumexp, needs_input_grad,
       key_padding_mask);

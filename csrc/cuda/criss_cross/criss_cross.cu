@@ -285,7 +285,7 @@ void correct_query_gradient(
 Triple criss_cross_attention_backward(
     const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output,
     const Tensor& logsumexp, double scale, const std::optional<Tensor>& logsumexp_low,
-    const std::optional<Tensor>& grad_logsumexp, const std::vector<bool>& needs_input_grad) {
+    const std::optional<Tensor>& grad_logsumexp, const std::vector<bool>& needs_input_grad, bool keys_complete) {
   const CrissCrossSizes sizes = check_criss_cross_attention_backward(
       grad_output, query, key, value, output, logsumexp, scale, logsumexp_low, grad_logsumexp, needs_input_grad);
   const LaunchContext context("criss_cross_attention_backward", query);

@@ -397,7 +397,7 @@ Backward position_attention_backward(
     const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output,
     const Tensor& logsumexp, double scale, const std::optional<Tensor>& output_low,
     const std::optional<Tensor>& grad_logsumexp, const std::vector<bool>& needs_input_grad,
-    const std::optional<Tensor>& key_padding_mask) {
+    const std::optional<Tensor>& key_padding_mask, bool keys_complete) {
   const PositionSizes sizes = check_position_attention_backward(
       grad_output, query, key, value, output, logsumexp, scale, output_low, grad_logsumexp, needs_input_grad,
       key_padding_mask);
