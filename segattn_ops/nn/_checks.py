@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -94,7 +94,16 @@ def is_pointwise(layer: nn.Module) -> bool:
     )
 
 
-class ScalarShapes(nn.Module):
+class Unscripted(nn.Module):
+    """A module whose forward TorchScript cannot compile: it calls the public functions, which dispatch in Python."""
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise RuntimeError(
+            f"{type(self).__name__}: torch.jit.script cannot compile this module; use torch.export, or torch.jit.trace"
+        )
+
+
+class ScalarShapes(Unscripted):
     """A module whose one-element parameters load from tensors of shape (1,) and ().
 
     The official repositories store the residual weight gamma as (1,), mmcv and mmsegmentation as (). PyTorch's

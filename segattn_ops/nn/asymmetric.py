@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.position import position_attention
-from ._checks import feature_map, is_pointwise, is_recorded, positive_int, probability
+from ._checks import Unscripted, feature_map, is_pointwise, is_recorded, positive_int, probability
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -34,7 +34,7 @@ class PyramidPooling(nn.Module):
         return f"sizes={self.sizes}"
 
 
-class AsymmetricAttention(nn.Module):
+class AsymmetricAttention(Unscripted):
     r"""One stage of an asymmetric non-local block: queries at every position, keys and values pyramid-pooled.
 
     ``y = W(position_attention(f_query(high), pool(f_key(low)), pool(f_value(low)), key_channels ** -0.5))``
@@ -109,7 +109,7 @@ def _stages(name: str, sizes: Sequence[int]) -> int:
     return len(sizes)
 
 
-class APNB(nn.Module):
+class APNB(Unscripted):
     r"""ANN's asymmetric pyramid non-local block: ``conv_bn_dropout(cat[sum of stages(x), x])``.
 
     Source: Zhu et al., "Asymmetric Non-local Neural Networks for Semantic Segmentation", ICCV 2019, section 3.2. Names
@@ -169,7 +169,7 @@ class APNB(nn.Module):
         return y
 
 
-class AFNB(nn.Module):
+class AFNB(Unscripted):
     r"""ANN's asymmetric fusion non-local block: high-level queries, low-level keys and values.
 
     ``y = conv_bn_dropout(cat[sum of stages(low, high), high])``

@@ -8,12 +8,12 @@ from torch.nn import functional as F
 
 from ..ops.channel import channel_attention
 from ..ops.position import position_attention
-from ._checks import ScalarShapes, feature_map, is_recorded, positive_int, same_size
+from ._checks import ScalarShapes, Unscripted, feature_map, is_recorded, positive_int, same_size
 
 NormLayer = Callable[[int], nn.Module]
 
 
-class CompactPositionEncoder(nn.Module):
+class CompactPositionEncoder(Unscripted):
     """Gathers 1 + 4 + 9 + 36 = 50 tokens: the feature map pooled to 1, 2, 3 and 6, each with its own 1 x 1 convolution,
     norm and ReLU.
 

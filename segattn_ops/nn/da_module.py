@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from ..ops.channel import channel_attention
 from ..ops.position import position_attention
-from ._checks import feature_map, is_recorded, positive_int
+from ._checks import Unscripted, feature_map, is_recorded, positive_int
 
 
 class _PositionProjections(nn.Module):
@@ -26,7 +26,7 @@ class _ChannelProjection(nn.Module):
         self.fc_o = nn.Linear(positions, positions)
 
 
-class _PositionBranch(nn.Module):
+class _PositionBranch(Unscripted):
     def __init__(self, channels: int, kernel_size: int) -> None:
         super().__init__()
         self.cnn = nn.Conv2d(channels, channels, kernel_size, padding=(kernel_size - 1) // 2)
@@ -43,7 +43,7 @@ class _PositionBranch(nn.Module):
         return output
 
 
-class _ChannelBranch(nn.Module):
+class _ChannelBranch(Unscripted):
     def __init__(self, channels: int, kernel_size: int, positions: int | None) -> None:
         super().__init__()
         self.cnn = nn.Conv2d(channels, channels, kernel_size, padding=(kernel_size - 1) // 2)
@@ -59,7 +59,7 @@ class _ChannelBranch(nn.Module):
         return y if self.pa is None else self.pa.fc_o(y.flatten(2)).unflatten(2, x.shape[2:])
 
 
-class DAModule(nn.Module):
+class DAModule(Unscripted):
     r"""Dual attention by scaled dot products: ``position(x) + channel(x)``, each after a k x k convolution; no
     residual, no gamma.
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ..ops.position import position_attention
 from . import _pairwise
-from ._checks import feature_map, finite_float, is_recorded, positive_int
+from ._checks import Unscripted, feature_map, finite_float, is_recorded, positive_int
 
 MODES = ("embedded_gaussian", "gaussian", "dot_product", "concatenation")
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -15,7 +15,7 @@ _POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 _POOL_SIZE: dict[int, int | tuple[int, ...]] = {1: 2, 2: (2, 2), 3: (1, 2, 2)}
 
 
-class _NonLocal(nn.Module):
+class _NonLocal(Unscripted):
     """See :class:`NonLocal2d`."""
 
     spatial_dims = 2

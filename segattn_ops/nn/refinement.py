@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._checks import feature_map, positive_int, same_size
+from ._checks import Unscripted, feature_map, positive_int, same_size
 
 
-class ChannelAttentionBlock(nn.Module):
+class ChannelAttentionBlock(Unscripted):
     r"""DFN's channel attention block (CAB): high-level features weight the channels of low-level ones.
 
     ``gate = sigmoid(conv2(relu(conv1(mean(cat[high, low])))))``, ``y = gate * low + high``
@@ -51,7 +51,7 @@ class ChannelAttentionBlock(nn.Module):
         return gate * low + high
 
 
-class RefinementResidualBlock(nn.Module):
+class RefinementResidualBlock(Unscripted):
     r"""DFN's refinement residual block (RRB).
 
     ``x = conv1(input)``, ``y = relu(x + conv3(relu(bn(conv2(x)))))``

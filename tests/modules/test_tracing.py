@@ -138,3 +138,17 @@ def test_a_layer_of_dfn_that_is_not_affine_is_not_pooled_first():
     head.out_conv.register_forward_hook(lambda layer, inputs, output: seen.append(tuple(output.shape[2:])))
     assert not torch.allclose(head(*maps)["smooth_4"], plain)
     assert seen == [(2, 2)]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@each_module
+def test_script_is_refused(name):
+    with pytest.raises(RuntimeError, match=r"^\w+: torch.jit.script cannot compile this module; use torch.export"):
+        torch.jit.script(made(name)[0])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.parametrize("head", [models.DANetHead, models.CCNetHead, models.NonLocalHead])
+def test_script_of_a_network_is_refused(head):
+    with pytest.raises(RuntimeError, match="torch.jit.script cannot compile this module; use torch.export"):
+        torch.jit.script(head(64, 5))
