@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .._autocast import without_autocast
-from .._backend import in_onnx_export
 from .._forward_mode import has_tangent
 from ..ops._register import fold_into_batch
 from ._checks import is_pointwise
@@ -117,9 +116,6 @@ def relu_sum(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
     if has_torch_function((a, b, g)):
         overridden: Tensor = handle_torch_function(relu_sum, (a, b, g), a, b, g)
         return overridden
-    if in_onnx_export():  # ONNX has no stable sort
-        pairs = F.relu(a[:, :, None] + b[:, None]).to(g.dtype)  # (B, N, M)
-        return g @ pairs.mT / g.shape[2]
     tracing = torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
     if tracing or has_tangent(a, b, g):  # PyTorch's own ops, which a trace can save and which have tangents
         return _relu_sum(a, b, g, g.shape[2])
