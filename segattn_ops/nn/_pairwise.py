@@ -130,8 +130,13 @@ def _sum_dtype(like: Tensor) -> torch.dtype:
 
 def _prefix(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """The descending order of b (B, M), and for each of a (B, N) the number of b above -a."""
-    ordered, order = b.detach().sort(dim=-1, descending=True, stable=True)
-    return order, torch.searchsorted(-ordered, a.detach().contiguous(), right=False)
+    a, b = a.detach(), b.detach()
+    if torch.compiler.is_exporting():  # ONNX has neither a stable sort nor searchsorted
+        merged = torch.cat([b, -a], dim=1).argsort(dim=1, descending=True)
+        places, keys_so_far = merged.argsort(dim=1), (merged < b.shape[1]).cumsum(1)
+        return b.argsort(dim=1, descending=True), keys_so_far.gather(1, places[:, b.shape[1] :])
+    ordered, order = b.sort(dim=-1, descending=True, stable=True)
+    return order, torch.searchsorted(-ordered, a.contiguous(), right=False)
 
 
 def _prefix_sums(values: Tensor, order: Tensor, counts: Tensor) -> Tensor:
