@@ -4,11 +4,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from .._autocast import without_autocast
 from ..ops.position import position_attention
 from ._checks import Unscripted, feature_map, is_pointwise, is_recorded, positive_int, probability
+from ._pooling import adaptive_avg_pool2d
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -29,34 +28,10 @@ class PyramidPooling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, S)."""
-        if torch.compiler.is_exporting():  # adaptive pooling cannot be exported for all sizes
-            return _pooled_by_products(x, self.sizes)
-        return torch.cat([F.adaptive_avg_pool2d(x, size).flatten(2) for size in self.sizes], dim=2)
+        return torch.cat([adaptive_avg_pool2d(x, size).flatten(2) for size in self.sizes], dim=2)
 
     def extra_repr(self) -> str:
         return f"sizes={self.sizes}"
-
-
-def _pooled_by_products(x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The result of :class:`PyramidPooling` as products with the cells' weights, whose shapes alone depend on the size
-    of x. Accumulated in at least float32."""
-    height, width = x.shape[2:]
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    with without_autocast(x.device.type):
-        upcast = x.to(dtype)
-        grids = [
-            _cell_weights(height, size, upcast) @ upcast @ _cell_weights(width, size, upcast).mT for size in sizes
-        ]
-        return torch.cat([grid.flatten(2) for grid in grids], dim=2).to(x.dtype)
-
-
-def _cell_weights(length: int, cells: int, like: Tensor) -> Tensor:
-    """(cells, length): the weights with which a cell of adaptive average pooling averages the positions. Cell i is
-    [floor(i * length / cells), ceil((i + 1) * length / cells))."""
-    cell = torch.arange(cells, device=like.device)[:, None]
-    start, end = cell * length // cells, ((cell + 1) * length + cells - 1) // cells
-    position = torch.arange(length, device=like.device)
-    return ((start <= position) & (position < end)).to(like.dtype) / (end - start)
 
 
 class AsymmetricAttention(Unscripted):
