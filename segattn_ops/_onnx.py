@@ -14,7 +14,11 @@ from torch import Tensor
 from torch._decomp import register_decomposition
 
 from . import reference
+from ._autocast import without_autocast
 from .ops import Operator
+
+
+# Only backward passes read output_low and logsumexp_low, the rounding errors of results: they are 0 here.
 
 
 def _position_attention(
@@ -25,14 +29,8 @@ def _position_attention(
     with_low: bool = False,
     key_padding_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    masks = () if key_padding_mask is None else (key_padding_mask,)
-    output, logsumexp = reference.position_attention(query, key, value, scale, *masks)
-    return output, logsumexp, _no_low(output, with_low)
-
-
-def _no_low(output: Tensor, with_low: bool) -> Tensor:
-    """output_low is read by backward passes only: its values are not computed."""
-    return torch.zeros_like(output) if with_low and output.dtype.itemsize == 2 else output[:, :0]
+    output, logsumexp = reference.position_attention(query, key, value, scale, key_padding_mask)
+    return output, logsumexp, torch.zeros_like(output) if with_low and output.dtype.itemsize == 2 else output[:, :0]
 
 
 def _criss_cross_attention(
@@ -52,10 +50,21 @@ _DECOMPOSITIONS: dict[str, Callable[..., Any]] = {
 }
 
 
+def _decomposition(definition: Callable[..., Any]) -> Callable[..., Any]:
+    """A program that contains an autocast region is decomposed within it."""
+
+    def decomposed(first: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        with without_autocast(first.device.type):
+            return definition(first, *arguments, **keywords)
+
+    return decomposed
+
+
 def register(namespace: str, operators: Iterable[Operator]) -> None:
+    """Makes the operators of a namespace translatable by torch.onnx."""
     packets = getattr(torch.ops, namespace)
     for operator in operators:
         overload = getattr(packets, operator.name).default
-        register_decomposition(overload)(_DECOMPOSITIONS[operator.name])
+        register_decomposition(overload)(_decomposition(_DECOMPOSITIONS[operator.name]))
         # Fake tensors of symbolic sizes prefer a decomposition to the registered fake, unless there is a meta function.
         register_decomposition(overload, type="meta")(operator.fake)
