@@ -3,7 +3,7 @@ maps."""
 
 from . import _backend, _flop_counters, _onnx
 from ._backend import use_backend
-from ._build_config import build_config
+from ._build_config import build_config, library_paths
 from ._flop_counters import flop_handles
 from ._version import __version__
 from .ops import (
@@ -38,6 +38,7 @@ __all__ = [
     "criss_cross_attention",
     "criss_cross_attention_map",
     "flop_handles",
+    "library_paths",
     "nn",
     "position_attention",
     "position_attention_map",
