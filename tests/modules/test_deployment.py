@@ -1,4 +1,4 @@
-"""What docs/deployment.md says: ONNX, traced and exported programs, FLOP counters."""
+"""What docs/deployment.md says of traced and exported programs and of FLOP counters. ONNX: test_onnx.py."""
 
 import importlib
 import subprocess
@@ -15,6 +15,17 @@ from segattn_ops import _flop_counters, nn
 
 from ..peers import randomise
 
+class Compact(tnn.Module):
+    """DRANet's compact position attention with its encoder."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.attention = nn.CompactPositionEncoder(16), nn.CompactPositionAttention(16)
+
+    def forward(self, x):
+        return self.attention(x, self.encoder(x))
+
+
 AUTO = torch.export.Dim.AUTO
 MODULES = {
     "position": lambda: nn.PositionAttention(16),
@@ -25,6 +36,7 @@ MODULES = {
     "non_local_concatenation": lambda: nn.NonLocal2d(16, mode="concatenation", norm_layer=None),
     "dual": lambda: nn.DAModule(16),
     "asymmetric": lambda: nn.APNB(16, 16, 4, 6),
+    "compact": lambda: Compact(),
 }
 
 
@@ -32,45 +44,6 @@ def made(name: str, dtype: torch.dtype = torch.float32) -> tnn.Module:
     module = MODULES[name]().eval()
     randomise(module)
     return module.to(dtype)
-
-
-@pytest.mark.parametrize("name", sorted(MODULES.keys() - {"asymmetric"}))
-def test_onnx_with_dynamic_sizes(name, tmp_path):
-    pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
-    module, path = made(name), tmp_path / "module.onnx"
-    dynamic = ({0: AUTO, 2: AUTO, 3: AUTO},)
-    torch.onnx.export(module, (torch.randn(2, 16, 8, 10),), path, dynamic_shapes=dynamic, verbose=False)
-    session = runtime.InferenceSession(path)
-    for shape in ((2, 16, 8, 10), (3, 16, 13, 7)):
-        x = torch.randn(shape)
-        (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        torch.testing.assert_close(torch.from_numpy(got), module(x).detach(), rtol=1e-5, atol=1e-5)
-
-
-def test_onnx_of_pyramid_pooling_with_a_fixed_size(tmp_path):
-    """ONNX has no adaptive pooling: with a dynamic size the export raises."""
-    pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
-    module, path, x = made("asymmetric"), tmp_path / "module.onnx", torch.randn(1, 16, 12, 20)
-    torch.onnx.export(module, (x,), path, verbose=False)
-    (got,) = runtime.InferenceSession(path).run(None, {"x": x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(got), module(x).detach(), rtol=1e-5, atol=1e-5)
-
-
-def test_onnx_in_half_precision(tmp_path):
-    pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
-    module, path, x = made("position", torch.float16), tmp_path / "module.onnx", torch.randn(1, 16, 8, 10).half()
-    torch.onnx.export(module, (x,), path, verbose=False)
-    (got,) = runtime.InferenceSession(path).run(None, {"x": x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(got), module(x).detach(), rtol=4e-3, atol=4e-3)
-
-
-def test_only_an_onnx_export_leaves_the_fused_operator():
-    exported = torch.export.export(made("position"), (torch.randn(1, 16, 8, 10),))
-    targets = [str(node.target) for node in exported.run_decompositions().graph.nodes]
-    assert "segattn.position_attention.default" in targets
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
