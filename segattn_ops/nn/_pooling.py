@@ -26,6 +26,7 @@ def adaptive_avg_pool2d(x: Tensor, size: int) -> Tensor:
 def _cell_weights(length: int, cells: int, like: Tensor) -> Tensor:
     """(cells, length): cell i averages the positions [floor(i * length / cells), ceil((i + 1) * length / cells))."""
     cell = torch.arange(cells, device=like.device)[:, None]
-    start, end = cell * length // cells, ((cell + 1) * length + cells - 1) // cells
     position = torch.arange(length, device=like.device)
-    return ((start <= position) & (position < end)).to(like.dtype) / (end - start)
+    within = (cell * length < (position + 1) * cells) & (position * cells < (cell + 1) * length)
+    weights = within.to(like.dtype)
+    return weights / weights.sum(1, keepdim=True)
