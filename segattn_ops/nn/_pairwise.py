@@ -132,9 +132,10 @@ def _prefix(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """The descending order of b (B, M), and for each of a (B, N) the number of b above -a."""
     a, b = a.detach(), b.detach()
     if torch.compiler.is_exporting():  # ONNX has neither a stable sort nor searchsorted
-        merged = torch.cat([b, -a], dim=1).argsort(dim=1, descending=True)
-        places, keys_so_far = merged.argsort(dim=1), (merged < b.shape[1]).cumsum(1)
-        return b.argsort(dim=1, descending=True), keys_so_far.gather(1, places[:, b.shape[1] :])
+        queries = a.shape[1]
+        merged = torch.cat([-a, b], dim=1).argsort(dim=1, descending=True)
+        places, keys_so_far = merged.argsort(dim=1), (merged >= queries).cumsum(1)
+        return b.argsort(dim=1, descending=True), keys_so_far.gather(1, places[:, :queries])
     ordered, order = b.sort(dim=-1, descending=True, stable=True)
     return order, torch.searchsorted(-ordered, a.contiguous(), right=False)
 

@@ -10,9 +10,8 @@ from .._autocast import without_autocast
 def adaptive_avg_pool2d(x: Tensor, size: int) -> Tensor:
     """(B, C, H, W) -> (B, C, size, size).
 
-    An exported program computes it as products with the cells' weights, of which H and W are only the shapes: PyTorch's
-    decomposition of the pooling fixes sizes, and ONNX has no such operator. A position that is not finite then makes
-    other cells NaN as well.
+    An exported program computes it as products with the cells' weights: AOTInductor and torch.onnx decompose PyTorch's
+    pooling for the sizes of the export only. A position that is not finite then makes other cells NaN as well.
     """
     if not torch.compiler.is_exporting() or size == 1:
         return F.adaptive_avg_pool2d(x, size)
