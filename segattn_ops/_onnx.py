@@ -17,7 +17,6 @@ from . import reference
 from ._autocast import without_autocast
 from .ops import Operator
 
-
 # Only backward passes read output_low and logsumexp_low, the rounding errors of results: they are 0 here.
 
 
@@ -33,9 +32,7 @@ def _position_attention(
     return output, logsumexp, torch.zeros_like(output) if with_low and output.dtype.itemsize == 2 else output[:, :0]
 
 
-def _criss_cross_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _criss_cross_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     output, logsumexp = reference.criss_cross_attention(query, key, value, scale)
     return output, logsumexp, torch.zeros_like(logsumexp)
 

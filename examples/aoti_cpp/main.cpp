@@ -3,15 +3,11 @@
 //
 //   run_package PACKAGE INPUT OUTPUT LIBRARY...
 //
-// PACKAGE is a .pt2 file; INPUT a tensor that torch.save wrote, OUTPUT a tensor for torch.load. The LIBRARYs are those of
-// segattn_ops.library_paths(), in their order. docs/deployment.md exports a package and builds this program.
-
-#include <dlfcn.h>
-
-#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
-#include <torch/csrc/jit/serialization/pickle.h>
+// PACKAGE is a .pt2 file, INPUT a tensor that torch.save wrote, OUTPUT a tensor for torch.load. The LIBRARYs are those
+// of segattn_ops.library_paths(), in their order. docs/deployment.md exports a package and builds this program.
 
 #include <cstddef>
+#include <dlfcn.h>
 #include <exception>
 #include <fstream>
 #include <iostream>
@@ -19,6 +15,9 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+#include <torch/csrc/jit/serialization/pickle.h>
 
 namespace {
 

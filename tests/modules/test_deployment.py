@@ -18,6 +18,7 @@ from segattn_ops import _flop_counters, nn
 
 from ..peers import randomise
 
+
 class Compact(tnn.Module):
     """DRANet's compact position attention with its encoder."""
 

@@ -70,7 +70,7 @@ class Ops(tnn.Module):
         )
 
 
-def operands(dtype: torch.dtype, size: tuple[int, ...], memory: tuple[int, ...], batch: int) -> tuple[torch.Tensor, ...]:
+def operands(dtype: torch.dtype, size: tuple[int, int], memory: tuple[int, int], batch: int):
     """query, key, value, padding; every key of the last sample is padding."""
     query = torch.randn(batch, 4, *size, dtype=dtype)
     key, value = torch.randn(batch, 4, *memory, dtype=dtype), torch.randn(batch, 6, *memory, dtype=dtype)
