@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -143,21 +143,26 @@ def _strategy(rules: Rules, schema: "OpSchema") -> "OpStrategy":
     arguments = {**dict(zip(names, schema.args_schema, strict=False)), **schema.kwargs_schema}
     tensors = {name: argument for name, argument in arguments.items() if isinstance(argument, OpStrategy)}
     ranks = {name: tensor.ndim for name, tensor in tensors.items()}
-    uses = placements(rules, ranks, arguments.get("needs_input_grad"))
+    needs = cast("Sequence[bool] | None", arguments.get("needs_input_grad"))
+    uses = placements(rules, ranks, needs)
     expanded = expand_to_full_mesh_op_strategy(
         schema.get_mesh_from_args(), schema, uses, input_index=len(rules.outputs)
     )
-    shapes = [tensor.shape for tensor in tensors.values()]
-    return OpStrategy([use for use in expanded.strategies if _has_channels(use, shapes)])
+    channels = [t.shape[1] if rules.inputs[name][1].isupper() else None for name, t in tensors.items()]
+    return OpStrategy([use for use in expanded.strategies if _has_channels(use, channels)])
 
 
-def _has_channels(use: "OpSpec", shapes: Sequence[Sequence[int]]) -> bool:
+def _has_channels(use: "OpSpec", channels: Sequence[int | None]) -> bool:
     """Whether every rank has a channel of every tensor, as the operators demand. Of 5 channels on 4 ranks, 2, 2 and 1
-    are stored, and none on the last."""
+    are stored, and none on the last.
+
+    channels: of each input, None for one without channels, as the logsumexp."""
     from torch.distributed.tensor import Shard
 
-    for spec, shape in zip(use.input_specs or (), shapes, strict=True):
-        sizes = {shape[1]}
+    for spec, count in zip(use.input_specs or (), channels, strict=True):
+        if count is None:
+            continue
+        sizes = {count}
         for placement, ranks in zip(spec.placements, spec.mesh.shape, strict=True):
             if placement == Shard(1):
                 most = {-(-size // ranks) for size in sizes}
