@@ -116,7 +116,7 @@ def criss_cross_attention(
         check_tensors("criss_cross_attention", query=query, key=key, value=value)
     if type(scale) is not float:
         scale = number("criss_cross_attention", "scale", scale)
-    if num_heads != 1:
+    if type(num_heads) is not int or num_heads != 1:
         check_heads("criss_cross_attention", num_heads, query=query, key=key, value=value)
         query, key, value = (split_heads(t, num_heads) for t in (query, key, value))
     query, key, value = autocast(query, key, value)

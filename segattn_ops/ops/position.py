@@ -151,7 +151,7 @@ def position_attention(
         scale = number("position_attention", "scale", scale)
     if key_padding_mask is not None and not isinstance(key_padding_mask, Tensor):
         check_tensors("position_attention", key_padding_mask=key_padding_mask)
-    if num_heads != 1:
+    if type(num_heads) is not int or num_heads != 1:
         check_heads("position_attention", num_heads, query=query, key=key, value=value)
         query, key, value = (split_heads(t, num_heads) for t in (query, key, value))
         if key_padding_mask is not None:

@@ -42,8 +42,8 @@ def shards(tensor: Tensor, placement: Placement, ranks: int) -> list[Tensor]:
     if isinstance(placement, Shard):
         return list(tensor.tensor_split(ranks, placement.dim))
     if isinstance(placement, Partial):
-        weights = torch.linspace(-0.5, 1, ranks)
-        return [tensor * (w / weights.sum()).to(tensor.dtype) for w in weights]
+        weights = torch.linspace(-0.5, 1, ranks, dtype=torch.float64)
+        return [tensor * (w / weights.sum()).item() for w in weights]
     return [tensor] * ranks
 
 
