@@ -9,11 +9,13 @@ import copy
 import functools
 import json
 import multiprocessing
+import re
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,7 +23,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.distributed.tensor.experimental import local_map
 
 import segattn_ops
 from segattn_ops import nn
@@ -198,15 +199,32 @@ def by_reference(*tensors: Tensor) -> object:
 check("reference, batch", by_reference, QKV, [B, B, B], output=B)
 
 
+@functools.cache
+def documented() -> dict[str, Callable]:
+    """The functions of the examples in docs/distributed.md."""
+    text = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text()
+    names: dict[str, Callable] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        exec(block, names)
+    return names
+
+
 def heads_on_ranks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """docs/deployment.md: each rank attends with its heads."""
+    """Two heads on each rank."""
     if not isinstance(q, DTensor):
-        return position(q, k, v, num_heads=RANKS)
-    of_shards = local_map(functools.partial(position, num_heads=1), ([C],), ([C], [C], [C]), device_mesh=q.device_mesh)
-    return of_shards(q, k, v)
+        return segattn_ops.position_attention(q, k, v, num_heads=2 * RANKS)
+    return documented()["attention_with_heads_on_ranks"](q, k, v, 2)
 
 
 check("heads on the ranks", heads_on_ranks, QKV, [C, C, C], output=C, gradients=[C, C, C])
+
+
+def example_of_samples(mesh: DeviceMesh) -> None:
+    output = documented()["samples_on_each_rank"](torch.randn(4, 64, 5, 6), mesh)
+    assert output.placements == (B,) and output.shape == (4, 64, 5, 6)
+
+
+CHECKS["the documented example of samples"] = example_of_samples
 
 
 @functools.cache

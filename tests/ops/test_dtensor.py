@@ -200,6 +200,18 @@ def test_compiled(fake_mesh):
         torch.testing.assert_close(got.grad.to_local(), wanted.grad, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("sizes", [(5, 7), (1, 4, 7)])
+def test_the_documented_merge_of_keys(backend, sizes):
+    """Results and gradients, over parts of the keys, are those over all."""
+    q, k, v = [t.to(backend.device).flatten(2).requires_grad_() for t in dtensor_checks.QKV]
+    k, v = k[:, :, : sum(sizes)], v[:, :, : sum(sizes)]
+    got = dtensor_checks.documented()["merged"](q, k.split(sizes, 2), v.split(sizes, 2), 0.5)
+    expected = segattn_ops.position_attention(q, k, v, 0.5)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-13)
+    for a, b in zip(*(torch.autograd.grad(o.square().sum(), (q, k, v)) for o in (got, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
 @pytest.fixture(scope="module")
 def errors() -> dict[str, str | None]:
     """Of the checks on processes, which one process for all of them runs."""
