@@ -173,8 +173,9 @@ def _has_channels(use: "OpSpec", channels: Sequence[int | None]) -> bool:
 
 
 def _register() -> None:
-    """A strategy of its own instead of ``torch.distributed.tensor.experimental.register_sharding``, which in all
-    versions of PyTorch up to 2.14 caches the placements of a call for others with another ``needs_input_grad``."""
+    """Not by ``torch.distributed.tensor.experimental.register_sharding``, which leaves all arguments but tensors and
+    integers out of the key under which DTensor caches results: those of a call with another ``needs_input_grad`` would
+    be taken."""
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
 

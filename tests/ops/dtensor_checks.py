@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
@@ -130,12 +131,20 @@ check("position, batch of the query alone", with_logsumexp, QKV, [B, R, R], outp
 check("position, all spatial", with_logsumexp, QKV, [S2, S2, S2], output=S2, communicates=True)
 check("position, all channels", with_logsumexp, QKV, [C, C, C], output=C, communicates=True)
 check("position, keys", with_logsumexp, QKV, [R, S2, S2], output=R, communicates=True)
-check("position, partial query", lambda q, k, v: position(q + q, k, v), QKV, [B, R, R], output=B)
 check("position without a gradient of the key", position, QKV, [S2, R, R], output=S2, without_gradient=[1])
 check("position without a gradient of the query", position, QKV, [S2, R, R], output=S2, without_gradient=[0])
 check("position, gradient of the value alone", position, QKV, [R, R, C], output=C, without_gradient=[0, 1])
 check("position, all spatial, another scale", lambda *t: segattn_ops.position_attention(*t, 0.125), QKV, [S2, S2, S2],
       output=S2, communicates=True)  # fmt: skip
+
+
+def with_partial_query(q: Tensor, k: Tensor, v: Tensor) -> object:
+    if isinstance(q, DTensor):
+        q = DTensor.from_local(q.to_local() / RANKS, q.device_mesh, [P])
+    return position(q, k, v)
+
+
+check("position, partial query", with_partial_query, QKV, [R, R, R], output=R, communicates=True, without_gradient=[0])
 check("position, heads, batch", with_heads, QKV, [B, B, B], output=B, gradients=[B, B, B])
 check("position, heads, queries", with_heads, QKV, [S2, R, R], output=S2, gradients=[S2, P, P])
 check("criss-cross, heads, batch", functools.partial(criss_cross, num_heads=4), QKV, [B, B, B], output=B)
@@ -249,6 +258,36 @@ on_two_dimensions("rows and columns of queries", position, QKV, [(S2, S3), R, R]
 on_two_dimensions("batch twice", criss_cross, QKV, [B, B, B], output=B)
 on_two_dimensions("5 channels twice", position, UNEVEN, [R, R, C], output=C)
 on_two_dimensions("batch and value channels", criss_cross, QKV, [(B, R), (B, R), (B, C)], output=(B, C))
+
+
+def messages_name_the_op(mesh: DeviceMesh) -> None:
+    query, key, value = (distribute_tensor(t, mesh, [B]) for t in (QKV[0], QKV[0][:, :4].contiguous(), QKV[2]))
+    try:
+        position(query, key, value)
+    except RuntimeError as error:
+        assert "position_attention: key must have 8 channels like query (got 4)" in str(error), str(error)
+    else:
+        raise AssertionError("no error")
+
+
+CHECKS["messages name the op"] = messages_name_the_op
+
+
+def fully_sharded(mesh: DeviceMesh) -> None:
+    """FSDP2: the parameters are DTensors, gathered for the forward pass, in which the ops get plain tensors."""
+    module = nn.PositionAttention(16).double()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    sharded = fully_shard(copy.deepcopy(module), mesh=mesh)
+    (x,) = maps(16)
+    module(x).square().mean().backward()
+    sharded(x[mesh.get_rank() :][:1]).square().mean().backward()  # FSDP averages the gradients of the ranks
+    for (name, expected), got in zip(module.named_parameters(), sharded.parameters(), strict=True):
+        error = (got.grad.full_tensor() - expected.grad).abs().max().item()
+        assert error <= 1e-12 * max(expected.grad.abs().max().item(), 1), f"{name}: off by {error}"
+
+
+CHECKS["fully_shard"] = fully_sharded
 
 
 def plain_tensors_are_refused(mesh: DeviceMesh) -> None:

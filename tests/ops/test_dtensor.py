@@ -231,6 +231,23 @@ def test_on_four_processes(errors, name):
     assert errors[name] is None, errors[name]
 
 
+def test_the_cache_distinguishes_the_gradients_that_are_wanted(fake_mesh):
+    def distribute(tensor: Tensor, placement: Placement) -> DTensor:
+        return DTensor.from_local(tensor, fake_mesh, [placement], run_check=False)
+
+    q, k, v = dtensor_checks.QKV
+    output, logsumexp, _ = torch.ops.segattn.position_attention(q, k, v, 1.0)
+    arguments = [distribute(t, Shard(2)) for t in (output, q)] + [distribute(t, Replicate()) for t in (k, v)]
+    arguments += [distribute(output, Shard(2)), distribute(logsumexp, Shard(1)), 1.0, None, None]
+    for needs in ([True, True, True], [True, False, True], [False, False, True]):
+        results = torch.ops.segattn.position_attention_backward(*arguments, needs)
+        placements = [r.placements[0] for r in results]
+        wanted = (arguments[1].shape, k.shape, v.shape)
+        assert [r.shape for r in results] == [s if n else (0,) for s, n in zip(wanted, needs, strict=True)]
+        expected = [p if n else Replicate() for p, n in zip((Shard(2), Partial(), Partial()), needs, strict=True)]
+        assert placements == expected
+
+
 def test_a_scale_of_the_cache_is_not_that_of_the_call(fake_mesh):
     """The scale is no part of the key under which DTensor caches placements."""
     q, k, v = (DTensor.from_local(t, fake_mesh, [Shard(0)], run_check=False) for t in dtensor_checks.QKV)
