@@ -144,7 +144,7 @@ def with_partial_query(q: Tensor, k: Tensor, v: Tensor) -> object:
     return position(q, k, v)
 
 
-check("position, partial query", with_partial_query, QKV, [R, R, R], output=R, communicates=True, without_gradient=[0])
+check("position, partial query", with_partial_query, QKV, [R, R, R], output=B, communicates=True, without_gradient=[0])
 check("position, heads, batch", with_heads, QKV, [B, B, B], output=B, gradients=[B, B, B])
 check("position, heads, queries", with_heads, QKV, [S2, R, R], output=S2, gradients=[S2, P, P])
 check("criss-cross, heads, batch", functools.partial(criss_cross, num_heads=4), QKV, [B, B, B], output=B)
