@@ -1,7 +1,7 @@
 """Exact attention for dense prediction (DANet, CCNet, ANN, Non-local) on CUDA and the CPU, without N x N attention
 maps."""
 
-from . import _backend, _flop_counters, _onnx
+from . import _backend, _dtensor, _flop_counters, _onnx
 from ._backend import use_backend
 from ._build_config import build_config, library_paths
 from ._flop_counters import flop_handles
@@ -22,6 +22,7 @@ from .ops import (
 if _backend.LIBRARIES.serves("cpu"):
     register("segattn")
     _onnx.register("segattn", OPERATORS)
+    _dtensor.register()
 
 from . import checkpoints, nn
 from .conversion import ConversionReport, convert

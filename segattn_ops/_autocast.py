@@ -5,8 +5,10 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from ._dynamo import constant_in_graphs
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch does not annotate it
+
+@constant_in_graphs
 def has_autocast(device_type: str) -> bool:
     """Whether autocast exists for the device type. Dynamo of torch 2.10 and 2.11 cannot trace the query, so it calls
     this function at compile time instead."""

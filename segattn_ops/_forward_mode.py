@@ -3,8 +3,10 @@
 import torch
 from torch.autograd import forward_ad
 
+from ._dynamo import constant_in_graphs
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch does not annotate it
+
+@constant_in_graphs
 def in_dual_level() -> bool:
     """Whether forward mode is on. Dynamo calls this function at compile time: a function that was compiled before calls
     the operators, which refuse tangents."""

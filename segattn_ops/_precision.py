@@ -2,10 +2,12 @@
 
 import torch
 
+from ._dynamo import constant_in_graphs
+
 _passed: dict[str, bool] = {}  # by operator namespace; the kernels start without TF32
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch does not annotate it
+@constant_in_graphs
 def follow_tf32_setting(namespace: str) -> bool:
     """Passes `torch.backends.cuda.matmul.fp32_precision` to the operators of `namespace` if it has changed; returns
     whether TF32 is allowed. A compiled function keeps the setting of its compilation."""

@@ -23,18 +23,26 @@ def position_attention(
     """
     q, k, v = _upcast(query.flatten(2), key.flatten(2), value.flatten(2))
     spatial = query.shape[2:]
-    if key_padding_mask is None:
-        energy = scale * (q.transpose(1, 2) @ k)  # (B, N, M)
-        weights, logsumexp = energy.softmax(2), energy.logsumexp(2)
-    else:
-        padding = key_padding_mask.flatten(1).unsqueeze(1)  # (B, 1, M)
-        only_padding = padding.all(2, keepdim=True)  # (B, 1, 1), where a softmax over -inf would be NaN
-        k, v = k.masked_fill(padding, 0), v.masked_fill(padding, 0)  # NaN in padding would spread
-        energy = (scale * (q.transpose(1, 2) @ k)).masked_fill(padding & ~only_padding, -torch.inf)
-        weights = energy.softmax(2).masked_fill(only_padding, 0)
-        logsumexp = energy.logsumexp(2).masked_fill(only_padding.squeeze(2), -torch.inf)
+    padding = None if key_padding_mask is None else key_padding_mask.flatten(1)
+    weights, logsumexp = position_weights(q, k, scale, padding)
+    if padding is not None:
+        v = v.masked_fill(padding.unsqueeze(1), 0)  # a NaN in padding would spread in spite of the weight 0
     output = v @ weights.transpose(1, 2)
     return output.unflatten(2, spatial).to(query.dtype), logsumexp.unflatten(1, spatial)
+
+
+def position_weights(query: Tensor, key: Tensor, scale: float, padding: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The attention map. query (B, E, N), key (B, E, M), padding (B, M), True for padding -> weights (B, N, M),
+    logsumexp (B, N)."""
+    if padding is None:
+        energy = scale * (query.transpose(1, 2) @ key)
+        return energy.softmax(2), energy.logsumexp(2)
+    padding = padding.unsqueeze(1)  # (B, 1, M)
+    only_padding = padding.all(2, keepdim=True)  # (B, 1, 1), where a softmax over -inf would be NaN
+    energy = scale * (query.transpose(1, 2) @ key.masked_fill(padding, 0))  # a NaN in padding would spread
+    energy = energy.masked_fill(padding & ~only_padding, -torch.inf)
+    weights = energy.softmax(2).masked_fill(only_padding, 0)
+    return weights, energy.logsumexp(2).masked_fill(only_padding.squeeze(2), -torch.inf)
 
 
 def channel_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:

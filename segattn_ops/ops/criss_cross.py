@@ -116,7 +116,7 @@ def criss_cross_attention(
         check_tensors("criss_cross_attention", query=query, key=key, value=value)
     if type(scale) is not float:
         scale = number("criss_cross_attention", "scale", scale)
-    if num_heads != 1:
+    if type(num_heads) is not int or num_heads != 1:
         check_heads("criss_cross_attention", num_heads, query=query, key=key, value=value)
         query, key, value = (split_heads(t, num_heads) for t in (query, key, value))
     query, key, value = autocast(query, key, value)
@@ -202,6 +202,8 @@ def criss_cross_attention_map(
     positions: Tensor,
     recurrence: int = 1,
     scale: float = 1.0,
+    *,
+    num_heads: int | None = None,
 ) -> Tensor:
     """Chosen rows of the attention map of `recurrence` successive criss-cross attentions, over the whole image: with
     two, every position attends to every other.
@@ -212,15 +214,18 @@ def criss_cross_attention_map(
         positions: (P, 2), integer (y, x); negative ones count from the end.
         recurrence: how many attentions are applied, at least 1.
         scale: as in :func:`criss_cross_attention`.
+        num_heads: as in :func:`criss_cross_attention`; if it is given, 1 too, the result has a dimension for the heads.
+            With a recurrence, each head is followed by itself: the channels are not mixed between the attentions.
 
     Returns:
-        (B, P, H, W), in the dtype of accumulation; every row sums to 1.
+        (B, P, H, W), with ``num_heads`` (B, num_heads, P, H, W), in the dtype of accumulation; every row sums to 1.
 
     Raises:
         RuntimeError: as :func:`criss_cross_attention`.
-        TypeError: for a query or key that is not a tensor, and for a scale that is not a number.
-        ValueError: for positions outside the feature map or of another shape, a recurrence that is not a positive
-            integer, or sequences of another length.
+        TypeError: for a query or key that is not a tensor, a scale that is not a number, and a num_heads that is not an
+            int.
+        ValueError: for positions outside the feature map or of another shape, a recurrence or num_heads that is not a
+            positive integer, or sequences of another length.
     """
     op = "criss_cross_attention_map"
     if not isinstance(recurrence, int) or isinstance(recurrence, bool) or recurrence < 1:
@@ -233,8 +238,11 @@ def criss_cross_attention_map(
             f"(got {len(queries)} and {len(keys)})"
         )
     scale = number(op, "scale", scale)
-    for q, k in zip(queries, keys, strict=True):
+    for i, (q, k) in enumerate(zip(queries, keys, strict=True)):
         check_tensors(op, query=q, key=k)
+        if num_heads is not None:
+            check_heads(op, num_heads, query=q, key=k)
+            queries[i], keys[i] = split_heads(q, num_heads), split_heads(k, num_heads)
     attentions = []
     for q, k in (autocast(q, k) for q, k in zip(queries, keys, strict=True)):
         check_criss_cross_attention(q, k, q, scale, op)
@@ -242,7 +250,8 @@ def criss_cross_attention_map(
         check_batch(op, later, first)
         check_spatial(op, later, first)
         attentions.append(criss_cross_weights(q, k, scale))
-    return rows_of_product(attentions, positions, op)
+    rows = rows_of_product(attentions, positions, op)
+    return rows if num_heads is None else rows.unflatten(0, (-1, num_heads))
 
 
 def criss_cross_weights(query: Tensor, key: Tensor, scale: float) -> Tensor:

@@ -151,7 +151,7 @@ def position_attention(
         scale = number("position_attention", "scale", scale)
     if key_padding_mask is not None and not isinstance(key_padding_mask, Tensor):
         check_tensors("position_attention", key_padding_mask=key_padding_mask)
-    if num_heads != 1:
+    if type(num_heads) is not int or num_heads != 1:
         check_heads("position_attention", num_heads, query=query, key=key, value=value)
         query, key, value = (split_heads(t, num_heads) for t in (query, key, value))
         if key_padding_mask is not None:
@@ -181,7 +181,15 @@ def _needs_low(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def position_attention_map(query: Tensor, key: Tensor, positions: Tensor, scale: float = 1.0) -> Tensor:
+def position_attention_map(
+    query: Tensor,
+    key: Tensor,
+    positions: Tensor,
+    scale: float = 1.0,
+    *,
+    num_heads: int | None = None,
+    key_padding_mask: Tensor | None = None,
+) -> Tensor:
     """Chosen rows of the attention map: the weights with which a position attends to every other.
 
     Args:
@@ -190,24 +198,38 @@ def position_attention_map(query: Tensor, key: Tensor, positions: Tensor, scale:
         positions: (P, number of dimensions of S), integer coordinates, (y, x) for an image; negative ones count
             from the end.
         scale: as in :func:`position_attention`.
+        num_heads: as in :func:`position_attention`; if it is given, 1 too, the result has a dimension for the heads.
+        key_padding_mask: (B, *T), as in :func:`position_attention`.
 
     Returns:
-        (B, P, *T), in the dtype of accumulation; every row sums to 1.
+        (B, P, *T), with ``num_heads`` (B, num_heads, P, *T), in the dtype of accumulation. Every row sums to 1, or is 0
+        in a sample in which every key is padding.
 
     Raises:
         TypeError, RuntimeError: as :func:`position_attention`.
-        ValueError: for positions of another shape or dtype, or outside the feature map.
+        ValueError: for positions of another shape or dtype, or outside the feature map, and for a num_heads below 1.
     """
-    check_tensors("position_attention_map", query=query, key=key)
-    scale = number("position_attention_map", "scale", scale)
+    op = "position_attention_map"
+    check_tensors(op, query=query, key=key)
+    if key_padding_mask is not None:
+        check_tensors(op, key_padding_mask=key_padding_mask)
+    scale = number(op, "scale", scale)
+    if num_heads is not None:
+        check_heads(op, num_heads, query=query, key=key)
+        query, key = split_heads(query, num_heads), split_heads(key, num_heads)
+        if key_padding_mask is not None:
+            key_padding_mask = key_padding_mask.repeat_interleave(num_heads, 0)
     query, key = autocast(query, key)
-    check_position_attention(query, key, key, scale, None, "position_attention_map")
-    index = flat_positions(positions, query.shape[2:], "position_attention_map")
+    check_position_attention(query, key, key, scale, key_padding_mask, op)
+    index = flat_positions(positions, query.shape[2:], op)
     dtype = accumulation_dtype(query.dtype)
     rows = query.flatten(2)[:, :, index.to(query.device)].to(dtype)  # (B, E, P)
+    padding = None if key_padding_mask is None else key_padding_mask.flatten(1)
     with without_autocast(query.device.type):
-        energy = scale * (rows.transpose(1, 2) @ key.flatten(2).to(dtype))
-    weights: Tensor = energy.softmax(2).unflatten(2, key.shape[2:])
+        weights: Tensor = reference.position_weights(rows, key.flatten(2).to(dtype), scale, padding)[0]
+    weights = weights.unflatten(2, key.shape[2:])
+    if num_heads is not None:
+        weights = weights.unflatten(0, (-1, num_heads))
     return weights
 
 

@@ -135,6 +135,8 @@ def _rows(title: str, maps: np.ndarray | Tensor, count: int) -> Tensor:
     hint = ""
     if len(shape) == 4:
         hint = "; take one image of the batch, maps[0]"
+    elif len(shape) == 5:
+        hint = "; take one image of the batch and one head, maps[0, 0]"
     elif len(shape) == 2 and shape[0] == count:
         hint = "; weights of pooled keys have no positions, see spread_pooled"
     if shape and (len(shape) != 3 or shape[0] != count):

@@ -21,6 +21,7 @@ from ..nn import RecurrentCrissCrossAttention
 from ..ops import (
     criss_cross_aggregation,
     criss_cross_attention,
+    criss_cross_attention_map,
     position_attention,
     position_attention_map,
 )
@@ -187,7 +188,18 @@ class _Recorder(TorchFunctionMode):
         first = run.calls == 1 or (bool(run.passes) and run.is_one_map)
         self.maps[run.name if first else f"{run.name}#{run.calls}"] = rows
 
-    def _position(self, run: _Run, query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> None:
+    def _position(
+        self,
+        run: _Run,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float = 1.0,
+        *,
+        num_heads: int = 1,
+        key_padding_mask: Tensor | None = None,
+        return_logsumexp: bool = False,
+    ) -> None:
         size = tuple(query.shape[2:])
         grid = size
         if len(size) == 1 and self.points.shape[1] > 1:
@@ -195,9 +207,10 @@ class _Recorder(TorchFunctionMode):
         positions = grid_positions(self.points, *grid)
         if grid != size:
             positions = flat_positions(positions, torch.Size(grid), "record_attention")[:, None]
-        rows = position_attention_map(query, key, positions, scale)
+        heads = None if num_heads == 1 else num_heads
+        rows = position_attention_map(query, key, positions, scale, num_heads=heads, key_padding_mask=key_padding_mask)
         if grid != size and tuple(key.shape[2:]) == size:
-            rows = rows.unflatten(2, grid)
+            rows = rows.unflatten(-1, grid)
         self._store(run, rows)
 
     def _grid_of_tokens(self, run: _Run, count: int) -> tuple[int, ...]:
@@ -212,7 +225,23 @@ class _Recorder(TorchFunctionMode):
             f"many positions in {dimensions} dimensions; give points as (fraction,) of the tokens"
         )
 
-    def _criss_cross(self, run: _Run, query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> None:
+    def _criss_cross(
+        self,
+        run: _Run,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float = 1.0,
+        *,
+        num_heads: int = 1,
+        return_logsumexp: bool = False,
+    ) -> None:
+        if num_heads != 1:
+            # The channels may be mixed between the passes, so that heads have no map of several.
+            run.passes = []
+            positions = grid_positions(self.points, *query.shape[2:])
+            self._store(run, criss_cross_attention_map(query, key, positions, scale=scale, num_heads=num_heads))
+            return
         query, key = autocast(query, key)
         self._add_pass(run, criss_cross_weights(query, key, scale))
 
@@ -266,8 +295,8 @@ def record_attention(model: nn.Module, points: Points) -> Iterator[dict[str, Ten
 
     Yields:
         A dictionary filled by each forward: the name of the innermost module that runs (its class for ``model`` itself)
-        -> float32 (float64 for float64) maps; every row sums to 1. Further calls in one run of a module are under
-        ``name#2`` and so on. For a module that runs twice it contains the last result.
+        -> float32 (float64 for float64) maps. Every row sums to 1, or is 0 where all keys are padding. Further calls in
+        one run of a module are under ``name#2`` and so on. For a module that runs twice it contains the last result.
 
         - (B, P, H, W) over the positions of the keys; H and W halved with ``sub_sample``.
         - (B, P, S) where the keys are S pooled ones (ANN, DRANet), in the order of pooling. :func:`spread_pooled`
@@ -275,6 +304,8 @@ def record_attention(model: nn.Module, points: Points) -> Iterator[dict[str, Ten
         - Criss-cross attention: the map over the whole image of all passes of a ``RecurrentCrissCrossAttention``, and
           of successive runs of one module each of which takes the tensor that the one before returned, as the official
           code has it; not if that was written to in between.
+        - Calls with ``num_heads`` other than 1: (B, num_heads, P, H, W) or (B, num_heads, P, S). Passes of criss-cross
+          attention with heads are not joined: the channels may be mixed in between.
 
     Raises:
         TypeError: for a model that is not a module.
@@ -319,7 +350,7 @@ def attention_maps(module: nn.Module, x: Tensor | Sequence[Tensor], points: Poin
         points: (y, x) as fractions of the image.
 
     Returns:
-        (B, P, H, W) or (B, P, S), as :func:`record_attention`; each row sums to 1.
+        (B, P, H, W) or (B, P, S), with heads (B, num_heads, P, ...), as :func:`record_attention`.
 
     Raises:
         TypeError: for a module without such an attention map.

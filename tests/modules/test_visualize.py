@@ -119,6 +119,74 @@ def test_own_modules_are_recorded_call_by_call():
     torch.testing.assert_close(maps["OwnCode#3"], segattn_ops.position_attention_map(x, x, positions))
 
 
+class Heads(torch.nn.Module):
+    """Both attentions with the keywords of the ops."""
+
+    def __init__(self, mask: torch.Tensor | None = None, **keywords):
+        super().__init__()
+        self.mask, self.keywords = mask, keywords
+
+    def forward(self, x):
+        y, logsumexp = position_attention(
+            x, x, x, 0.5, key_padding_mask=self.mask, return_logsumexp=True, **self.keywords
+        )
+        return y + logsumexp.sum(1, keepdim=True) + criss_cross_attention(x, x, x, 0.5, **self.keywords)
+
+
+def test_heads_are_recorded_each():
+    x = torch.randn(2, 8, 5, 6)
+    maps = recorded(Heads(num_heads=4), x)
+    positions = visualize.grid_positions(POINTS, 5, 6)
+    for name, rows in [
+        ("Heads", segattn_ops.position_attention_map),
+        ("Heads#2", segattn_ops.criss_cross_attention_map),
+    ]:
+        assert maps[name].shape == (2, 4, 2, 5, 6)
+        for head, group in enumerate(x.chunk(4, 1)):
+            torch.testing.assert_close(maps[name][:, head], rows(group, group, positions, scale=0.5))
+    assert shapes(recorded(Heads(num_heads=1), x)) == dict.fromkeys(["Heads", "Heads#2"], (2, 2, 5, 6))
+
+
+def test_padding_is_recorded_as_0():
+    x = torch.randn(2, 8, 5, 6)
+    mask = torch.zeros(2, 5, 6, dtype=torch.bool)
+    mask[0, :, 4:] = mask[1] = True
+    (rows, _) = recorded(Heads(mask), x).values()
+    assert (rows[0, :, :, 4:] == 0).all() and (rows[1] == 0).all()
+    positions = visualize.grid_positions(POINTS, 5, 6)
+    alone = segattn_ops.position_attention_map(x[:1], x[:1, :, :, :4].flatten(2), positions, 0.5)
+    torch.testing.assert_close(rows[0, :, :, :4].flatten(1), alone[0])
+
+
+class Twice(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cca = Pass()
+
+    def forward(self, x):
+        return self.cca(self.cca(x))
+
+
+class Pass(torch.nn.Module):
+    def forward(self, x):
+        return criss_cross_attention(x, x, x, 0.5, num_heads=2)
+
+
+def test_passes_with_heads_are_not_joined():
+    x = torch.randn(1, 8, 5, 6)
+    maps = recorded(Twice(), x)
+    torch.testing.assert_close(maps["cca"], visualize.attention_maps(Pass(), Pass()(x), POINTS))
+
+
+def test_a_map_of_heads_is_not_drawn_as_pictures():
+    pytest.importorskip("matplotlib")
+    (rows, _) = recorded(Heads(num_heads=4), torch.randn(2, 8, 5, 6)).values()
+    picture = torch.rand(20, 24, 3)
+    with pytest.raises(ValueError, match=r"take one image of the batch and one head, maps\[0, 0\]"):
+        visualize.draw_attention(picture, {"heads": rows}, POINTS)
+    visualize.draw_attention(picture, {"head 2": rows[0, 2]}, POINTS)
+
+
 class Compact(torch.nn.Module):
     def __init__(self):
         super().__init__()

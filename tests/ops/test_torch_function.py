@@ -74,3 +74,58 @@ def test_a_subclass_is_kept(name):
     got = function(inputs[0].as_subclass(Marked), *inputs[1:])
     assert type(got) is Marked
     torch.testing.assert_close(got.as_subclass(torch.Tensor), function(*inputs), rtol=0, atol=0)
+
+
+KEYWORDS = {
+    "position_attention": {"num_heads": 2, "key_padding_mask": torch.zeros(2, 5, 7, dtype=torch.bool)},
+    "criss_cross_attention": {"num_heads": 2},
+}
+each_with_keywords = pytest.mark.parametrize("name", KEYWORDS)
+
+
+@each_with_keywords
+def test_a_mode_sees_the_keywords(name):
+    function, keywords = getattr(segattn_ops, name), {**KEYWORDS[name], "return_logsumexp": True}
+    seen = []
+
+    class Keywords(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is function:
+                seen.append(kwargs)
+            return func(*args, **(kwargs or {}))
+
+    with Keywords():
+        got = function(*arguments(name), **keywords)
+    assert len(seen) == 1 and seen[0].keys() == keywords.keys()
+    assert all(seen[0][key] is keywords[key] for key in keywords)
+    for a, b in zip(got, function(*arguments(name), **keywords), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@each_with_keywords
+def test_fx_keeps_the_keywords(name):
+    function, inputs = getattr(segattn_ops, name), arguments(name)
+    heads = KEYWORDS[name]["num_heads"]
+
+    class Caller(nn.Module):
+        def forward(self, q, k, v):
+            output, logsumexp = function(q, k, v, num_heads=heads, return_logsumexp=True)
+            return output + logsumexp.sum()
+
+    traced = torch.fx.symbolic_trace(Caller())
+    (node,) = [node for node in traced.graph.nodes if node.target is function]
+    assert node.kwargs["num_heads"] == heads and node.kwargs["return_logsumexp"] is True
+    torch.testing.assert_close(traced(*inputs[:3]), Caller()(*inputs[:3]), rtol=0, atol=0)
+
+
+@each_with_keywords
+def test_a_subclass_is_kept_in_both_results(name):
+    function, inputs = getattr(segattn_ops, name), arguments(name)
+    got = function(inputs[0].as_subclass(Marked), *inputs[1:], return_logsumexp=True, **KEYWORDS[name])
+    assert [type(result) for result in got] == [Marked, Marked]
+
+
+def test_a_mask_of_a_subclass_is_dispatched():
+    inputs = arguments("position_attention")
+    mask = KEYWORDS["position_attention"]["key_padding_mask"].as_subclass(Marked)
+    assert type(segattn_ops.position_attention(*inputs, key_padding_mask=mask)) is Marked

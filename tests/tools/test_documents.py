@@ -31,6 +31,8 @@ def test_examples_import_what_they_use(document):
         names = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Name)]
         bound = {node.id for node in names if isinstance(node.ctx, ast.Store)}
         for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.arg):
+                bound.add(node.arg)
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 bound |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
             elif isinstance(node, ast.FunctionDef):
