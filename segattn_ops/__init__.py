@@ -1,12 +1,13 @@
 """Exact attention for dense prediction (DANet, CCNet, ANN, Non-local) on CUDA and the CPU, without N x N attention
 maps."""
 
-from . import _backend, _dtensor, _flop_counters
+from . import _backend, _dtensor, _flop_counters, _onnx
 from ._backend import use_backend
-from ._build_config import build_config
+from ._build_config import build_config, library_paths
 from ._flop_counters import flop_handles
 from ._version import __version__
 from .ops import (
+    OPERATORS,
     channel_attention,
     criss_cross_affinity,
     criss_cross_aggregation,
@@ -20,6 +21,7 @@ from .ops import (
 
 if _backend.LIBRARIES.serves("cpu"):
     register("segattn")
+    _onnx.register("segattn", OPERATORS)
     _dtensor.register()
 
 from . import checkpoints, nn
@@ -37,6 +39,7 @@ __all__ = [
     "criss_cross_attention",
     "criss_cross_attention_map",
     "flop_handles",
+    "library_paths",
     "nn",
     "position_attention",
     "position_attention_map",

@@ -58,12 +58,9 @@ def use_backend(name: str) -> Iterator[None]:
 
 def operators(op: str, *tensors: Tensor) -> ModuleType | None:
     """The operator namespace that serves a call of `op` with `tensors`; None if the reference does. Warns once for each
-    device type if native kernels are missing, and once if the call is differentiated in forward mode.
-
-    The reference serves a call that torch.onnx.export captures: ONNX has no such operators, but all of the
-    reference's."""
+    device type if native kernels are missing, and once if the call is differentiated in forward mode."""
     namespace = _NAMESPACES[_current]
-    if namespace is None or in_onnx_export():
+    if namespace is None:
         return None
     device_type = tensors[0].device.type
     if namespace == "segattn" and not LIBRARIES.serves(device_type):
@@ -76,12 +73,6 @@ def operators(op: str, *tensors: Tensor) -> ModuleType | None:
         follow_tf32_setting(namespace)
     found: ModuleType = getattr(torch.ops, namespace)
     return found
-
-
-def in_onnx_export() -> bool:
-    """`torch.onnx.is_in_onnx_export` alone takes 0.9 us, a tenth of a small call."""
-    capturing = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
-    return capturing and torch.onnx.is_in_onnx_export()
 
 
 def _warn_once(key: str, served: str, reason: str) -> None:

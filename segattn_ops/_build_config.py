@@ -1,6 +1,7 @@
 """What was built, what is loaded and what can be used, and the reason for anything that is missing."""
 
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,3 +51,21 @@ def build_config() -> dict[str, Any]:
             "why_not": LIBRARIES.missing.get("cuda", None if visible else "torch sees no GPU"),
         },
     }
+
+
+def library_paths() -> list[Path]:
+    """The libraries of the operators, for a program without Python that runs an AOTInductor package.
+
+    Such a program loads them in this order, with `dlopen` or `torch.ops.load_library`, before it loads the package.
+
+    Returns:
+        The library with the schemas, the CPU kernels for the best instruction set of this processor (or for that in
+        the environment variable SEGATTN_CPU_CAPABILITY) and, if it was built and torch has CUDA, the CUDA kernels.
+        They are what this process loaded. A machine with another processor needs its own list.
+
+    Raises:
+        RuntimeError: if the libraries were not built or did not load.
+    """
+    if not LIBRARIES.serves("cpu"):
+        raise RuntimeError(f"library_paths: {LIBRARIES.why_not('cpu')}")
+    return list(LIBRARIES.paths)

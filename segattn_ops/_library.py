@@ -16,12 +16,19 @@ HOW_TO_BUILD = "`pip install --no-build-isolation .` in the source tree (needs a
 
 @dataclass
 class Libraries:
-    """What is loaded. `missing` contains the reason for each device type without native kernels."""
+    """What is loaded, `paths` in this order. `missing` contains the reason for each device type without native
+    kernels."""
 
     cpu_capability: str | None = None
     cpu_capability_supported: str | None = None
     missing: dict[str, str] = field(default_factory=dict)
     build_info: dict[str, Any] = field(default_factory=dict)
+    paths: list[Path] = field(default_factory=list)
+
+    def load(self, name: str) -> None:
+        path = _path(name)
+        torch.ops.load_library(path)
+        self.paths.append(path)
 
     def serves(self, device_type: str) -> bool:
         """Meta tensors are served by the operators' fake implementations, which need only the schemas."""
@@ -72,33 +79,33 @@ def load() -> Libraries:
         state.missing = {"cpu": reason, "cuda": reason}
         return state
     try:
-        torch.ops.load_library(_path("_C"))
+        state.load("_C")
         supported = CPU_CAPABILITIES[ctypes.CDLL(str(_path("_C"))).segattn_cpu_capability()]
         state.cpu_capability_supported = supported
         state.cpu_capability = _choose_cpu_capability(supported, state.build_info)
-        torch.ops.load_library(_path(f"_cpu_{state.cpu_capability}"))
+        state.load(f"_cpu_{state.cpu_capability}")
     except OSError as error:
         reason = f"the compiled library did not load ({error}); build it again with {HOW_TO_BUILD}"
         state.missing = {"cpu": reason, "cuda": reason}
         return state
-    if why_no_cuda := _load_cuda(state.build_info):
+    if why_no_cuda := _load_cuda(state):
         state.missing["cuda"] = why_no_cuda
     return state
 
 
-def _load_cuda(build_info: dict[str, Any]) -> str | None:
+def _load_cuda(state: Libraries) -> str | None:
     """Loads the CUDA kernels; returns the reason if there are none. A library that an earlier build left beside one
     without CUDA is not loaded: its sources may be others."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA"
     exists = _path("_C_cuda").exists()
-    cuda = build_info.get("cuda", {})
+    cuda = state.build_info.get("cuda", {})
     if not cuda.get("built", exists):
         stale = f"; {_path('_C_cuda').name} is left from an earlier build and is not loaded" if exists else ""
         reason = f"the CUDA kernels were not built ({cuda.get('reason', 'unknown')}){stale}"
         return f"{reason}; build them with FORCE_CUDA=1 {HOW_TO_BUILD}"
     try:
-        torch.ops.load_library(_path("_C_cuda"))
+        state.load("_C_cuda")
     except OSError as error:
         return f"the CUDA library did not load ({error}); build it again with {HOW_TO_BUILD}"
     return None

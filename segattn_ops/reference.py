@@ -6,6 +6,7 @@ once at the end. Every function with a softmax returns the output and the logsum
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def _upcast(*tensors: Tensor) -> list[Tensor]:
@@ -74,55 +75,81 @@ def criss_cross_affinity(query: Tensor, key: Tensor) -> Tensor:
     query, key (B, E, H, W) -> (B, H + W - 1, H, W): channels [0, W) the row, self included, then the column, self
     skipped: channel W + i is row i if that is above the query's row, else row i + 1.
     """
-    q, k = _upcast(query, key)
-    height = query.shape[2]
-    row = torch.einsum("beyx,beyj->bjyx", q, k)
-    column = torch.einsum("beyx,bejx->bjyx", q, k)  # (B, H, H, W), self included
-    return torch.cat([row, _skip_self(column, height)], 1).to(query.dtype)
+    row, column = _products(*_upcast(query, key))
+    return torch.cat([row, _skip_self(column)], 3).permute(0, 3, 1, 2).to(query.dtype)
 
 
 def criss_cross_aggregation(attention: Tensor, value: Tensor) -> Tensor:
     """Huang et al. (2019), section 3.2, Aggregation. attention (B, H + W - 1, H, W), value (B, C, H, W) -> as value."""
     a, v = _upcast(attention, value)
-    height, width = value.shape[2:]
-    row = torch.einsum("bjyx,bcyj->bcyx", a[:, :width], v)
-    column = torch.einsum("bjyx,bcjx->bcyx", _insert_self(a[:, width:], height), v)
-    return (row + column).to(value.dtype)
+    return _weighted_sums(*_rows_and_columns(a), v).to(value.dtype)
 
 
 def criss_cross_aggregation_transposed(weights: Tensor, attention: Tensor) -> Tensor:
     """Row vectors times the attention map, the transpose of :func:`criss_cross_aggregation`: from weights over queries
     to weights over keys. weights (B, P, H, W), attention (B, H + W - 1, H, W) -> as weights."""
-    height, width = weights.shape[2:]
-    row = torch.einsum("bjyx,bpyx->bpyj", attention[:, :width], weights)
-    column = torch.einsum("bjyx,bpyx->bpjx", _insert_self(attention[:, width:], height), weights)
-    return row + column
+    row, column = _rows_and_columns(attention)
+    over_rows = weights.permute(0, 2, 1, 3) @ row  # (B, H, P, W)
+    over_columns = weights.permute(0, 3, 1, 2) @ column.transpose(1, 2)  # (B, W, P, H)
+    return over_rows.permute(0, 2, 1, 3) + over_columns.permute(0, 2, 3, 1)
 
 
 def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Huang et al. (2019), section 3.2: affinity, softmax over row and column, aggregation; without gamma.
+    """Huang et al. (2019), section 3.2: affinity, softmax over row and column, aggregation; without gamma. As in the
+    authors' PyTorch version, the column keeps an entry for the position itself, of energy -inf.
 
     query, key (B, E, H, W), value (B, C, H, W) -> output (B, C, H, W), logsumexp (B, H, W).
     """
     q, k, v = _upcast(query, key, value)
-    energy = scale * criss_cross_affinity(q, k)
-    return criss_cross_aggregation(energy.softmax(1), v).to(value.dtype), energy.logsumexp(1)
+    height, width = value.shape[2:]
+    row, column = _products(q, k)
+    column = (scale * column).masked_fill(_is_self(height, q.device), float("-inf"))
+    energy = torch.cat([scale * row, column], 3)  # (B, H, W, W + H)
+    weights = energy.softmax(3)
+    return _weighted_sums(weights[..., :width], weights[..., width:], v).to(value.dtype), energy.logsumexp(3)
 
 
-def _other_rows(height: int, device: torch.device) -> Tensor:
-    """(H - 1, H): entry (i, y) is the i-th row other than y."""
-    i = torch.arange(height - 1, device=device).unsqueeze(1)
-    return i + (i >= torch.arange(height, device=device))
+def _products(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """query . key of each position with its row, (B, H, W, W), and with its column, (B, H, W, H), self included."""
+    row = query.permute(0, 2, 3, 1) @ key.permute(0, 2, 1, 3)
+    column = query.permute(0, 3, 2, 1) @ key.permute(0, 3, 1, 2)  # (B, W, H, H)
+    return row, column.transpose(1, 2)
 
 
-def _skip_self(column: Tensor, height: int) -> Tensor:
-    """(B, H, H, W) over (key row, query row, x) -> (B, H - 1, H, W)."""
-    index = _other_rows(height, column.device)[None, :, :, None].expand(column.shape[0], -1, -1, column.shape[3])
-    return column.gather(1, index)
+def _weighted_sums(row: Tensor, column: Tensor, value: Tensor) -> Tensor:
+    """value (B, C, H, W) weighted by (B, H, W, W) over the rows and by (B, H, W, H) over the columns."""
+    over_rows = row @ value.permute(0, 2, 3, 1)  # (B, H, W, C)
+    over_columns = column.transpose(1, 2) @ value.permute(0, 3, 2, 1)  # (B, W, H, C)
+    return (over_rows + over_columns.transpose(1, 2)).permute(0, 3, 1, 2)
 
 
-def _insert_self(column: Tensor, height: int) -> Tensor:
+def _rows_and_columns(attention: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, H + W - 1, H, W) -> (B, H, W, W) and (B, H, W, H), with zero for self in the column."""
+    width = attention.shape[3]
+    weights = attention.permute(0, 2, 3, 1)
+    return weights[..., :width], _insert_self(weights[..., width:])
+
+
+def _is_self(height: int, device: torch.device) -> Tensor:
+    """(H, 1, H) over (query row, x, key row)."""
+    rows = torch.arange(height, device=device)
+    return (rows[:, None] == rows).unsqueeze(1)
+
+
+def _is_above(height: int, keys: int, device: torch.device) -> Tensor:
+    """Whether a key's row, one of the first `keys`, is above the query's: (H, 1, keys)."""
+    rows = torch.arange(height, device=device)
+    return (rows[:keys] < rows[:, None]).unsqueeze(1)
+
+
+def _skip_self(column: Tensor) -> Tensor:
+    """(B, H, W, H) over (query row, x, key row) -> (B, H, W, H - 1)."""
+    height = column.shape[3]
+    return torch.where(_is_above(height, height - 1, column.device), column[..., :-1], column[..., 1:])
+
+
+def _insert_self(column: Tensor) -> Tensor:
     """The inverse of `_skip_self`, with zero for self."""
-    index = _other_rows(height, column.device)[None, :, :, None].expand(column.shape[0], -1, -1, column.shape[3])
-    full = column.new_zeros(column.shape[0], height, height, column.shape[3])
-    return full.scatter(1, index, column)
+    height, device = column.shape[1], column.device
+    full = torch.where(_is_above(height, height, device), F.pad(column, (0, 1)), F.pad(column, (1, 0)))
+    return full.masked_fill(_is_self(height, device), 0)

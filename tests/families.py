@@ -64,12 +64,13 @@ def eager_residual(x: Tensor, gamma: Tensor, scale: float) -> Tensor:
 def eager_affinity(q: Tensor, k: Tensor) -> Tensor:
     row = torch.einsum("beyx,beyj->bjyx", q, k)
     column = torch.einsum("beyx,bejx->bjyx", q, k)
-    return torch.cat([row, reference._skip_self(column, q.shape[2])], 1)
+    others = reference._skip_self(column.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return torch.cat([row, others], 1)
 
 
 def eager_aggregation(a: Tensor, v: Tensor) -> Tensor:
-    height, width = v.shape[2:]
-    column = reference._insert_self(a[:, width:], height)
+    width = v.shape[3]
+    column = reference._insert_self(a[:, width:].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     return torch.einsum("bjyx,bcyj->bcyx", a[:, :width], v) + torch.einsum("bjyx,bcjx->bcyx", column, v)
 
 

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .._autocast import without_autocast
-from .._backend import in_onnx_export
 from .._forward_mode import has_tangent
 from ..ops._register import fold_into_batch
 from ._checks import is_pointwise
@@ -117,9 +116,6 @@ def relu_sum(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
     if has_torch_function((a, b, g)):
         overridden: Tensor = handle_torch_function(relu_sum, (a, b, g), a, b, g)
         return overridden
-    if in_onnx_export():  # ONNX has no stable sort
-        pairs = F.relu(a[:, :, None] + b[:, None]).to(g.dtype)  # (B, N, M)
-        return g @ pairs.mT / g.shape[2]
     tracing = torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
     if tracing or has_tangent(a, b, g):  # PyTorch's own ops, which a trace can save and which have tangents
         return _relu_sum(a, b, g, g.shape[2])
@@ -134,8 +130,14 @@ def _sum_dtype(like: Tensor) -> torch.dtype:
 
 def _prefix(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """The descending order of b (B, M), and for each of a (B, N) the number of b above -a."""
-    ordered, order = b.detach().sort(dim=-1, descending=True, stable=True)
-    return order, torch.searchsorted(-ordered, a.detach().contiguous(), right=False)
+    a, b = a.detach(), b.detach()
+    if torch.compiler.is_exporting():  # ONNX has neither a stable sort nor searchsorted
+        queries = a.shape[1]
+        merged = torch.cat([-a, b], dim=1).argsort(dim=1, descending=True)
+        places, keys_so_far = merged.argsort(dim=1), (merged >= queries).cumsum(1)
+        return b.argsort(dim=1, descending=True), keys_so_far.gather(1, places[:, :queries])
+    ordered, order = b.sort(dim=-1, descending=True, stable=True)
+    return order, torch.searchsorted(-ordered, a.contiguous(), right=False)
 
 
 def _prefix_sums(values: Tensor, order: Tensor, counts: Tensor) -> Tensor:

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..ops.position import position_attention
 from ._checks import Unscripted, feature_map, is_pointwise, is_recorded, positive_int, probability
+from ._pooling import adaptive_avg_pool2d
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -28,7 +28,7 @@ class PyramidPooling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, S)."""
-        return torch.cat([F.adaptive_avg_pool2d(x, size).flatten(2) for size in self.sizes], dim=2)
+        return torch.cat([adaptive_avg_pool2d(x, size).flatten(2) for size in self.sizes], dim=2)
 
     def extra_repr(self) -> str:
         return f"sizes={self.sizes}"

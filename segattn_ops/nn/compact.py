@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from ..ops.channel import channel_attention
 from ..ops.position import position_attention
 from ._checks import ScalarShapes, Unscripted, feature_map, is_recorded, positive_int, same_size
+from ._pooling import adaptive_avg_pool2d
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -43,7 +44,7 @@ class CompactPositionEncoder(Unscripted):
         """x (B, C, H, W) -> (B, 50, C)."""
         feature_map("CompactPositionEncoder", "input", x, self.in_channels)
         convs = (self.conv1, self.conv2, self.conv3, self.conv4)
-        pooled = [F.adaptive_avg_pool2d(x, size) for size in self.sizes]
+        pooled = [adaptive_avg_pool2d(x, size) for size in self.sizes]
         return torch.cat([conv(part).flatten(2) for conv, part in zip(convs, pooled, strict=True)], dim=2).mT
 
 

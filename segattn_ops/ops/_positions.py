@@ -10,7 +10,8 @@ def flat_positions(positions: Tensor, spatial: torch.Size, op: str) -> Tensor:
     """(P, D) coordinates in D spatial dimensions -> (P,) indices into the flattened positions.
 
     Raises:
-        ValueError: for positions of another shape or dtype, or outside the spatial size.
+        ValueError: for positions of another shape or dtype, or outside the spatial size. A compiled graph raises a
+            RuntimeError for those outside, which it finds when it runs.
     """
     positions = torch.as_tensor(positions)
     if positions.dim() != 2 or positions.shape[1] != len(spatial):
@@ -22,9 +23,13 @@ def flat_positions(positions: Tensor, spatial: torch.Size, op: str) -> Tensor:
         raise ValueError(f"{op}: positions must be integers (got {positions.dtype})")
     sizes = torch.tensor(spatial, device=positions.device)
     outside = ((positions < -sizes) | (positions >= sizes)).any(1)
-    if outside.any():
+    if torch.compiler.is_compiling():
+        torch._assert_async(~outside.any(), f"{op}: positions must lie within the spatial size")
+    elif outside.any():
         raise ValueError(
             f"{op}: positions must lie within the spatial size {list(spatial)} (got {positions[outside][0].tolist()})"
         )
     strides = torch.tensor([math.prod(spatial[d + 1 :]) for d in range(len(spatial))], device=positions.device)
-    return (positions.remainder(sizes) * strides).sum(1)
+    index = (torch.where(positions < 0, positions + sizes, positions) * strides).sum(1)
+    # Where the assertion is dropped (ONNX), a position outside is an index outside.
+    return torch.where(outside, math.prod(spatial), index)

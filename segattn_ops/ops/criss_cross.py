@@ -275,9 +275,8 @@ def rows_of_product(attentions: Sequence[Tensor], positions: Tensor, op: str) ->
     batch, _, height, width = attentions[0].shape
     device = attentions[0].device
     index = flat_positions(positions, torch.Size((height, width)), op).to(device)
-    rows = attentions[0].new_zeros(batch, len(index), height * width)
-    rows[:, torch.arange(len(index), device=device), index] = 1
-    rows = rows.unflatten(2, (height, width))
+    rows = attentions[0].new_zeros(batch, index.shape[0], height * width)
+    rows = rows.scatter(2, index[:, None].expand(batch, -1, -1), 1).unflatten(2, (height, width))
     with without_autocast(device.type):
         for attention in reversed(attentions):
             rows = reference.criss_cross_aggregation_transposed(rows, attention)

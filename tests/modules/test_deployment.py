@@ -1,9 +1,12 @@
-"""What docs/deployment.md says: ONNX, traced and exported programs, FLOP counters."""
+"""What docs/deployment.md says of traced and exported programs and of FLOP counters. ONNX: test_onnx.py."""
 
 import importlib
+import shutil
 import subprocess
 import sys
 import textwrap
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,18 @@ from segattn_ops import _flop_counters, nn
 
 from ..peers import randomise
 
+
+class Compact(tnn.Module):
+    """DRANet's compact position attention with its encoder."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.attention = nn.CompactPositionEncoder(16), nn.CompactPositionAttention(16)
+
+    def forward(self, x):
+        return self.attention(x, self.encoder(x))
+
+
 AUTO = torch.export.Dim.AUTO
 MODULES = {
     "position": lambda: nn.PositionAttention(16),
@@ -25,6 +40,7 @@ MODULES = {
     "non_local_concatenation": lambda: nn.NonLocal2d(16, mode="concatenation", norm_layer=None),
     "dual": lambda: nn.DAModule(16),
     "asymmetric": lambda: nn.APNB(16, 16, 4, 6),
+    "compact": lambda: Compact(),
 }
 
 
@@ -32,45 +48,6 @@ def made(name: str, dtype: torch.dtype = torch.float32) -> tnn.Module:
     module = MODULES[name]().eval()
     randomise(module)
     return module.to(dtype)
-
-
-@pytest.mark.parametrize("name", sorted(MODULES.keys() - {"asymmetric"}))
-def test_onnx_with_dynamic_sizes(name, tmp_path):
-    pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
-    module, path = made(name), tmp_path / "module.onnx"
-    dynamic = ({0: AUTO, 2: AUTO, 3: AUTO},)
-    torch.onnx.export(module, (torch.randn(2, 16, 8, 10),), path, dynamic_shapes=dynamic, verbose=False)
-    session = runtime.InferenceSession(path)
-    for shape in ((2, 16, 8, 10), (3, 16, 13, 7)):
-        x = torch.randn(shape)
-        (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        torch.testing.assert_close(torch.from_numpy(got), module(x).detach(), rtol=1e-5, atol=1e-5)
-
-
-def test_onnx_of_pyramid_pooling_with_a_fixed_size(tmp_path):
-    """ONNX has no adaptive pooling: with a dynamic size the export raises."""
-    pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
-    module, path, x = made("asymmetric"), tmp_path / "module.onnx", torch.randn(1, 16, 12, 20)
-    torch.onnx.export(module, (x,), path, verbose=False)
-    (got,) = runtime.InferenceSession(path).run(None, {"x": x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(got), module(x).detach(), rtol=1e-5, atol=1e-5)
-
-
-def test_onnx_in_half_precision(tmp_path):
-    pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
-    module, path, x = made("position", torch.float16), tmp_path / "module.onnx", torch.randn(1, 16, 8, 10).half()
-    torch.onnx.export(module, (x,), path, verbose=False)
-    (got,) = runtime.InferenceSession(path).run(None, {"x": x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(got), module(x).detach(), rtol=4e-3, atol=4e-3)
-
-
-def test_only_an_onnx_export_leaves_the_fused_operator():
-    exported = torch.export.export(made("position"), (torch.randn(1, 16, 8, 10),))
-    targets = [str(node.target) for node in exported.run_decompositions().graph.nodes]
-    assert "segattn.position_attention.default" in targets
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -112,6 +89,49 @@ def test_saved_programs_need_the_package(tmp_path):
     assert done.stdout.split("\n")[:4] == [
         f"{word} {name}" for word in ("failed", "equal") for name in ("module.pt", "module.pt2")
     ]
+
+
+@pytest.mark.slow
+def test_a_package_runs_at_other_sizes_in_python_and_in_cpp(tmp_path):
+    """AOTInductor's package, loaded by PyTorch and by examples/aoti_cpp, which this compiles."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    module, package, program = made("position"), tmp_path / "module.pt2", tmp_path / "run_package"
+    with torch.no_grad():
+        dynamic = ({0: AUTO, 2: AUTO, 3: AUTO},)
+        exported = torch.export.export(module, (torch.randn(2, 16, 8, 10),), dynamic_shapes=dynamic)
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(package))
+    assert any(b"segattn::position_attention" in content for content in contents(package)), "the operator is kept"
+
+    torch_folder = Path(torch.__file__).parent
+    includes = [f"-I{torch_folder}/include", f"-I{torch_folder}/include/torch/csrc/api/include"]
+    libraries = [f"-L{torch_folder}/lib", f"-Wl,-rpath,{torch_folder}/lib"]
+    libraries += ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
+    source = Path(__file__).parents[2] / "examples" / "aoti_cpp" / "main.cpp"
+    subprocess.run([compiler, "-std=c++20", source, "-o", program, *includes, *libraries], check=True)
+
+    run = torch._inductor.aoti_load_package(str(package))
+    input_file, output_file = tmp_path / "input.pt", tmp_path / "output.pt"
+    for shape in ((2, 16, 8, 10), (3, 16, 13, 7), (1, 16, 33, 20)):
+        x = torch.randn(shape)
+        expected = module(x).detach()
+        torch.testing.assert_close(run(x), expected)
+        torch.save(x, input_file)
+        command = [program, package, input_file, output_file, *segattn_ops.library_paths()]
+        subprocess.run(command, env={}, check=True)
+        torch.testing.assert_close(torch.load(output_file), expected)
+    without_kernels = [program, package, input_file, output_file, segattn_ops.library_paths()[0]]
+    done = subprocess.run(without_kernels, env={}, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "segattn::position_attention" in done.stderr
+    missing = [program, package, input_file, output_file, tmp_path / "missing.so"]
+    done = subprocess.run(missing, env={}, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "missing.so: cannot open shared object file" in done.stderr
+
+
+def contents(package: Path) -> list[bytes]:
+    with zipfile.ZipFile(package) as archive:
+        return [archive.read(name) for name in archive.namelist()]
 
 
 @pytest.mark.parametrize("name", ["position", "channel", "criss_cross", "non_local", "non_local_dot_product"])

@@ -124,6 +124,19 @@ def test_libraries_that_an_earlier_build_left_are_not_loaded(tmp_path):
     assert "FORCE_CUDA=0); _C_cuda.abi3.so is left from an earlier build" in config["cuda"]["why_not"]
 
 
+def test_library_paths_are_what_is_loaded():
+    config, paths = segattn_ops.build_config(), segattn_ops.library_paths()
+    names = ["_C", f"_cpu_{config['cpu']['instruction_set']}"] + ["_C_cuda"] * config["cuda"]["native"]
+    assert paths == [PACKAGE / f"{name}.abi3.so" for name in names]
+    assert {str(path) for path in paths} <= torch.ops.loaded_libraries
+
+
+def test_library_paths_of_libraries_that_are_missing(monkeypatch):
+    monkeypatch.setattr(_backend.LIBRARIES, "missing", {"cpu": "the test says so"})
+    with pytest.raises(RuntimeError, match=r"^library_paths: the test says so$"):
+        segattn_ops.library_paths()
+
+
 USE = """
 import torch, segattn_ops
 x = torch.randn(1, 4, 3, 3, requires_grad=True)
@@ -217,6 +230,7 @@ def test_every_instruction_set_the_processor_has(name):
     if name not in config["built"]:
         pytest.skip(f"{name} was not built")
     code = USE + "\nassert segattn_ops.build_config()['cpu']['instruction_set'] == " + repr(name)
+    code += f"\nassert segattn_ops.library_paths()[1].name == '_cpu_{name}.abi3.so'"
     result = run(code, SEGATTN_CPU_CAPABILITY=name)
     if level(name) <= level(config["supports"]):
         assert result.returncode == 0, result.stderr

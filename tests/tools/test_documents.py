@@ -35,6 +35,8 @@ def test_examples_import_what_they_use(document):
                 bound.add(node.arg)
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 bound |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.FunctionDef):
+                bound |= {node.name} | {argument.arg for argument in node.args.args}
         used = {node.id for node in names if isinstance(node.ctx, ast.Load)}
         assert used - bound - set(dir(builtins)) <= {"model", "image", "batch", "official_pam"}, block
 
