@@ -44,6 +44,11 @@ def _path(name: str) -> Path:
     return PACKAGE / f"{name}.abi3.so"
 
 
+def has_extension() -> bool:
+    """Whether the compiled libraries are there; they may still fail to load."""
+    return _path("_C").exists()
+
+
 def _read_build_info() -> dict[str, Any]:
     path = PACKAGE / "_build_info.json"
     info: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
@@ -72,9 +77,11 @@ def _choose_cpu_capability(supported: str, build_info: dict[str, Any]) -> str:
 def load() -> Libraries:
     """Loads the compiled libraries. A library that is missing or does not load is no error: the reference serves."""
     state = Libraries(build_info=_read_build_info())
-    if not _path("_C").exists():
+    if not has_extension():
         reason = f"the compiled library {_path('_C').name} is not in {PACKAGE}; build it with {HOW_TO_BUILD}"
-        if (PACKAGE.parent / "setup.py").exists():
+        if not state.build_info.get("extension", True):
+            reason = f"installed without the extension ({state.build_info['reason']}); build it with {HOW_TO_BUILD}"
+        elif (PACKAGE.parent / "setup.py").exists():
             reason += "; if that is done, start Python outside the source tree, whose package hides the installed one"
         state.missing = {"cpu": reason, "cuda": reason}
         return state
