@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -60,6 +61,9 @@ class Backbone(nn.Module):
             if name in self.return_layers:
                 maps[name] = x
         return maps
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 def dilated_resnet(
