@@ -63,7 +63,8 @@ class Backbone(nn.Module):
         return maps
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        def __call__(self, x: Tensor) -> dict[str, Tensor]: ...
 
 
 def dilated_resnet(

@@ -75,7 +75,8 @@ class DFNHead(nn.Module):
         return {**self._smooth(maps), "border": self._border(maps)}
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        def __call__(self, *maps: Tensor) -> dict[str, Tensor]: ...
 
     def _smooth(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
         """The four feature maps -> logits of every stage, each at its stage's size."""

@@ -121,7 +121,8 @@ class DANetHead(nn.Module):
         }
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        def __call__(self, x: Tensor) -> dict[str, Tensor]: ...
 
 
 class CCNetHead(nn.Module):
@@ -175,7 +176,8 @@ class CCNetHead(nn.Module):
         return logits
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
 
 class NonLocalHead(nn.Module):
@@ -229,7 +231,8 @@ class NonLocalHead(nn.Module):
         return logits
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
 
 def _bottleneck(
@@ -306,4 +309,5 @@ class ANNHead(nn.Module):
         return logits
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        def __call__(self, low: Tensor, high: Tensor) -> Tensor: ...

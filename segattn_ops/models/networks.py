@@ -64,7 +64,8 @@ class SegmentationModel(nn.Module):
         }
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        def __call__(self, x: Tensor) -> dict[str, Tensor]: ...
 
     @staticmethod
     def _head(head: nn.Module, maps: dict[str, Tensor]) -> Any:

@@ -32,7 +32,8 @@ class PyramidPooling(nn.Module):
         return torch.cat([adaptive_avg_pool2d(x, size).flatten(2) for size in self.sizes], dim=2)
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def extra_repr(self) -> str:
         return f"sizes={self.sizes}"
@@ -105,7 +106,8 @@ class AsymmetricAttention(Unscripted):
         return y
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        def __call__(self, low: Tensor, high: Tensor) -> Tensor: ...
 
 
 def _stages(name: str, sizes: Sequence[int]) -> int:
@@ -176,7 +178,8 @@ class APNB(Unscripted):
         return y
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
 
 class AFNB(Unscripted):
@@ -243,4 +246,5 @@ class AFNB(Unscripted):
         return y
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        def __call__(self, low: Tensor, high: Tensor) -> Tensor: ...

@@ -42,7 +42,8 @@ class ChannelAttention(ScalarShapes):
         return residual_channel_attention(x, self.gamma, self.scale)
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def extra_repr(self) -> str:
         return f"in_channels={self.in_channels}, scale={self.scale:g}"

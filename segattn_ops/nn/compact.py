@@ -49,7 +49,8 @@ class CompactPositionEncoder(Unscripted):
         return torch.cat([conv(part).flatten(2) for conv, part in zip(convs, pooled, strict=True)], dim=2).mT
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
 
 class CompactPositionAttention(ScalarShapes):
@@ -89,7 +90,8 @@ class CompactPositionAttention(ScalarShapes):
         return self.scale * position_attention(self.conv_query(x), key, value) + x
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        def __call__(self, x: Tensor, tokens: Tensor) -> Tensor: ...
 
     def _check_tokens(self, x: Tensor, tokens: Tensor) -> None:
         if is_recorded(x, tokens):
@@ -130,7 +132,8 @@ class CompactChannelAttention(ScalarShapes):
         return x + self.scale * channel_attention(x, gathered, gathered, -1.0)
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        def __call__(self, x: Tensor, gathered: Tensor) -> Tensor: ...
 
 
 class CrossLevelGatingDecoder(ScalarShapes):
@@ -187,4 +190,5 @@ class CrossLevelGatingDecoder(ScalarShapes):
         return y
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        def __call__(self, low: Tensor, high: Tensor) -> Tensor: ...

@@ -53,7 +53,8 @@ class CrissCrossAttention(ScalarShapes):
         return self._attend(x)
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def extra_repr(self) -> str:
         return f"in_channels={self.in_channels}, key_channels={self.key_channels}, scale={self.scale:g}"
@@ -90,7 +91,8 @@ class RecurrentCrissCrossAttention(CrissCrossAttention):
         return x
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recurrence={self.recurrence}"

@@ -45,7 +45,8 @@ class _PositionBranch(Unscripted):
         return output
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
 
 class _ChannelBranch(Unscripted):
@@ -64,7 +65,8 @@ class _ChannelBranch(Unscripted):
         return y if self.pa is None else self.pa.fc_o(y.flatten(2)).unflatten(2, x.shape[2:])
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
 
 class DAModule(Unscripted):
@@ -122,7 +124,8 @@ class DAModule(Unscripted):
         return y
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, size={self.size or 'any'}"

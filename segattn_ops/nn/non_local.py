@@ -84,7 +84,8 @@ class _NonLocal(Unscripted):
         return x + y
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def _aggregate(self, x: Tensor) -> Tensor:
         """x (B, C, *spatial) -> y (B, inter_channels, *spatial)."""

@@ -47,7 +47,8 @@ class PositionAttention(ScalarShapes):
         return self.gamma * position_attention(self.query_conv(x), self.key_conv(x), self.value_conv(x), self.scale) + x
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def extra_repr(self) -> str:
         return f"in_channels={self.in_channels}, key_channels={self.key_channels}, scale={self.scale:g}"

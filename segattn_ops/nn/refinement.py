@@ -53,7 +53,8 @@ class ChannelAttentionBlock(Unscripted):
         return gate * low + high
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        def __call__(self, high: Tensor, low: Tensor) -> Tensor: ...
 
 
 class RefinementResidualBlock(Unscripted):
@@ -95,4 +96,5 @@ class RefinementResidualBlock(Unscripted):
         return y.relu() if self.final_relu else y
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        def __call__(self, x: Tensor) -> Tensor: ...
