@@ -1,0 +1,167 @@
+"""Runs the op tests on one wheel under several versions of PyTorch and Python, and writes docs/compatibility.md.
+
+    python -m tools.wheels cpu                                  # the wheel
+    python -m tools.wheel_matrix dist/segattn_ops-*cpu*.whl     # about two minutes a cell, of which one is the download
+
+Each cell is a fresh virtual environment with the released torch of that version from the package index pip is set up
+for, numpy and pytest; the wheel itself is never rebuilt. The tests come from this tree, the package from the wheel. An
+environment takes 3 to 6 GB and is removed after its cell. A cell that was run with the same wheel and the same tests is
+not run again, so that an interrupted matrix continues.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+
+from .compilers import ROOT
+
+TABLE = ROOT / "docs" / "compatibility.md"
+RESULTS = ROOT / "build" / "wheel_matrix.json"
+TORCH = ("2.10", "2.11", "2.12", "2.13", "2.14", "2.15")
+PYTHON = ("3.10", "3.11", "3.12", "3.13")
+# Every torch under one Python, every Python under one torch.
+CELLS = [*((torch, "3.12") for torch in TORCH), *(("2.14", python) for python in PYTHON if python != "3.12")]
+# What the libraries and the Python side of the operators have to do with torch: results and gradients of every op in
+# every dtype, schemas against checks, fake tensors, autograd, vmap, compile, FLOP formulas, memory layouts.
+TESTS = ("test_ops.py", "test_errors.py", "test_layout.py", "test_torch_integration.py", "test_torch_function.py")
+NEEDED = ("tests", "tools", "benchmarks", "csrc", "pyproject.toml")  # by the tests
+PACKAGES = ("numpy", "pytest", "setuptools")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An entry of the table. ``versions`` and ``counts`` are empty where ``fault`` says why nothing was run."""
+
+    torch: str
+    python: str
+    versions: str = ""
+    counts: str = ""
+    fault: str = ""
+
+
+def interpreter(version: str) -> str | None:
+    """A Python of the version, on PATH or of pyenv."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
+    newest = sorted(
+        pyenv.glob(f"{version}.*/bin/python"), key=lambda path: [int(n) for n in re.findall(r"\d+", str(path))]
+    )
+    return shutil.which(f"python{version}") or (str(newest[-1]) if newest else None)
+
+
+def run(torch: str, python: str, wheel: Path) -> Cell:
+    """One cell."""
+    program = interpreter(python)
+    if program is None:
+        return Cell(torch, python, fault=f"no Python {python} on this machine")
+    with tempfile.TemporaryDirectory(prefix="wheel_matrix_") as scratch:
+        bin_ = Path(scratch, "venv", "bin")
+        subprocess.run([program, "-m", "venv", bin_.parent], check=True)
+        pip = [bin_ / "python", "-m", "pip", "install", "--quiet", "--no-cache-dir"]
+        wanted = [f"torch=={torch}.*", *PACKAGES]
+        done = subprocess.run([*pip, "--only-binary=:all:", *wanted], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
+            return Cell(torch, python, fault=(errors or ["pip failed"])[0].removeprefix("ERROR: ")[:200])
+        subprocess.run([*pip, "--no-deps", wheel], check=True)
+        tree = Path(scratch, "tree")
+        ignored = shutil.ignore_patterns("__pycache__", "*.so")
+        for name in NEEDED:
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, tree / name, ignore=ignored)
+            else:
+                shutil.copy(source, tree / name)
+        return test(torch, python, bin_ / "python", tree)
+
+
+def test(torch: str, python: str, program: Path, tree: Path) -> Cell:
+    """Runs the tests of the tree with the package that is installed for the interpreter."""
+    facts = "import torch, platform, segattn_ops as s; c = s.build_config()['cpu']; assert c['native'], c['why_not'];"
+    facts += "print(torch.__version__, platform.python_version(), s.__file__)"
+    asked = subprocess.run([program, "-c", facts], cwd=tree, capture_output=True, text=True, check=False)
+    if asked.returncode != 0:
+        return Cell(torch, python, fault=asked.stderr.strip().splitlines()[-1][:200])
+    torch_version, python_version, package = asked.stdout.split()
+    if "site-packages" not in package:
+        raise RuntimeError(f"the tests would import {package}, not the wheel")
+    command = [program, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", *(f"tests/ops/{t}" for t in TESTS)]
+    environment = {**os.environ, "SEGATTN_TEST_BACKENDS": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+    lines = done.stdout.strip().splitlines()
+    for line in lines:
+        if line.startswith(("FAILED", "ERROR")):
+            print(line)
+    counts = re.sub(r" in [\d.]+s.*$", "", lines[-1].strip("= ")) if lines else f"pytest failed: {done.stderr[-200:]}"
+    return Cell(torch, python, versions=f"torch {torch_version}, Python {python_version}", counts=counts)
+
+
+def fingerprint(wheel: Path) -> str:
+    """Of the wheel and of the tests."""
+    digest = hashlib.sha256(wheel.read_bytes())
+    for name in ("tests", "benchmarks", "tools"):
+        for path in sorted((ROOT / name).rglob("*.py")):
+            if path != Path(__file__):
+                digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def page(wheel: Path, cells: list[Cell]) -> str:
+    """The document."""
+    asked = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    commit = asked.stdout.strip() or "unknown"
+    mark = hashlib.sha256(wheel.read_bytes()).hexdigest()[:16]
+    lines = [
+        "# Compatibility: one wheel, several PyTorch and Python",
+        "",
+        f"Written by `python -m tools.wheel_matrix` on {date.today().isoformat()}, at commit {commit}, with",
+        f"`{wheel.name}` (sha256 {mark}).",
+        "Every row installs this file beside a released torch in a fresh environment and runs",
+        f"{', '.join(f'`tests/ops/{name}`' for name in TESTS)}",
+        "on the CPU kernels with one thread.",
+        "",
+        "| torch | Python | versions | tests |",
+        "|---|---|---|---|",
+    ]
+    for cell in cells:
+        outcome = cell.counts or f"not run: {cell.fault}"
+        lines.append(f"| {cell.torch} | {cell.python} | {cell.versions or '-'} | {outcome} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m tools.wheel_matrix", description=__doc__, formatter_class=formatter)
+    parser.add_argument("wheel", type=Path)
+    parser.add_argument("--cells", nargs="*", metavar="TORCH/PYTHON", help="as 2.14/3.12; default: the table's rows")
+    arguments = parser.parse_args(argv)
+    wheel = arguments.wheel.resolve()
+    if not wheel.exists():
+        parser.error(f"wheel must be an existing file (got {arguments.wheel})")
+    wanted = CELLS if arguments.cells is None else [tuple(cell.split("/")) for cell in arguments.cells]
+    mark = fingerprint(wheel)
+    known = json.loads(RESULTS.read_text()).get(mark, {}) if RESULTS.exists() else {}
+    for torch, python in wanted:
+        name = f"{torch}/{python}"
+        if name not in known:
+            known[name] = asdict(run(torch, python, wheel))
+            RESULTS.parent.mkdir(parents=True, exist_ok=True)
+            RESULTS.write_text(json.dumps({mark: known}, indent=1))
+        print(name, known[name]["versions"], known[name]["counts"] or known[name]["fault"], flush=True)
+    TABLE.write_text(page(wheel, [Cell(**known[f"{t}/{p}"]) for t, p in CELLS if f"{t}/{p}" in known]))
+    failed = [name for name, cell in known.items() if "failed" in cell["counts"] or "error" in cell["counts"]]
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
