@@ -2,8 +2,8 @@
 
     python -m tools.wheels      # into dist/: the CPU wheel; the CUDA wheel where nvcc and a CUDA build of torch are
 
-The two differ in their local version, as PyTorch's own do: +cpu, and +cu130 for CUDA 13.0. Both have the CPU kernels for
-every instruction set of the platform, and serve every PyTorch from 2.10 and every Python from 3.10 on. A CUDA wheel
+The two differ in their local version, as PyTorch's own do: +cpu, and +cu130 for CUDA 13.0. Both have the CPU kernels
+for every instruction set of the platform, and serve every PyTorch from 2.10 and every Python from 3.10 on. A CUDA wheel
 needs a torch of the same major CUDA version.
 
 `auditwheel repair` (requirements/wheels.txt) finds the oldest glibc that a wheel runs with, and names it in the file
@@ -40,7 +40,8 @@ def build(version: str, environment: dict[str, str]) -> Path:
     wheels, package = FOLDER / version / "wheel", FOLDER / version / "lib"
     command = [sys.executable, "setup.py", "--quiet", "build", "--build-lib", str(package)]
     command += ["--build-temp", str(FOLDER / "temp"), "egg_info", "--egg-base", str(FOLDER / version)]
-    command += ["--tag-build", f"+{version}", "bdist_wheel", "--dist-dir", str(wheels)]
+    # bdist_wheel would run build_ext a second time, with flags that BuildExtension has then added twice.
+    command += ["--tag-build", f"+{version}", "bdist_wheel", "--skip-build", "--dist-dir", str(wheels)]
     subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, check=True)
     (wheel,) = wheels.glob("*.whl")
     return wheel
