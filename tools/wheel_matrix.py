@@ -49,12 +49,12 @@ class Cell:
 
 
 def interpreter(version: str) -> str | None:
-    """A Python of the version, on PATH or of pyenv."""
-    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
-    newest = sorted(
-        pyenv.glob(f"{version}.*/bin/python"), key=lambda path: [int(n) for n in re.findall(r"\d+", str(path))]
-    )
-    return shutil.which(f"python{version}") or (str(newest[-1]) if newest else None)
+    """A Python of the version: pyenv's newest, or one on PATH (pyenv's own entries there fail where another version is
+    selected)."""
+    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
+    found = root.glob(f"{version}.*/bin/python")
+    newest = max(found, key=lambda path: int(re.sub(r"\D", "", path.parts[-3].rpartition(".")[2]) or 0), default=None)
+    return str(newest) if newest else shutil.which(f"python{version}")
 
 
 def run(torch: str, python: str, wheel: Path) -> Cell:
