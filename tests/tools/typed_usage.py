@@ -22,8 +22,11 @@ def ops(query: Tensor, key: Tensor, value: Tensor, gamma: Tensor) -> None:
     assert_type(segattn_ops.criss_cross_affinity(query, key), Tensor)
     assert_type(segattn_ops.criss_cross_aggregation(query, value), Tensor)
     assert_type(segattn_ops.position_attention_map(query, key, torch.tensor([[0, 1]])), Tensor)
-    segattn_ops.position_attention(query, key)  # type: ignore[call-arg]
-    segattn_ops.position_attention(query, key, value, scale="0.5")  # type: ignore[arg-type]
+    assert_type(segattn_ops.position_attention(query, key, value, return_logsumexp=True), tuple[Tensor, Tensor])
+    assert_type(segattn_ops.criss_cross_attention(query, key, value, return_logsumexp=True), tuple[Tensor, Tensor])
+    segattn_ops.position_attention(query, key)  # type: ignore[call-overload]
+    segattn_ops.position_attention(query, key, value, scale="0.5")  # type: ignore[call-overload]
+    segattn_ops.criss_cross_affinity(query, "key")  # type: ignore[arg-type]
 
 
 def modules(x: Tensor, high: Tensor) -> None:
