@@ -35,7 +35,8 @@ CELLS = [*((torch, "3.12") for torch in TORCH), *(("2.14", python) for python in
 # What the libraries and the Python side of the operators have to do with torch: results and gradients of every op in
 # every dtype, schemas against checks, fake tensors, autograd, vmap, compile, FLOP formulas, memory layouts.
 TESTS = ("test_ops.py", "test_errors.py", "test_layout.py", "test_torch_integration.py", "test_torch_function.py")
-NEEDED = ("tests", "tools", "benchmarks", "csrc", "pyproject.toml")  # by the tests
+# By the tests. The folder of the one file of the package is no package: the installed one is imported.
+NEEDED = ("tests", "tools", "benchmarks", "csrc", "pyproject.toml", "segattn_ops/_build_tools.py")
 PACKAGES = ("numpy", "pytest", "setuptools")
 
 
@@ -91,6 +92,7 @@ def run(torch: str, python: str, wheel: Path, scratch: Path) -> Cell:
         if source.is_dir():
             shutil.copytree(source, tree / name, ignore=ignored)
         else:
+            (tree / name).parent.mkdir(exist_ok=True)
             shutil.copy(source, tree / name)
     return test(torch, python, installed, tree)
 
@@ -108,12 +110,14 @@ def test(torch: str, python: str, program: Path, tree: Path) -> Cell:
     command = [program, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", *(f"tests/ops/{t}" for t in TESTS)]
     environment = {**os.environ, "SEGATTN_TEST_BACKENDS": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
-    lines = done.stdout.strip().splitlines()
-    for line in lines:
+    for line in done.stdout.splitlines():
         if line.startswith(("FAILED", "ERROR")):
             print(line)
-    counts = re.sub(r" in [\d.]+s.*$", "", lines[-1].strip("= ")) if lines else f"pytest failed: {done.stderr[-200:]}"
-    return Cell(torch, python, versions=f"torch {torch_version}, Python {python_version}", counts=counts)
+    counts = re.search(r"^=*\s*(\d+ [a-z].*?) in [\d.]+s", done.stdout, re.MULTILINE)
+    versions = f"torch {torch_version}, Python {python_version}"
+    if counts is None:
+        return Cell(torch, python, versions, fault=f"pytest stopped: {' '.join(done.stderr.split())[-200:]}")
+    return Cell(torch, python, versions, counts.group(1))
 
 
 def fingerprint(wheel: Path) -> str:
@@ -174,7 +178,11 @@ def main(argv: list[str] | None = None) -> int:
                 RESULTS.write_text(json.dumps({mark: known}, indent=1))
             print(name, known[name]["versions"], known[name]["counts"] or known[name]["fault"], flush=True)
     TABLE.write_text(page(wheel, [Cell(**known[f"{t}/{p}"]) for t, p in CELLS if f"{t}/{p}" in known]))
-    failed = [name for name, cell in known.items() if "failed" in cell["counts"] or "error" in cell["counts"]]
+    failed = [
+        name
+        for name, cell in known.items()
+        if re.search("failed|error", cell["counts"]) or cell["versions"] and cell["fault"]
+    ]
     return 1 if failed else 0
 
 
