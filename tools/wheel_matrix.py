@@ -123,8 +123,8 @@ def test(torch: str, python: str, program: Path, tree: Path) -> Cell:
 
 
 def fingerprint(wheel: Path) -> str:
-    """Of the wheel and of the tests."""
-    digest = hashlib.sha256(wheel.read_bytes())
+    """Of the wheel, of the tests, and of which of them are run."""
+    digest = hashlib.sha256(wheel.read_bytes() + repr((TESTS, LARGE)).encode())
     for name in ("tests", "benchmarks", "tools"):
         for path in sorted((ROOT / name).rglob("*.py")):
             if path != Path(__file__):
