@@ -94,6 +94,7 @@ def load() -> Libraries:
         return state
     if _linked_into_one():
         state.cpu_capability = CPU_CAPABILITIES[0]
+        state.paths.append(_path(ops.name))
         if not hasattr(ops, "_set_allow_tf32"):
             state.missing["cuda"] = "the library of this build has no CUDA kernels"
         return state
