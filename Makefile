@@ -7,7 +7,7 @@ export MAX_JOBS
 # The CUDA kernels are built wherever nvcc is, without a GPU too: their compilation is part of what is tested.
 TEST_CUDA_ARCHITECTURES ?= 9.0
 
-.PHONY: bench test environment build lint format clean
+.PHONY: bench test environment build wheels lint format clean
 
 bench: build
 	$(BIN)/python -m benchmarks
@@ -40,6 +40,14 @@ build: $(VENV)/.environment
 	echo "$(CURDIR)" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/segattn_ops.pth"
 	$(BIN)/python -m segattn_ops
 
+# Wheels to give away, into dist/: docs/deployment.md.
+$(VENV)/.wheels: requirements/wheels.txt | $(VENV)/.environment
+	$(BIN)/python -m pip install --quiet -r requirements/wheels.txt
+	touch $@
+
+wheels: $(VENV)/.wheels
+	$(BIN)/python -m tools.wheels
+
 # The tools of .pre-commit-config.yaml, and mypy; `make format` applies what they would change.
 CXX_FILES = find csrc tests/emulator -regex '.*\.\(h\|cuh\|cpp\|cu\)' -print0
 
@@ -55,4 +63,4 @@ format: $(VENV)/.environment
 	$(CXX_FILES) | xargs -0 $(BIN)/clang-format -i
 
 clean:
-	rm -rf build *.egg-info report .mypy_cache segattn_ops/*.so segattn_ops/_build_info.json
+	rm -rf build dist *.egg-info report .mypy_cache segattn_ops/*.so segattn_ops/_build_info.json

@@ -9,6 +9,8 @@ Environment variables:
   FORCE_CUDA=1            build the CUDA kernels although no GPU is visible; FORCE_CUDA=0 never builds them
   TORCH_CUDA_ARCH_LIST    architectures to build for, as in PyTorch ("8.0;9.0"); also enables the CUDA build
   SEGATTN_CPU_ONLY=SET    compile only this instruction set (and the baseline), for quick development builds
+  SEGATTN_NO_EXTENSION=1  install the Python files alone, without torch, compiler or ninja; the reference serves
+  SEGATTN_NAMESPACE=NAME  register the operators as torch.ops.NAME instead of torch.ops.segattn (tools/hf_kernels.py)
   MAX_JOBS                parallel compiler processes
 """
 
@@ -17,10 +19,13 @@ import os
 import platform
 import re
 import runpy
+import shlex
+import subprocess
 from pathlib import Path
 
 import setuptools
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 # A fresh Python 3.11 environment has setuptools 65, which torch 2.10 and 2.11 accept. Its error about project.license
 # does not mention the version.
@@ -37,20 +42,29 @@ INCLUDE = str(ROOT / "csrc")  # sources include each other by their path below c
 # By path: importing the package would import torch and load the libraries that this build replaces.
 build_tools = runpy.run_path(str(ROOT / "segattn_ops" / "_build_tools.py"))
 FINGERPRINT = build_tools["fingerprint"](ROOT)
-CUDA_TOOLKIT, CUDA_TOOLKIT_SOURCE = build_tools["find_cuda_toolkit"]()
-if CUDA_TOOLKIT is not None:
-    os.environ["CUDA_HOME"] = CUDA_TOOLKIT  # before torch guesses
-
-import torch  # noqa: E402
-from torch.utils.cpp_extension import (  # noqa: E402
-    BuildExtension,
-    CppExtension,
-    CUDAExtension,
-    _get_cuda_arch_flags,
-    get_cxx_compiler,
+NO_EXTENSION = os.environ.get("SEGATTN_NO_EXTENSION") == "1"
+REMEDY = (
+    "; or set SEGATTN_NO_EXTENSION=1 to install the Python files alone, with which the plain PyTorch reference serves"
 )
 
-CXX_FLAGS = list(build_tools["CXX_FLAGS"])
+if not NO_EXTENSION:
+    CUDA_TOOLKIT, CUDA_TOOLKIT_SOURCE = build_tools["find_cuda_toolkit"]()
+    if CUDA_TOOLKIT is not None:
+        os.environ["CUDA_HOME"] = CUDA_TOOLKIT  # before torch guesses
+    try:
+        import torch
+    except ImportError as error:
+        raise SystemExit(
+            f"segattn_ops: the extension needs torch >= 2.10 (got: {error}): install torch first, and build "
+            f"without pip's isolation (pip install --no-build-isolation .){REMEDY}"
+        ) from None
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
+        raise SystemExit(f"segattn_ops: the extension needs torch >= 2.10 (got {torch.__version__}){REMEDY}")
+    from torch.utils import cpp_extension
+
+NAMESPACE = os.environ.get("SEGATTN_NAMESPACE")
+DEFINES = [f"-DSEGATTN_NAMESPACE={NAMESPACE}"] if NAMESPACE else []
+CXX_FLAGS = [*build_tools["CXX_FLAGS"], *DEFINES]
 
 # -Wno-psabi: GCC splits vectors wider than a register, but none crosses a library boundary. The other two: GCC 12's own
 # AVX-512 intrinsics start from undefined registers.
@@ -89,7 +103,7 @@ def sources(folder: str, *suffixes: str) -> list[str]:
 def dependencies() -> list[str]:
     """What every library depends on: the headers, and the build scripts, which hold the flags."""
     return list(build_tools["BUILD_SCRIPTS"]) + [
-        str(path) for suffix in ("h", "cuh") for path in sorted((ROOT / "csrc").rglob(f"*.{suffix}"))
+        str(path.relative_to(ROOT)) for suffix in ("h", "cuh") for path in sorted((ROOT / "csrc").rglob(f"*.{suffix}"))
     ]
 
 
@@ -101,7 +115,7 @@ def wanted_instruction_sets() -> dict[str, list[str]]:
 
 
 def cpu_extensions(sets: dict[str, list[str]]) -> list:
-    schemas = CppExtension(
+    schemas = cpp_extension.CppExtension(
         "segattn_ops._C",
         ["csrc/ops.cpp", "csrc/cpu_capability.cpp"],
         include_dirs=[INCLUDE],
@@ -110,7 +124,7 @@ def cpu_extensions(sets: dict[str, list[str]]) -> list:
         py_limited_api=True,
     )
     kernels = [
-        CppExtension(
+        cpp_extension.CppExtension(
             f"segattn_ops._cpu_{name}",
             sources("cpu", ".cpp"),
             include_dirs=[INCLUDE],
@@ -126,8 +140,9 @@ def cpu_extensions(sets: dict[str, list[str]]) -> list:
 def cuda_extension():
     if not torch.cuda.is_available() and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         os.environ["TORCH_CUDA_ARCH_LIST"] = "8.0;9.0+PTX"
-    architectures = ",".join(sorted(set(re.findall(r"compute_(\d+a?)", " ".join(_get_cuda_arch_flags())))))
-    return CUDAExtension(
+    flags = " ".join(cpp_extension._get_cuda_arch_flags())
+    architectures = ",".join(sorted(set(re.findall(r"compute_(\d+a?)", flags))))
+    return cpp_extension.CUDAExtension(
         "segattn_ops._C_cuda",
         sources("cuda", ".cu"),
         include_dirs=[INCLUDE],
@@ -135,6 +150,7 @@ def cuda_extension():
             "cxx": [*CXX_FLAGS, "-DUSE_CUDA"],
             "nvcc": [
                 *build_tools["NVCC_FLAGS"],
+                *DEFINES,
                 f'-DSEGATTN_CUDA_ARCHITECTURES="{architectures}"',
                 "-Xcompiler=-fvisibility=hidden",
             ],
@@ -144,54 +160,96 @@ def cuda_extension():
     ), architectures.split(",")
 
 
-BUILD_CUDA, CUDA_REASON = decide_cuda()
-print(f"segattn_ops: CUDA kernels {'are' if BUILD_CUDA else 'are not'} built: {CUDA_REASON}", flush=True)
-instruction_sets = wanted_instruction_sets()
-extensions = cpu_extensions(instruction_sets)
-build_info = {
-    "torch": torch.__version__,
-    "python": platform.python_version(),
-    "compiler": build_tools["version_of"](get_cxx_compiler()),
-    "cpu_instruction_sets": list(instruction_sets),
-    "cuda": {"built": BUILD_CUDA, "reason": CUDA_REASON, "architectures": []},
-}
-if BUILD_CUDA:
-    extension, build_info["cuda"]["architectures"] = cuda_extension()
-    extensions.append(extension)
-    nvcc = os.environ.get("PYTORCH_NVCC") or str(Path(CUDA_TOOLKIT, "bin", "nvcc"))  # as torch calls it
-    build_info["cuda"]["toolkit"] = build_tools["version_of"](nvcc, r"V([\d.]+)")
-    toolkit = f"toolkit {CUDA_TOOLKIT} (found by {CUDA_TOOLKIT_SOURCE})"
-    print(f"segattn_ops: {toolkit}, architectures {build_info['cuda']['architectures']}", flush=True)
+def check_tools() -> None:
+    """Stops with one sentence where a program that the build needs is missing."""
+    compiler = cpp_extension.get_cxx_compiler()
+    standard = build_tools["LANGUAGE"][0]
+    probe = [*shlex.split(compiler), standard, "-fsyntax-only", "-x", "c++", os.devnull]
+    try:
+        done = subprocess.run(probe, capture_output=True, text=True, check=False)
+        fault = done.stderr.strip().partition("\n")[0] if done.returncode else None
+    except OSError as error:
+        fault = error.strerror
+    if fault is not None:
+        raise SystemExit(
+            f"segattn_ops: the extension needs a C++20 compiler, and `{compiler}` does not run as one "
+            f"({fault or 'it fails without a message'}): install g++ 12 or later, or name a compiler in CXX{REMEDY}"
+        )
+    if not cpp_extension.is_ninja_available():
+        raise SystemExit(f"segattn_ops: the extension needs ninja, which is missing: pip install ninja{REMEDY}")
 
 
-class Build(BuildExtension):
-    """Gives each library its own object folder, since the CPU libraries share their sources, and writes
-    _build_info.json for segattn_ops.build_config()."""
+def write_build_info(package: Path, info: dict) -> None:
+    """For segattn_ops.build_config()."""
+    (package / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
 
-    def build_extension(self, ext) -> None:
-        shared = self.build_temp
-        self.build_temp = str(Path(shared) / ext.name)
-        try:
-            super().build_extension(ext)
-        finally:
-            self.build_temp = shared
+
+class PythonFiles(build_py):
+    """The Python files of an installation without the extension."""
 
     def run(self) -> None:
         super().run()
-        package = ROOT / "segattn_ops" if self.inplace else Path(self.build_lib) / "segattn_ops"
-        build_info["sources"] = self.sources_of_libraries(package)
-        (package / "_build_info.json").write_text(json.dumps(build_info, indent=1) + "\n")
-
-    def sources_of_libraries(self, package: Path) -> dict[str, str]:
-        """The source fingerprint of each library in the folder; libraries outside this build keep their own."""
-        path = package / "_build_info.json"
-        earlier = json.loads(path.read_text()).get("sources", {}) if path.exists() else {}
-        built = {ext.name.rpartition(".")[2]: FINGERPRINT for ext in self.extensions}
-        return {name: mark for name, mark in (earlier | built).items() if (package / f"{name}.abi3.so").exists()}
+        if not self.editable_mode:  # then the package stays in the tree, with the libraries that may be there
+            package = Path(self.build_lib, "segattn_ops")
+            write_build_info(package, {"extension": False, "reason": "SEGATTN_NO_EXTENSION=1"})
 
 
-setup(
-    ext_modules=extensions,
-    cmdclass={"build_ext": Build},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
-)
+def extension_arguments() -> dict:
+    """The arguments of setup() for the extension."""
+    build_cuda, cuda_reason = decide_cuda()
+    print(f"segattn_ops: CUDA kernels {'are' if build_cuda else 'are not'} built: {cuda_reason}", flush=True)
+    instruction_sets = wanted_instruction_sets()
+    extensions = cpu_extensions(instruction_sets)
+    build_info = {
+        "extension": True,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "compiler": build_tools["version_of"](cpp_extension.get_cxx_compiler()),
+        "cpu_instruction_sets": list(instruction_sets),
+        "cuda": {"built": build_cuda, "reason": cuda_reason, "architectures": []},
+    }
+    if build_cuda:
+        extension, build_info["cuda"]["architectures"] = cuda_extension()
+        extensions.append(extension)
+        nvcc = os.environ.get("PYTORCH_NVCC") or str(Path(CUDA_TOOLKIT, "bin", "nvcc"))  # as torch calls it
+        build_info["cuda"]["toolkit"] = build_tools["version_of"](nvcc, r"V([\d.]+)")
+        toolkit = f"toolkit {CUDA_TOOLKIT} (found by {CUDA_TOOLKIT_SOURCE})"
+        print(f"segattn_ops: {toolkit}, architectures {build_info['cuda']['architectures']}", flush=True)
+
+    class Build(cpp_extension.BuildExtension):
+        """Gives each library its own object folder, since the CPU libraries share their sources, and writes
+        _build_info.json."""
+
+        def build_extension(self, ext) -> None:
+            shared = self.build_temp
+            self.build_temp = str(Path(shared) / ext.name)
+            try:
+                super().build_extension(ext)
+            finally:
+                self.build_temp = shared
+
+        def run(self) -> None:
+            check_tools()
+            super().run()
+            package = ROOT / "segattn_ops" if self.inplace else Path(self.build_lib) / "segattn_ops"
+            write_build_info(package, build_info | {"sources": self.sources_of_libraries(package)})
+
+        def sources_of_libraries(self, package: Path) -> dict[str, str]:
+            """The source fingerprint of each library in the folder; libraries outside this build keep their own."""
+            path = package / "_build_info.json"
+            earlier = json.loads(path.read_text()).get("sources", {}) if path.exists() else {}
+            built = {ext.name.rpartition(".")[2]: FINGERPRINT for ext in self.extensions}
+            return {name: mark for name, mark in (earlier | built).items() if (package / f"{name}.abi3.so").exists()}
+
+    return {
+        "ext_modules": extensions,
+        "cmdclass": {"build_ext": Build},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+
+
+if NO_EXTENSION:
+    print("segattn_ops: no extension is built: SEGATTN_NO_EXTENSION is set", flush=True)
+    setup(cmdclass={"build_py": PythonFiles})
+else:
+    setup(**extension_arguments())

@@ -1,7 +1,7 @@
 """Exact attention for dense prediction (DANet, CCNet, ANN, Non-local) on CUDA and the CPU, without N x N attention
 maps."""
 
-from . import _backend, _dtensor, _flop_counters, _onnx
+from . import _backend, _dtensor, _flop_counters, _onnx, _ops
 from ._backend import use_backend
 from ._build_config import build_config, library_paths
 from ._flop_counters import flop_handles
@@ -20,8 +20,8 @@ from .ops import (
 )
 
 if _backend.LIBRARIES.serves("cpu"):
-    register("segattn")
-    _onnx.register("segattn", OPERATORS)
+    register(_ops.ops.name)
+    _onnx.register(_ops.ops.name, OPERATORS)
     _dtensor.register()
 
 from . import checkpoints, nn

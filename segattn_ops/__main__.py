@@ -46,6 +46,12 @@ def describe() -> dict[str, Any]:
     return build_config() | {"torch_cuda": torch.version.cuda, "gpus": found, "driver": driver()}
 
 
+def _build(facts: dict[str, Any]) -> str:
+    if not facts["extension"]:
+        return "nothing: without the extension"
+    return f"torch {facts['torch_at_build'] or 'unknown'}, {facts['compiler'] or 'unknown compiler'}"
+
+
 def _cpu(cpu: dict[str, Any]) -> str:
     if not cpu["native"]:
         return f"none: {cpu['why_not']}"
@@ -78,7 +84,7 @@ def page(facts: dict[str, Any]) -> str:
         "segattn_ops": facts["version"],
         "python": f"{facts['python']}, {facts['platform']}",
         "torch": f"{facts['torch']}, CUDA {facts['torch_cuda'] or 'none'}",
-        "built with": f"torch {facts['torch_at_build'] or 'unknown'}, {facts['compiler'] or 'unknown compiler'}",
+        "built with": _build(facts),
         "CPU kernels": _cpu(facts["cpu"]),
         "CUDA kernels": _cuda(facts["cuda"]),
         "GPU": _gpu(facts["gpus"], facts["driver"]),

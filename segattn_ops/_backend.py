@@ -11,12 +11,13 @@ from torch import Tensor
 
 from . import _library
 from ._forward_mode import has_tangent, in_dual_level
+from ._ops import ops
 from ._precision import follow_tf32_setting
 
 LIBRARIES = _library.load()
 
 # Backend name -> operator namespace; None is the reference. Tests add the emulated CUDA kernels.
-_NAMESPACES: dict[str, str | None] = {"native": "segattn", "reference": None}
+_NAMESPACES: dict[str, str | None] = {"native": ops.name, "reference": None}
 _warned: set[str] = set()
 
 
@@ -63,7 +64,7 @@ def operators(op: str, *tensors: Tensor) -> ModuleType | None:
     if namespace is None:
         return None
     device_type = tensors[0].device.type
-    if namespace == "segattn" and not LIBRARIES.serves(device_type):
+    if namespace == ops.name and not LIBRARIES.serves(device_type):
         _warn_once(device_type, f"{device_type} tensors", LIBRARIES.why_not(device_type))
         return None
     if in_dual_level() and has_tangent(*tensors):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ._backend import LIBRARIES
+from ._library import has_extension
 from ._version import __version__
 
 
@@ -16,8 +17,8 @@ def build_config() -> dict[str, Any]:
     Returns:
         A dictionary with
 
-        - `version`; `python`, `platform` and `torch`, which are running; `torch_at_build`, `python_at_build` and the
-          C++ `compiler`, of the build (None if unknown);
+        - `version`; whether there is an `extension`, the compiled libraries; `python`, `platform` and `torch`, which
+          are running; `torch_at_build`, `python_at_build` and the C++ `compiler`, of the build (None if unknown);
         - `cpu`: whether it is `native`, the `instruction_set` in use, the best one this processor `supports`, those
           `built`, and `why_not` if the reference serves;
         - `cuda`: whether the kernels were `built` and, `native`, are loaded; whether they are `usable`: loaded, and a
@@ -29,6 +30,7 @@ def build_config() -> dict[str, Any]:
     visible = torch.cuda.is_available()
     return {
         "version": __version__,
+        "extension": has_extension(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,

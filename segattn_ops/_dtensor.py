@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from ._ops import ops
+
 if TYPE_CHECKING:
     from torch.distributed.tensor._op_schema import OpSchema, OpSpec, OpStrategy
     from torch.distributed.tensor.placement_types import Placement
@@ -181,7 +183,7 @@ def _register() -> None:
 
     propagator = DTensor._op_dispatcher.sharding_propagator
     for name, rules in RULES.items():
-        operator = getattr(torch.ops.segattn, name).default
+        operator = getattr(ops, name).default
         # From here on what is not a tensor decides about the results: all but the scale.
         optional = sum(not argument.has_default_value() for argument in operator._schema.arguments)
         propagator.register_op_strategy(

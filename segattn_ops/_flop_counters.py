@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ._ops import add_op_namespace_prefix
 from .ops import OPERATORS, Operator
 
 Handle = Callable[[list[Any], list[Any]], int]
@@ -31,7 +32,7 @@ def flop_handles() -> dict[str, Handle]:
         in the graph. It returns multiply-adds, the unit of both libraries; PyTorch's ``FlopCounterMode`` counts two
         FLOP for each.
     """
-    return {f"segattn::{operator.name}": _handle(operator) for operator in OPERATORS}
+    return {add_op_namespace_prefix(operator.name): _handle(operator) for operator in OPERATORS}
 
 
 def _handle(operator: Operator) -> Handle:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ._ops import ops
+
 PACKAGE = Path(__file__).parent
 CPU_CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_bf16")  # indexed by csrc/cpu_capability.cpp's result
 HOW_TO_BUILD = "`pip install --no-build-isolation .` in the source tree (needs a C++20 compiler and ninja)"
@@ -44,6 +46,16 @@ def _path(name: str) -> Path:
     return PACKAGE / f"{name}.abi3.so"
 
 
+def has_extension() -> bool:
+    """Whether the compiled libraries are there; they may still fail to load."""
+    return _path("_C").exists() or _linked_into_one()
+
+
+def _linked_into_one() -> bool:
+    """Whether kernel-builder has linked all sources into one library, which its _ops.py has loaded."""
+    return not _path("_C").exists() and hasattr(ops, "position_attention")
+
+
 def _read_build_info() -> dict[str, Any]:
     path = PACKAGE / "_build_info.json"
     info: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
@@ -72,11 +84,19 @@ def _choose_cpu_capability(supported: str, build_info: dict[str, Any]) -> str:
 def load() -> Libraries:
     """Loads the compiled libraries. A library that is missing or does not load is no error: the reference serves."""
     state = Libraries(build_info=_read_build_info())
-    if not _path("_C").exists():
+    if not has_extension():
         reason = f"the compiled library {_path('_C').name} is not in {PACKAGE}; build it with {HOW_TO_BUILD}"
-        if (PACKAGE.parent / "setup.py").exists():
+        if not state.build_info.get("extension", True):
+            reason = f"installed without the extension ({state.build_info['reason']}); build it with {HOW_TO_BUILD}"
+        elif (PACKAGE.parent / "setup.py").exists():
             reason += "; if that is done, start Python outside the source tree, whose package hides the installed one"
         state.missing = {"cpu": reason, "cuda": reason}
+        return state
+    if _linked_into_one():
+        state.cpu_capability = CPU_CAPABILITIES[0]
+        state.paths.append(_path(ops.name))
+        if not hasattr(ops, "_set_allow_tf32"):
+            state.missing["cuda"] = "the library of this build has no CUDA kernels"
         return state
     try:
         state.load("_C")

@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -86,6 +85,8 @@ def _collect(value: Mapping[Any, Any], path: str, depth: int, entries: dict[str,
     Raises:
         ValueError: if two names are the same without those of wrappers.
     """
+    import numpy as np  # here: the Hugging Face build may import torch alone
+
     for key, item in value.items():
         if not isinstance(key, str):
             continue

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,6 +64,8 @@ class Preprocessing:
 
 def _pixels(image: Any, order: str) -> tuple[Tensor, str]:
     """The picture as float32 (B, 3, H, W) of 0 to 255, and the order of its channels."""
+    import numpy as np  # here: the Hugging Face build may import torch alone
+
     if order not in ("RGB", "BGR"):
         raise ValueError(f"Preprocessing: order must be 'RGB' or 'BGR' (got {order!r})")
     if hasattr(image, "convert") and hasattr(image, "getbands"):  # PIL

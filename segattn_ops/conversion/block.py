@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .scripting import scriptable
 from .settings import Settings, changed
 
+_PACKAGE = f"{__name__.partition('.')[0]}."
 _GENERATED: dict[tuple[type[nn.Module], type[nn.Module]], Any] = {}  # the classes made so far
 
 
@@ -184,7 +185,7 @@ class FusedBlock(nn.Module):
 def has_hooks(module: nn.Module) -> bool:
     """Whether something is called when the module is, other than hooks of this package, which watch the ops."""
     return any(
-        not str(getattr(hook, "__module__", "")).startswith("segattn_ops.")
+        not str(getattr(hook, "__module__", "")).startswith(_PACKAGE)
         for hooks in (
             module._forward_hooks,
             module._forward_pre_hooks,

@@ -13,25 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._ops import ops
+
 _COUNTER = itertools.count()
 
 
 def position(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """``position_attention`` in TorchScript."""
     with_low = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    output: Tensor = torch.ops.segattn.position_attention(query, key, value, scale, with_low)[0]
+    output: Tensor = ops.position_attention(query, key, value, scale, with_low)[0]
     return output
 
 
 def criss_cross(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """``criss_cross_attention`` in TorchScript."""
-    output: Tensor = torch.ops.segattn.criss_cross_attention(query, key, value, scale)[0]
+    output: Tensor = ops.criss_cross_attention(query, key, value, scale)[0]
     return output
 
 
 def channel(x: Tensor, scale: float) -> Tensor:
     """``channel_attention`` of x with itself in TorchScript."""
-    output: Tensor = torch.ops.segattn.channel_self_attention(x, scale)[0]
+    output: Tensor = ops.channel_self_attention(x, scale)[0]
     return output
 
 

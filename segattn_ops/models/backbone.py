@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -39,11 +40,13 @@ class Backbone(nn.Module):
             raise ValueError(f"Backbone: return_layers must name some of {', '.join(LAYERS)} (got {return_layers!r})")
         self.return_layers = tuple(return_layers)
         if stem is None:
-            self.conv1, self.bn1, self.relu = resnet.conv1, resnet.bn1, resnet.relu
+            self.conv1: nn.Module = resnet.conv1
+            self.bn1: nn.Module = resnet.bn1
+            self.relu: nn.Module = resnet.relu
         else:
             self.stem = stem
-        self.maxpool = resnet.maxpool
-        self.channels = {}
+        self.maxpool: nn.Module = resnet.maxpool
+        self.channels: dict[str, int] = {}
         for name in LAYERS:
             stage = getattr(resnet, name)
             self.add_module(name, stage)
@@ -60,6 +63,10 @@ class Backbone(nn.Module):
             if name in self.return_layers:
                 maps[name] = x
         return maps
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> dict[str, Tensor]: ...
 
 
 def dilated_resnet(

@@ -1,7 +1,7 @@
 """DFN's head: the smooth network, from the deepest stage to the finest, and the border network."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,10 @@ class DFNHead(nn.Module):
         for stage, (x, channels) in enumerate(zip(maps, self.in_channels, strict=True), start=1):
             feature_map("DFNHead", f"map {stage}", x, channels)
         return {**self._smooth(maps), "border": self._border(maps)}
+
+    if TYPE_CHECKING:
+
+        def __call__(self, *maps: Tensor) -> dict[str, Tensor]: ...
 
     def _smooth(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
         """The four feature maps -> logits of every stage, each at its stage's size."""

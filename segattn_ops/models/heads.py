@@ -1,7 +1,7 @@
 """Segmentation heads of DANet, CCNet, ANN and Non-local networks: feature maps in, class logits out at their size."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -120,6 +120,10 @@ class DANetHead(nn.Module):
             "channel": self.conv7(channel),
         }
 
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> dict[str, Tensor]: ...
+
 
 class CCNetHead(nn.Module):
     r"""CCNet's head (RCCA): convolution, recurrent criss-cross attention, convolution, joined with its input.
@@ -171,6 +175,10 @@ class CCNetHead(nn.Module):
         logits: Tensor = self.bottleneck(torch.cat([x, self.convb(self.cca(self.conva(x)))], dim=1))
         return logits
 
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> Tensor: ...
+
 
 class NonLocalHead(nn.Module):
     r"""Non-local head: convolution, non-local block, convolution, joined with its input (mmsegmentation's NLHead).
@@ -221,6 +229,10 @@ class NonLocalHead(nn.Module):
         feature_map("NonLocalHead", "input", x, self.in_channels)
         logits: Tensor = self.bottleneck(torch.cat([x, self.convb(self.nl(self.conva(x)))], dim=1))
         return logits
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
 
 def _bottleneck(
@@ -295,3 +307,7 @@ class ANNHead(nn.Module):
         """low (B, low_channels, H', W'), high (B, high_channels, H, W) -> (B, num_classes, H, W)."""
         logits: Tensor = self.cls(self.context(self.fusion(low, high)))
         return logits
+
+    if TYPE_CHECKING:
+
+        def __call__(self, low: Tensor, high: Tensor) -> Tensor: ...

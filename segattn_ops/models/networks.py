@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -63,6 +63,10 @@ class SegmentationModel(nn.Module):
             for name, value in outputs.items()
         }
 
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> dict[str, Tensor]: ...
+
     @staticmethod
     def _head(head: nn.Module, maps: dict[str, Tensor]) -> Any:
         inputs: Any = head.inputs
@@ -89,8 +93,31 @@ class DFN(SegmentationModel):
     """DFN: Yu et al., CVPR 2018. Outputs "out", "smooth_2", "smooth_3", "smooth_4", "border"; see ``dfn_loss``."""
 
 
+Network = TypeVar("Network", bound=SegmentationModel, covariant=True)
+
+
+class Builder(Protocol[Network]):
+    """The type of ``danet_resnet50`` and its siblings."""
+
+    __name__: str
+    __qualname__: str
+
+    def __call__(
+        self,
+        num_classes: int = 21,
+        *,
+        aux_loss: bool = False,
+        aux_channels: int | None = None,
+        weights_backbone: object = None,
+        output_stride: int = ...,
+        stem: str = "torchvision",
+        align_corners: bool = False,
+        **head: Any,
+    ) -> Network: ...
+
+
 def _assemble(
-    network: type[SegmentationModel],
+    network: type[Network],
     name: str,
     head_class: type[Any],
     num_classes: int,
@@ -99,7 +126,7 @@ def _assemble(
     align_corners: bool,
     backbone: dict[str, Any],
     head: dict[str, Any],
-) -> SegmentationModel:
+) -> Network:
     layers = [layer for layer in LAYERS if layer in head_class.inputs or (aux_loss and layer in FCNHead.inputs)]
     features = dilated_resnet(name, return_layers=layers, **backbone)
     channels = [features.channels[layer] for layer in head_class.inputs]
@@ -109,7 +136,7 @@ def _assemble(
     return network(features, classifier, aux, align_corners)
 
 
-def _builder(network: type[SegmentationModel], head_class: type[Any], resnet: str, stride: int) -> Any:
+def _builder(network: type[Network], head_class: type[Any], resnet: str, stride: int) -> Builder[Network]:
     def build(
         num_classes: int = 21,
         *,
@@ -120,7 +147,7 @@ def _builder(network: type[SegmentationModel], head_class: type[Any], resnet: st
         stem: str = "torchvision",
         align_corners: bool = False,
         **head: Any,
-    ) -> SegmentationModel:
+    ) -> Network:
         _check_arguments(build.__name__, head_class, head)
         options = {"weights": weights_backbone, "output_stride": output_stride, "stem": stem}
         return _assemble(network, resnet, head_class, num_classes, aux_loss, aux_channels, align_corners, options, head)
@@ -181,7 +208,7 @@ def _check_arguments(builder: str, head_class: type[Any], given: dict[str, Any])
         raise TypeError(f"{builder}: there is no argument {name} (got {value!r}): {advice}")
 
 
-def _named(name: str, build: Any) -> Any:
+def _named(name: str, build: Builder[Network]) -> Builder[Network]:
     build.__name__ = build.__qualname__ = name
     return build
 

@@ -1,6 +1,7 @@
 """Asymmetric non-local blocks of ANN: every position attends to pyramid-pooled keys."""
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,10 @@ class PyramidPooling(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, S)."""
         return torch.cat([adaptive_avg_pool2d(x, size).flatten(2) for size in self.sizes], dim=2)
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def extra_repr(self) -> str:
         return f"sizes={self.sizes}"
@@ -100,6 +105,10 @@ class AsymmetricAttention(Unscripted):
         y: Tensor = self.W(position_attention(query, self.psp(key), value, self.scale))
         return y
 
+    if TYPE_CHECKING:
+
+        def __call__(self, low: Tensor, high: Tensor) -> Tensor: ...
+
 
 def _stages(name: str, sizes: Sequence[int]) -> int:
     """The number of stages, one for each of ANN's ``sizes``. All must be 1: a downsampled query could not be
@@ -168,6 +177,10 @@ class APNB(Unscripted):
         y: Tensor = self.conv_bn_dropout(torch.cat([context, x], dim=1))
         return y
 
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> Tensor: ...
+
 
 class AFNB(Unscripted):
     r"""ANN's asymmetric fusion non-local block: high-level queries, low-level keys and values.
@@ -231,3 +244,7 @@ class AFNB(Unscripted):
         context = sum(stage(low, high) for stage in self.stages)
         y: Tensor = self.conv_bn_dropout(torch.cat([context, high], dim=1))
         return y
+
+    if TYPE_CHECKING:
+
+        def __call__(self, low: Tensor, high: Tensor) -> Tensor: ...

@@ -1,5 +1,7 @@
 """Channel attention: DANet's CAM."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -38,6 +40,10 @@ class ChannelAttention(ScalarShapes):
         """x (B, C, H, W) -> gamma * attention + x, of the same shape."""
         feature_map("ChannelAttention", "input", x, self.in_channels)
         return residual_channel_attention(x, self.gamma, self.scale)
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def extra_repr(self) -> str:
         return f"in_channels={self.in_channels}, scale={self.scale:g}"

@@ -1,6 +1,7 @@
 """The blocks of DRANet (Dual Relation-aware Attention Network): attention to a few gathered tokens."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,10 @@ class CompactPositionEncoder(Unscripted):
         pooled = [adaptive_avg_pool2d(x, size) for size in self.sizes]
         return torch.cat([conv(part).flatten(2) for conv, part in zip(convs, pooled, strict=True)], dim=2).mT
 
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> Tensor: ...
+
 
 class CompactPositionAttention(ScalarShapes):
     r"""DRANet's compact position attention: every position attends to the gathered tokens (S != T on the fused op).
@@ -83,6 +88,10 @@ class CompactPositionAttention(ScalarShapes):
         self._check_tokens(x, tokens)
         key, value = self.conv_key(tokens).mT, self.conv_value(tokens).mT
         return self.scale * position_attention(self.conv_query(x), key, value) + x
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor, tokens: Tensor) -> Tensor: ...
 
     def _check_tokens(self, x: Tensor, tokens: Tensor) -> None:
         if is_recorded(x, tokens):
@@ -121,6 +130,10 @@ class CompactChannelAttention(ScalarShapes):
         feature_map("CompactChannelAttention", "gathered", gathered, None)
         same_size("CompactChannelAttention", "gathered", gathered, "input", x)
         return x + self.scale * channel_attention(x, gathered, gathered, -1.0)
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor, gathered: Tensor) -> Tensor: ...
 
 
 class CrossLevelGatingDecoder(ScalarShapes):
@@ -175,3 +188,7 @@ class CrossLevelGatingDecoder(ScalarShapes):
         gate = self.gamma * self.conv_att(torch.cat([low, high], dim=1))
         y: Tensor = self.conv_out(self.conv_cat(torch.cat([gate * low, high], dim=1)))
         return y
+
+    if TYPE_CHECKING:
+
+        def __call__(self, low: Tensor, high: Tensor) -> Tensor: ...

@@ -1,5 +1,7 @@
 """Criss-cross attention: CCNet's block and its recurrence."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -50,6 +52,10 @@ class CrissCrossAttention(ScalarShapes):
         feature_map("CrissCrossAttention", "input", x, self.in_channels)
         return self._attend(x)
 
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> Tensor: ...
+
     def extra_repr(self) -> str:
         return f"in_channels={self.in_channels}, key_channels={self.key_channels}, scale={self.scale:g}"
 
@@ -83,6 +89,10 @@ class RecurrentCrissCrossAttention(CrissCrossAttention):
         for _ in range(self.recurrence):
             x = self._attend(x)
         return x
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recurrence={self.recurrence}"

@@ -1,5 +1,7 @@
 """DAModule: the dual attention variant of the External-Attention collection, in scaled dot-product form."""
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
 from ..ops.channel import channel_attention
@@ -42,6 +44,10 @@ class _PositionBranch(Unscripted):
         output: Tensor = projected.mT.unflatten(2, x.shape[2:])
         return output
 
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> Tensor: ...
+
 
 class _ChannelBranch(Unscripted):
     def __init__(self, channels: int, kernel_size: int, positions: int | None) -> None:
@@ -57,6 +63,10 @@ class _ChannelBranch(Unscripted):
         scaled = x * (x.shape[2] * x.shape[3]) ** -0.25
         y = channel_attention(scaled, scaled, x, 1.0)
         return y if self.pa is None else self.pa.fc_o(y.flatten(2)).unflatten(2, x.shape[2:])
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
 
 class DAModule(Unscripted):
@@ -112,6 +122,10 @@ class DAModule(Unscripted):
         position = self.position_attention_module(x)  # a transposed view
         y: Tensor = self.channel_attention_module(x) + position  # in the memory format of the first summand
         return y
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, size={self.size or 'any'}"

@@ -1,6 +1,7 @@
 """Non-local blocks in 1, 2 and 3 spatial dimensions, in all four modes of the paper."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -81,6 +82,10 @@ class _NonLocal(Unscripted):
                 raise ValueError(f"{name}: sub_sample needs sides of at least 2 to halve (got {tuple(pooled)})")
         y: Tensor = self.W(self._aggregate(x))
         return x + y
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def _aggregate(self, x: Tensor) -> Tensor:
         """x (B, C, *spatial) -> y (B, inter_channels, *spatial)."""

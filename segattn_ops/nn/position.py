@@ -1,5 +1,7 @@
 """Position attention: DANet's PAM."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -43,6 +45,10 @@ class PositionAttention(ScalarShapes):
         """x (B, C, H, W) -> gamma * attention + x, of the same shape."""
         feature_map("PositionAttention", "input", x, self.in_channels)
         return self.gamma * position_attention(self.query_conv(x), self.key_conv(x), self.value_conv(x), self.scale) + x
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def extra_repr(self) -> str:
         return f"in_channels={self.in_channels}, key_channels={self.key_channels}, scale={self.scale:g}"

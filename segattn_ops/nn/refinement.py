@@ -1,5 +1,7 @@
 """The two blocks of DFN (Discriminative Feature Network)."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -50,6 +52,10 @@ class ChannelAttentionBlock(Unscripted):
         gate: Tensor = self.conv2(self.conv1(pooled).relu()).sigmoid()
         return gate * low + high
 
+    if TYPE_CHECKING:
+
+        def __call__(self, high: Tensor, low: Tensor) -> Tensor: ...
+
 
 class RefinementResidualBlock(Unscripted):
     r"""DFN's refinement residual block (RRB).
@@ -88,3 +94,7 @@ class RefinementResidualBlock(Unscripted):
         x = self.conv1(x)
         y: Tensor = x + self.conv3(self.bn(self.conv2(x)).relu())
         return y.relu() if self.final_relu else y
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> Tensor: ...
