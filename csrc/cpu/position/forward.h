@@ -28,6 +28,18 @@ struct PositionForwardArguments {
   AccumulatorOf<T>* logsumexp;  // (B, N)
   PositionSizes sizes;
   AccumulatorOf<T> scale;
+
+  PositionForwardArguments of_samples(std::int64_t first, std::int64_t samples) const {
+    PositionForwardArguments part = *this;
+    part.sizes.batch = samples;
+    part.query = advance(query, first * sizes.queries * sizes.key_channels);
+    part.key = advance(key, first * sizes.keys * sizes.key_channels);
+    part.value = advance(value, first * sizes.keys * sizes.value_channels);
+    part.output = advance(output, first * sizes.queries * sizes.value_channels);
+    part.output_low = advance(output_low, first * sizes.queries * sizes.value_channels);
+    part.logsumexp = advance(logsumexp, first * sizes.queries);
+    return part;
+  }
 };
 
 template <class T>
