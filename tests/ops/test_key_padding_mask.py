@@ -20,7 +20,7 @@ SHAPES = [
     (1, 1, 1, (1,), (3,)),
     (2, 9, 7, (4, 5), (2, 5, 15)),
 ]
-LARGE_SHAPES = [(2, 33, 70, (13, 29), (37, 19)), (3, 16, 520, (20, 21), (26, 26))]
+LARGE_SHAPES = [(2, 33, 70, (13, 29), (37, 19)), (2, 16, 264, (9, 21), (26, 26))]
 
 
 def padding_of(batch: int, spatial: tuple[int, ...], seed: int = 0) -> Tensor:
@@ -173,12 +173,11 @@ def test_a_mask_without_padding_changes_nothing(backend, keys, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("energy", [4.0, 8.0])
-def test_region_features(backend, energy, dtype):
+def test_region_features(backend, dtype):
     """tests/ops/test_region_features.py says why. The picture's lower right part is padding."""
-    height, width = (13, 11) if backend.name == "emulated" else (33, 33)
-    channels = (16, 32) if backend.name == "emulated" else (64, 128)
-    inputs = list(region_features(height, width, *channels, dtype, energy, seed=0))
+    height, width = (13, 11) if backend.name == "emulated" else (24, 24)
+    channels = (16, 32)
+    inputs = list(region_features(height, width, *channels, dtype, 4.0))
     mask = padding_of(1, (height, width))
     gradients = [torch.randn(1, n, height, width, generator=torch.Generator().manual_seed(n)) for n in (channels[1], 1)]
     gradients[0] = gradients[0].to(dtype)

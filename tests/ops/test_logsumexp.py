@@ -43,7 +43,7 @@ OPS = {
 }
 # Few keys are one tile of the CPU kernels, more are several.
 CASES = [
-    *(("position_attention", i) for i in (0, 1, 4, 5, 6, 8, 9)),
+    *(("position_attention", i) for i in (0, 1, 4, 5, 6, 8)),
     *(("criss_cross_attention", i) for i in (0, 1, 2, 3, 5, 7)),
 ]
 CASE_IDS = [f"{op}-{BY_OPERATOR[op].cases[i]}" for op, i in CASES]
@@ -73,8 +73,6 @@ def cast(inputs: list[Tensor], dtype: torch.dtype, device: str = "cpu") -> list[
 def test_a_gradient_of_both_results(backend, op, case, dtype):
     family = BY_OPERATOR[op]
     case = family.cases[case]
-    if case.large and not backend.runs_large:
-        pytest.skip("too large for the emulator")
     function, definition, eager = OPS[op]
     inputs = family.make(case, dtype)
     query, value = case.shapes[0], case.shapes[2]
@@ -110,21 +108,19 @@ def test_a_gradient_of_the_logsumexp_alone(backend, op, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("size", [0.01, 1.0])
-@pytest.mark.parametrize("keys", ["all", "few"])
-@pytest.mark.parametrize("op", OPS)
-def test_region_features(backend, op, keys, size, dtype):
+@pytest.mark.parametrize(
+    ("op", "keys"), [("position_attention", "all"), ("position_attention", "few"), ("criss_cross_attention", "all")]
+)
+def test_region_features(backend, op, keys, dtype):
     """tests/ops/test_region_features.py says why. The sum of dS over the keys is grad_logsumexp, not 0."""
-    if op == "criss_cross_attention" and keys == "few":
-        pytest.skip("the keys are those of row and column")
-    height, width = (13, 11) if backend.name == "emulated" else (33, 33)
-    channels = (16, 32) if backend.name == "emulated" else (64, 128)
+    height, width = (13, 11) if backend.name == "emulated" else (24, 24)
+    channels = (16, 32)
     function, definition, eager = OPS[op]
     inputs = list(region_features(height, width, *channels, dtype, 4.0))
     if keys == "few":
         inputs[1:] = [t.flatten(2)[..., :: height * width // 100].contiguous() for t in inputs[1:]]
     grad_output, grad_logsumexp = normal((1, channels[1], height, width), (1, height, width), seed=1)
-    gradients = grad_output.to(dtype), size * grad_logsumexp.float()
+    gradients = grad_output.to(dtype), 0.1 * grad_logsumexp.float()
     got = results(function, cast(inputs, dtype, backend.device), 1.0, *gradients, return_logsumexp=True)
     eagerly = results(eager, inputs, 1.0, *gradients)
     exact = results(definition, cast(inputs, torch.float64), 1.0, *gradients)

@@ -6,7 +6,6 @@
 #include <limits>
 #include <type_traits>
 
-#include "checks/position.h"
 #include "cpu/common/exp.h"
 #include "cpu/common/pack.h"
 #include "cpu/common/parallel.h"

@@ -10,37 +10,13 @@
 
 #include <cmath>
 
-#include "checks/position.h"
 #include "cpu/common/exp.h"
 #include "cpu/common/pack.h"
 #include "cpu/common/parallel.h"
 #include "cpu/common/range.h"
+#include "cpu/position/arguments.h"
 
 namespace segattn::cpu {
-
-template <class T>
-struct PositionForwardArguments {
-  const T* query;               // (B, E, N)
-  const T* key;                 // (B, E, M)
-  const T* value;               // (B, C, M)
-  T* output;                    // (B, C, N)
-  T* output_low;                // (B, C, N), the rounding error of output; null: not computed
-  AccumulatorOf<T>* logsumexp;  // (B, N)
-  PositionSizes sizes;
-  AccumulatorOf<T> scale;
-
-  PositionForwardArguments of_samples(std::int64_t first, std::int64_t samples) const {
-    PositionForwardArguments part = *this;
-    part.sizes.batch = samples;
-    part.query = advance(query, first * sizes.queries * sizes.key_channels);
-    part.key = advance(key, first * sizes.keys * sizes.key_channels);
-    part.value = advance(value, first * sizes.keys * sizes.value_channels);
-    part.output = advance(output, first * sizes.queries * sizes.value_channels);
-    part.output_low = advance(output_low, first * sizes.queries * sizes.value_channels);
-    part.logsumexp = advance(logsumexp, first * sizes.queries);
-    return part;
-  }
-};
 
 template <class T>
 class PositionForward {

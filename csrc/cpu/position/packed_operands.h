@@ -9,17 +9,10 @@
 // i * channels of each array (pairs: half of that), so a tile's operands are found by its first position.
 #pragma once
 
-#include "checks/position.h"
 #include "cpu/common/pack.h"
+#include "cpu/position/arguments.h"
 
 namespace segattn::cpu {
-
-// Which gradients are wanted.
-struct PositionGradients {
-  bool query, key, value;
-  // Whether any needs dP and dS.
-  bool of_energies() const { return query || key; }
-};
 
 template <class T>
 struct KeyOperands {
