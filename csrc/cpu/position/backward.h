@@ -31,7 +31,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <numeric>
 
 #include "cpu/common/exp.h"
 #include "cpu/common/parallel.h"
@@ -109,7 +108,7 @@ class PositionBackward {
     A* mean_keys;           // M, laid out like grad_query
     A* grad_sum;            // (samples, N), s
     A *grad_key, *grad_value;
-    P* operands;  // null where each unit packs its own
+    P* operands;  // where a unit does not pack its own
   };
 
   // Memory of a unit.
@@ -145,27 +144,22 @@ class PositionBackward {
     const PositionSchedule schedule(samples, n_, m_, packing());
     const std::int64_t copies = samples * schedule.replicas;
     const std::int64_t query_sums = keeps_query_sums(schedule) ? samples * panels_size<P>(e_, n_) : 0;
-    const std::int64_t sums[] = {
-        samples * n_,
-        samples * n_,
-        samples * n_,
-        wanted_.query ? query_sums : 0,
-        subtracts_mean_keys() ? query_sums : 0,
-        wanted_.key ? copies * m_ * padded_columns<P>(e_) : 0,
-        wanted_.value ? copies * m_ * padded_columns<P>(c_) : 0};
-    const Buffer<A> memory(std::accumulate(std::begin(sums), std::end(sums), std::int64_t{0}));
-    const auto part = [&](int index) { return std::accumulate(sums, sums + index, memory.data()); };
+    const Buffer<A> delta(samples * n_), correction(samples * n_), grad_sum(samples * n_);
+    const Buffer<A> grad_query(wanted_.query ? query_sums : 0);
+    const Buffer<A> mean_keys(subtracts_mean_keys() ? query_sums : 0);
+    const Buffer<A> grad_key(wanted_.key ? copies * m_ * padded_columns<P>(e_) : 0);
+    const Buffer<A> grad_value(wanted_.value ? copies * m_ * padded_columns<P>(c_) : 0);
     const Buffer<P> operands(shares_operands() ? samples * operands_size(wanted_) : 0);
     const Shared shared{
         .first_sample = first_sample,
-        .delta = part(0),
-        .correction = part(1),
-        .grad_query = part(3),
-        .mean_keys = part(4),
-        .grad_sum = part(2),
-        .grad_key = part(5),
-        .grad_value = part(6),
-        .operands = shares_operands() ? operands.data() : nullptr};
+        .delta = delta.data(),
+        .correction = correction.data(),
+        .grad_query = grad_query.data(),
+        .mean_keys = mean_keys.data(),
+        .grad_sum = grad_sum.data(),
+        .grad_key = grad_key.data(),
+        .grad_value = grad_value.data(),
+        .operands = operands.data()};
     if (shares_operands()) {
       const std::int64_t groups = schedule.key_groups + schedule.query_groups;
       parallel_units(samples * groups, 0, [&](std::int64_t index, Scratch&) {
