@@ -1,6 +1,7 @@
 """Internals of the CPU kernels of criss-cross and channel attention: threads, work, memory, long lines."""
 
 import ctypes
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -35,9 +36,9 @@ def multiply_adds():
     take = library.segattn_cpu_take_multiply_adds
     take.restype = ctypes.c_int64
 
-    def of(function, *args) -> int:
+    def of(function, *args, **kwargs) -> int:
         take()
-        function(*args)
+        function(*args, **kwargs)
         return take()
 
     return of
@@ -51,7 +52,7 @@ def run_criss_cross(height: int, width: int, dtype: torch.dtype) -> list[torch.T
     torch.manual_seed(1)
     q, k, v, grad = feature_maps(12, 12, 37, 37, height=height, width=width, dtype=dtype)
     output, logsumexp, low = OPERATORS.criss_cross_attention(q, k, v, 0.5)
-    grads = OPERATORS.criss_cross_attention_backward(grad, q, k, v, output, logsumexp, 0.5, low)
+    grads = OPERATORS.criss_cross_attention_backward(grad, q, k, v, output, logsumexp, 0.5, low, keys_complete=True)
     affinity = OPERATORS.criss_cross_affinity(q, k)
     results = [output, logsumexp, *grads, affinity, OPERATORS.criss_cross_aggregation(affinity, v)]
     results += OPERATORS.criss_cross_affinity_backward(affinity, q, k)
@@ -118,9 +119,56 @@ def test_criss_cross_work_is_the_arithmetic(multiply_adds, dtype, size, padding)
     forward = multiply_adds(OPERATORS.criss_cross_attention, q, k, v, 1.0)
     assert pairs * 96 <= forward <= pairs * 96 * padding
     arguments = (grad, q, k, v, output, logsumexp, 1.0, low)
-    backward = multiply_adds(OPERATORS.criss_cross_attention_backward, *arguments)
-    products = pairs * (3 * 32 + 2 * 64) + size**3 * 32
-    assert products <= backward <= products * padding
+    for complete in (False, True):
+        backward = multiply_adds(OPERATORS.criss_cross_attention_backward, *arguments, keys_complete=complete)
+        products = pairs * (3 * 32 + 2 * 64) + complete * size**3 * 32
+        assert products <= backward <= products * padding
+
+
+SUBSETS = [list(needs) for needs in itertools.product([False, True], repeat=3)]
+
+
+@pytest.mark.parametrize("needs", SUBSETS, ids=str)
+def test_criss_cross_work_of_the_gradients_that_are_asked_for(multiply_adds, needs):
+    size = 48
+    q, k, v, grad = feature_maps(32, 32, 64, 64, height=size, width=size, dtype=torch.float32)
+    output, logsumexp, low = OPERATORS.criss_cross_attention(q, k, v, 1.0)
+    arguments = (grad, q, k, v, output, logsumexp, 1.0, low, None, needs, True)
+    for_query, for_key, for_value = needs
+    channels = (any(needs) + for_query + for_key) * 32 + ((for_query or for_key) + for_value) * 64
+    expected = 2 * size**3 * channels + for_query * size**3 * 32  # the rows' mean key
+    assert multiply_adds(OPERATORS.criss_cross_attention_backward, *arguments) == expected
+
+
+@pytest.mark.parametrize("needs", SUBSETS, ids=str)
+def test_channel_work_of_the_gradients_that_are_asked_for(multiply_adds, needs):
+    q, k, v, grad = (torch.randn(1, 96, 480) for _ in range(4))
+    for_query, for_key, for_value = needs
+    products = any(needs) + (for_query or for_key) + sum(needs)
+    assert multiply_adds(OPERATORS.channel_attention_backward, grad, q, k, v, 0.1, needs) == products * 96 * 96 * 480
+
+
+def test_work_of_the_gradients_of_two_inputs(multiply_adds):
+    """Half of the symmetric energy is computed, in blocks of up to 48 on the diagonal."""
+    x, grad = torch.randn(1, 96, 480), torch.randn(1, 96, 480)
+    gamma = torch.ones(1, 96)
+    work = {
+        needs: multiply_adds(OPERATORS.channel_self_attention_backward, grad, x, 0.1, gamma, list(needs))
+        for needs in itertools.product([False, True], repeat=2)
+    }
+    product = 96 * 96 * 480
+    assert work[False, False] == 0
+    assert 1.5 * product <= work[False, True] <= 1.8 * product  # energy, dP
+    assert work[True, True] == work[True, False] == work[False, True] + 2 * product
+    q, k, v, grad = feature_maps(32, 32, 64, 64, height=48, width=48, dtype=torch.float32)
+    affinity = OPERATORS.criss_cross_affinity(q, k)
+    pairs = 2 * 48**3
+    for needs in itertools.product([False, True], repeat=2):
+        count = sum(needs)
+        function = OPERATORS.criss_cross_affinity_backward
+        assert multiply_adds(function, affinity, q, k, list(needs)) == count * pairs * 32
+        function = OPERATORS.criss_cross_aggregation_backward
+        assert multiply_adds(function, grad, affinity, v, list(needs)) == count * pairs * 64
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 5, 300, 6), (1, 3, 5, 7, 600), (1, 2, 3, 1, 257), (1, 2, 3, 129, 1)])
@@ -153,8 +201,9 @@ operators = torch.ops.segattn
 
 def run(x, q):
     if op == "criss_cross":
-        output, logsumexp, low = operators.criss_cross_attention(q, q, x, 1.0)
-        return output, operators.criss_cross_attention_backward(x, q, q, x, output, logsumexp, 1.0, low)
+        output, *statistics = operators.criss_cross_attention(q, q, x, 1.0)
+        backward = operators.criss_cross_attention_backward
+        return output, backward(x, q, q, x, output, statistics[0], 1.0, statistics[1], keys_complete=True)
     output, logsumexp = operators.channel_self_attention(x, -1.0)
     return output, operators.channel_self_attention_backward(x, x, -1.0)
 

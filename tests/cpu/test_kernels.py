@@ -1,6 +1,7 @@
 """Internals of the CPU kernels: exp, work, memory, threads, every instruction set that this processor supports."""
 
 import ctypes
+import itertools
 import os
 import subprocess
 import sys
@@ -90,7 +91,9 @@ def position_forward_backward(query, key, value, grad_output, scale=0.3):
     operators = torch.ops.segattn
     output, logsumexp, low = operators.position_attention(query, key, value, scale, True)
     low = low if low.shape[1] > 0 else None
-    gradients = operators.position_attention_backward(grad_output, query, key, value, output, logsumexp, scale, low)
+    gradients = operators.position_attention_backward(
+        grad_output, query, key, value, output, logsumexp, scale, low, keys_complete=True
+    )
     return output, logsumexp, *gradients
 
 
@@ -173,18 +176,65 @@ def test_keys_of_minus_infinity_have_no_gradient(dtype, queries):
     ids=str,
 )
 def test_position_work(library, shape, overhead, dtype):
-    """Multiply-adds, padding included, against NM(E + C) forward and NM(3E + 2C) backward. float32 adds NME for the
-    mean keys where the keys are more than one tile."""
+    """Multiply-adds, padding included, against NM(E + C) forward and NM(3E + 2C) backward. Where the keys are complete
+    and more than one tile, float32 adds NME for the mean keys."""
     query, key, value, grad_output = position_inputs(shape, dtype)
     _, e, c, n, m = shape
     library.segattn_cpu_take_multiply_adds()
     output, logsumexp, _ = torch.ops.segattn.position_attention(query, key, value, 0.1)
     forward = library.segattn_cpu_take_multiply_adds()
-    torch.ops.segattn.position_attention_backward(grad_output, query, key, value, output, logsumexp, 0.1)
-    backward = library.segattn_cpu_take_multiply_adds()
     assert n * m * (e + c) <= forward <= overhead * n * m * (e + c)
-    products = (4 if dtype == torch.float32 and m > 128 else 3) * e + 2 * c
-    assert n * m * products <= backward <= overhead * n * m * products
+    for complete in (False, True):
+        torch.ops.segattn.position_attention_backward(
+            grad_output, query, key, value, output, logsumexp, 0.1, keys_complete=complete
+        )
+        backward = library.segattn_cpu_take_multiply_adds()
+        products = (4 if complete and dtype == torch.float32 and m > 128 else 3) * e + 2 * c
+        assert n * m * products <= backward <= overhead * n * m * products
+
+
+SUBSETS = [list(needs) for needs in itertools.product([False, True], repeat=3)]
+
+
+@pytest.mark.parametrize("needs", SUBSETS, ids=str)
+@pytest.mark.parametrize("keys", [96, 480])
+def test_position_work_of_the_gradients_that_are_asked_for(library, keys, needs):
+    """Multiply-adds and packed elements. Sizes without padding; operands are shared by all units."""
+    e, c, n = 16, 48, 480
+    inputs = position_inputs((1, e, c, n, keys), torch.float32)
+    query, key, value, grad_output = inputs
+    output, logsumexp, _ = torch.ops.segattn.position_attention(query, key, value, 0.1)
+    library.segattn_cpu_take_multiply_adds(), library.segattn_cpu_take_packed()
+    torch.ops.segattn.position_attention_backward(
+        grad_output, query, key, value, output, logsumexp, 0.1, needs_input_grad=needs, keys_complete=True
+    )
+    for_query, for_key, for_value = needs
+    energies, mean_keys = for_query or for_key, for_query and keys > 128
+    products = (any(needs) + mean_keys + for_query + for_key) * e + (energies + for_value) * c
+    assert library.segattn_cpu_take_multiply_adds() == n * keys * products
+    of_a_key = (any(needs) + for_query) * e + energies * c
+    of_a_query = (any(needs) + for_key) * e + (energies + for_value) * c
+    assert library.segattn_cpu_take_packed() == keys * of_a_key + n * of_a_query
+
+
+def test_padding_takes_no_arithmetic(library):
+    """Keys that are padding cost neither products nor packing: a call with 480 keys of 960 is one with 480."""
+    query, key, value, grad_output = position_inputs((2, 16, 48, 480, 960), torch.float32)
+    mask = torch.zeros(2, 960, dtype=torch.bool)
+    mask[:, 1::2] = True
+
+    def work(key, value, mask) -> list[int]:
+        library.segattn_cpu_take_multiply_adds(), library.segattn_cpu_take_packed()
+        output, logsumexp, _ = torch.ops.segattn.position_attention(query, key, value, 0.1, False, mask)
+        torch.ops.segattn.position_attention_backward(
+            grad_output, query, key, value, output, logsumexp, 0.1, key_padding_mask=mask, keys_complete=True
+        )
+        return [library.segattn_cpu_take_multiply_adds(), library.segattn_cpu_take_packed()]
+
+    kept = work(key[..., ::2].contiguous(), value[..., ::2].contiguous(), None)
+    assert work(key, value, mask) == kept
+    assert kept[0] > 0 and kept[1] > 0
+    assert work(key, value, torch.ones_like(mask)) == [0, 0]
 
 
 @pytest.mark.parametrize(
@@ -203,7 +253,9 @@ def test_position_packing(library, shape, key_times, query_times):
     _, e, c, n, m = shape
     output, logsumexp, _ = torch.ops.segattn.position_attention(query, key, value, 0.1)
     library.segattn_cpu_take_packed()
-    torch.ops.segattn.position_attention_backward(grad_output, query, key, value, output, logsumexp, 0.1)
+    torch.ops.segattn.position_attention_backward(
+        grad_output, query, key, value, output, logsumexp, 0.1, keys_complete=True
+    )
     assert library.segattn_cpu_take_packed() == key_times * m * (2 * e + c) + query_times * n * (2 * e + 2 * c)
 
 
@@ -224,7 +276,9 @@ def forward_backward(size):
         clear.write("5")  # resets the peak
     before = memory("VmRSS")
     output, logsumexp, _ = operators.position_attention(query, key, value, 0.1)
-    gradients = operators.position_attention_backward(grad_output, query, key, value, output, logsumexp, 0.1)
+    gradients = operators.position_attention_backward(
+        grad_output, query, key, value, output, logsumexp, 0.1, keys_complete=True
+    )
     return memory("VmHWM") - before - sum(t.nbytes for t in (output, logsumexp, *gradients))
 
 torch.set_num_threads(2)

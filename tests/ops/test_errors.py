@@ -100,6 +100,8 @@ BAD = [
     ("criss_cross_attention", CRISS_CROSS, {"key": t(2, 8, 5, 7, dtype=torch.bfloat16)}, "key must be float32"),
     ("criss_cross_attention", CRISS_CROSS, {"scale": math.nan}, "scale must be finite (got nan)"),
 ]
+PADDING = t(2, 3, 4, dtype=torch.bool)
+MASKED = {**POSITION, "with_low": False, "key_padding_mask": PADDING}
 SELF = {"input": t(2, 8, 5, 7), "scale": -1.0, "gamma": t(2, 8)}
 TENSORS = ("query", "key", "value")
 POSITION_BACKWARD = {
@@ -109,11 +111,15 @@ POSITION_BACKWARD = {
     "logsumexp": t(2, 5, 7),
     "scale": 1.0,
     "output_low": t(2, 6, 5, 7),
+    "grad_logsumexp": t(2, 5, 7),
+    "needs_input_grad": [True, True, True],
+    "key_padding_mask": PADDING,
+    "keys_complete": False,
 }
-CHANNEL_BACKWARD = {"grad_output": t(2, 8, 3), **CHANNEL}
-SELF_BACKWARD = {"grad_output": t(2, 8, 5, 7), **SELF}
-AFFINITY_BACKWARD = {"grad_affinity": t(2, 11, 5, 7), **AFFINITY}
-AGGREGATION_BACKWARD = {"grad_output": t(2, 6, 5, 7), **AGGREGATION}
+CHANNEL_BACKWARD = {"grad_output": t(2, 8, 3), **CHANNEL, "needs_input_grad": [True, True, True]}
+SELF_BACKWARD = {"grad_output": t(2, 8, 5, 7), **SELF, "needs_input_grad": [True, True]}
+AFFINITY_BACKWARD = {"grad_affinity": t(2, 11, 5, 7), **AFFINITY, "needs_input_grad": [True, True]}
+AGGREGATION_BACKWARD = {"grad_output": t(2, 6, 5, 7), **AGGREGATION, "needs_input_grad": [True, True]}
 CRISS_CROSS_BACKWARD = {
     "grad_output": t(2, 6, 5, 7),
     **{name: CRISS_CROSS[name] for name in TENSORS},
@@ -121,6 +127,9 @@ CRISS_CROSS_BACKWARD = {
     "logsumexp": t(2, 5, 7),
     "scale": 1.0,
     "logsumexp_low": t(2, 5, 7),
+    "grad_logsumexp": t(2, 5, 7),
+    "needs_input_grad": [True, True, True],
+    "keys_complete": False,
 }
 
 
@@ -130,6 +139,16 @@ def bad(op, good, changes):
 
 # Of the operators that no public function reaches with such arguments.
 BAD_OPERATORS = [
+    *bad(
+        "position_attention",
+        MASKED,
+        [
+            ({"key_padding_mask": PADDING.byte()}, "key_padding_mask must be bool with True for padding (got uint8)"),
+            ({"key_padding_mask": PADDING.mT}, "key_padding_mask must have shape [2, 3, 4] (got [2, 4, 3])"),
+            ({"key_padding_mask": PADDING[:1]}, "key_padding_mask must have shape [2, 3, 4] (got [1, 3, 4])"),
+            ({"key_padding_mask": PADDING.flatten(1)}, "key_padding_mask must have shape [2, 3, 4] (got [2, 12])"),
+        ],
+    ),
     *bad(
         "position_attention_backward",
         POSITION_BACKWARD,
@@ -150,6 +169,11 @@ BAD_OPERATORS = [
             ({"scale": math.nan}, "scale must be finite (got nan)"),
             ({"output_low": t(2, 6, 5, 8)}, "output_low must have shape [2, 6, 5, 7] like output (got [2, 6, 5, 8])"),
             ({"output_low": t(2, 6, 5, 7).half()}, "output_low must be float32 like query (got float16)"),
+            ({"grad_logsumexp": t(2, 5, 6)}, "grad_logsumexp must have shape [2, 5, 7] like logsumexp (got [2, 5, 6])"),
+            ({"grad_logsumexp": t(2, 5, 7).double()}, "grad_logsumexp must be float32 like logsumexp (got float64)"),
+            ({"needs_input_grad": [True, True]}, "needs_input_grad must have 3 entries (got 2)"),
+            ({"key_padding_mask": t(2, 3, 4)}, "key_padding_mask must be bool with True for padding (got float32)"),
+            ({"key_padding_mask": PADDING.mT}, "key_padding_mask must have shape [2, 3, 4] (got [2, 4, 3])"),
         ],
     ),
     *bad(
@@ -166,6 +190,7 @@ BAD_OPERATORS = [
             ({"grad_output": t(2, 8, 4)}, "grad_output must have spatial size [3] like value (got [4])"),
             ({"value": t(2, 5, 3)}, "value must have 4 channels like key (got 5)"),
             ({"scale": math.inf}, "scale must be finite (got inf)"),
+            ({"needs_input_grad": []}, "needs_input_grad must have 3 entries (got 0)"),
         ],
     ),
     *bad(
@@ -193,6 +218,7 @@ BAD_OPERATORS = [
             ({"gamma": t(2, 1)}, "gamma must have shape [2, 8] (got [2, 1])"),
             ({"gamma": t(2, 8).half()}, "gamma must be float32 for these inputs (got float16)"),
             ({"scale": math.nan}, "scale must be finite (got nan)"),
+            ({"needs_input_grad": [False] * 3}, "needs_input_grad must have 2 entries (got 3)"),
         ],
     ),
     *bad(
@@ -208,6 +234,7 @@ BAD_OPERATORS = [
             ({"grad_affinity": t(1, 11, 5, 7)}, "grad_affinity must have batch size 2 like query (got 1)"),
             ({"grad_affinity": t(2, 11, 7, 5)}, "grad_affinity must have spatial size [5, 7] like query (got [7, 5])"),
             ({"key": t(2, 9, 5, 7)}, "key must have 8 channels like query (got 9)"),
+            ({"needs_input_grad": [True]}, "needs_input_grad must have 2 entries (got 1)"),
         ],
     ),
     *bad(
@@ -217,6 +244,7 @@ BAD_OPERATORS = [
             ({"grad_output": t(2, 5, 5, 7)}, "grad_output must have shape [2, 6, 5, 7] like value (got [2, 5, 5, 7])"),
             ({"grad_output": t(2, 6, 5, 7).double()}, "grad_output must be float32 like value (got float64)"),
             ({"attention": t(2, 12, 5, 7)}, "attention must have H + W - 1 = 11 channels (got 12)"),
+            ({"needs_input_grad": [True] * 3}, "needs_input_grad must have 2 entries (got 3)"),
         ],
     ),
     *bad(
@@ -231,6 +259,9 @@ BAD_OPERATORS = [
             ({"logsumexp": t(2, 5, 7).double()}, "logsumexp must be float32 for these inputs (got float64)"),
             ({"logsumexp_low": t(2, 7, 5)}, "logsumexp_low must have shape [2, 5, 7] like logsumexp (got [2, 7, 5])"),
             ({"logsumexp_low": t(2, 5, 7).double()}, "logsumexp_low must be float32 like logsumexp (got float64)"),
+            ({"grad_logsumexp": t(2, 7, 5)}, "grad_logsumexp must have shape [2, 5, 7] like logsumexp (got [2, 7, 5])"),
+            ({"grad_logsumexp": t(2, 5, 7).half()}, "grad_logsumexp must be float32 like logsumexp (got float16)"),
+            ({"needs_input_grad": [True] * 4}, "needs_input_grad must have 3 entries (got 4)"),
             ({"scale": -math.inf}, "scale must be finite (got -inf)"),
         ],
     ),
@@ -263,6 +294,13 @@ def test_bad_operator_input(kernels, op, good, change, message):
     operator = getattr(kernels.operators, op)
     operator(*moved(kernels.device, good))
     assert f"{op}: {message}" in message_of(operator, moved(kernels.device, {**good, **change}))
+
+
+@pytest.mark.parametrize("mask", [PADDING.byte(), PADDING.mT], ids=["dtype", "shape"])
+def test_a_bad_mask_of_the_public_function(backend, mask):
+    good = dict(zip(POSITION, moved(backend.device, POSITION), strict=True))
+    with pytest.raises(RuntimeError, match="^position_attention: key_padding_mask must "):
+        segattn_ops.position_attention(**good, key_padding_mask=mask.to(backend.device))
 
 
 FAKE = [*BAD, *BAD_OPERATORS]
@@ -498,6 +536,7 @@ NOT_TENSORS = [
     ("position_attention", POSITION, "query", np.zeros((2, 8, 5, 7))),
     ("criss_cross_aggregation", AGGREGATION, "value", np.zeros(3)),
     ("position_attention", POSITION, "key", [1.0]),
+    ("position_attention", POSITION, "key_padding_mask", [True]),
     ("channel_attention", CHANNEL, "query", None),
     ("criss_cross_attention", CRISS_CROSS, "value", 1.0),
     ("criss_cross_affinity", AFFINITY, "query", "q"),

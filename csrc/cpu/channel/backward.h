@@ -4,6 +4,8 @@
 //   one input      grad_input = P^T grad_output + (dS + dS^T) input, in one pass over positions
 //   with gamma     the same with gamma P for P and gamma dP for dP, + grad_output; grad_gamma = rowsum(P dP)
 //
+// A gradient that is not wanted takes no product, no matrix and no store.
+//
 // The weights are recomputed from whole rows of energies with their own maximum, as in the forward pass, not as
 // exp(energy - logsumexp). DANet's energies are in the thousands, where the rounding of logsumexp alone is an error of
 // 2.4e-4 of every weight in float32.
@@ -21,11 +23,11 @@ struct ChannelBackwardArguments {
   const T* query;                 // (B, C, S); null: one input, passed as key and value, T = S
   const T* key;                   // (B, K, S)
   const T* value;                 // (B, K, T)
-  T* grad_query;                  // (B, C, S); null for one input
+  T* grad_query;                  // (B, C, S); null for one input. This and the next two: null if not wanted
   T* grad_key;                    // (B, K, S); for one input: its gradient
   T* grad_value;                  // (B, K, T); null for one input
   const AccumulatorOf<T>* gamma;  // (B, C); null: no gamma
-  AccumulatorOf<T>* grad_gamma;   // (B, C); null for three inputs
+  AccumulatorOf<T>* grad_gamma;   // (B, C); null for three inputs and if not wanted
   ChannelSizes sizes;
   AccumulatorOf<T> scale;
 };
@@ -55,19 +57,34 @@ class ChannelBackward {
     }
     const std::int64_t samples = samples_together(sizes_.batch, sample_size);
     const Buffer<A> energy(samples * energy_plan_.size());
-    const Buffer<A> grad(samples * grad_plan_.size());
-    const Buffer<Stored> weights(samples * matrix);
-    const Buffer<P> packed(samples * 3 * packed_size());
+    const Buffer<A> grad(differentiates_energies() ? samples * grad_plan_.size() : 0);
+    const Buffer<Stored> weights(applies_weights() ? samples * matrix : 0);
+    const Buffer<P> packed(samples * sample_packed_size());
     for (std::int64_t first = 0; first < sizes_.batch; first += samples) {
       const std::int64_t count = std::min(samples, sizes_.batch - first);
       contract(first, count, energy.data(), grad.data());
       differentiate(first, count, energy.data(), grad.data(), weights.data());
-      pack_matrices(count, grad.data(), weights.data(), packed.data());
-      apply(first, count, packed.data());
+      if (sample_packed_size() > 0) {
+        pack_matrices(count, grad.data(), weights.data(), packed.data());
+        apply(first, count, packed.data());
+      }
     }
   }
 
  private:
+  // Whether a wanted gradient needs dP, and whether one is a product with P.
+  bool differentiates_energies() const {
+    return one_input_ || arguments_.grad_query != nullptr || arguments_.grad_key != nullptr;
+  }
+  bool applies_weights() const { return (one_input_ ? arguments_.grad_key : arguments_.grad_value) != nullptr; }
+
+  // The packed matrices of a sample, of packed_size() elements each: P^T, then dS + dS^T (one input) or dS^T, then dS,
+  // as far as wanted gradients need them.
+  std::int64_t key_matrix() const { return applies_weights() ? packed_size() : 0; }
+  std::int64_t query_matrix() const { return key_matrix() + (arguments_.grad_key != nullptr ? packed_size() : 0); }
+  std::int64_t sample_packed_size() const {
+    return query_matrix() + (arguments_.grad_query != nullptr ? packed_size() : 0);
+  }
   std::int64_t packed_size() const {
     return std::max(
         packed_a_size<P>(sizes_.query_channels, sizes_.key_channels),
@@ -82,7 +99,8 @@ class ChannelBackward {
   void contract(std::int64_t first, std::int64_t samples, A* energy, A* grad) const {
     const std::size_t scratch_size = std::max(Contraction::scratch(energy_plan_), Contraction::scratch(grad_plan_));
     const std::int64_t energy_units = energy_plan_.units();
-    const std::int64_t units = one_input_ ? energy_units : energy_units + grad_plan_.units();
+    const std::int64_t units =
+        one_input_ || !differentiates_energies() ? energy_units : energy_units + grad_plan_.units();
     parallel_units(samples * units, scratch_size, [&](std::int64_t unit, Scratch& scratch) {
       const std::int64_t sample = unit % samples;
       const T* const key = arguments_.key + (first + sample) * key_size();
@@ -118,26 +136,33 @@ class ChannelBackward {
       load_rows(
           energy_plan_, energy + sample * energy_plan_.size(), one_input_ ? Storage::kUpper : Storage::kFull, row, rows,
           row_weights);
-      load_rows(grad_plan_, grad_result, Storage::kFull, row, rows, row_grad);
+      if (differentiates_energies()) {
+        load_rows(grad_plan_, grad_result, Storage::kFull, row, rows, row_grad);
+      }
       for (std::int64_t r = 0; r < rows; ++r) {
         const std::int64_t at = (first + sample) * sizes_.query_channels + row + r;
         const A gamma = arguments_.gamma == nullptr ? A(1) : arguments_.gamma[at];
         softmax_row(row_weights + r * ld_, sizes_.key_channels, arguments_.scale);
-        const A dot = softmax_row_backward(
-            row_weights + r * ld_, row_grad + r * ld_, sizes_.key_channels, arguments_.scale * gamma);
-        if (arguments_.grad_gamma != nullptr) {
-          arguments_.grad_gamma[at] = dot;
+        if (differentiates_energies()) {
+          const A dot = softmax_row_backward(
+              row_weights + r * ld_, row_grad + r * ld_, sizes_.key_channels, arguments_.scale * gamma);
+          if (arguments_.grad_gamma != nullptr) {
+            arguments_.grad_gamma[at] = dot;
+          }
         }
         if (arguments_.gamma != nullptr) {
           multiply_row(row_weights + r * ld_, sizes_.key_channels, gamma);
         }
       }
-      store_row(weights + (sample * sizes_.query_channels + row) * ld_, row_weights, rows * ld_);
-      std::copy_n(row_grad, rows * ld_, grad_result + row * ld_);
+      if (applies_weights()) {
+        store_row(weights + (sample * sizes_.query_channels + row) * ld_, row_weights, rows * ld_);
+      }
+      if (arguments_.grad_query != nullptr || arguments_.grad_key != nullptr) {
+        std::copy_n(row_grad, rows * ld_, grad_result + row * ld_);
+      }
     });
   }
 
-  // packed: [samples][3]: P^T, then dS + dS^T (one input) or dS^T and dS (three).
   void pack_matrices(std::int64_t samples, const A* grad, const Stored* weights, P* packed) const {
     const std::int64_t rows_most = std::max(sizes_.query_channels, sizes_.key_channels);
     const std::int64_t blocks = ceil_div(rows_most, kPanel);
@@ -149,7 +174,7 @@ class ChannelBackward {
           const std::int64_t row = unit % blocks * kPanel;
           pack_blocks(
               row, grad + sample * grad_plan_.size(), weights + sample * sizes_.query_channels * ld_,
-              packed + sample * 3 * packed_size(), scratch);
+              packed + sample * sample_packed_size(), scratch);
         });
   }
 
@@ -161,9 +186,11 @@ class ChannelBackward {
     const std::int64_t key_rows = std::min(kPanel, keys - row);
     A* const block = scratch.take<A>(kPanel * round_up(std::max(channels, keys), kPanel));
     auto* const stored = scratch.take<Stored>(kPanel * round_up(std::max(channels, keys), kPanel));
-    if (key_rows > 0) {
+    if (applies_weights() && key_rows > 0) {
       pack_a_from_steps<P>(packed + row * k_steps<P>(channels), weights + row, ld_, key_rows, channels);
-      P* const target = packed + packed_size() + row * k_steps<P>(channels);
+    }
+    if (arguments_.grad_key != nullptr && key_rows > 0) {
+      P* const target = packed + key_matrix() + row * k_steps<P>(channels);
       if (one_input_) {
         transpose_2d(block, ld_, grad + row, ld_, channels, key_rows);
         for (std::int64_t r = 0; r < key_rows; ++r) {
@@ -180,8 +207,8 @@ class ChannelBackward {
         pack_a_from_steps<P>(target, grad + row, ld_, key_rows, channels);
       }
     }
-    if (!one_input_ && query_rows > 0) {
-      pack_rows(packed + 2 * packed_size() + row * k_steps<P>(keys), grad + row * ld_, stored, query_rows, keys);
+    if (arguments_.grad_query != nullptr && query_rows > 0) {
+      pack_rows(packed + query_matrix() + row * k_steps<P>(keys), grad + row * ld_, stored, query_rows, keys);
     }
   }
 
@@ -198,7 +225,7 @@ class ChannelBackward {
   void apply(std::int64_t first, std::int64_t samples, const P* packed) const {
     const std::int64_t channels = sizes_.query_channels;
     const std::int64_t keys = sizes_.key_channels;
-    const auto sample_packed = [&](std::int64_t sample) { return packed + sample * 3 * packed_size(); };
+    const auto sample_packed = [&](std::int64_t sample) { return packed + sample * sample_packed_size(); };
     if (one_input_) {
       run_application<2>(
           samples, keys, sizes_.query_positions,
@@ -207,30 +234,36 @@ class ChannelBackward {
             return std::pair{
                 std::array<ApplyTerm<T>, 2>{
                     {{matrices, arguments_.grad_output + (first + sample) * output_size(), channels},
-                     {matrices + packed_size(), arguments_.key + (first + sample) * key_size(), channels}}},
+                     {matrices + key_matrix(), arguments_.key + (first + sample) * key_size(), channels}}},
                 arguments_.grad_key + (first + sample) * key_size()};
           },
           arguments_.gamma != nullptr ? Residual::kFirstSource : Residual::kNone);
       return;
     }
-    run_application<1>(samples, keys, sizes_.value_positions, [&](std::int64_t sample) {
-      const T* const source = arguments_.grad_output + (first + sample) * output_size();
-      return std::pair{
-          std::array<ApplyTerm<T>, 1>{{{sample_packed(sample), source, channels}}},
-          arguments_.grad_value + (first + sample) * value_size()};
-    });
-    run_application<1>(samples, keys, sizes_.query_positions, [&](std::int64_t sample) {
-      const T* const source = arguments_.query + (first + sample) * query_size();
-      return std::pair{
-          std::array<ApplyTerm<T>, 1>{{{sample_packed(sample) + packed_size(), source, channels}}},
-          arguments_.grad_key + (first + sample) * key_size()};
-    });
-    run_application<1>(samples, channels, sizes_.query_positions, [&](std::int64_t sample) {
-      const T* const source = arguments_.key + (first + sample) * key_size();
-      return std::pair{
-          std::array<ApplyTerm<T>, 1>{{{sample_packed(sample) + 2 * packed_size(), source, keys}}},
-          arguments_.grad_query + (first + sample) * query_size()};
-    });
+    if (arguments_.grad_value != nullptr) {
+      run_application<1>(samples, keys, sizes_.value_positions, [&](std::int64_t sample) {
+        const T* const source = arguments_.grad_output + (first + sample) * output_size();
+        return std::pair{
+            std::array<ApplyTerm<T>, 1>{{{sample_packed(sample), source, channels}}},
+            arguments_.grad_value + (first + sample) * value_size()};
+      });
+    }
+    if (arguments_.grad_key != nullptr) {
+      run_application<1>(samples, keys, sizes_.query_positions, [&](std::int64_t sample) {
+        const T* const source = arguments_.query + (first + sample) * query_size();
+        return std::pair{
+            std::array<ApplyTerm<T>, 1>{{{sample_packed(sample) + key_matrix(), source, channels}}},
+            arguments_.grad_key + (first + sample) * key_size()};
+      });
+    }
+    if (arguments_.grad_query != nullptr) {
+      run_application<1>(samples, channels, sizes_.query_positions, [&](std::int64_t sample) {
+        const T* const source = arguments_.key + (first + sample) * key_size();
+        return std::pair{
+            std::array<ApplyTerm<T>, 1>{{{sample_packed(sample) + query_matrix(), source, keys}}},
+            arguments_.grad_query + (first + sample) * query_size()};
+      });
+    }
   }
 
   // What is added to the output of an application.

@@ -40,10 +40,13 @@ std::tuple<Tensor, Tensor> channel_attention(Tensor query, Tensor key, Tensor va
 std::tuple<Tensor, Tensor, Tensor> channel_attention_backward(
     Tensor grad_output, Tensor query, Tensor key, Tensor value, double scale, std::vector<bool> needs_input_grad) {
   const ChannelSizes sizes = check_channel_attention_backward(grad_output, query, key, value, scale, needs_input_grad);
+  Tensor grad_query = new_gradient(query, needs_input_grad[0]);
+  Tensor grad_key = new_gradient(key, needs_input_grad[1]);
+  Tensor grad_value = new_gradient(value, needs_input_grad[2]);
+  if (!is_any_wanted(needs_input_grad)) {
+    return {grad_query, grad_key, grad_value};
+  }
   make_contiguous(grad_output, query, key, value);
-  Tensor grad_query = new_like(query);
-  Tensor grad_key = new_like(key);
-  Tensor grad_value = new_like(value);
   dispatch_dtype(query.scalar_type(), [&]<class T>() {
     using A = AccumulatorOf<T>;
     const ChannelBackwardArguments<T> arguments{
@@ -51,9 +54,9 @@ std::tuple<Tensor, Tensor, Tensor> channel_attention_backward(
         .query = data<T>(query),
         .key = data<T>(key),
         .value = data<T>(value),
-        .grad_query = mutable_data<T>(grad_query),
-        .grad_key = mutable_data<T>(grad_key),
-        .grad_value = mutable_data<T>(grad_value),
+        .grad_query = gradient_data<T>(grad_query, needs_input_grad[0]),
+        .grad_key = gradient_data<T>(grad_key, needs_input_grad[1]),
+        .grad_value = gradient_data<T>(grad_value, needs_input_grad[2]),
         .gamma = nullptr,
         .grad_gamma = nullptr,
         .sizes = sizes,
@@ -89,9 +92,12 @@ std::tuple<Tensor, Tensor> channel_self_attention(Tensor input, double scale, st
 std::tuple<Tensor, Tensor> channel_self_attention_backward(
     Tensor grad_output, Tensor input, double scale, std::optional<Tensor> gamma, std::vector<bool> needs_input_grad) {
   const ChannelSizes sizes = check_channel_self_attention_backward(grad_output, input, scale, gamma, needs_input_grad);
+  Tensor grad_input = new_gradient(input, needs_input_grad[0]);
+  Tensor grad_gamma = new_gradient(new_channel_statistics(input), needs_input_grad[1]);
+  if (!is_any_wanted(needs_input_grad)) {
+    return {grad_input, grad_gamma};
+  }
   make_contiguous(grad_output, input, gamma);
-  Tensor grad_input = new_like(input);
-  Tensor grad_gamma = new_channel_statistics(input);
   dispatch_dtype(input.scalar_type(), [&]<class T>() {
     using A = AccumulatorOf<T>;
     const ChannelBackwardArguments<T> arguments{
@@ -100,10 +106,10 @@ std::tuple<Tensor, Tensor> channel_self_attention_backward(
         .key = data<T>(input),
         .value = data<T>(input),
         .grad_query = nullptr,
-        .grad_key = mutable_data<T>(grad_input),
+        .grad_key = gradient_data<T>(grad_input, needs_input_grad[0]),
         .grad_value = nullptr,
         .gamma = data<A>(gamma),
-        .grad_gamma = mutable_data<A>(grad_gamma),
+        .grad_gamma = gradient_data<A>(grad_gamma, needs_input_grad[1]),
         .sizes = sizes,
         .scale = static_cast<A>(scale)};
     ChannelBackward<T>(arguments).run();

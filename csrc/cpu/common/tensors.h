@@ -1,6 +1,7 @@
 // How host code turns checked tensors into what kernels take: contiguous memory, typed pointers, new results.
 #pragma once
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -46,6 +47,21 @@ T* mutable_data(const Tensor& tensor) {
 
 inline Tensor new_like(const Tensor& tensor) {
   return torch::stable::new_empty(tensor, tensor.sizes());
+}
+
+inline bool is_any_wanted(const std::vector<bool>& needs_input_grad) {
+  return std::find(needs_input_grad.begin(), needs_input_grad.end(), true) != needs_input_grad.end();
+}
+
+// The gradient of an input, (0,) if it is not wanted.
+inline Tensor new_gradient(const Tensor& input, bool wanted) {
+  return wanted ? new_like(input) : torch::stable::new_empty(input, {0});
+}
+
+// Null if it is not wanted or has no elements.
+template <class T>
+T* gradient_data(const Tensor& gradient, bool wanted) {
+  return wanted ? mutable_data<T>(gradient) : nullptr;
 }
 
 // (B, channels, *S) for a feature map (B, _, *S)

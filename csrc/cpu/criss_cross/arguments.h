@@ -25,18 +25,25 @@ struct CrissCrossForwardArguments {
 
 template <class T>
 struct CrissCrossBackwardArguments {
-  const T* grad_output;                   // (B, C, H, W)
-  const T* query;                         // (B, E, H, W)
-  const T* key;                           // (B, E, H, W)
-  const T* value;                         // (B, C, H, W)
-  const T* output;                        // (B, C, H, W)
-  const AccumulatorOf<T>* logsumexp;      // (B, H, W)
-  const AccumulatorOf<T>* logsumexp_low;  // (B, H, W), the rounding error of logsumexp; null: unknown
-  T* grad_query;                          // (B, E, H, W)
-  T* grad_key;                            // (B, E, H, W)
-  T* grad_value;                          // (B, C, H, W)
+  const T* grad_output;                    // (B, C, H, W)
+  const T* query;                          // (B, E, H, W)
+  const T* key;                            // (B, E, H, W)
+  const T* value;                          // (B, C, H, W)
+  const T* output;                         // (B, C, H, W)
+  const AccumulatorOf<T>* logsumexp;       // (B, H, W)
+  const AccumulatorOf<T>* logsumexp_low;   // (B, H, W), the rounding error of logsumexp; null: unknown
+  const AccumulatorOf<T>* grad_logsumexp;  // (B, H, W); null: zeros
+  T* grad_query;                           // (B, E, H, W); this and the next two: null if not wanted, but one is
+  T* grad_key;                             // (B, E, H, W)
+  T* grad_value;                           // (B, C, H, W)
   CrissCrossSizes sizes;
   AccumulatorOf<T> scale;
+  bool keys_complete;  // logsumexp and output are over row and column and no other keys
+
+  // Whether a wanted gradient needs dP and dS.
+  bool differentiates_energies() const { return grad_query != nullptr || grad_key != nullptr; }
+  // Whether the sum s of dS is computed, to take its error off.
+  bool corrects_sums() const { return keys_complete && differentiates_energies(); }
 };
 
 }  // namespace segattn::cpu

@@ -4,11 +4,15 @@
 //   grad_value = grad_output P^T, grad_query = key dS, grad_key = query dS^T
 //
 // The row pass, here, writes the gradients of the rows; the column pass (column_backward.h) adds those of the columns.
+// A gradient that is not wanted takes no product and no memory. The gradient of the logsumexp enters as D -
+// grad_logsumexp in place of D.
 //
 // D is computed from an output that is rounded to its dtype. An error of D is the same for all keys of a query, so it
 // does not average out: it adds a multiple of the query's mean key, M = key P, to grad_query. In exact arithmetic the
-// sum s of a query's dS over its row and column is zero, so grad_query - s M is the same gradient, and in it the error
-// cancels. The row pass stores its parts of s and M; the column pass corrects with both parts.
+// sum of a query's dS over its row and column is scale * grad_logsumexp. With s, what it is beyond that, grad_query - s
+// M is the same gradient, and in it the error cancels. The row pass stores its parts of s and M; the column pass
+// corrects with both parts. Where logsumexp and output are over further keys, the sum is another number, and nothing is
+// corrected.
 #pragma once
 
 #include "cpu/criss_cross/column_backward.h"
@@ -28,9 +32,9 @@ class CrissCrossBackward {
   explicit CrissCrossBackward(const CrissCrossBackwardArguments<T>& arguments)
       : arguments_(arguments),
         image_{arguments.sizes.height, arguments.sizes.width},
-        delta_(arguments.sizes.batch * image_.positions()),
-        grad_sum_(arguments.sizes.batch * image_.positions()),
-        mean_key_(arguments.sizes.batch * arguments.sizes.key_channels * image_.positions()) {}
+        delta_(arguments.differentiates_energies() ? arguments.sizes.batch * image_.positions() : 0),
+        grad_sum_(arguments.corrects_sums() ? arguments.sizes.batch * image_.positions() : 0),
+        mean_key_(keeps_mean_key() ? arguments.sizes.batch * arguments.sizes.key_channels * image_.positions() : 0) {}
 
   void run() const {
     run_rows();
@@ -38,6 +42,8 @@ class CrissCrossBackward {
   }
 
  private:
+  bool keeps_mean_key() const { return arguments_.corrects_sums() && arguments_.grad_query != nullptr; }
+
   // A row's scratch memory. `weights` and `grads` are two slots of `slot` elements each: the panels in the second,
   // their transposed or packed form in the first.
   struct Workspace {
@@ -50,10 +56,10 @@ class CrissCrossBackward {
     A* key_sums = nullptr;
     A* value_sums = nullptr;
 
-    Workspace(ImageSize image, const CrissCrossSizes& sizes, const RowProducts<T>& products)
+    Workspace(ImageSize image, const CrissCrossBackwardArguments<T>& arguments, const RowProducts<T>& products)
         : columns(padded_columns<P>(image.width)),
-          key_sums_size(products.sums_size(sizes.key_channels)),
-          value_sums_size(products.sums_size(sizes.value_channels)) {
+          key_sums_size(arguments.grad_key == nullptr ? 0 : products.sums_size(arguments.sizes.key_channels)),
+          value_sums_size(arguments.grad_value == nullptr ? 0 : products.sums_size(arguments.sizes.value_channels)) {
       const std::int64_t transposed = packed_b_size<P>(image.width, products.block());
       slot = std::max(
           panels_size<P>(image.width, products.block()),
@@ -78,18 +84,20 @@ class CrissCrossBackward {
   void run_rows() const {
     const CrissCrossSizes& sizes = arguments_.sizes;
     const RowProducts<T> products(image_, std::max(sizes.key_channels, sizes.value_channels));
-    const Workspace shared(image_, sizes, products);
+    const Workspace shared(image_, arguments_, products);
     for_each_row(
         image_, sizes.batch, products, shared.scratch(),
         [&](std::int64_t sample, const RowProducts<T>& row, Scratch& scratch) {
           Workspace workspace = shared;
           workspace.take(scratch);
-          compute_delta(sample, row, workspace.delta);
+          if (arguments_.differentiates_energies()) {
+            compute_delta(sample, row, workspace.delta);
+          }
           differentiate(sample, row, workspace);
         });
   }
 
-  // D of the row's positions, stored for the column pass too.
+  // D - grad_logsumexp of the row's positions, stored for the column pass too.
   void compute_delta(std::int64_t sample, const RowProducts<T>& row, A* delta) const {
     constexpr std::int64_t kAhead = 4;
     const std::int64_t positions = image_.positions();
@@ -109,7 +117,13 @@ class CrissCrossBackward {
                 load<V>(delta + x)));
       }
     }
-    std::copy_n(delta, image_.width, delta_.data() + sample * positions + row.offset());
+    const std::int64_t first = sample * positions + row.offset();
+    if (arguments_.grad_logsumexp != nullptr) {
+      for (std::int64_t x = 0; x < image_.width; ++x) {
+        delta[x] -= arguments_.grad_logsumexp[first + x];
+      }
+    }
+    std::copy_n(delta, image_.width, delta_.data() + first);
   }
 
   void differentiate(std::int64_t sample, const RowProducts<T>& row, const Workspace& workspace) const {
@@ -127,50 +141,76 @@ class CrissCrossBackward {
     row.for_each_block([&](Range block) {
       const std::int64_t queries = block.size();
       row.dot_products(arguments_.key + key_offset, arguments_.query + key_offset, sizes.key_channels, block, weights);
-      row.dot_products(arguments_.value + value_offset, grad_output, sizes.value_channels, block, grads);
+      if (arguments_.differentiates_energies()) {
+        row.dot_products(arguments_.value + value_offset, grad_output, sizes.value_channels, block, grads);
+      }
       differentiate_softmax(
           weights, grads, width, queries, first + block.begin, workspace.delta + block.begin, workspace.grad_sum);
-      std::copy_n(workspace.grad_sum, queries, grad_sum_.data() + first + block.begin);
+      if (arguments_.corrects_sums()) {
+        std::copy_n(workspace.grad_sum, queries, grad_sum_.data() + first + block.begin);
+      }
 
       const auto sum_keys = [&](const A* panels, P* packed, T* target) {
         const P* const operand = b_operand_of_panels<P>(packed, panels, width, queries);
         row.weighted_sum(
             arguments_.key + key_offset, sizes.key_channels, {0, width}, operand, block, target + key_offset);
       };
-      sum_keys(weights, transposed_weights, mean_key_.data());
-      pack_b_from_transposed_panels<P>(transposed_weights, weights, width, queries);
-      row.accumulate(
-          grad_output, sizes.value_channels, block, transposed_weights, workspace.value_sums,
-          arguments_.grad_value + value_offset);
-      sum_keys(grads, packed_grads, arguments_.grad_query);
-      const std::int64_t transposed = kIsPair<P> ? packed_b_size<P>(queries, width) : 0;
-      pack_b_from_transposed_panels<P>(packed_grads + transposed, grads, width, queries);
-      row.accumulate(
-          arguments_.query + key_offset, sizes.key_channels, block, packed_grads + transposed, workspace.key_sums,
-          arguments_.grad_key + key_offset);
+      if (keeps_mean_key()) {
+        sum_keys(weights, transposed_weights, mean_key_.data());
+      }
+      if (arguments_.grad_value != nullptr) {
+        pack_b_from_transposed_panels<P>(transposed_weights, weights, width, queries);
+        row.accumulate(
+            grad_output, sizes.value_channels, block, transposed_weights, workspace.value_sums,
+            arguments_.grad_value + value_offset);
+      }
+      if (arguments_.grad_query != nullptr) {
+        sum_keys(grads, packed_grads, arguments_.grad_query);
+      }
+      if (arguments_.grad_key != nullptr) {
+        const std::int64_t transposed = kIsPair<P> ? packed_b_size<P>(queries, width) : 0;
+        pack_b_from_transposed_panels<P>(packed_grads + transposed, grads, width, queries);
+        row.accumulate(
+            arguments_.query + key_offset, sizes.key_channels, block, packed_grads + transposed, workspace.key_sums,
+            arguments_.grad_key + key_offset);
+      }
     });
   }
 
-  // C panels (keys x queries): weights, from q.k to P; grads, from dP to dS. first_query: index in (B, H, W). delta
-  // [queries]. grad_sum [queries]: the sums of dS, rounded as the products use it.
+  // C panels (keys x queries): weights, from q.k to P; where a wanted gradient needs it, grads, from dP to dS.
+  // first_query: index in (B, H, W). delta [queries]. grad_sum [queries]: the rows' part of s, rounded as the products
+  // use it.
   void differentiate_softmax(
       A* weights, A* grads, std::int64_t keys, std::int64_t queries, std::int64_t first_query, const A* delta,
       A* grad_sum) const {
     const A* const logsumexp = arguments_.logsumexp + first_query;
-    const A* const logsumexp_low =
-        arguments_.logsumexp_low == nullptr ? nullptr : arguments_.logsumexp_low + first_query;
+    const A* const logsumexp_low = advance(arguments_.logsumexp_low, first_query);
+    const A* const grad_logsumexp = advance(arguments_.grad_logsumexp, first_query);
     const V scale = broadcast<V>(arguments_.scale);
     for (std::int64_t first = 0; first < queries; first += panel_columns<A>) {
       const std::int64_t width = panel_width<A>(queries, first);
       for (std::int64_t i = 0; i < width; i += kLane) {
         const std::int64_t n = std::min(kLane, queries - first - i);
-        const V query_logsumexp = read_vector(logsumexp + first + i, n);
-        const V query_logsumexp_low = logsumexp_low == nullptr ? V{} : read_vector(logsumexp_low + first + i, n);
-        const V query_delta = read_vector(delta + first + i, n);
-        V sum{};
+        const auto of_queries = [&](const A* numbers) {
+          return numbers == nullptr ? V{} : read_vector(numbers + first + i, n);
+        };
+        const V query_logsumexp = of_queries(logsumexp);
+        const V query_logsumexp_low = of_queries(logsumexp_low);
+        const auto weight_at = [&](std::int64_t offset) {
+          return backward_weight(load<V>(weights + offset), scale, query_logsumexp, query_logsumexp_low);
+        };
+        if (!arguments_.differentiates_energies()) {
+          for (std::int64_t j = 0; j < keys; ++j) {
+            const std::int64_t offset = first * keys + j * width + i;
+            store(weights + offset, weight_at(offset));
+          }
+          continue;
+        }
+        const V query_delta = of_queries(delta);
+        V sum = V{} - of_queries(grad_logsumexp) * scale;
         for (std::int64_t j = 0; j < keys; ++j) {
           const std::int64_t offset = first * keys + j * width + i;
-          const V weight = backward_weight(load<V>(weights + offset), scale, query_logsumexp, query_logsumexp_low);
+          const V weight = weight_at(offset);
           store(weights + offset, weight);
           const V grad = weight * (load<V>(grads + offset) - query_delta) * scale;
           store(grads + offset, grad);
@@ -191,7 +231,7 @@ class CrissCrossBackward {
 
   CrissCrossBackwardArguments<T> arguments_;
   ImageSize image_;
-  Buffer<A> delta_;     // (B, H, W), D
+  Buffer<A> delta_;     // (B, H, W), D - grad_logsumexp
   Buffer<A> grad_sum_;  // (B, H, W), the rows' part of s
   Buffer<T> mean_key_;  // (B, E, H, W), the rows' part of M; its rounding only scales the correction
 };

@@ -8,10 +8,10 @@
 
 namespace segattn::cpu {
 
-// Statistics of the row pass, symbols as in backward.h.
+// Statistics of the row pass, symbols as in backward.h; those that it does not compute are not read.
 template <class T>
 struct RowBackwardResults {
-  const AccumulatorOf<T>* delta;     // (B, H, W), D
+  const AccumulatorOf<T>* delta;     // (B, H, W), D - grad_logsumexp
   const AccumulatorOf<T>* grad_sum;  // (B, H, W), the rows' part of s
   const T* mean_key;                 // (B, E, H, W), the rows' part of M
 };
@@ -33,8 +33,7 @@ class ColumnBackward {
     const std::int64_t queries = QueryBlocks<A>(image_.height).most_queries();
     return scratch_bytes<A>(Strip::memory_size(image_.height, queries)) +
         2 * scratch_bytes<A>(queries * Strip::stride(image_.height)) + scratch_bytes<A>(queries * lanes) +
-        scratch_bytes<A>(Strip::sums_size(image_.height, arguments_.sizes.key_channels)) +
-        scratch_bytes<A>(Strip::sums_size(image_.height, arguments_.sizes.value_channels));
+        scratch_bytes<A>(key_sums_size<Strip>()) + scratch_bytes<A>(value_sums_size<Strip>());
   }
 
   template <int lanes>
@@ -51,36 +50,57 @@ class ColumnBackward {
     const std::int64_t queries = blocks.most_queries();
     const Strip strip(image_, column, scratch.take<A>(Strip::memory_size(image_.height, queries)));
     A* const weights = scratch.take<A>(queries * Strip::stride(image_.height));  // P, [queries][keys]
-    A* const grads = scratch.take<A>(queries * Strip::stride(image_.height));    // dP, then dS - s P
-    A* const grad_sums = scratch.take<A>(queries * lanes);                       // of dS over row and column
-    A* const key_sums = scratch.take<A>(Strip::sums_size(image_.height, key_channels));
-    A* const value_sums = scratch.take<A>(Strip::sums_size(image_.height, value_channels));
+    A* const grads = scratch.take<A>(queries * Strip::stride(image_.height));    // dP, then dS - s P or dS
+    A* const grad_sums = scratch.take<A>(queries * lanes);                       // s
+    A* const key_sums = scratch.take<A>(key_sums_size<Strip>());
+    A* const value_sums = scratch.take<A>(value_sums_size<Strip>());
     const auto add = strip.adder();
     for (std::int64_t index = 0; index < blocks.count(); ++index) {
       const Range block = blocks[index];
-      strip.dot_products(arguments_.value + value_offset, grad_output, value_channels, block, grads);
+      if (arguments_.differentiates_energies()) {
+        strip.dot_products(arguments_.value + value_offset, grad_output, value_channels, block, grads);
+      }
       strip.dot_products(key, query, key_channels, block, weights);
       for (std::int64_t i = 0; i < block.size(); ++i) {
         const auto sum =
             differentiate(strip, sample, block.begin + i, strip.element(weights, i, 0), strip.element(grads, i, 0));
         store(grad_sums + i * lanes, sum);
       }
-      strip.sum_over_queries(
-          grad_output, value_channels, weights, block, arguments_.grad_value + value_offset, value_sums, add);
-      strip.sum_over_keys(
-          key, key_channels, grads, block, arguments_.grad_query + key_offset,
-          [&](T* grad_query, std::int64_t position, typename Strip::V sum) {
-            const auto mean_key = strip.read(rows_.mean_key + (grad_query - arguments_.grad_query));
-            const auto grad_sum = load<typename Strip::V>(grad_sums + (position - block.begin) * lanes);
-            strip.write(grad_query, fma(-grad_sum, mean_key, strip.read(grad_query) + sum));
-          });
-      strip.sum_over_queries(query, key_channels, grads, block, arguments_.grad_key + key_offset, key_sums, add);
+      if (arguments_.grad_value != nullptr) {
+        strip.sum_over_queries(
+            grad_output, value_channels, weights, block, arguments_.grad_value + value_offset, value_sums, add);
+      }
+      if (arguments_.grad_query != nullptr) {
+        const auto add_corrected = [&](T* grad_query, std::int64_t position, typename Strip::V sum) {
+          const auto mean_key = strip.read(rows_.mean_key + (grad_query - arguments_.grad_query));
+          const auto grad_sum = load<typename Strip::V>(grad_sums + (position - block.begin) * lanes);
+          strip.write(grad_query, fma(-grad_sum, mean_key, strip.read(grad_query) + sum));
+        };
+        T* const grad_query = arguments_.grad_query + key_offset;
+        if (arguments_.corrects_sums()) {
+          strip.sum_over_keys(key, key_channels, grads, block, grad_query, add_corrected);
+        } else {
+          strip.sum_over_keys(key, key_channels, grads, block, grad_query, add);
+        }
+      }
+      if (arguments_.grad_key != nullptr) {
+        strip.sum_over_queries(query, key_channels, grads, block, arguments_.grad_key + key_offset, key_sums, add);
+      }
     }
   }
 
  private:
-  // One query: weights, from q.k to P; grads, from dP to dS - s P, which times the keys is the column's part of
-  // grad_query - s M. Returns s.
+  template <class Strip>
+  std::int64_t key_sums_size() const {
+    return arguments_.grad_key == nullptr ? 0 : Strip::sums_size(image_.height, arguments_.sizes.key_channels);
+  }
+  template <class Strip>
+  std::int64_t value_sums_size() const {
+    return arguments_.grad_value == nullptr ? 0 : Strip::sums_size(image_.height, arguments_.sizes.value_channels);
+  }
+
+  // One query: weights, from q.k to P. Where a wanted gradient needs them, grads, from dP to dS, and where sums are
+  // corrected to dS - s P, which times the keys is the column's part of grad_query - s M. Returns s.
   template <class Strip>
   Strip::V differentiate(const Strip& strip, std::int64_t sample, std::int64_t query, A* weights, A* grads) const {
     using V = Strip::V;
@@ -88,16 +108,29 @@ class ColumnBackward {
     const V scale = broadcast<V>(arguments_.scale);
     const V logsumexp = strip.read(arguments_.logsumexp + at);
     const V logsumexp_low = arguments_.logsumexp_low == nullptr ? V{} : strip.read(arguments_.logsumexp_low + at);
-    const V delta = strip.read(rows_.delta + at);
-    V sum = strip.read(rows_.grad_sum + at);
-    for (std::int64_t j = 0; j < image_.height; ++j) {
-      A* const weight_at = weights + j * kWidthOf<V>;
-      A* const grad_at = grads + j * kWidthOf<V>;
-      const V weight = j == query ? V{} : backward_weight(load<V>(weight_at), scale, logsumexp, logsumexp_low);
-      const V grad = j == query ? V{} : weight * (load<V>(grad_at) - delta) * scale;
+    const auto weight_of = [&](std::int64_t key) {
+      A* const weight_at = weights + key * kWidthOf<V>;
+      const V weight = key == query ? V{} : backward_weight(load<V>(weight_at), scale, logsumexp, logsumexp_low);
       store(weight_at, weight);
+      return weight;
+    };
+    if (!arguments_.differentiates_energies()) {
+      for (std::int64_t j = 0; j < image_.height; ++j) {
+        weight_of(j);
+      }
+      return V{};
+    }
+    const V delta = strip.read(rows_.delta + at);
+    V sum = arguments_.corrects_sums() ? strip.read(rows_.grad_sum + at) : V{};
+    for (std::int64_t j = 0; j < image_.height; ++j) {
+      A* const grad_at = grads + j * kWidthOf<V>;
+      const V weight = weight_of(j);
+      const V grad = j == query ? V{} : weight * (load<V>(grad_at) - delta) * scale;
       store(grad_at, grad);
       sum += grad;
+    }
+    if (!arguments_.corrects_sums()) {
+      return V{};
     }
     for (std::int64_t j = 0; j < image_.height; ++j) {
       A* const grad_at = grads + j * kWidthOf<V>;

@@ -31,12 +31,16 @@ std::tuple<Tensor, Tensor> criss_cross_affinity_backward(
     Tensor grad_affinity, Tensor query, Tensor key, std::vector<bool> needs_input_grad) {
   const CrissCrossSizes sizes = check_criss_cross_affinity_backward(grad_affinity, query, key, needs_input_grad);
   make_contiguous(grad_affinity, query, key);
-  Tensor grad_query = new_like(query);
-  Tensor grad_key = new_like(key);
+  Tensor grad_query = new_gradient(query, needs_input_grad[0]);
+  Tensor grad_key = new_gradient(key, needs_input_grad[1]);
   dispatch_dtype(query.scalar_type(), [&]<class T>() {
     const AffinityAggregation<T> op(sizes, sizes.key_channels);
-    op.sum_over_keys(data<T>(key), data<T>(grad_affinity), mutable_data<T>(grad_query));
-    op.sum_over_queries(data<T>(query), data<T>(grad_affinity), mutable_data<T>(grad_key));
+    if (needs_input_grad[0]) {
+      op.sum_over_keys(data<T>(key), data<T>(grad_affinity), mutable_data<T>(grad_query));
+    }
+    if (needs_input_grad[1]) {
+      op.sum_over_queries(data<T>(query), data<T>(grad_affinity), mutable_data<T>(grad_key));
+    }
   });
   return {grad_query, grad_key};
 }
@@ -58,12 +62,16 @@ std::tuple<Tensor, Tensor> criss_cross_aggregation_backward(
     Tensor grad_output, Tensor attention, Tensor value, std::vector<bool> needs_input_grad) {
   const CrissCrossSizes sizes = check_criss_cross_aggregation_backward(grad_output, attention, value, needs_input_grad);
   make_contiguous(grad_output, attention, value);
-  Tensor grad_attention = new_like(attention);
-  Tensor grad_value = new_like(value);
+  Tensor grad_attention = new_gradient(attention, needs_input_grad[0]);
+  Tensor grad_value = new_gradient(value, needs_input_grad[1]);
   dispatch_dtype(value.scalar_type(), [&]<class T>() {
     const AffinityAggregation<T> op(sizes, sizes.value_channels);
-    op.dot_products(data<T>(value), data<T>(grad_output), mutable_data<T>(grad_attention));
-    op.sum_over_queries(data<T>(grad_output), data<T>(attention), mutable_data<T>(grad_value));
+    if (needs_input_grad[0]) {
+      op.dot_products(data<T>(value), data<T>(grad_output), mutable_data<T>(grad_attention));
+    }
+    if (needs_input_grad[1]) {
+      op.sum_over_queries(data<T>(grad_output), data<T>(attention), mutable_data<T>(grad_value));
+    }
   });
   return {grad_attention, grad_value};
 }
@@ -100,10 +108,13 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(
     bool keys_complete) {
   const CrissCrossSizes sizes = check_criss_cross_attention_backward(
       grad_output, query, key, value, output, logsumexp, scale, logsumexp_low, grad_logsumexp, needs_input_grad);
-  make_contiguous(grad_output, query, key, value, output, logsumexp, logsumexp_low);
-  Tensor grad_query = new_like(query);
-  Tensor grad_key = new_like(key);
-  Tensor grad_value = new_like(value);
+  Tensor grad_query = new_gradient(query, needs_input_grad[0]);
+  Tensor grad_key = new_gradient(key, needs_input_grad[1]);
+  Tensor grad_value = new_gradient(value, needs_input_grad[2]);
+  if (!is_any_wanted(needs_input_grad)) {
+    return {grad_query, grad_key, grad_value};
+  }
+  make_contiguous(grad_output, query, key, value, output, logsumexp, logsumexp_low, grad_logsumexp);
   dispatch_dtype(query.scalar_type(), [&]<class T>() {
     using A = AccumulatorOf<T>;
     const CrissCrossBackwardArguments<T> arguments{
@@ -114,11 +125,13 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(
         .output = data<T>(output),
         .logsumexp = data<A>(logsumexp),
         .logsumexp_low = data<A>(logsumexp_low),
-        .grad_query = mutable_data<T>(grad_query),
-        .grad_key = mutable_data<T>(grad_key),
-        .grad_value = mutable_data<T>(grad_value),
+        .grad_logsumexp = data<A>(grad_logsumexp),
+        .grad_query = gradient_data<T>(grad_query, needs_input_grad[0]),
+        .grad_key = gradient_data<T>(grad_key, needs_input_grad[1]),
+        .grad_value = gradient_data<T>(grad_value, needs_input_grad[2]),
         .sizes = sizes,
-        .scale = static_cast<A>(scale)};
+        .scale = static_cast<A>(scale),
+        .keys_complete = keys_complete};
     CrissCrossBackward<T>(arguments).run();
   });
   return {grad_query, grad_key, grad_value};

@@ -7,48 +7,40 @@
 // A unit packs its operands, unless a sample is small (kSharedLimit): then they are packed once for all units. Units of
 // small feature maps are so small that packing in each took an eighth of the time (1024 positions, bfloat16).
 //
+// The gradient of the logsumexp enters as D_i = sum_c grad_output_ci output_ci - grad_logsumexp_i.
+//
 // An error of D is the same for all keys of a query, so it does not average out in grad_query (docs/decisions.md).
-// Therefore D is computed
+// Where the keys are complete, D is therefore computed
 //   * from the tile's own P and dP, where one tile has all keys;
 //   * from output + output_low, where output_low is the rounding error of output, for 16-bit types;
-//   * from output, for float32. Afterwards s M is subtracted from grad_query, where s is the sum of dS over the keys,
-//     0 except for errors of D, and M = sum_j P_ij key_j is the query's mean key;
+//   * from output, for float32. Afterwards s M is subtracted from grad_query, where s is the sum of dS over the keys
+//     less scale * grad_logsumexp, 0 except for errors of D, and M = sum_j P_ij key_j is the query's mean key;
 //   * from output, for float64, whose rounding error has no effect in practice.
 //
 // The logsumexp is rounded. Where it is large, exp(energy - logsumexp) has an error of eps * logsumexp / 2, which shows
-// in a nearly one-hot softmax (eager divides by the sum, so its error cancels). There the sum of the weights is
-// recomputed, and its logarithm, a number near 0, is subtracted from the exponent too.
+// in a nearly one-hot softmax (eager divides by the sum, so its error cancels). There, where the keys are complete, the
+// sum of the weights is recomputed, and its logarithm, a number near 0, is subtracted from the exponent too.
+//
+// Logsumexp and output over more keys than those of the call make the sums over its keys other numbers. D then comes
+// from the output, and nothing is corrected.
+//
+// A gradient that is not wanted takes no product, operand, sum or store. The cut into units does not depend on that, so
+// the others are the same to the bit.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
-#include "checks/position.h"
 #include "cpu/common/exp.h"
 #include "cpu/common/parallel.h"
 #include "cpu/common/range.h"
+#include "cpu/position/arguments.h"
 #include "cpu/position/backward_schedule.h"
 #include "cpu/position/backward_tile.h"
 #include "cpu/position/packed_operands.h"
 
 namespace segattn::cpu {
-
-template <class T>
-struct PositionBackwardArguments {
-  const T* grad_output;               // (B, C, N)
-  const T* query;                     // (B, E, N)
-  const T* key;                       // (B, E, M)
-  const T* value;                     // (B, C, M)
-  const T* output;                    // (B, C, N)
-  const T* output_low;                // (B, C, N), the rounding error of output; null: unknown
-  const AccumulatorOf<T>* logsumexp;  // (B, N)
-  T* grad_query;                      // (B, E, N)
-  T* grad_key;                        // (B, E, M)
-  T* grad_value;                      // (B, C, M)
-  PositionSizes sizes;
-  AccumulatorOf<T> scale;
-};
 
 template <class T>
 class PositionBackward {
@@ -73,6 +65,7 @@ class PositionBackward {
   explicit PositionBackward(const PositionBackwardArguments<T>& arguments)
       : arguments_(arguments),
         sizes_(arguments.sizes),
+        wanted_(arguments.wanted()),
         e_(arguments.sizes.key_channels),
         c_(arguments.sizes.value_channels),
         n_(arguments.sizes.queries),
@@ -85,13 +78,19 @@ class PositionBackward {
     }
     if (n_ == 0) {
       // No queries: the gradients of key and value are zero.
-      std::fill_n(arguments_.grad_key, batch * e_ * m_, T(0));
-      std::fill_n(arguments_.grad_value, batch * c_ * m_, T(0));
+      if (wanted_.key) {
+        std::fill_n(arguments_.grad_key, batch * e_ * m_, T(0));
+      }
+      if (wanted_.value) {
+        std::fill_n(arguments_.grad_value, batch * c_ * m_, T(0));
+      }
       return;
     }
+    // With all gradients and corrections, so that the cut does not depend on what is wanted.
     const PositionSchedule one(1, n_, m_, packing());
-    const std::int64_t sample_size = (keeps_query_sums(one) ? kQuerySums * query_sums_size() : 0) +
-        one.replicas * key_sums_size() + (shares_operands() ? operands_size() : 0);
+    const std::int64_t sample_size = (keeps_query_sums(one) ? (Tile::kIsFloat ? 2 : 1) * panels_size<P>(e_, n_) : 0) +
+        one.replicas * m_ * (padded_columns<P>(e_) + padded_columns<P>(c_)) +
+        (shares_operands() ? operands_size(kAllGradients) : 0);
     const std::int64_t together = std::clamp<std::int64_t>(kSumsLimit / sample_size, 1, batch);
     for (std::int64_t first = 0; first < batch; first += together) {
       run_samples(first, std::min(together, batch - first));
@@ -101,15 +100,15 @@ class PositionBackward {
  private:
   // Memory that the units of some samples share. Sums are in accumulator precision: grad_query in panels of tiles of
   // columns, grad_key and grad_value transposed, in panels of tiles of keys. The sums of position i start at element
-  // i * channels of its sample (and replica).
+  // i * channels of its sample (and replica). Sums that nothing needs have no memory.
   struct Shared {
     std::int64_t first_sample;
     A *delta, *correction;  // (samples, N), written by the first unit of a query group
-    A* grad_query;          // null where a query group has one unit; mean_keys is then unused
+    A* grad_query;          // of query groups with several units
     A* mean_keys;           // M, laid out like grad_query
     A* grad_sum;            // (samples, N), s
     A *grad_key, *grad_value;
-    P* operands;  // null where each unit packs its own
+    P* operands;  // where a unit does not pack its own
   };
 
   // Memory of a unit.
@@ -120,40 +119,47 @@ class PositionBackward {
     A* correction_products;    // q.k of one tile, row-major
   };
 
-  // Sums of E x queries: grad_query and, where s M is subtracted, M.
-  static constexpr std::int64_t kQuerySums = Tile::kSubtractsMeanKeys ? 2 : 1;
-  std::int64_t query_sums_size() const { return panels_size<P>(e_, n_); }
-  std::int64_t key_sums_size() const { return m_ * (padded_columns<P>(e_) + padded_columns<P>(c_)); }
-  std::int64_t operands_size() const { return KeyOperands<T>::size(m_, sizes_) + QueryOperands<T>::size(n_, sizes_); }
-  bool shares_operands() const { return operands_size() <= kSharedLimit; }
+  static constexpr PositionGradients kAllGradients{true, true, true};
+
+  std::int64_t operands_size(const PositionGradients& wanted) const {
+    return KeyOperands<T>::size(m_, sizes_, wanted) + QueryOperands<T>::size(n_, sizes_, wanted);
+  }
+  bool shares_operands() const { return operands_size(kAllGradients) <= kSharedLimit; }
   OperandPacking packing() const { return shares_operands() ? OperandPacking::kShared : OperandPacking::kPerUnit; }
   DeltaSource delta_source() const {
     static_assert(PositionSchedule::kOneGroup <= Tile::kKeys);
-    return m_ <= PositionSchedule::kOneGroup ? DeltaSource::kTile : DeltaSource::kOutput;
+    return arguments_.keys_complete && m_ <= PositionSchedule::kOneGroup ? DeltaSource::kTile : DeltaSource::kOutput;
   }
   // The delta of a tile has no error that is common to its keys.
-  bool subtracts_mean_keys() const { return Tile::kSubtractsMeanKeys && delta_source() == DeltaSource::kOutput; }
+  bool subtracts_mean_keys() const {
+    return Tile::kIsFloat && wanted_.query && arguments_.keys_complete && delta_source() == DeltaSource::kOutput;
+  }
+  // The logsumexp of 16-bit types is never large.
+  bool corrects_logsumexp() const { return arguments_.keys_complete && std::isfinite(kLargeLogsumexp); }
+  PositionTileWork tile_work() const { return {wanted_, delta_source(), subtracts_mean_keys()}; }
   // With one key group, each query group has one unit, which completes and stores its gradient.
   static bool keeps_query_sums(const PositionSchedule& schedule) { return schedule.key_groups > 1; }
 
   void run_samples(std::int64_t first_sample, std::int64_t samples) const {
     const PositionSchedule schedule(samples, n_, m_, packing());
     const std::int64_t copies = samples * schedule.replicas;
-    const std::int64_t query_sums = keeps_query_sums(schedule) ? samples * query_sums_size() : 0;
-    const Buffer<A> memory(3 * samples * n_ + kQuerySums * query_sums + copies * key_sums_size());
-    A* const grad_query = memory.data() + 3 * samples * n_;
-    A* const grad_key = grad_query + kQuerySums * query_sums;
-    const Buffer<P> operands(shares_operands() ? samples * operands_size() : 0);
+    const std::int64_t query_sums = keeps_query_sums(schedule) ? samples * panels_size<P>(e_, n_) : 0;
+    const Buffer<A> delta(samples * n_), correction(samples * n_), grad_sum(samples * n_);
+    const Buffer<A> grad_query(wanted_.query ? query_sums : 0);
+    const Buffer<A> mean_keys(subtracts_mean_keys() ? query_sums : 0);
+    const Buffer<A> grad_key(wanted_.key ? copies * m_ * padded_columns<P>(e_) : 0);
+    const Buffer<A> grad_value(wanted_.value ? copies * m_ * padded_columns<P>(c_) : 0);
+    const Buffer<P> operands(shares_operands() ? samples * operands_size(wanted_) : 0);
     const Shared shared{
         .first_sample = first_sample,
-        .delta = memory.data(),
-        .correction = memory.data() + samples * n_,
-        .grad_query = keeps_query_sums(schedule) ? grad_query : nullptr,
-        .mean_keys = grad_query + (kQuerySums - 1) * query_sums,
-        .grad_sum = memory.data() + 2 * samples * n_,
-        .grad_key = grad_key,
-        .grad_value = grad_key + copies * m_ * padded_columns<P>(e_),
-        .operands = shares_operands() ? operands.data() : nullptr};
+        .delta = delta.data(),
+        .correction = correction.data(),
+        .grad_query = grad_query.data(),
+        .mean_keys = mean_keys.data(),
+        .grad_sum = grad_sum.data(),
+        .grad_key = grad_key.data(),
+        .grad_value = grad_value.data(),
+        .operands = operands.data()};
     if (shares_operands()) {
       const std::int64_t groups = schedule.key_groups + schedule.query_groups;
       parallel_units(samples * groups, 0, [&](std::int64_t index, Scratch&) {
@@ -175,11 +181,12 @@ class PositionBackward {
   }
 
   KeyOperands<T> shared_keys(const Shared& shared, std::int64_t sample) const {
-    return KeyOperands<T>::in(shared.operands + sample * operands_size(), m_, sizes_);
+    return KeyOperands<T>::in(shared.operands + sample * operands_size(wanted_), m_, sizes_, wanted_);
   }
   QueryOperands<T> shared_queries(const Shared& shared, std::int64_t sample) const {
     return QueryOperands<T>::in(
-        shared.operands + sample * operands_size() + KeyOperands<T>::size(m_, sizes_), n_, sizes_);
+        shared.operands + sample * operands_size(wanted_) + KeyOperands<T>::size(m_, sizes_, wanted_), n_, sizes_,
+        wanted_);
   }
 
   // Packs the operands of a group for all units. Key groups come first, then query groups.
@@ -201,13 +208,13 @@ class PositionBackward {
   void pack_keys(std::int64_t sample, Range tile, const KeyOperands<T>& target) const {
     target.pack(
         arguments_.key + sample * e_ * m_ + tile.begin, arguments_.value + sample * c_ * m_ + tile.begin, tile.size(),
-        sizes_);
+        sizes_, wanted_);
   }
 
   void pack_queries(std::int64_t sample, Range tile, const QueryOperands<T>& target) const {
     target.pack(
         arguments_.query + sample * e_ * n_ + tile.begin, arguments_.grad_output + sample * c_ * n_ + tile.begin,
-        tile.size(), sizes_);
+        tile.size(), sizes_, wanted_);
   }
 
   // The output before rounding, as far as it is known.
@@ -216,9 +223,14 @@ class PositionBackward {
     return arguments_.output_low == nullptr ? output : output + read_vector(arguments_.output_low + offset, count);
   }
 
-  // delta = scale * sum over channels of grad_output * output, for a tile of queries
+  // delta = scale * (sum over channels of grad_output * output - grad_logsumexp), for a tile of queries
   void compute_delta(std::int64_t sample, Range tile, A* delta) const {
     const V scale = broadcast<V>(arguments_.scale);
+    const A* const grad_logsumexp =
+        arguments_.grad_logsumexp == nullptr ? nullptr : arguments_.grad_logsumexp + sample * n_ + tile.begin;
+    const auto minus_grad_logsumexp = [&](V sum, std::int64_t i, std::int64_t count) {
+      return grad_logsumexp == nullptr ? sum : sum - read_vector(grad_logsumexp + i, count);
+    };
     for (std::int64_t i = 0; i < tile.size(); i += kLane) {
       const std::int64_t count = std::min(kLane, tile.size() - i);
       std::int64_t offset = sample * c_ * n_ + tile.begin + i;
@@ -227,21 +239,20 @@ class PositionBackward {
         for (std::int64_t c = 0; c < c_; ++c, offset += n_) {
           sum = fma(widen<kLane>(arguments_.grad_output + offset), output_at(offset, kLane), sum);
         }
-        store(delta + i, sum * scale);
+        store(delta + i, minus_grad_logsumexp(sum, i, count) * scale);
       } else {
         for (std::int64_t c = 0; c < c_; ++c, offset += n_) {
           sum = fma(widen_partial<kLane>(arguments_.grad_output + offset, count), output_at(offset, count), sum);
         }
-        store_partial(delta + i, sum * scale, count);
+        store_partial(delta + i, minus_grad_logsumexp(sum, i, count) * scale, count);
       }
     }
   }
 
-  // tile.correction = log(sum over keys of exp(energy - logsumexp)) where any logsumexp of the tile is large, else 0,
-  // for `count` queries, whose operands and logsumexp are in w and tile.
+  // tile.correction = log(sum over keys of exp(energy - logsumexp)) where any logsumexp of the tile is large, for
+  // `count` queries, whose operands and logsumexp are in w and tile. On entry it is 0.
   void compute_correction(std::int64_t sample, std::int64_t count, const Workspace& w, const Tile& tile) const {
     const std::int64_t columns = padded_columns<P>(count);
-    std::fill_n(tile.correction, columns, A(0));
     const auto is_large = [](A value) { return std::abs(value) > kLargeLogsumexp && std::isfinite(value); };
     if (std::none_of(tile.logsumexp, tile.logsumexp + count, is_large)) {
       return;
@@ -277,10 +288,12 @@ class PositionBackward {
     const std::int64_t keys = largest_key_group();
     const std::int64_t queries = largest_query_tile();
     const std::size_t operands = shares_operands() ? 0
-                                                   : scratch_bytes<P>(KeyOperands<T>::size(keys, sizes_)) +
-            scratch_bytes<P>(QueryOperands<T>::size(queries, sizes_));
-    return operands + scratch_bytes<P>(packed_a_size<P>(Tile::kKeys, e_)) + scratch_bytes<A>(Tile::kKeys * queries) +
-        Tile::scratch(sizes_, largest_key_tile(), queries);
+                                                   : scratch_bytes<P>(KeyOperands<T>::size(keys, sizes_, wanted_)) +
+            scratch_bytes<P>(QueryOperands<T>::size(queries, sizes_, wanted_));
+    const std::size_t correction = corrects_logsumexp()
+        ? scratch_bytes<P>(packed_a_size<P>(Tile::kKeys, e_)) + scratch_bytes<A>(Tile::kKeys * queries)
+        : 0;
+    return operands + correction + Tile::scratch(sizes_, tile_work(), largest_key_tile(), queries);
   }
 
   Workspace take_workspace(Scratch& scratch) const {
@@ -288,11 +301,14 @@ class PositionBackward {
     const std::int64_t queries = largest_query_tile();
     Workspace w{};
     if (!shares_operands()) {
-      w.keys = KeyOperands<T>::in(scratch.take<P>(KeyOperands<T>::size(keys, sizes_)), keys, sizes_);
-      w.queries = QueryOperands<T>::in(scratch.take<P>(QueryOperands<T>::size(queries, sizes_)), queries, sizes_);
+      w.keys = KeyOperands<T>::in(scratch.take<P>(KeyOperands<T>::size(keys, sizes_, wanted_)), keys, sizes_, wanted_);
+      w.queries = QueryOperands<T>::in(
+          scratch.take<P>(QueryOperands<T>::size(queries, sizes_, wanted_)), queries, sizes_, wanted_);
     }
-    w.correction_keys = scratch.take<P>(packed_a_size<P>(Tile::kKeys, e_));
-    w.correction_products = scratch.take<A>(Tile::kKeys * queries);
+    if (corrects_logsumexp()) {
+      w.correction_keys = scratch.take<P>(packed_a_size<P>(Tile::kKeys, e_));
+      w.correction_products = scratch.take<A>(Tile::kKeys * queries);
+    }
     return w;
   }
 
@@ -326,7 +342,7 @@ class PositionBackward {
     const Range keys = keys_of(schedule, unit.key_group);
     const Range queries = queries_of(schedule, unit.query_group);
     Workspace w = take_workspace(scratch);
-    const Tile tile(sizes_, arguments_.scale, largest_key_tile(), largest_query_tile(), scratch);
+    const Tile tile(sizes_, arguments_.scale, tile_work(), largest_key_tile(), largest_query_tile(), scratch);
     if (shares_operands()) {
       w.keys = shared_keys(shared, unit.sample).from(keys.begin, sizes_);
     } else {
@@ -351,17 +367,19 @@ class PositionBackward {
       GemmMode query_mode = GemmMode::kStore;
       for_each_key_tile(keys, [&](Range key_tile) {
         const KeyOperands<T> key_operands = w.keys.from(key_tile.begin - keys.begin, sizes_);
-        tile.differentiate(key_operands, key_tile.size(), w.queries, query_count, delta_source(), query_mode);
+        tile.differentiate(key_operands, key_tile.size(), w.queries, query_count, query_mode);
         tile.add_key_gradients(
             key_tile.size(), w.queries, query_count, grad_value + key_tile.begin * padded_columns<P>(c_),
             grad_key + key_tile.begin * padded_columns<P>(e_), key_mode);
-        tile.add_query_gradient(key_operands, key_tile.size(), query_count, query_mode);
+        if (wanted_.query) {
+          tile.add_query_gradient(key_operands, key_tile.size(), query_count, query_mode);
+        }
         query_mode = GemmMode::kAdd;
       });
       // First the sums of a key group, then those of the groups: dS has either sign, so the rounding of large partial
       // sums grows with the number of additions.
-      if (shared.grad_query != nullptr) {
-        const std::int64_t offset = unit.sample * query_sums_size() + query_tile.begin * e_;
+      if (wanted_.query && keeps_query_sums(schedule)) {
+        const std::int64_t offset = unit.sample * panels_size<P>(e_, n_) + query_tile.begin * e_;
         const std::int64_t size = e_ * padded_columns<P>(query_count);
         add_to_shared(tile.grad_query, shared.grad_query + offset, size, order);
         if (subtracts_mean_keys()) {
@@ -370,7 +388,7 @@ class PositionBackward {
         }
       }
       key_mode = GemmMode::kAdd;
-      if (order.last_of_queries) {
+      if (wanted_.query && order.last_of_queries) {
         if (subtracts_mean_keys()) {
           tile.subtract_mean_keys(query_count);
         }
@@ -382,33 +400,43 @@ class PositionBackward {
     }
   }
 
-  // Logsumexp, delta and correction of a tile of queries, padded. The first unit of a query group computes the last two
-  // for the others. Sets grad_sum to zero.
+  // Logsumexp and its gradient, delta and correction of a tile of queries, padded. The first unit of a query group
+  // computes the last two for the others. grad_sum starts at what the sum of dS is known to be, with its sign changed.
   void load_statistics(
       const Shared& shared, std::int64_t sample, Range queries, const UnitOrder& order, const Workspace& w,
       const Tile& tile) const {
     A* const delta = shared.delta + sample * n_ + queries.begin;
     A* const correction = shared.correction + sample * n_ + queries.begin;
+    const std::int64_t first = (shared.first_sample + sample) * n_ + queries.begin;
     const std::int64_t count = queries.size();
     const std::int64_t columns = padded_columns<P>(count);
     // exp(energy - inf) = 0: padding has no weight.
     std::fill_n(tile.logsumexp, columns, std::numeric_limits<A>::infinity());
-    std::copy_n(arguments_.logsumexp + (shared.first_sample + sample) * n_ + queries.begin, count, tile.logsumexp);
-    if (order.first_of_queries) {
-      if (delta_source() == DeltaSource::kOutput) {
-        compute_delta(shared.first_sample + sample, queries, delta);
-      }
-      compute_correction(shared.first_sample + sample, count, w, tile);
-      std::copy_n(tile.correction, count, correction);
-    } else {
-      std::fill_n(tile.correction, columns, A(0));
-      std::copy_n(correction, count, tile.correction);
+    std::copy_n(arguments_.logsumexp + first, count, tile.logsumexp);
+    std::fill_n(tile.grad_logsumexp, columns, A(0));
+    if (arguments_.grad_logsumexp != nullptr) {
+      std::copy_n(arguments_.grad_logsumexp + first, count, tile.grad_logsumexp);
     }
-    if (delta_source() == DeltaSource::kOutput) {
+    const bool uses_delta = wanted_.of_energies() && delta_source() == DeltaSource::kOutput;
+    if (order.first_of_queries && uses_delta) {
+      compute_delta(shared.first_sample + sample, queries, delta);
+    }
+    if (uses_delta) {
       std::fill_n(tile.delta, columns, A(0));
       std::copy_n(delta, count, tile.delta);
     }
-    std::fill_n(tile.grad_sum, columns, A(0));
+    std::fill_n(tile.correction, columns, A(0));
+    if (corrects_logsumexp()) {
+      if (order.first_of_queries) {
+        compute_correction(shared.first_sample + sample, count, w, tile);
+        std::copy_n(tile.correction, count, correction);
+      } else {
+        std::copy_n(correction, count, tile.correction);
+      }
+    }
+    for (std::int64_t i = 0; i < columns; ++i) {
+      tile.grad_sum[i] = A(0) - (order.first_of_queries ? arguments_.scale * tile.grad_logsumexp[i] : A(0));
+    }
   }
 
   // Adds a unit's sum to the shared sum of its query group, and leaves the result in both.
@@ -424,8 +452,12 @@ class PositionBackward {
       const PositionSchedule& schedule, const Shared& shared, std::int64_t sample, std::int64_t group) const {
     const std::int64_t target = shared.first_sample + sample;
     for_each_key_tile(keys_of(schedule, group), [&](Range tile) {
-      store_key_tile(schedule, arguments_.grad_key + target * e_ * m_, shared.grad_key, sample, tile, e_);
-      store_key_tile(schedule, arguments_.grad_value + target * c_ * m_, shared.grad_value, sample, tile, c_);
+      if (wanted_.key) {
+        store_key_tile(schedule, arguments_.grad_key + target * e_ * m_, shared.grad_key, sample, tile, e_);
+      }
+      if (wanted_.value) {
+        store_key_tile(schedule, arguments_.grad_value + target * c_ * m_, shared.grad_value, sample, tile, c_);
+      }
     });
   }
 
@@ -445,6 +477,7 @@ class PositionBackward {
 
   PositionBackwardArguments<T> arguments_;
   PositionSizes sizes_;
+  PositionGradients wanted_;
   std::int64_t e_, c_, n_, m_;  // E, C, N, M of the shapes above
 };
 

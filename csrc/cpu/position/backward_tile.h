@@ -6,7 +6,6 @@
 #include <limits>
 #include <type_traits>
 
-#include "checks/position.h"
 #include "cpu/common/exp.h"
 #include "cpu/common/pack.h"
 #include "cpu/common/parallel.h"
@@ -16,6 +15,13 @@ namespace segattn::cpu {
 
 // What delta is summed over: the channels of grad_output * output, or the keys of the tile.
 enum class DeltaSource { kOutput, kTile };
+
+// What the tiles of a call compute.
+struct PositionTileWork {
+  PositionGradients wanted;
+  DeltaSource delta_source;
+  bool mean_keys;  // the sums s and M
+};
 
 template <class T>
 class PositionBackwardTile {
@@ -27,40 +33,51 @@ class PositionBackwardTile {
  public:
   static constexpr std::int64_t kKeys = 128;
   static constexpr std::int64_t kQueries = 4 * panel_columns<P>;
-  // Whether s M is subtracted from grad_query where D comes from the output: for float.
-  static constexpr bool kSubtractsMeanKeys = std::is_same_v<T, float>;
+  // Whether delta has the rounding error of a sum in the accumulator, which is that of the results: for float.
+  static constexpr bool kIsFloat = std::is_same_v<T, float>;
 
   // Of the tile's queries. grad_query and mean_keys are sums over the tiles of a unit, in C panels (E x queries).
-  A *logsumexp, *correction, *delta;
+  A *logsumexp, *correction;
+  A* grad_logsumexp;  // read with DeltaSource::kTile; with kOutput it is part of delta
+  A* delta;           // scale * (delta - grad_logsumexp)
   A *grad_query, *mean_keys;
   A* grad_sum;  // s, over the tiles of a unit
 
   // Memory for tiles of up to `keys` x `queries`.
-  PositionBackwardTile(const PositionSizes& sizes, A scale, std::int64_t keys, std::int64_t queries, Scratch& scratch)
-      : sizes_(sizes), scale_(scale) {
+  PositionBackwardTile(
+      const PositionSizes& sizes, A scale, const PositionTileWork& work, std::int64_t keys, std::int64_t queries,
+      Scratch& scratch)
+      : sizes_(sizes), scale_(scale), work_(work) {
+    const PositionGradients& wanted = work.wanted;
     weights_ = scratch.take<A>(keys * panel_columns<P>);
-    weight_grads_ = scratch.take<A>(keys * panel_columns<P>);
-    weight_rows_ = scratch.take<P>(k_steps<P>(keys * queries));
-    energy_grad_rows_ = scratch.take<P>(k_steps<P>(keys * queries));
-    energy_grads_ = scratch.take<P>(k_steps<P>(keys * queries));
+    weight_grads_ = scratch.take<A>(wanted.of_energies() ? keys * panel_columns<P> : 0);
+    weight_rows_ = scratch.take<P>(wanted.value ? k_steps<P>(keys * queries) : 0);
+    energy_grad_rows_ = scratch.take<P>(wanted.key ? k_steps<P>(keys * queries) : 0);
+    energy_grads_ = scratch.take<P>(wanted.query ? k_steps<P>(keys * queries) : 0);
     logsumexp = scratch.take<A>(queries);
     correction = scratch.take<A>(queries);
+    grad_logsumexp = scratch.take<A>(queries);
     delta = scratch.take<A>(queries);
     grad_sum = scratch.take<A>(queries);
-    grad_query = scratch.take<A>(sizes.key_channels * queries);
-    mean_keys = kSubtractsMeanKeys ? scratch.take<A>(sizes.key_channels * queries) : nullptr;
+    grad_query = scratch.take<A>(wanted.query ? sizes.key_channels * queries : 0);
+    mean_keys = scratch.take<A>(work.mean_keys ? sizes.key_channels * queries : 0);
   }
 
-  static std::size_t scratch(const PositionSizes& sizes, std::int64_t keys, std::int64_t queries) {
-    return 2 * scratch_bytes<A>(keys * panel_columns<P>) + 3 * scratch_bytes<P>(k_steps<P>(keys * queries)) +
-        4 * scratch_bytes<A>(queries) + (kSubtractsMeanKeys ? 2 : 1) * scratch_bytes<A>(sizes.key_channels * queries);
+  static std::size_t scratch(
+      const PositionSizes& sizes, const PositionTileWork& work, std::int64_t keys, std::int64_t queries) {
+    const PositionGradients& wanted = work.wanted;
+    const auto count = [](bool first, bool second) { return (first ? 1 : 0) + (second ? 1 : 0); };
+    return count(true, wanted.of_energies()) * scratch_bytes<A>(keys * panel_columns<P>) +
+        (count(wanted.value, wanted.key) + count(wanted.query, false)) * scratch_bytes<P>(k_steps<P>(keys * queries)) +
+        5 * scratch_bytes<A>(queries) +
+        count(wanted.query, work.mean_keys) * scratch_bytes<A>(sizes.key_channels * queries);
   }
 
-  // Computes P and dS. With DeltaSource::kTile also delta; else, where kSubtractsMeanKeys, adds the tile's part to
-  // grad_sum and, in `mode`, to mean_keys.
+  // Computes P and dS. With DeltaSource::kTile also delta; where mean keys are summed, adds the tile's part to grad_sum
+  // and, in `mode`, to mean_keys.
   void differentiate(
       const KeyOperands<T>& key_operands, std::int64_t keys, const QueryOperands<T>& query_operands,
-      std::int64_t queries, DeltaSource delta_source, GemmMode mode) const {
+      std::int64_t queries, GemmMode mode) const {
     const std::int64_t e = sizes_.key_channels;
     const std::int64_t c = sizes_.value_channels;
     const std::int64_t columns = padded_columns<P>(queries);
@@ -70,70 +87,48 @@ class PositionBackwardTile {
       tile_gemm<P>(
           AOperand<P>::packed(key_operands.key), query_operands.query + column * k_steps<P>(e),
           COperand<A>::panels(weights_), keys, width, k_steps<P>(e), GemmMode::kStore);
-      tile_gemm<P>(
-          AOperand<P>::packed(key_operands.value), query_operands.grad_output + column * k_steps<P>(c),
-          COperand<A>::panels(weight_grads_), keys, width, k_steps<P>(c), GemmMode::kStore);
-      P* const energy_grads = energy_grads_ + column * k_steps<P>(keys);
-      for (std::int64_t row = 0; row < keys; ++row) {
-        for (std::int64_t i = 0; i < width; i += kLane) {
-          A* const element = weights_ + row * width + i;
-          store(
-              element,
-              exp(fma(load<V>(element), scale, -load<V>(logsumexp + column + i)) - load<V>(correction + column + i)));
-        }
+      if (work_.wanted.of_energies()) {
+        tile_gemm<P>(
+            AOperand<P>::packed(key_operands.value), query_operands.grad_output + column * k_steps<P>(c),
+            COperand<A>::panels(weight_grads_), keys, width, k_steps<P>(c), GemmMode::kStore);
       }
-      if (delta_source == DeltaSource::kTile) {
-        compute_delta(keys, width, delta + column);
-      }
-      if constexpr (kSubtractsMeanKeys) {
-        if (delta_source == DeltaSource::kOutput) {
-          tile_gemm<P>(
-              AOperand<P>::packed(key_operands.key_transposed), weights_, COperand<A>::panels(mean_keys + column * e),
-              e, width, k_steps<P>(keys), mode);
+      const bool for_value = work_.wanted.value;
+      for_each_vector(keys, width, [&](std::int64_t row, std::int64_t i) {
+        A* const element = weights_ + row * width + i;
+        const V weight =
+            exp(fma(load<V>(element), scale, -load<V>(logsumexp + column + i)) - load<V>(correction + column + i));
+        store(element, weight);
+        if (for_value) {
+          store_row(weight_rows_, row * columns + column + i, weight);
         }
-      }
-      for (std::int64_t row = 0; row < keys; ++row) {
-        for (std::int64_t i = 0; i < width; i += kLane) {
-          const std::int64_t at = row * width + i;
-          const V weight = load<V>(weights_ + at);
-          const V energy_grad = weight * fma(load<V>(weight_grads_ + at), scale, -load<V>(delta + column + i));
-          const std::int64_t row_at = row * columns + column + i;
-          if constexpr (kIsPair<P>) {
-            narrow<kLane>(reinterpret_cast<T*>(weight_rows_) + row_at, weight);
-            narrow<kLane>(reinterpret_cast<T*>(energy_grad_rows_) + row_at, energy_grad);
-            store(weight_grads_ + at, energy_grad);
-          } else {
-            store(weight_rows_ + row_at, weight);
-            store(energy_grad_rows_ + row_at, energy_grad);
-            store(energy_grads + at, energy_grad);
-          }
-        }
+      });
+      if (work_.wanted.of_energies()) {
+        differentiate_energies(key_operands, keys, column, width, columns, mode);
       }
       if constexpr (kIsPair<P>) {
-        pack_b_from_panels<P>(energy_grads, weight_grads_, keys, width);
         if (queries % 2 != 0 && column + width > queries) {
           clear_padding_query(keys, queries, columns);
-        }
-      }
-      if constexpr (kSubtractsMeanKeys) {
-        if (delta_source == DeltaSource::kOutput) {
-          add_rows(energy_grads, keys, width, grad_sum + column);
         }
       }
     }
   }
 
-  // Adds the tile's part of grad_value and grad_key, transposed, in C panels (keys x C) and (keys x E).
+  // Adds the tile's part of the wanted ones of grad_value and grad_key, transposed, in C panels (keys x C) and
+  // (keys x E).
   void add_key_gradients(
       std::int64_t keys, const QueryOperands<T>& query_operands, std::int64_t queries, A* grad_value, A* grad_key,
       GemmMode mode) const {
     const std::int64_t row_stride = k_steps<P>(padded_columns<P>(queries));
-    tile_gemm<P>(
-        AOperand<P>::strided(weight_rows_, 1, row_stride), query_operands.grad_output_transposed,
-        COperand<A>::panels(grad_value), keys, sizes_.value_channels, k_steps<P>(queries), mode);
-    tile_gemm<P>(
-        AOperand<P>::strided(energy_grad_rows_, 1, row_stride), query_operands.query_transposed,
-        COperand<A>::panels(grad_key), keys, sizes_.key_channels, k_steps<P>(queries), mode);
+    if (work_.wanted.value) {
+      tile_gemm<P>(
+          AOperand<P>::strided(weight_rows_, 1, row_stride), query_operands.grad_output_transposed,
+          COperand<A>::panels(grad_value), keys, sizes_.value_channels, k_steps<P>(queries), mode);
+    }
+    if (work_.wanted.key) {
+      tile_gemm<P>(
+          AOperand<P>::strided(energy_grad_rows_, 1, row_stride), query_operands.query_transposed,
+          COperand<A>::panels(grad_key), keys, sizes_.key_channels, k_steps<P>(queries), mode);
+    }
   }
 
   // Adds the tile's part to grad_query.
@@ -158,20 +153,89 @@ class PositionBackwardTile {
   }
 
  private:
+  // Calls use(row, column) for every vector of a panel.
+  template <class Use>
+  static void for_each_vector(std::int64_t keys, std::int64_t width, const Use& use) {
+    for (std::int64_t row = 0; row < keys; ++row) {
+      for (std::int64_t i = 0; i < width; i += kLane) {
+        use(row, i);
+      }
+    }
+  }
+
+  // An element of the strided A operands weight_rows_ and energy_grad_rows_.
+  static void store_row(P* rows, std::int64_t at, V vector) {
+    if constexpr (kIsPair<P>) {
+      narrow<kLane>(reinterpret_cast<T*>(rows) + at, vector);
+    } else {
+      store(rows + at, vector);
+    }
+  }
+
+  // dS of one column panel, from its weights and dP. columns: of the tile.
+  void differentiate_energies(
+      const KeyOperands<T>& key_operands, std::int64_t keys, std::int64_t column, std::int64_t width,
+      std::int64_t columns, GemmMode mode) const {
+    const std::int64_t e = sizes_.key_channels;
+    const V scale = broadcast<V>(scale_);
+    P* const energy_grads = energy_grads_ + column * k_steps<P>(keys);
+    if (work_.delta_source == DeltaSource::kTile) {
+      compute_delta(keys, column, width);
+    }
+    if constexpr (kIsFloat) {
+      if (work_.mean_keys) {
+        tile_gemm<P>(
+            AOperand<P>::packed(key_operands.key_transposed), weights_, COperand<A>::panels(mean_keys + column * e), e,
+            width, k_steps<P>(keys), mode);
+      }
+    }
+    const bool for_query = work_.wanted.query;
+    const bool for_key = work_.wanted.key;
+    for_each_vector(keys, width, [&](std::int64_t row, std::int64_t i) {
+      const std::int64_t at = row * width + i;
+      const V energy_grad =
+          load<V>(weights_ + at) * fma(load<V>(weight_grads_ + at), scale, -load<V>(delta + column + i));
+      if (for_key) {
+        store_row(energy_grad_rows_, row * columns + column + i, energy_grad);
+      }
+      if (for_query) {
+        if constexpr (kIsPair<P>) {
+          store(weight_grads_ + at, energy_grad);
+        } else {
+          store(energy_grads + at, energy_grad);
+        }
+      }
+    });
+    if constexpr (kIsPair<P>) {
+      if (for_query) {
+        pack_b_from_panels<P>(energy_grads, weight_grads_, keys, width);
+      }
+    }
+    if constexpr (kIsFloat) {
+      if (work_.mean_keys) {
+        add_rows(energy_grads, keys, width, grad_sum + column);
+      }
+    }
+  }
+
   // An odd number of queries leaves half of the last pair to a padding query. Its weights are 0, but NaN for a key of
   // -inf, and the products sum over it.
   void clear_padding_query(std::int64_t keys, std::int64_t queries, std::int64_t columns) const {
     for (std::int64_t row = 0; row < keys; ++row) {
-      reinterpret_cast<T*>(weight_rows_)[row * columns + queries] = T{};
-      reinterpret_cast<T*>(energy_grad_rows_)[row * columns + queries] = T{};
+      if (work_.wanted.value) {
+        reinterpret_cast<T*>(weight_rows_)[row * columns + queries] = T{};
+      }
+      if (work_.wanted.key) {
+        reinterpret_cast<T*>(energy_grad_rows_)[row * columns + queries] = T{};
+      }
     }
   }
 
-  // panel_delta = scale * mean of dP weighted by P, over the keys of one column panel of `width`. The division by the
-  // sum of the weights, which differs from 1 by the rounding of the logsumexp, keeps the sum of the energy gradients 0.
-  // For float the mean is subtracted from dP and panel_delta is the mean of the rest, because the rounding of the whole
-  // mean would leave a sum of that size too.
-  void compute_delta(std::int64_t keys, std::int64_t width, A* panel_delta) const {
+  // delta of one column panel: scale * mean of dP weighted by P, over its keys, less scale * grad_logsumexp. The
+  // division by the sum of the weights, which differs from 1 by the rounding of the logsumexp, keeps the sum of the
+  // energy gradients at scale * grad_logsumexp. For float the mean is subtracted from dP and delta is the mean of the
+  // rest, because the rounding of the whole mean would leave a sum of that size too.
+  void compute_delta(std::int64_t keys, std::int64_t column, std::int64_t width) const {
     for (std::int64_t i = 0; i < width; i += kLane) {
       V sum{}, total{};
       for (std::int64_t row = 0; row < keys; ++row) {
@@ -181,7 +245,7 @@ class PositionBackwardTile {
       }
       const auto mean_of = [&](V weighted) { return select(total > V{}, weighted / total, V{}); };
       V mean = mean_of(sum);
-      if constexpr (kSubtractsMeanKeys) {
+      if constexpr (kIsFloat) {
         V rest{};
         for (std::int64_t row = 0; row < keys; ++row) {
           A* const grad = weight_grads_ + row * width + i;
@@ -191,7 +255,8 @@ class PositionBackwardTile {
         }
         mean = mean_of(rest);
       }
-      store(panel_delta + i, mean * broadcast<V>(scale_));
+      mean -= mean_of(load<V>(grad_logsumexp + column + i));
+      store(delta + column + i, mean * broadcast<V>(scale_));
     }
   }
 
@@ -208,6 +273,7 @@ class PositionBackwardTile {
 
   PositionSizes sizes_;
   A scale_;
+  PositionTileWork work_;
   A *weights_, *weight_grads_;          // P and dP of one column panel
   P *weight_rows_, *energy_grad_rows_;  // P and dS of the tile, row-major: strided A operands
   P* energy_grads_;                     // dS of the tile in panels: a B operand

@@ -10,25 +10,13 @@
 
 #include <cmath>
 
-#include "checks/position.h"
 #include "cpu/common/exp.h"
 #include "cpu/common/pack.h"
 #include "cpu/common/parallel.h"
 #include "cpu/common/range.h"
+#include "cpu/position/arguments.h"
 
 namespace segattn::cpu {
-
-template <class T>
-struct PositionForwardArguments {
-  const T* query;               // (B, E, N)
-  const T* key;                 // (B, E, M)
-  const T* value;               // (B, C, M)
-  T* output;                    // (B, C, N)
-  T* output_low;                // (B, C, N), the rounding error of output; null: not computed
-  AccumulatorOf<T>* logsumexp;  // (B, N)
-  PositionSizes sizes;
-  AccumulatorOf<T> scale;
-};
 
 template <class T>
 class PositionForward {

@@ -4,12 +4,13 @@
 //   grad_value^T += P^T grad_output^T      A: the tile, strided, B: grad_output (transposed)
 //   grad_key^T   += dS^T query^T           A: the tile, strided, B: query (transposed)
 //   grad_query   += key dS^T               A: key (transposed),  B: the tile
+// A product that no wanted gradient needs has no operands: their arrays are empty.
 // Ranges start at multiples of 16 positions and are packed tile by tile. The operands of position i start at element
 // i * channels of each array (pairs: half of that), so a tile's operands are found by its first position.
 #pragma once
 
-#include "checks/position.h"
 #include "cpu/common/pack.h"
+#include "cpu/position/arguments.h"
 
 namespace segattn::cpu {
 
@@ -19,14 +20,15 @@ struct KeyOperands {
   P *key, *key_transposed, *value;
 
   // Elements for `count` keys.
-  static constexpr std::int64_t size(std::int64_t count, const PositionSizes& sizes) {
-    return packed_a_size<P>(count, sizes.key_channels) + packed_a_size<P>(sizes.key_channels, count) +
-        packed_a_size<P>(count, sizes.value_channels);
+  static constexpr std::int64_t size(std::int64_t count, const PositionSizes& sizes, const PositionGradients& wanted) {
+    return packed_a_size<P>(count, sizes.key_channels) +
+        (wanted.query ? packed_a_size<P>(sizes.key_channels, count) : 0) +
+        (wanted.of_energies() ? packed_a_size<P>(count, sizes.value_channels) : 0);
   }
 
-  static KeyOperands in(P* memory, std::int64_t count, const PositionSizes& sizes) {
+  static KeyOperands in(P* memory, std::int64_t count, const PositionSizes& sizes, const PositionGradients& wanted) {
     P* const transposed = memory + packed_a_size<P>(count, sizes.key_channels);
-    return {memory, transposed, transposed + packed_a_size<P>(sizes.key_channels, count)};
+    return {memory, transposed, transposed + (wanted.query ? packed_a_size<P>(sizes.key_channels, count) : 0)};
   }
 
   KeyOperands from(std::int64_t first, const PositionSizes& sizes) const {
@@ -36,10 +38,16 @@ struct KeyOperands {
   }
 
   // Packs one tile of `count` keys of keys (E, M) and values (C, M).
-  void pack(const T* keys, const T* values, std::int64_t count, const PositionSizes& sizes) const {
+  void pack(
+      const T* keys, const T* values, std::int64_t count, const PositionSizes& sizes,
+      const PositionGradients& wanted) const {
     pack_a_from_steps<P>(key, keys, sizes.keys, count, sizes.key_channels);
-    pack_a_from_rows<P>(key_transposed, keys, sizes.keys, sizes.key_channels, count);
-    pack_a_from_steps<P>(value, values, sizes.keys, count, sizes.value_channels);
+    if (wanted.query) {
+      pack_a_from_rows<P>(key_transposed, keys, sizes.keys, sizes.key_channels, count);
+    }
+    if (wanted.of_energies()) {
+      pack_a_from_steps<P>(value, values, sizes.keys, count, sizes.value_channels);
+    }
   }
 };
 
@@ -49,15 +57,20 @@ struct QueryOperands {
   P *query, *grad_output, *query_transposed, *grad_output_transposed;
 
   // Elements for `count` queries.
-  static constexpr std::int64_t size(std::int64_t count, const PositionSizes& sizes) {
-    return packed_b_size<P>(count, sizes.key_channels) + packed_b_size<P>(count, sizes.value_channels) +
-        packed_b_size<P>(sizes.key_channels, count) + packed_b_size<P>(sizes.value_channels, count);
+  static constexpr std::int64_t size(std::int64_t count, const PositionSizes& sizes, const PositionGradients& wanted) {
+    return packed_b_size<P>(count, sizes.key_channels) +
+        (wanted.of_energies() ? packed_b_size<P>(count, sizes.value_channels) : 0) +
+        (wanted.key ? packed_b_size<P>(sizes.key_channels, count) : 0) +
+        (wanted.value ? packed_b_size<P>(sizes.value_channels, count) : 0);
   }
 
-  static QueryOperands in(P* memory, std::int64_t count, const PositionSizes& sizes) {
+  static QueryOperands in(P* memory, std::int64_t count, const PositionSizes& sizes, const PositionGradients& wanted) {
     P* const grad_output = memory + packed_b_size<P>(count, sizes.key_channels);
-    P* const query_transposed = grad_output + packed_b_size<P>(count, sizes.value_channels);
-    return {memory, grad_output, query_transposed, query_transposed + packed_b_size<P>(sizes.key_channels, count)};
+    P* const query_transposed =
+        grad_output + (wanted.of_energies() ? packed_b_size<P>(count, sizes.value_channels) : 0);
+    return {
+        memory, grad_output, query_transposed,
+        query_transposed + (wanted.key ? packed_b_size<P>(sizes.key_channels, count) : 0)};
   }
 
   QueryOperands from(std::int64_t first, const PositionSizes& sizes) const {
@@ -68,11 +81,19 @@ struct QueryOperands {
   }
 
   // Packs one tile of `count` queries of queries (E, N) and grads (C, N).
-  void pack(const T* queries, const T* grads, std::int64_t count, const PositionSizes& sizes) const {
+  void pack(
+      const T* queries, const T* grads, std::int64_t count, const PositionSizes& sizes,
+      const PositionGradients& wanted) const {
     pack_b_from_steps<P>(query, queries, sizes.queries, count, sizes.key_channels);
-    pack_b_from_steps<P>(grad_output, grads, sizes.queries, count, sizes.value_channels);
-    pack_b_from_columns<P>(query_transposed, queries, sizes.queries, sizes.key_channels, count);
-    pack_b_from_columns<P>(grad_output_transposed, grads, sizes.queries, sizes.value_channels, count);
+    if (wanted.of_energies()) {
+      pack_b_from_steps<P>(grad_output, grads, sizes.queries, count, sizes.value_channels);
+    }
+    if (wanted.key) {
+      pack_b_from_columns<P>(query_transposed, queries, sizes.queries, sizes.key_channels, count);
+    }
+    if (wanted.value) {
+      pack_b_from_columns<P>(grad_output_transposed, grads, sizes.queries, sizes.value_channels, count);
+    }
   }
 };
 

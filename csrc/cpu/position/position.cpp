@@ -7,6 +7,7 @@
 #include "cpu/common/tensors.h"
 #include "cpu/position/backward.h"
 #include "cpu/position/forward.h"
+#include "cpu/position/padded_keys.h"
 #include "registration.h"
 
 namespace segattn::cpu {
@@ -18,7 +19,7 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> position_attention(
     Tensor query, Tensor key, Tensor value, double scale, bool with_low, std::optional<Tensor> key_padding_mask) {
   const PositionSizes sizes = check_position_attention(query, key, value, scale, key_padding_mask);
-  make_contiguous(query, key, value);
+  make_contiguous(query, key, value, key_padding_mask);
   Tensor output = new_feature_map(query, sizes.value_channels);
   Tensor output_low = new_feature_map(query, low_channels(value, with_low));
   Tensor logsumexp = new_position_statistics(query);
@@ -33,7 +34,11 @@ std::tuple<Tensor, Tensor, Tensor> position_attention(
         .logsumexp = mutable_data<A>(logsumexp),
         .sizes = sizes,
         .scale = static_cast<A>(scale)};
-    PositionForward<T>(arguments).run();
+    if (key_padding_mask.has_value()) {
+      attend_without_padding(arguments, data<bool>(key_padding_mask));
+    } else {
+      PositionForward<T>(arguments).run();
+    }
   });
   return {output, logsumexp, output_low};
 }
@@ -48,10 +53,13 @@ std::tuple<Tensor, Tensor, Tensor> position_attention_backward(
   const PositionSizes sizes = check_position_attention_backward(
       grad_output, query, key, value, output, logsumexp, scale, output_low, grad_logsumexp, needs_input_grad,
       key_padding_mask);
-  make_contiguous(grad_output, query, key, value, output, logsumexp, output_low);
-  Tensor grad_query = new_like(query);
-  Tensor grad_key = new_like(key);
-  Tensor grad_value = new_like(value);
+  Tensor grad_query = new_gradient(query, needs_input_grad[0]);
+  Tensor grad_key = new_gradient(key, needs_input_grad[1]);
+  Tensor grad_value = new_gradient(value, needs_input_grad[2]);
+  if (!is_any_wanted(needs_input_grad)) {
+    return {grad_query, grad_key, grad_value};
+  }
+  make_contiguous(grad_output, query, key, value, output, logsumexp, output_low, grad_logsumexp, key_padding_mask);
   dispatch_dtype(query.scalar_type(), [&]<class T>() {
     using A = AccumulatorOf<T>;
     const PositionBackwardArguments<T> arguments{
@@ -62,12 +70,18 @@ std::tuple<Tensor, Tensor, Tensor> position_attention_backward(
         .output = data<T>(output),
         .output_low = data<T>(output_low),
         .logsumexp = data<A>(logsumexp),
-        .grad_query = mutable_data<T>(grad_query),
-        .grad_key = mutable_data<T>(grad_key),
-        .grad_value = mutable_data<T>(grad_value),
+        .grad_logsumexp = data<A>(grad_logsumexp),
+        .grad_query = gradient_data<T>(grad_query, needs_input_grad[0]),
+        .grad_key = gradient_data<T>(grad_key, needs_input_grad[1]),
+        .grad_value = gradient_data<T>(grad_value, needs_input_grad[2]),
         .sizes = sizes,
-        .scale = static_cast<A>(scale)};
-    PositionBackward<T>(arguments).run();
+        .scale = static_cast<A>(scale),
+        .keys_complete = keys_complete};
+    if (key_padding_mask.has_value()) {
+      differentiate_without_padding(arguments, data<bool>(key_padding_mask));
+    } else {
+      PositionBackward<T>(arguments).run();
+    }
   });
   return {grad_query, grad_key, grad_value};
 }
