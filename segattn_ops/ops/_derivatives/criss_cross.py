@@ -1,0 +1,171 @@
+"""criss_cross_affinity, criss_cross_aggregation and criss_cross_attention.
+
+The first two are bilinear: with the operator of their transpose, of which the gradients consist, they are closed under
+differentiation.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .._check import accumulation_dtype, fail
+from .attention import Attention, Layout, MaybeTensors, add
+
+
+class _CrissCrossPairs:
+    """Some rows of queries (B, E, h, W) with the keys (B, E, H, W) of their rows and columns. Maps (B, W + H, h, W): the
+    row, then the column, self included but without weight."""
+
+    def __init__(self, rows: slice, height: int, width: int, device: torch.device) -> None:
+        self._rows, self._height, self._width = rows, height, width
+        key_row = torch.arange(height, device=device)
+        self._is_self = key_row[:, None, None] == key_row[rows, None]  # (H, h, 1)
+
+    def products(self, queries: Tensor, keys: Tensor) -> Tensor:
+        row = torch.einsum("beyx,beyj->bjyx", queries, keys[:, :, self._rows])
+        return torch.cat([row, torch.einsum("beyx,bejx->bjyx", queries, keys)], 1)
+
+    def weighted(self, weights: Tensor, keys: Tensor) -> Tensor:
+        row = torch.einsum("bjyx,bcyj->bcyx", weights[:, : self._width], keys[:, :, self._rows])
+        return row + torch.einsum("bjyx,bcjx->bcyx", weights[:, self._width :], keys)
+
+    def transposed(self, weights: Tensor, queries: Tensor) -> Tensor:
+        row = torch.einsum("bjyx,bcyx->bcyj", weights[:, : self._width], queries)
+        row = F.pad(row, (0, 0, self._rows.start, self._height - self._rows.stop))
+        return row + torch.einsum("bjyx,bcyx->bcjx", weights[:, self._width :], queries)
+
+    def softmax(self, energy: Tensor) -> Tensor:
+        column = energy[:, self._width :].masked_fill(self._is_self, -torch.inf)
+        return torch.cat([energy[:, : self._width], column], 1).softmax(1)
+
+
+class _Images(Layout):
+    """(B, channels, H, W), unchanged but for the dtype."""
+
+    def __init__(self, query: Tensor) -> None:
+        self._dtype, self._device = accumulation_dtype(query.dtype), query.device
+        batch, _, self.rows, self._width = query.shape
+        self.entries = batch * (self.rows + self._width) * self._width
+
+    def queries(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._dtype)
+
+    def keys(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._dtype)
+
+    def restored(self, tensor: Tensor, shape: Sequence[int]) -> Tensor:
+        return tensor
+
+    def pairs(self, rows: slice) -> _CrissCrossPairs:
+        return _CrissCrossPairs(rows, self.rows, self._width, self._device)
+
+
+def jvp(operators: Any, arguments: Sequence[Any], tangents: MaybeTensors) -> tuple[Tensor | None, ...]:
+    query, key, value, scale = arguments
+    return *Attention(_Images(query), scale, query, key, value).jvp(tangents[:3], value.shape), None
+
+
+def backward_jvp(operators: Any, arguments: Sequence[Any], tangents: MaybeTensors) -> list[Tensor | None]:
+    attention, grad_output, grad_logsumexp, needs = _of_backward(arguments)
+    return attention.backward_jvp((*tangents[1:4], tangents[0], tangents[8]), grad_output, grad_logsumexp, needs)
+
+
+def double_backward(
+    operators: Any, arguments: Sequence[Any], cotangents: MaybeTensors, wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    attention, grad_output, grad_logsumexp, _ = _of_backward(arguments)
+    query, key, value, of_grad_output, of_grad_logsumexp = attention.double_backward(
+        cotangents, grad_output, grad_logsumexp, (*wanted[1:4], wanted[0], wanted[8])
+    )
+    return of_grad_output, query, key, value, None, None, None, None, of_grad_logsumexp, None, None
+
+
+def _of_backward(arguments: Sequence[Any]) -> tuple[Attention, Tensor, Tensor | None, Sequence[bool]]:
+    grad_output, query, key, value, _, _, scale, _, grad_logsumexp, needs, complete = arguments
+    if not complete:
+        fail(
+            "criss_cross_attention_backward",
+            "keys_complete must be True for a second derivative, which is of the attention to the keys of the call "
+            "(got False)",
+        )
+    return Attention(_Images(query), scale, query, key, value), grad_output, grad_logsumexp, needs
+
+
+class _Bilinear:
+    """The three bilinear maps of <map, affinity(query, key)> = <query, aggregation(map, key)>, from the operators."""
+
+    def __init__(self, operators: Any) -> None:
+        self._operators = operators
+
+    def affinity(self, query: Tensor | None, key: Tensor | None) -> Tensor | None:
+        return None if query is None or key is None else self._operators.criss_cross_affinity(query, key)
+
+    def aggregation(self, weights: Tensor | None, value: Tensor | None) -> Tensor | None:
+        return None if weights is None or value is None else self._operators.criss_cross_aggregation(weights, value)
+
+    def transposed(self, weights: Tensor | None, query: Tensor | None) -> Tensor | None:
+        """The gradient of the key of an affinity, and of the value of an aggregation."""
+        if weights is None or query is None:
+            return None
+        return self._operators.criss_cross_affinity_backward(weights, query, query, [False, True])[1]
+
+
+def affinity_jvp(operators: Any, arguments: Sequence[Any], tangents: MaybeTensors) -> Tensor | None:
+    maps = _Bilinear(operators)
+    (query, key), (t_query, t_key) = arguments, tangents
+    return add(maps.affinity(t_query, key), maps.affinity(query, t_key))
+
+
+def affinity_backward_jvp(operators: Any, arguments: Sequence[Any], tangents: MaybeTensors) -> list[Tensor | None]:
+    maps = _Bilinear(operators)
+    gradient, query, key, needs = arguments
+    t_gradient, t_query, t_key, _ = tangents
+    return [
+        add(maps.aggregation(t_gradient, key), maps.aggregation(gradient, t_key)) if needs[0] else None,
+        add(maps.transposed(t_gradient, query), maps.transposed(gradient, t_query)) if needs[1] else None,
+    ]
+
+
+def affinity_double_backward(
+    operators: Any, arguments: Sequence[Any], cotangents: MaybeTensors, wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    maps = _Bilinear(operators)
+    (gradient, query, key, _), (c_query, c_key) = arguments, cotangents
+    return (
+        add(maps.affinity(c_query, key), maps.affinity(query, c_key)) if wanted[0] else None,
+        maps.aggregation(gradient, c_key) if wanted[1] else None,
+        maps.transposed(gradient, c_query) if wanted[2] else None,
+        None,
+    )
+
+
+def aggregation_jvp(operators: Any, arguments: Sequence[Any], tangents: MaybeTensors) -> Tensor | None:
+    maps = _Bilinear(operators)
+    (weights, value), (t_weights, t_value) = arguments, tangents
+    return add(maps.aggregation(t_weights, value), maps.aggregation(weights, t_value))
+
+
+def aggregation_backward_jvp(operators: Any, arguments: Sequence[Any], tangents: MaybeTensors) -> list[Tensor | None]:
+    maps = _Bilinear(operators)
+    gradient, weights, value, needs = arguments
+    t_gradient, t_weights, t_value, _ = tangents
+    return [
+        add(maps.affinity(t_gradient, value), maps.affinity(gradient, t_value)) if needs[0] else None,
+        add(maps.transposed(t_weights, gradient), maps.transposed(weights, t_gradient)) if needs[1] else None,
+    ]
+
+
+def aggregation_double_backward(
+    operators: Any, arguments: Sequence[Any], cotangents: MaybeTensors, wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    maps = _Bilinear(operators)
+    (gradient, weights, value, _), (c_weights, c_value) = arguments, cotangents
+    return (
+        add(maps.aggregation(c_weights, value), maps.aggregation(weights, c_value)) if wanted[0] else None,
+        maps.affinity(gradient, c_value) if wanted[1] else None,
+        maps.transposed(c_weights, gradient) if wanted[2] else None,
+        None,
+    )
