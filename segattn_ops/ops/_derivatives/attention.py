@@ -60,13 +60,13 @@ class DensePairs:
         self.padding = padding
 
     def products(self, queries: Tensor, keys: Tensor) -> Tensor:
-        return keys.mT @ queries
+        return keys.transpose(1, 2) @ queries
 
     def weighted(self, weights: Tensor, keys: Tensor) -> Tensor:
         return keys @ weights
 
     def transposed(self, weights: Tensor, queries: Tensor) -> Tensor:
-        return queries @ weights.mT
+        return queries @ weights.transpose(1, 2)
 
     def softmax(self, energy: Tensor) -> Tensor:
         if self.padding is None:
@@ -116,10 +116,13 @@ class Attention:
     key: Tensor
     value: Tensor
 
-    def jvp(self, tangents: MaybeTensors, output_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def jvp(
+        self, tangents: MaybeTensors, output_shape: Sequence[int], with_logsumexp: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
         """The tangents of output and logsumexp, from those of query, key and value."""
-        output, logsumexp, *_ = self._derivatives((*tangents, None, None), None, (True, True, False, False, False))
-        return self._restored(output, output_shape), self._restored_logsumexp(logsumexp)
+        wanted = (True, with_logsumexp, False, False, False)
+        output, logsumexp, *_ = self._derivatives((*tangents, None, None), None, wanted)
+        return self._restored(output, output_shape), self._restored_logsumexp(logsumexp) if with_logsumexp else None
 
     def backward_jvp(
         self,
@@ -190,10 +193,10 @@ class Attention:
                 output, logsumexp, *inputs = _of_block(
                     self.layout.pairs(rows),
                     self.scale,
-                    (query[:, :, rows], key, value),
+                    (some(query, rows), key, value),
                     of_keys,
-                    [None if t is None else t[:, :, rows] for t in of_queries],
-                    [None if t is None else t[:, :, rows] for t in of_gradients],
+                    [None if t is None else some(t, rows) for t in of_queries],
+                    [None if t is None else some(t, rows) for t in of_gradients],
                     wanted,
                 )
                 for part, found in zip(parts, (output, logsumexp, inputs[0]), strict=True):
@@ -278,3 +281,13 @@ def _channel(logsumexp: Tensor | None) -> Tensor | None:
 
 def in_dtype_of(like: Tensor, tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.to(like.dtype)
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """(B, channels, *S) -> (B, channels, N). Here and below, the ops are those that torch.autograd.functional can
+    vectorise: it cannot flatten and slice."""
+    return tensor.reshape(*tensor.shape[:2], tensor.shape[2:].numel())
+
+
+def some(tensor: Tensor, rows: slice, dim: int = 2) -> Tensor:
+    return tensor.narrow(dim, rows.start, rows.stop - rows.start)

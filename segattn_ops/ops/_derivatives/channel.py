@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from .._check import accumulation_dtype
-from .attention import Attention, DensePairs, Layout, MaybeTensors, add, in_dtype_of
+from .attention import Attention, DensePairs, Layout, MaybeTensors, add, flat, in_dtype_of
 
 
 class _Channels(Layout):
@@ -18,13 +18,13 @@ class _Channels(Layout):
         self.entries = key.shape[0] * key.shape[1]
 
     def queries(self, tensor: Tensor) -> Tensor:
-        return tensor.flatten(2).mT.to(self._dtype)
+        return flat(tensor).transpose(1, 2).to(self._dtype)
 
     def keys(self, tensor: Tensor) -> Tensor:
-        return tensor.flatten(2).mT.to(self._dtype)
+        return flat(tensor).transpose(1, 2).to(self._dtype)
 
     def restored(self, tensor: Tensor, shape: Sequence[int]) -> Tensor:
-        return tensor.mT.reshape(shape)
+        return tensor.transpose(1, 2).reshape(shape)
 
     def pairs(self, rows: slice) -> DensePairs:
         return DensePairs()
@@ -37,8 +37,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Atten
 def jvp(operators: Any, arguments: Sequence[Any], tangents: MaybeTensors) -> tuple[Tensor | None, ...]:
     query, key, value, scale = arguments
     output_shape = (*query.shape[:2], *value.shape[2:])
-    output, _ = _attention(query, key, value, scale).jvp(tangents[:3], output_shape)
-    return output, None
+    return _attention(query, key, value, scale).jvp(tangents[:3], output_shape, with_logsumexp=False)
 
 
 def backward_jvp(operators: Any, arguments: Sequence[Any], tangents: MaybeTensors) -> list[Tensor | None]:
@@ -77,7 +76,7 @@ class _SelfAttention:
         return attended
 
     def _attention_tangent(self, t_x: Tensor) -> Tensor:
-        return self._attention.jvp((t_x, t_x, t_x), self._x.shape)[0]
+        return self._attention.jvp((t_x, t_x, t_x), self._x.shape, with_logsumexp=False)[0]
 
     def _scaled(self, tensor: Tensor) -> Tensor:
         return tensor if self._gamma is None else self._gamma * tensor

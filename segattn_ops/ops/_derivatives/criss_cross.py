@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._check import accumulation_dtype, fail
-from .attention import Attention, Layout, MaybeTensors, add
+from .attention import Attention, Layout, MaybeTensors, add, some
 
 
 class _CrissCrossPairs:
@@ -25,21 +25,47 @@ class _CrissCrossPairs:
         self._is_self = key_row[:, None, None] == key_row[rows, None]  # (H, h, 1)
 
     def products(self, queries: Tensor, keys: Tensor) -> Tensor:
-        row = torch.einsum("beyx,beyj->bjyx", queries, keys[:, :, self._rows])
-        return torch.cat([row, torch.einsum("beyx,bejx->bjyx", queries, keys)], 1)
+        row = _by_row(some(keys, self._rows)).transpose(2, 3) @ _by_row(queries)  # (B, h, keys, W)
+        column = _by_column(keys).transpose(2, 3) @ _by_column(queries)  # (B, W, keys, h)
+        return torch.cat([_from_row(row), _from_column(column)], 1)
 
     def weighted(self, weights: Tensor, keys: Tensor) -> Tensor:
-        row = torch.einsum("bjyx,bcyj->bcyx", weights[:, : self._width], keys[:, :, self._rows])
-        return row + torch.einsum("bjyx,bcjx->bcyx", weights[:, self._width :], keys)
+        row, column = self._split(weights)
+        in_row = _by_row(some(keys, self._rows)) @ _by_row(row)
+        return _from_row(in_row) + _from_column(_by_column(keys) @ _by_column(column))
 
     def transposed(self, weights: Tensor, queries: Tensor) -> Tensor:
-        row = torch.einsum("bjyx,bcyx->bcyj", weights[:, : self._width], queries)
-        row = F.pad(row, (0, 0, self._rows.start, self._height - self._rows.stop))
-        return row + torch.einsum("bjyx,bcyx->bcjx", weights[:, self._width :], queries)
+        row, column = self._split(weights)
+        in_row = _from_row(_by_row(queries) @ _by_row(row).transpose(2, 3))
+        in_row = F.pad(in_row, (0, 0, self._rows.start, self._height - self._rows.stop))
+        return in_row + _from_column(_by_column(queries) @ _by_column(column).transpose(2, 3))
+
+    def _split(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        return weights.narrow(1, 0, self._width), weights.narrow(1, self._width, self._height)
 
     def softmax(self, energy: Tensor) -> Tensor:
-        column = energy[:, self._width :].masked_fill(self._is_self, -torch.inf)
-        return torch.cat([energy[:, : self._width], column], 1).softmax(1)
+        row, column = self._split(energy)
+        return torch.cat([row, column.masked_fill(self._is_self, -torch.inf)], 1).softmax(1)
+
+
+def _by_row(image: Tensor) -> Tensor:
+    """(B, channels, h, W) -> (B, h, channels, W)"""
+    return image.permute(0, 2, 1, 3)
+
+
+def _from_row(image: Tensor) -> Tensor:
+    """The inverse of `_by_row`."""
+    return image.permute(0, 2, 1, 3)
+
+
+def _by_column(image: Tensor) -> Tensor:
+    """(B, channels, h, W) -> (B, W, channels, h)"""
+    return image.permute(0, 3, 1, 2)
+
+
+def _from_column(image: Tensor) -> Tensor:
+    """The inverse of `_by_column`."""
+    return image.permute(0, 2, 3, 1)
 
 
 class _Images(Layout):

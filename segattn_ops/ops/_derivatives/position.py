@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from .._check import accumulation_dtype, fail
-from .attention import Attention, DensePairs, Layout, MaybeTensors
+from .attention import Attention, DensePairs, Layout, MaybeTensors, flat
 
 
 class _Positions(Layout):
@@ -19,11 +19,11 @@ class _Positions(Layout):
         self.entries = key.shape[0] * key.shape[2:].numel()
 
     def queries(self, tensor: Tensor) -> Tensor:
-        return tensor.flatten(2).to(self._dtype)
+        return flat(tensor).to(self._dtype)
 
     def keys(self, tensor: Tensor) -> Tensor:
-        flat = tensor.flatten(2).to(self._dtype)
-        return flat if self._padding is None else flat.masked_fill(self._padding, 0)
+        keys = flat(tensor).to(self._dtype)
+        return keys if self._padding is None else keys.masked_fill(self._padding, 0)
 
     def restored(self, tensor: Tensor, shape: Sequence[int]) -> Tensor:
         return tensor.reshape(shape)

@@ -1,9 +1,19 @@
-"""Forward-mode differentiation, which the fused operators do not have: torch.library drops tangents without a word."""
+"""torch.func and forward mode, which the operators' own autograd rules do not have.
+
+torch.func cannot transform the rules that ``torch.library`` makes, and those rules drop tangents without a word. Under
+either, a call goes to a twin of the operator made of ``torch.autograd.Function``, which ``ops/_register.py`` builds.
+"""
+
+from types import SimpleNamespace
 
 import torch
 from torch.autograd import forward_ad
 
 from ._dynamo import constant_in_graphs
+
+# Operator namespace -> a function for each operator, by its name. Filled by ops/_register.py.
+FUNCTIONS: dict[str, SimpleNamespace] = {}
+
 
 
 @constant_in_graphs
@@ -11,6 +21,11 @@ def in_dual_level() -> bool:
     """Whether forward mode is on. Dynamo calls this function at compile time: a function that was compiled before calls
     the operators, which refuse tangents."""
     return forward_ad._current_level >= 0
+
+
+def under_transform() -> bool:
+    """Whether a transform of torch.func or forward mode is on."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def has_tangent(*arguments: object) -> bool:
