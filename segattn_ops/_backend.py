@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _library
 from ._precision import follow_tf32_setting
-from ._transforms import FUNCTIONS, under_transform
+from ._transforms import FUNCTIONS, under_derivative, under_transform
 
 LIBRARIES = _library.load()
 
@@ -69,7 +69,10 @@ def operators(op: str, *tensors: Tensor) -> ModuleType | SimpleNamespace | None:
     if device_type == "cuda":
         follow_tf32_setting(namespace)
     if under_transform():
-        return FUNCTIONS[namespace]
+        if not torch.compiler.is_compiling():
+            return FUNCTIONS[namespace]
+        if under_derivative():
+            return None
     found: ModuleType = getattr(torch.ops, namespace)
     return found
 

@@ -25,7 +25,15 @@ def in_dual_level() -> bool:
 
 def under_transform() -> bool:
     """Whether a transform of torch.func or forward mode is on."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return torch._C._are_functorch_transforms_active() or in_dual_level()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch does not annotate it
+def under_derivative() -> bool:
+    """Whether one other than vmap is on. Dynamo enters those in the function it traces, and guards torch.func's."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    vmap = torch._C._functorch.TransformType.Vmap
+    return in_dual_level() or any(interpreter.key() != vmap for interpreter in stack)
 
 
 def has_tangent(*arguments: object) -> bool:
