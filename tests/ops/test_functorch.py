@@ -20,7 +20,7 @@ def loss(f):
 
 
 def tangents(inputs):
-    return tuple(torch.randn_like(t, generator=None) if False else t.sin() + 0.3 for t in inputs)
+    return tuple(t.sin() + 0.3 for t in inputs)
 
 
 def all_of(inputs):
@@ -75,9 +75,10 @@ SECOND = {
 
 
 @each_function
-def test_first_order(kernels, function):
+@pytest.mark.parametrize("transforms", [FIRST, SECOND], ids=["first", "second"])
+def test_transforms(kernels, function, transforms):
     inputs = function.inputs(device=kernels.device)
-    for name, transform in FIRST.items():
+    for name, transform in transforms.items():
         try:
             assert_same(transform(function.call, inputs), transform(function.definition, inputs))
         except Exception as error:
@@ -85,12 +86,63 @@ def test_first_order(kernels, function):
             raise
 
 
-@each_function
-def test_second_order(kernels, function):
-    inputs = function.inputs(device=kernels.device)
-    for name, transform in SECOND.items():
-        try:
-            assert_same(transform(function.call, inputs), transform(function.definition, inputs))
-        except Exception as error:
-            error.add_note(name)
-            raise
+def test_gradients_of_each_sample_are_not_mixed(kernels):
+    """Per-sample gradients, as for differential privacy, against a loop."""
+    inputs = [torch.randn(3, c, 4, 5, device=kernels.device, dtype=torch.float64) for c in (2, 2, 3)]
+
+    def gradients(q, k, v):
+        return func.grad(lambda *t: segattn_ops.criss_cross_attention(*(s[None] for s in t)).sin().sum(), (0, 1, 2))(
+            q, k, v
+        )
+
+    got = torch.vmap(gradients)(*inputs)
+    assert_same(got, [torch.stack(g) for g in zip(*(gradients(*t) for t in zip(*inputs, strict=True)), strict=True)])
+
+
+MODULES = {
+    "PositionAttention": lambda: nn.PositionAttention(8),
+    "ChannelAttention": lambda: nn.ChannelAttention(),
+    "CrissCrossAttention": lambda: nn.CrissCrossAttention(8),
+    "DAModule": lambda: nn.DAModule(4),
+    **{
+        f"NonLocal2d {mode}": partial(nn.NonLocal2d, 8, mode=mode)
+        for mode in ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
+    },
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules(backend, name, monkeypatch):
+    """Derivatives for the parameters and the input, of the module as a function of both."""
+    module = MODULES[name]().double().to(backend.device).eval()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    parameters = {k: v.detach() for k, v in module.named_parameters()}
+    x = torch.randn(2, getattr(module, "in_channels", None) or 4, 3, 4, dtype=torch.float64, device=backend.device)
+
+    def call(parameters, x):
+        return func.functional_call(module, parameters, (x,)).sin().sum()
+
+    def of_sample(parameters, sample):
+        return call(parameters, sample[None])
+
+    directions = ({k: v.cos() for k, v in parameters.items()}, x.cos())
+    transforms = {
+        "grad": lambda: func.grad(call, (0, 1))(parameters, x),
+        "gradients of each sample": lambda: torch.vmap(func.grad(of_sample), in_dims=(None, 0))(parameters, x),
+        "jvp": lambda: func.jvp(call, (parameters, x), directions),
+        "forward over reverse": lambda: func.jvp(func.grad(call, (0, 1)), (parameters, x), directions),
+        "reverse over reverse": lambda: func.grad(
+            lambda *a: sum(g.sin().sum() for g in func.grad(call)(*a).values()), (0, 1)
+        )(parameters, x),
+    }
+    got = {key: transform() for key, transform in transforms.items()}
+    # The definitions: the reference, and for concatenation the sum over all pairs.
+    monkeypatch.setattr("segattn_ops.nn._pairwise.in_onnx_export", lambda: True)
+    with segattn_ops.use_backend("reference"):
+        for key, transform in transforms.items():
+            try:
+                assert_same(got[key], transform())
+            except AssertionError as error:
+                error.add_note(key)
+                raise
