@@ -73,16 +73,12 @@ def register(namespace: str, operators: Iterable[Operator]) -> None:
     functions = FUNCTIONS[namespace] = SimpleNamespace()
     library = _ReverseMode(namespace, "FRAGMENT")  # type: ignore[no-untyped-call]
     _libraries.append(library)
-
-    def current() -> Any:
-        return functions if under_transform() else packets
-
     for operator in operators:
         backward_name = f"{operator.name}_backward"
         forward, backward = getattr(packets, operator.name), getattr(packets, backward_name)
         torch.library.register_fake(f"{namespace}::{operator.name}", operator.fake)
         torch.library.register_fake(f"{namespace}::{backward_name}", operator.fake_backward)
-        rules = _Rules(operator, current)
+        rules = _Rules(operator, packets, functions)
         for name, setup_context, rule in (
             (operator.name, operator.setup_context, rules.backward),
             (backward_name, rules.setup_double_backward, rules.double_backward),
@@ -101,11 +97,16 @@ class _Rules:
 
     Args:
         operator: the description.
-        current: returns the namespace to call, which a transform that is on decides.
+        packets: the operators of the namespace.
+        functions: their twins.
     """
 
-    def __init__(self, operator: Operator, current: Callable[[], Any]) -> None:
-        self._operator, self._current = operator, current
+    def __init__(self, operator: Operator, packets: Any, functions: SimpleNamespace) -> None:
+        self._operator, self._packets, self._functions = operator, packets, functions
+
+    def _current(self) -> Any:
+        """The namespace to call."""
+        return self._functions if under_transform() else self._packets
 
     def backward(self, ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         gradient = getattr(self._current(), f"{self._operator.name}_backward")

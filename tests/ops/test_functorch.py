@@ -45,9 +45,9 @@ FIRST = {
     "vmap of grad, the first mapped": lambda f, x: torch.vmap(
         func.grad(loss(f), all_of(x)), in_dims=(0, *[None] * (len(x) - 1))
     )(batched(x)[0], *x[1:]),
-    "vmap of vmap of grad": lambda f, x: torch.vmap(
-        torch.vmap(func.grad(loss(f), all_of(x)), in_dims=1)
-    )(*[torch.stack([t, -t], 1) for t in batched(x, 3)]),
+    "vmap of vmap of grad": lambda f, x: torch.vmap(torch.vmap(func.grad(loss(f), all_of(x)), in_dims=1))(
+        *[torch.stack([t, -t], 1) for t in batched(x, 3)]
+    ),
     "vmap of jvp": lambda f, x: torch.vmap(lambda *t: func.jvp(f, t, tangents(t))[1])(*batched(x)),
     "grad through vmap": lambda f, x: func.grad(loss(torch.vmap(f)), all_of(x))(*batched(x)),
     "functional.vjp": lambda f, x: functional.vjp(f, tuple(x), f(*x).cos()),
@@ -68,9 +68,7 @@ SECOND = {
     ),
     "functional.hvp": lambda f, x: functional.hvp(loss(f), tuple(x), tangents(x)),
     "functional.vhp": lambda f, x: functional.vhp(loss(f), tuple(x), tangents(x)),
-    "third order": lambda f, x: func.grad(
-        loss(func.grad(loss(func.grad(loss(f))), len(x) - 1)), all_of(x)
-    )(*x),
+    "third order": lambda f, x: func.grad(loss(func.grad(loss(func.grad(loss(f))), len(x) - 1)), all_of(x))(*x),
 }
 
 

@@ -145,6 +145,7 @@ def self_double_backward(
 ) -> tuple[Tensor | None, ...]:
     grad_output, x, scale, gamma, _ = arguments
     attention = _SelfAttention(operators, x, scale, gamma)
-    of_grad_output = attention.output_tangent(*cotangents) if wanted[0] else None
-    of_x, of_gamma = attention.gradient_tangents(grad_output, None, *cotangents, (wanted[1], wanted[3]))
+    of_grad_x, of_grad_gamma = cotangents
+    of_grad_output = attention.output_tangent(of_grad_x, of_grad_gamma) if wanted[0] else None
+    of_x, of_gamma = attention.gradient_tangents(grad_output, None, of_grad_x, of_grad_gamma, (wanted[1], wanted[3]))
     return in_dtype_of(x, of_grad_output), in_dtype_of(x, of_x), None, of_gamma, None

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._check import accumulation_dtype, fail
+from .._check import accumulation_dtype
+from . import of_backward
 from .attention import Attention, Layout, MaybeTensors, add, some
 
 
 class _CrissCrossPairs:
-    """Some rows of queries (B, E, h, W) with the keys (B, E, H, W) of their rows and columns. Maps (B, W + H, h, W): the
-    row, then the column, self included but without weight."""
+    """Some rows of queries (B, E, h, W) with the keys (B, E, H, W) of their rows and columns. Maps (B, W + H, h, W):
+    the row, then the column, self included but without weight."""
 
     def __init__(self, rows: slice, height: int, width: int, device: torch.device) -> None:
         self._rows, self._height, self._width = rows, height, width
@@ -95,48 +96,46 @@ def jvp(operators: Any, arguments: Sequence[Any], tangents: MaybeTensors) -> tup
 
 
 def backward_jvp(operators: Any, arguments: Sequence[Any], tangents: MaybeTensors) -> list[Tensor | None]:
-    attention, grad_output, grad_logsumexp, needs = _of_backward(arguments)
-    return attention.backward_jvp((*tangents[1:4], tangents[0], tangents[8]), grad_output, grad_logsumexp, needs)
+    return of_backward.jvp(_of_backward(arguments), arguments, tangents)
 
 
 def double_backward(
     operators: Any, arguments: Sequence[Any], cotangents: MaybeTensors, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    attention, grad_output, grad_logsumexp, _ = _of_backward(arguments)
-    query, key, value, of_grad_output, of_grad_logsumexp = attention.double_backward(
-        cotangents, grad_output, grad_logsumexp, (*wanted[1:4], wanted[0], wanted[8])
-    )
-    return of_grad_output, query, key, value, None, None, None, None, of_grad_logsumexp, None, None
+    return of_backward.double_backward(_of_backward(arguments), arguments, cotangents, wanted)
 
 
-def _of_backward(arguments: Sequence[Any]) -> tuple[Attention, Tensor, Tensor | None, Sequence[bool]]:
-    grad_output, query, key, value, _, _, scale, _, grad_logsumexp, needs, complete = arguments
-    if not complete:
-        fail(
-            "criss_cross_attention_backward",
-            "keys_complete must be True for a second derivative, which is of the attention to the keys of the call "
-            "(got False)",
-        )
-    return Attention(_Images(query), scale, query, key, value), grad_output, grad_logsumexp, needs
+def _of_backward(arguments: Sequence[Any]) -> Attention:
+    _, query, key, value, _, _, scale, *_, keys_complete = arguments
+    of_backward.check_keys_complete("criss_cross_attention_backward", keys_complete)
+    return Attention(_Images(query), scale, query, key, value)
 
 
 class _Bilinear:
-    """The three bilinear maps of <map, affinity(query, key)> = <query, aggregation(map, key)>, from the operators."""
+    """The three maps with <weights, affinity(query, key)> = <query, aggregation(weights, key)> = <key,
+    transposed(weights, query)>, by the operators. None is zero."""
 
     def __init__(self, operators: Any) -> None:
         self._operators = operators
 
     def affinity(self, query: Tensor | None, key: Tensor | None) -> Tensor | None:
-        return None if query is None or key is None else self._operators.criss_cross_affinity(query, key)
+        if query is None or key is None:
+            return None
+        affinity: Tensor = self._operators.criss_cross_affinity(query, key)
+        return affinity
 
     def aggregation(self, weights: Tensor | None, value: Tensor | None) -> Tensor | None:
-        return None if weights is None or value is None else self._operators.criss_cross_aggregation(weights, value)
+        if weights is None or value is None:
+            return None
+        output: Tensor = self._operators.criss_cross_aggregation(weights, value)
+        return output
 
     def transposed(self, weights: Tensor | None, query: Tensor | None) -> Tensor | None:
-        """The gradient of the key of an affinity, and of the value of an aggregation."""
+        """As the gradient of the key of an affinity, which does not depend on the key."""
         if weights is None or query is None:
             return None
-        return self._operators.criss_cross_affinity_backward(weights, query, query, [False, True])[1]
+        grad_key: Tensor = self._operators.criss_cross_affinity_backward(weights, query, query, [False, True])[1]
+        return grad_key
 
 
 def affinity_jvp(operators: Any, arguments: Sequence[Any], tangents: MaybeTensors) -> Tensor | None:

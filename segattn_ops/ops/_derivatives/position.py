@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .._check import accumulation_dtype, fail
+from .._check import accumulation_dtype
+from . import of_backward
 from .attention import Attention, DensePairs, Layout, MaybeTensors, flat
 
 
@@ -44,26 +45,16 @@ def jvp(operators: Any, arguments: Sequence[Any], tangents: MaybeTensors) -> tup
 
 
 def backward_jvp(operators: Any, arguments: Sequence[Any], tangents: MaybeTensors) -> list[Tensor | None]:
-    attention, grad_output, grad_logsumexp, needs = _of_backward(arguments)
-    return attention.backward_jvp((*tangents[1:4], tangents[0], tangents[8]), grad_output, grad_logsumexp, needs)
+    return of_backward.jvp(_of_backward(arguments), arguments, tangents)
 
 
 def double_backward(
     operators: Any, arguments: Sequence[Any], cotangents: MaybeTensors, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    attention, grad_output, grad_logsumexp, _ = _of_backward(arguments)
-    query, key, value, of_grad_output, of_grad_logsumexp = attention.double_backward(
-        cotangents, grad_output, grad_logsumexp, (*wanted[1:4], wanted[0], wanted[8])
-    )
-    return of_grad_output, query, key, value, None, None, None, None, of_grad_logsumexp, None, None, None
+    return of_backward.double_backward(_of_backward(arguments), arguments, cotangents, wanted)
 
 
-def _of_backward(arguments: Sequence[Any]) -> tuple[Attention, Tensor, Tensor | None, Sequence[bool]]:
-    grad_output, query, key, value, _, _, scale, _, grad_logsumexp, needs, key_padding_mask, complete = arguments
-    if not complete:
-        fail(
-            "position_attention_backward",
-            "keys_complete must be True for a second derivative, which is of the attention to the keys of the call "
-            "(got False)",
-        )
-    return _attention(query, key, value, scale, key_padding_mask), grad_output, grad_logsumexp, needs
+def _of_backward(arguments: Sequence[Any]) -> Attention:
+    _, query, key, value, _, _, scale, *_, key_padding_mask, keys_complete = arguments
+    of_backward.check_keys_complete("position_attention_backward", keys_complete)
+    return _attention(query, key, value, scale, key_padding_mask)
