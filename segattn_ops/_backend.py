@@ -40,7 +40,7 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: "native" (the compiled kernels, where the device has any) or "reference" (plain PyTorch: slower, stores
-            the attention map, differentiable twice). The environment variable SEGATTN_BACKEND sets the default.
+            the attention map). The environment variable SEGATTN_BACKEND sets the default.
 
     The selection is global to the process, for all threads. A backward pass uses the implementation of its forward
     pass.
