@@ -15,7 +15,6 @@ from ._dynamo import constant_in_graphs
 FUNCTIONS: dict[str, SimpleNamespace] = {}
 
 
-
 @constant_in_graphs
 def in_dual_level() -> bool:
     """Whether forward mode is on. Dynamo calls this function at compile time: a function that was compiled before calls
@@ -28,7 +27,7 @@ def under_transform() -> bool:
     return torch._C._are_functorch_transforms_active() or in_dual_level()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch does not annotate it
+@constant_in_graphs
 def under_derivative() -> bool:
     """Whether one other than vmap is on. Dynamo enters those in the function it traces, and guards torch.func's."""
     stack = torch._C._functorch.get_interpreter_stack() or []

@@ -55,8 +55,8 @@ class _ReverseMode(Library):
         def refusing(keyset: Any, *arguments: Any, **keywords: Any) -> Any:
             if in_dual_level() and has_tangent(*arguments):
                 raise NotImplementedError(
-                    f"{op_name}: the operator has no forward-mode derivative; call the function of segattn_ops instead, "
-                    "outside of torch.compile or with the transform inside of it"
+                    f"{op_name}: the operator has no forward-mode derivative; call the function of segattn_ops instead "
+                    "(around a compiled function, put the transform inside of it)"
                 )
             return fn(keyset, *arguments, **keywords)
 
