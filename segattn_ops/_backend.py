@@ -4,15 +4,15 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from . import _library
-from ._forward_mode import has_tangent, in_dual_level
 from ._ops import ops
 from ._precision import follow_tf32_setting
+from ._transforms import FUNCTIONS, under_derivative, under_transform
 
 LIBRARIES = _library.load()
 
@@ -41,7 +41,7 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: "native" (the compiled kernels, where the device has any) or "reference" (plain PyTorch: slower, stores
-            the attention map, differentiable twice). The environment variable SEGATTN_BACKEND sets the default.
+            the attention map). The environment variable SEGATTN_BACKEND sets the default.
 
     The selection is global to the process, for all threads. A backward pass uses the implementation of its forward
     pass.
@@ -57,9 +57,9 @@ def use_backend(name: str) -> Iterator[None]:
         _current = previous
 
 
-def operators(op: str, *tensors: Tensor) -> ModuleType | None:
+def operators(op: str, *tensors: Tensor) -> ModuleType | SimpleNamespace | None:
     """The operator namespace that serves a call of `op` with `tensors`; None if the reference does. Warns once for each
-    device type if native kernels are missing, and once if the call is differentiated in forward mode."""
+    device type if native kernels are missing. Under torch.func and in forward mode, functions of the same names."""
     namespace = _NAMESPACES[_current]
     if namespace is None:
         return None
@@ -67,11 +67,13 @@ def operators(op: str, *tensors: Tensor) -> ModuleType | None:
     if namespace == ops.name and not LIBRARIES.serves(device_type):
         _warn_once(device_type, f"{device_type} tensors", LIBRARIES.why_not(device_type))
         return None
-    if in_dual_level() and has_tangent(*tensors):
-        _warn_once("forward mode", f"{op} in forward mode", "the fused kernels have no forward-mode derivative")
-        return None
     if device_type == "cuda":
         follow_tf32_setting(namespace)
+    if under_transform():
+        if not torch.compiler.is_compiling():
+            return FUNCTIONS[namespace]
+        if under_derivative():
+            return None
     found: ModuleType = getattr(torch.ops, namespace)
     return found
 
