@@ -2,6 +2,7 @@
 //
 //   forward    weighted_sum.cuh, then merge_splits.cuh if the keys are split
 //   backward   delta (common/row_kernels.cuh), weighted_sum.cuh for grad_value, query_key_gradient.cuh for the others
+//   padding    kept_keys.cuh before both, and after the backward for grad_key and grad_value
 // plan.cuh chooses the tiles. float64, and shapes that no tensor-core tile fits, run on simt.cuh.
 #include <optional>
 #include <tuple>
@@ -15,6 +16,7 @@
 #include "cuda/common/launch_context.h"
 #include "cuda/common/math.h"
 #include "cuda/common/operands.h"
+#include "cuda/position/kept_keys.h"
 #include "cuda/position/launch.h"
 #include "cuda/position/merge_splits.cuh"
 #include "cuda/position/plan.cuh"
@@ -30,12 +32,13 @@ struct ForwardCall {
   const LaunchContext& context;
   PositionSizes sizes;
   double scale;
-  FeatureMap query;   // (B, E, *S)
-  FeatureMap key;     // (B, E, *T)
-  FeatureMap value;   // (B, C, *T)
-  Tensor output;      // (B, C, *S)
-  Tensor output_low;  // (B, C, *S), rounding error of the output; (B, 0, *S) if not wanted
-  Tensor logsumexp;   // (B, *S), dtype of accumulation
+  FeatureMap query;       // (B, E, *S)
+  FeatureMap key;         // (B, E, *T)
+  FeatureMap value;       // (B, C, *T)
+  Tensor output;          // (B, C, *S)
+  Tensor output_low;      // (B, C, *S), rounding error of the output; (B, 0, *S) if not wanted
+  Tensor logsumexp;       // (B, *S), dtype of accumulation
+  const int* key_counts;  // (B): only the first of the keys take part; null: all
 
   void* output_low_data() const { return output_low.size(1) > 0 ? output_low.mutable_data_ptr() : nullptr; }
 };
@@ -44,15 +47,24 @@ struct BackwardCall {
   const LaunchContext& context;
   PositionSizes sizes;
   double scale;
-  FeatureMap grad_output;  // (B, C, *S)
-  FeatureMap query;        // (B, E, *S)
-  FeatureMap key;          // (B, E, *T)
-  FeatureMap value;        // (B, C, *T)
-  Tensor logsumexp;        // (B, *S), contiguous, dtype of accumulation
-  Tensor delta;            // (B, N), dtype of accumulation
-  Tensor grad_query;       // like query
-  Tensor grad_key;         // like key
-  Tensor grad_value;       // like value
+  FeatureMap grad_output;                // (B, C, *S)
+  FeatureMap query;                      // (B, E, *S)
+  FeatureMap key;                        // (B, E, *T)
+  FeatureMap value;                      // (B, C, *T)
+  Tensor logsumexp;                      // (B, *S), contiguous, dtype of accumulation
+  std::optional<Tensor> grad_logsumexp;  // (B, *S), contiguous, dtype of accumulation
+  const int* key_counts;                 // as in ForwardCall
+  bool keys_complete;                    // logsumexp and output are over the keys of this call
+  // Each (0) if not needed. Those of key and value are (B, channels, *T).
+  Tensor grad_query, grad_key, grad_value;
+  std::optional<Tensor> delta;  // (B, N), dtype of accumulation; for the gradients of query and key
+
+  bool needs_query() const { return is_needed(grad_query); }
+  bool needs_key() const { return is_needed(grad_key); }
+  bool needs_value() const { return is_needed(grad_value); }
+
+ private:
+  static bool is_needed(const Tensor& gradient) { return gradient.dim() > 1; }
 };
 
 // The operands of the backward pass with rows that start on 16 bytes, for the tensor-core kernels.
@@ -69,6 +81,16 @@ std::vector<int64_t> logsumexp_sizes(const Tensor& query) {
   std::vector<int64_t> result(sizes.begin(), sizes.end());
   result.erase(result.begin() + 1);
   return result;
+}
+
+// visit.operator()<Keys>()
+template <class Visit>
+void with_keys(const int* key_counts, const Visit& visit) {
+  if (key_counts != nullptr) {
+    visit.template operator()<Keys::kKept>();
+  } else {
+    visit.template operator()<Keys::kAll>();
+  }
 }
 
 float* float_data(const Tensor& tensor) {
@@ -99,8 +121,12 @@ void forward_simt(const ForwardCall& call) {
   params.output_low = call.output_low_data();
   params.logsumexp = call.logsumexp.mutable_data_ptr();
   params.out_channels = params.value_channels;
-  with_element(
-      call.context.dtype, [&]<class T>() { launch_simt_sum<T, PositionSum::kForward>(params, call.context.stream); });
+  params.key_counts = call.key_counts;
+  with_element(call.context.dtype, [&]<class T>() {
+    with_keys(call.key_counts, [&]<Keys kKeys>() {
+      launch_simt_sum<T, PositionSum::kForward, kKeys>(params, call.context.stream);
+    });
+  });
 }
 
 SimtParams simt_gradient_params(const BackwardCall& call, Owned owned, const Tensor& gradient) {
@@ -108,7 +134,8 @@ SimtParams simt_gradient_params(const BackwardCall& call, Owned owned, const Ten
   params.output = gradient.mutable_data_ptr();
   params.out_channels = static_cast<int>(gradient.size(1));
   params.logsumexp = call.logsumexp.mutable_data_ptr();
-  params.delta = call.delta.const_data_ptr();
+  params.delta = data_of(call.delta);
+  params.key_counts = call.key_counts;
   return params;
 }
 
@@ -118,7 +145,7 @@ void value_gradient_simt(const BackwardCall& call) {
   params.streamed = call.query.operand;
   params.values = call.grad_output.operand;
   with_element(call.context.dtype, [&]<class T>() {
-    launch_simt_sum<T, PositionSum::kValueGradient>(params, call.context.stream);
+    launch_simt_sum<T, PositionSum::kValueGradient, Keys::kAll>(params, call.context.stream);
   });
 }
 
@@ -132,29 +159,38 @@ Tensor mean_key_simt(const BackwardCall& call) {
   const Tensor no_output_low = allocate(like, {batch, 0, queries}, ScalarType::Float);
   forward_simt(
       {call.context, sizes, call.scale, call.query, call.key, call.key, mean_key, no_output_low,
-       allocate_like(call.logsumexp)});
+       allocate_like(call.logsumexp), call.key_counts});
   return mean_key;
 }
 
-void query_key_gradient_simt(const BackwardCall& call) {
-  SimtParams query = simt_gradient_params(call, Owned::kQueries, call.grad_query);
-  query.owned = call.query.operand;
-  query.streamed = query.values = call.key.operand;
-  query.left = call.grad_output.operand;
-  query.right = call.value.operand;
-  std::optional<Tensor> mean_key;
-  if (call.context.dtype == ScalarType::Float) {
-    mean_key = mean_key_simt(call);
-    query.mean_key = mean_key->const_data_ptr();
-  }
-  SimtParams key = simt_gradient_params(call, Owned::kKeys, call.grad_key);
-  key.owned = call.key.operand;
-  key.streamed = key.values = call.query.operand;
-  key.left = call.value.operand;
-  key.right = call.grad_output.operand;
+void query_gradient_simt(const BackwardCall& call) {
+  SimtParams params = simt_gradient_params(call, Owned::kQueries, call.grad_query);
+  params.owned = call.query.operand;
+  params.streamed = params.values = call.key.operand;
+  params.left = call.grad_output.operand;
+  params.right = call.value.operand;
+  with_keys(call.key_counts, [&]<Keys kKeys>() {
+    if (call.context.dtype == ScalarType::Float && call.keys_complete) {
+      const Tensor mean_key = mean_key_simt(call);
+      params.mean_key = mean_key.const_data_ptr();
+      params.grad_logsumexp = data_of(call.grad_logsumexp);
+      launch_simt_sum<float, PositionSum::kCorrectedQueryGradient, kKeys>(params, call.context.stream);
+    } else {
+      with_element(call.context.dtype, [&]<class T>() {
+        launch_simt_sum<T, PositionSum::kQueryGradient, kKeys>(params, call.context.stream);
+      });
+    }
+  });
+}
+
+void key_gradient_simt(const BackwardCall& call) {
+  SimtParams params = simt_gradient_params(call, Owned::kKeys, call.grad_key);
+  params.owned = call.key.operand;
+  params.streamed = params.values = call.query.operand;
+  params.left = call.value.operand;
+  params.right = call.grad_output.operand;
   with_element(call.context.dtype, [&]<class T>() {
-    launch_simt_sum<T, PositionSum::kQueryGradient>(query, call.context.stream);
-    launch_simt_sum<T, PositionSum::kKeyGradient>(key, call.context.stream);
+    launch_simt_sum<T, PositionSum::kKeyGradient, Keys::kAll>(params, call.context.stream);
   });
 }
 
@@ -214,11 +250,15 @@ void merge_splits(const ForwardCall& call, const WeightedSumParams& split) {
   params.positions = split.owned_positions;
   params.position_blocks = ceil_div(params.positions, kRowThreads);
   params.channel_blocks = ceil_div(params.channels, kMergeChannels);
+  params.key_counts = call.key_counts;
   const int64_t blocks = params.batch * params.position_blocks * params.channel_blocks;
   with_element(call.context.dtype, [&]<class T>() {
     if constexpr (sizeof(T) < 8) {
-      SEGATTN_LAUNCH(
-          (merge_splits_kernel<T>), dim3(grid_blocks(blocks)), dim3(kRowThreads), 0, call.context.stream, params);
+      with_keys(call.key_counts, [&]<Keys kKeys>() {
+        SEGATTN_LAUNCH(
+            (merge_splits_kernel<T, kKeys>), dim3(grid_blocks(blocks)), dim3(kRowThreads), 0, call.context.stream,
+            params);
+      });
     }
   });
 }
@@ -239,11 +279,17 @@ bool forward_mma(const ForwardCall& call) {
   params.owned = query.operand;
   params.streamed = key.operand;
   params.values = value.operand;
+  params.key_counts = call.key_counts;
+  const auto launch = [&] {
+    with_keys(call.key_counts, [&]<Keys kKeys>() {
+      launch_weighted_sum<Mma, PositionSum::kForward, kKeys>(params, limits, stream);
+    });
+  };
   if (plan.splits == 1) {
     params.output = call.output.mutable_data_ptr();
     params.output_low = call.output_low_data();
     params.logsumexp = float_data(call.logsumexp);
-    launch_weighted_sum<Mma, PositionSum::kForward>(params, limits, stream);
+    launch();
     return true;
   }
   const Tensor partials =
@@ -251,15 +297,16 @@ bool forward_mma(const ForwardCall& call) {
   const Tensor partial_logsumexp = allocate(call.output, {plan.splits, sizes.batch, sizes.queries}, ScalarType::Float);
   params.output = partials.mutable_data_ptr();
   params.logsumexp = float_data(partial_logsumexp);
-  launch_weighted_sum<Mma, PositionSum::kForward>(params, limits, stream);
+  launch();
   merge_splits(call, params);
   return true;
 }
 
-// float32: grad_query -= grad_sum * mean_key removes delta's rounding error (docs/decisions.md).
+// float32: grad_query -= (grad_sum - grad_logsumexp) * mean_key removes delta's rounding error (docs/decisions.md).
 struct QueryCorrection {
-  Tensor mean_key;  // (groups, B, E, padded_queries): partials of sum_j P_ij key_j
-  Tensor grad_sum;  // (groups, B, padded_queries): partials of sum_j dS_ij
+  Tensor mean_key;                       // (groups, B, E, padded_queries): partials of sum_j P_ij key_j
+  Tensor grad_sum;                       // (groups, B, padded_queries): partials of sum_j dS_ij
+  std::optional<Tensor> grad_logsumexp;  // (B, *S)
 };
 
 // gradient (B, rows, *S) = factor * the sum of partials (count, B, rows, padded), with the correction if given.
@@ -271,6 +318,7 @@ void sum_partials(
   if (correction.has_value()) {
     params.mean_key = static_cast<const float*>(correction->mean_key.const_data_ptr());
     params.grad_sum = static_cast<const float*>(correction->grad_sum.const_data_ptr());
+    params.grad_logsumexp = static_cast<const float*>(data_of(correction->grad_logsumexp));
   }
   params.output = gradient.mutable_data_ptr();
   params.rows = static_cast<int>(gradient.size(1));
@@ -306,18 +354,19 @@ bool value_gradient_mma(const BackwardCall& call, const AlignedOperands& operand
   params.logsumexp = float_data(call.logsumexp);
   if (plan.splits == 1) {
     params.output = call.grad_value.mutable_data_ptr();
-    launch_weighted_sum<Mma, PositionSum::kValueGradient>(params, context.limits, context.stream);
+    launch_weighted_sum<Mma, PositionSum::kValueGradient, Keys::kAll>(params, context.limits, context.stream);
     return true;
   }
   const Tensor partials =
       allocate(call.grad_value, {plan.splits, sizes.batch, sizes.value_channels, sizes.keys}, ScalarType::Float);
   params.output = partials.mutable_data_ptr();
-  launch_weighted_sum<Mma, PositionSum::kValueGradient>(params, context.limits, context.stream);
+  launch_weighted_sum<Mma, PositionSum::kValueGradient, Keys::kAll>(params, context.limits, context.stream);
   sum_partials(context, partials, plan.splits, params.owned_positions, 1.0f, call.grad_value);
   return true;
 }
 
-// Returns false if no tile fits.
+// Returns false if no tile fits. The kernel computes both gradients together; the one that is not needed remains in its
+// partials.
 template <class Mma>
 bool query_key_gradient_mma(const BackwardCall& call, const AlignedOperands& operands) {
   const PositionSizes& sizes = call.sizes;
@@ -334,15 +383,15 @@ bool query_key_gradient_mma(const BackwardCall& call, const AlignedOperands& ope
     return false;
   }
   const std::vector<int64_t> query_sizes{plan.groups, sizes.batch, sizes.key_channels, plan.padded_queries};
-  const Tensor query_partials = allocate(call.grad_query, query_sizes, ScalarType::Float);
+  const Tensor query_partials = allocate(call.logsumexp, query_sizes, ScalarType::Float);
   const Tensor key_partials =
-      allocate(call.grad_key, {plan.ranges, sizes.batch, sizes.key_channels, plan.padded_keys}, ScalarType::Float);
+      allocate(call.logsumexp, {plan.ranges, sizes.batch, sizes.key_channels, plan.padded_keys}, ScalarType::Float);
   params.query = operands.query.operand;
   params.key = operands.key.operand;
   params.value = operands.value.operand;
   params.grad_output = operands.grad_output.operand;
   params.logsumexp = float_data(call.logsumexp);
-  params.delta = float_data(call.delta);
+  params.delta = float_data(*call.delta);
   params.grad_query_partials = float_data(query_partials);
   params.grad_key_partials = float_data(key_partials);
   params.padded_queries = plan.padded_queries;
@@ -357,14 +406,24 @@ bool query_key_gradient_mma(const BackwardCall& call, const AlignedOperands& ope
   std::optional<QueryCorrection> correction;
   if (sizeof(typename Mma::Element) == 4) {
     correction = QueryCorrection{
-        allocate(call.grad_query, query_sizes, ScalarType::Float),
-        allocate(call.grad_query, {plan.groups, sizes.batch, plan.padded_queries}, ScalarType::Float)};
+        allocate(call.logsumexp, query_sizes, ScalarType::Float),
+        allocate(call.logsumexp, {plan.groups, sizes.batch, plan.padded_queries}, ScalarType::Float),
+        call.grad_logsumexp};
     params.mean_key_partials = float_data(correction->mean_key);
     params.grad_sum_partials = float_data(correction->grad_sum);
   }
-  launch_query_key_gradient<Mma>(params, context.limits, context.stream);
-  sum_partials(context, query_partials, plan.groups, plan.padded_queries, params.scale, call.grad_query, correction);
-  sum_partials(context, key_partials, plan.ranges, plan.padded_keys, params.scale, call.grad_key);
+  params.key_counts = call.key_counts;
+  with_keys(call.key_counts, [&]<Keys kKeys>() {
+    launch_query_key_gradient<Mma, kKeys>(params, context.limits, context.stream);
+  });
+  if (call.needs_query()) {
+    sum_partials(
+        context, query_partials, plan.groups, plan.padded_queries, params.scale, call.grad_query,
+        call.keys_complete ? correction : std::nullopt);
+  }
+  if (call.needs_key()) {
+    sum_partials(context, key_partials, plan.ranges, plan.padded_keys, params.scale, call.grad_key);
+  }
   return true;
 }
 
@@ -383,8 +442,21 @@ Forward position_attention(
   if (sizes.batch == 0 || sizes.queries == 0) {
     return {output, logsumexp, output_low};
   }
-  const ForwardCall call{context, sizes,      scale,    feature_map(query), feature_map(key), feature_map(value),
-                         output,  output_low, logsumexp};
+  std::optional<KeptKeys> kept;
+  if (key_padding_mask.has_value()) {
+    kept.emplace(context, sizes, *key_padding_mask);
+  }
+  const ForwardCall call{
+      context,
+      sizes,
+      scale,
+      feature_map(query),
+      kept.has_value() ? kept->gather(feature_map(key)) : feature_map(key),
+      kept.has_value() ? kept->gather(feature_map(value)) : feature_map(value),
+      output,
+      output_low,
+      logsumexp,
+      kept.has_value() ? kept->counts() : nullptr};
   bool done = false;
   with_mma(context.arithmetic, [&]<class Mma>() { done = forward_mma<Mma>(call); });
   if (!done) {
@@ -404,41 +476,68 @@ Backward position_attention_backward(
   const LaunchContext context("position_attention_backward", query);
   context.position_count("query", sizes.queries);
   context.position_count("key", sizes.keys);
-  const Tensor grad_query = allocate_like(query), grad_key = allocate_like(key), grad_value = allocate_like(value);
+  const bool needs_query = needs_input_grad[0], needs_key = needs_input_grad[1], needs_value = needs_input_grad[2];
+  const Tensor grad_query = allocate_gradient(query, needs_query), grad_key = allocate_gradient(key, needs_key);
+  const Tensor grad_value = allocate_gradient(value, needs_value);
   if (sizes.batch == 0 || sizes.queries == 0) {  // no queries: the gradients of key and value are zero
     Tensor zero_key = grad_key, zero_value = grad_value;
     torch::stable::zero_(zero_key);
     torch::stable::zero_(zero_value);
     return {grad_query, grad_key, grad_value};
   }
-  const FeatureMap grad = feature_map(grad_output);
-  const std::optional<FeatureMap> low = output_low.has_value() ? std::optional(feature_map(*output_low)) : std::nullopt;
-  const BackwardCall call{
+  if (!needs_query && !needs_key && !needs_value) {
+    return {grad_query, grad_key, grad_value};
+  }
+  std::optional<KeptKeys> kept;
+  if (key_padding_mask.has_value()) {
+    kept.emplace(context, sizes, *key_padding_mask);
+  }
+  const FeatureMap key_map = feature_map(key), value_map = feature_map(value);
+  const bool uses_value = needs_query || needs_key;
+  BackwardCall call{
       context,
       sizes,
       scale,
-      grad,
+      feature_map(grad_output),
       feature_map(query),
-      feature_map(key),
-      feature_map(value),
+      kept.has_value() ? kept->gather(key_map) : key_map,
+      kept.has_value() && uses_value ? kept->gather(value_map) : value_map,
       torch::stable::contiguous(logsumexp),
-      delta_of(context, grad, feature_map(output), low, {sizes.batch, sizes.queries}),
+      contiguous(grad_logsumexp),
+      kept.has_value() ? kept->counts() : nullptr,
+      keys_complete,
       grad_query,
-      grad_key,
-      grad_value};
-  bool value_done = false, query_key_done = false;
+      kept.has_value() ? allocate_like(grad_key) : grad_key,
+      kept.has_value() ? allocate_like(grad_value) : grad_value,
+      std::nullopt};
+  if (uses_value) {
+    const std::optional<FeatureMap> low =
+        output_low.has_value() ? std::optional(feature_map(*output_low)) : std::nullopt;
+    call.delta = delta_of(
+        context, call.grad_output, feature_map(output), low, call.grad_logsumexp, {sizes.batch, sizes.queries});
+  }
+  bool value_done = !needs_value, query_key_done = !uses_value;
   with_mma(context.arithmetic, [&]<class Mma>() {
     const AlignedOperands operands{
         aligned(call.grad_output, context.stream), aligned(call.query, context.stream),
-        aligned(call.key, context.stream), aligned(call.value, context.stream)};
-    value_done = value_gradient_mma<Mma>(call, operands);
-    query_key_done = query_key_gradient_mma<Mma>(call, operands);
+        aligned(call.key, context.stream), uses_value ? aligned(call.value, context.stream) : call.value};
+    value_done = value_done || value_gradient_mma<Mma>(call, operands);
+    query_key_done = query_key_done || query_key_gradient_mma<Mma>(call, operands);
   });
   if (!value_done) {
     value_gradient_simt(call);
   }
-  if (!query_key_done) {
-    query_key_gradient_simt(call);
+  if (!query_key_done && needs_query) {
+    query_gradient_simt(call);
+  }
+  if (!query_key_done && needs_key) {
+    key_gradient_simt(call);
+  }
+  if (kept.has_value() && needs_key) {
+    kept->scatter(call.grad_key, grad_key);
+  }
+  if (kept.has_value() && needs_value) {
+    kept->scatter(call.grad_value, grad_value);
   }
   return {grad_query, grad_key, grad_value};
 }
