@@ -64,12 +64,12 @@ def test_same_bits_as_the_kept_keys_alone(emulator, sizes, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("architecture", [75, 86, 90])
 def test_splits_and_groups_without_keys(emulator, architecture, dtype):
-    """Samples with no, few and all keys of 1,100: most splits and groups of the first two have none."""
+    """Samples with no, few and all keys of 600: most splits and groups of the first two have none."""
     emulator.set_device(architecture)
-    query, key, value, grad_output = inputs(3, 16, 40, 64, 1100, dtype)
-    mask = torch.zeros(3, 1100, dtype=torch.bool)
+    query, key, value, grad_output = inputs(3, 16, 40, 64, 600, dtype)
+    mask = torch.zeros(3, 600, dtype=torch.bool)
     mask[0] = True
-    mask[1, :500], mask[1, 503:] = True, True
+    mask[1, :300], mask[1, 303:] = True, True
     got = run(query, poisoned(key, mask), poisoned(value, mask), grad_output, mask)
     tensor_cores = architecture >= 80 and dtype != torch.float64
     if tensor_cores:
@@ -135,9 +135,8 @@ def test_launches(emulator):
     run(*tensors)
     plain = kernel_names(emulator)
     assert not any("Keys)1" in r["kernel"] for r in emulator.report())
-    assert plain == ["weighted_sum_kernel", "delta_kernel", "weighted_sum_kernel", "query_key_gradient_kernel"] + [
-        "sum_partials_kernel"
-    ] * 2
+    gradients = ["delta_kernel", "weighted_sum_kernel", "query_key_gradient_kernel", *["sum_partials_kernel"] * 2]
+    assert plain == ["weighted_sum_kernel", *gradients]
     emulator.reset()
     run(*tensors, every_nth(64, 2))
     before = ["key_slots_kernel", "gather_kept_kernel", "gather_kept_kernel"]
@@ -176,8 +175,8 @@ def test_traffic(traced):
 
 def test_race_build(emulator):
     """Shared-memory races fail; memory accesses are counted."""
-    run_in("race", __file__, "traffic or splits_and_groups or numbers_at_once")
+    run_in("race", __file__, "traffic or numbers_at_once or (splits_and_groups and 90 and not float16 and not float64)")
 
 
 def test_asan_build(emulator):
-    run_in("asan", __file__, "splits_and_groups or numbers_at_once")
+    run_in("asan", __file__, "numbers_at_once or (splits_and_groups and not 86 and not float16)")

@@ -1,4 +1,6 @@
-"""grad_logsumexp and keys_complete on the kernels of every device, beyond the operator suite, which runs those of one."""
+"""grad_logsumexp and keys_complete on the kernels of every device; the operator suite runs those of one."""
+
+from itertools import product
 
 import pytest
 import torch
@@ -98,8 +100,7 @@ def test_criss_cross(emulator, architecture, dtype, complete):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("height", "width"), [(2, 97), (97, 2), (3, 130)])
 def test_subsets_of_criss_cross_have_the_same_bits(emulator, dtype, height, width):
-    """The sums of single gradients against the kernel of all three, with one tile a line, two, and lines too long for
-    it."""
+    """The sums of single gradients against the kernel of several, with one tile a line, two, and lines too long for it."""
     generator = torch.Generator().manual_seed(0)
     query, key, value, grad_output = (
         torch.randn(1, c, height, width, generator=generator).to(dtype) for c in (8, 8, 40, 40)
@@ -112,6 +113,6 @@ def test_subsets_of_criss_cross_have_the_same_bits(emulator, dtype, height, widt
         )
 
     together = gradients([True, True, True])
-    for needs in ([True, False, False], [False, True, False], [False, False, True], [True, True, False]):
+    for needs in map(list, product([True, False], repeat=3)):
         for needed, got, expected in zip(needs, gradients(needs), together, strict=True):
             assert torch.equal(got, expected) if needed else got.shape == (0,), needs

@@ -2,7 +2,7 @@
 nothing else."""
 
 import re
-from itertools import pairwise
+from itertools import product
 
 import pytest
 import torch
@@ -109,8 +109,9 @@ def criss_cross_call(emulator, dtype, side=20):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_criss_cross(emulator, dtype):
-    """A pass over columns and one over rows each. The mean key and the correction belong to the query gradient."""
-    line, correction = "line_sum_kernel", "correct_query_gradient_kernel"
+    """A pass over columns and one over rows each; several gradients share theirs. The mean key and the correction belong
+    to the query gradient."""
+    line, together, correction = "line_sum_kernel", "line_backward_kernel", "correct_query_gradient_kernel"
     call = criss_cross_call(emulator, dtype)
     for needs, complete, expected in (
         (NONE, True, []),
@@ -118,9 +119,11 @@ def test_criss_cross(emulator, dtype):
         (KEY, True, [DELTA] + [line] * 2),
         (QUERY, True, [DELTA] + [line] * 4 + [correction]),
         (QUERY, False, [DELTA] + [line] * 2),
-        ([True, True, False], False, [DELTA] + [line] * 4),
-        (ALL, True, [DELTA] + [line, "line_backward_kernel"] * 2 + [correction]),
-        (ALL, False, [DELTA] + ["line_backward_kernel"] * 2),
+        ([True, True, False], False, [DELTA] + [together] * 2),
+        ([False, True, True], True, [DELTA] + [together] * 2),
+        ([True, False, True], True, [DELTA] + [line, together] * 2 + [correction]),
+        (ALL, True, [DELTA] + [line, together] * 2 + [correction]),
+        (ALL, False, [DELTA] + [together] * 2),
     ):
         call(needs, complete)
         assert launched(emulator) == expected, (needs, complete)
@@ -182,18 +185,17 @@ def test_channel_self_attention(emulator, dtype):
 
 @pytest.mark.parametrize("attention", [position_call, criss_cross_call])
 def test_memory_traffic(traced, attention):
-    """Each single gradient moves less than all three, which move less than the three single ones together."""
+    """Each gradient less moves less. None moves nothing."""
     traced.set_device(90, 1)
     call = attention(traced, torch.bfloat16)
     moved = {}
-    for name, needs in (("none", NONE), ("value", VALUE), ("query", QUERY), ("key", KEY), ("all", ALL)):
-        call(needs)
-        moved[name] = sum(sum(global_bytes(launch).values()) for launch in traced.report())
-    print(attention.__name__, moved)
-    assert moved["none"] == 0
-    for smaller, larger in pairwise(("none", "value", "all")):
-        assert moved[smaller] < moved[larger]
-    assert max(moved["query"], moved["key"]) < moved["all"] < moved["query"] + moved["key"] + moved["value"]
+    for needs in product([False, True], repeat=3):
+        call(list(needs))
+        moved[needs] = sum(sum(global_bytes(launch).values()) for launch in traced.report())
+    assert moved[False, False, False] == 0
+    for needs, other in product(moved, repeat=2):
+        if needs != other and all(x <= y for x, y in zip(needs, other, strict=True)):
+            assert moved[needs] < moved[other], (needs, other, moved)
 
 
 def test_race_build(emulator):

@@ -344,10 +344,11 @@ Triple criss_cross_attention_backward(
     if (mean_key.has_value()) {  // a separate launch: another sum in line_backward_kernel spills registers
       sum<LineWeight::kSoftmax, LineOwner::kQueries>(call, params, key, *mean_key, direction);
     }
-    if (needs_query && needs_key && needs_value) {
-      params.grad_query = features(grad_query, direction);
-      params.grad_key = features(grad_key, direction);
-      params.grad_value = features(grad_value, direction);
+    // A single gradient has a kernel that does no more than it needs; two share the weights and energy gradients.
+    if (needs_query + needs_key + needs_value > 1) {
+      params.grad_query = needs_query ? features(grad_query, direction) : LineFeatures{};
+      params.grad_key = needs_key ? features(grad_key, direction) : LineFeatures{};
+      params.grad_value = needs_value ? features(grad_value, direction) : LineFeatures{};
       bool launched = false;
       call.with_arithmetic([&]<class Arithmetic>() {
         launched = try_launch_line_backward<Arithmetic>(params, call.context.limits, call.context.stream);
