@@ -100,7 +100,7 @@ def test_criss_cross(emulator, architecture, dtype, complete):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("height", "width"), [(2, 97), (97, 2), (3, 130)])
 def test_subsets_of_criss_cross_have_the_same_bits(emulator, dtype, height, width):
-    """The sums of single gradients against the kernel of several, with one tile a line, two, and lines too long for it."""
+    """The sums of single gradients against the kernel of several, with one tile a line, two, and lines too long."""
     generator = torch.Generator().manual_seed(0)
     query, key, value, grad_output = (
         torch.randn(1, c, height, width, generator=generator).to(dtype) for c in (8, 8, 40, 40)

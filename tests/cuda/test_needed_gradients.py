@@ -109,8 +109,8 @@ def criss_cross_call(emulator, dtype, side=20):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_criss_cross(emulator, dtype):
-    """A pass over columns and one over rows each; several gradients share theirs. The mean key and the correction belong
-    to the query gradient."""
+    """A pass over columns and one over rows each; several gradients share theirs. The mean key and the correction are
+    the query gradient's."""
     line, together, correction = "line_sum_kernel", "line_backward_kernel", "correct_query_gradient_kernel"
     call = criss_cross_call(emulator, dtype)
     for needs, complete, expected in (
