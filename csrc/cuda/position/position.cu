@@ -92,8 +92,9 @@ Backward position_attention_backward(
   if (key_padding_mask.has_value()) {
     kept.emplace(context, sizes, *key_padding_mask);
   }
-  const FeatureMap key_map = feature_map(key), value_map = feature_map(value);
-  const bool uses_value = needs_query || needs_key;
+  const bool uses_value = needs_query || needs_key;  // else value is not read, and not copied
+  const FeatureMap key_map = feature_map(key);
+  const FeatureMap value_map = uses_value ? feature_map(value) : FeatureMap{value, operand_of(value), sizes.keys};
   BackwardCall call{
       context,
       sizes,
