@@ -2,11 +2,12 @@
 
 from torch import Tensor
 
-from ._check import Argument, check_feature_map, fail
+from ._check import fail
 
 
 def check_heads(op: str, num_heads: object, **tensors: Tensor) -> None:
-    """
+    """For feature maps that the op's own check has passed.
+
     Raises:
         TypeError: if num_heads is not an int.
         ValueError: if it is less than 1.
@@ -17,7 +18,6 @@ def check_heads(op: str, num_heads: object, **tensors: Tensor) -> None:
     if num_heads < 1:
         raise ValueError(f"{op}: num_heads must be at least 1 (got {num_heads})")
     for name, tensor in tensors.items():
-        check_feature_map(op, Argument(name, tensor))
         if tensor.shape[1] % num_heads != 0:
             rule = f"must have a number of channels divisible by num_heads = {num_heads}"
             fail(op, f"{name} {rule} (got {tensor.shape[1]})")

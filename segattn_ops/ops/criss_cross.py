@@ -117,10 +117,11 @@ def criss_cross_attention(
         check_tensors("criss_cross_attention", query=query, key=key, value=value)
     if type(scale) is not float:
         scale = number("criss_cross_attention", "scale", scale)
+    query, key, value = autocast(query, key, value)
     if type(num_heads) is not int or num_heads != 1:
+        check_criss_cross_attention(query, key, value, scale)  # messages with the caller's sizes
         check_heads("criss_cross_attention", num_heads, query=query, key=key, value=value)
         query, key, value = (split_heads(t, num_heads) for t in (query, key, value))
-    query, key, value = autocast(query, key, value)
     operators = _backend.operators("criss_cross_attention", query, key, value)
     if operators is None:
         check_criss_cross_attention(query, key, value, scale)
@@ -239,17 +240,17 @@ def criss_cross_attention_map(
             f"(got {len(queries)} and {len(keys)})"
         )
     scale = number(op, "scale", scale)
-    for i, (q, k) in enumerate(zip(queries, keys, strict=True)):
+    for q, k in zip(queries, keys, strict=True):
         check_tensors(op, query=q, key=k)
-        if num_heads is not None:
-            check_heads(op, num_heads, query=q, key=k)
-            queries[i], keys[i] = split_heads(q, num_heads), split_heads(k, num_heads)
     attentions = []
     for q, k in (autocast(q, k) for q, k in zip(queries, keys, strict=True)):
         check_criss_cross_attention(q, k, q, scale, op)
         later, first = Argument("query", q), Argument("the first query", queries[0])
         check_batch(op, later, first)
         check_spatial(op, later, first)
+        if num_heads is not None:
+            check_heads(op, num_heads, query=q, key=k)
+            q, k = split_heads(q, num_heads), split_heads(k, num_heads)
         attentions.append(criss_cross_weights(q, k, scale))
     rows = rows_of_product(attentions, positions, op)
     return rows if num_heads is None else rows.unflatten(0, (-1, num_heads))

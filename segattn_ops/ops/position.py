@@ -152,12 +152,13 @@ def position_attention(
         scale = number("position_attention", "scale", scale)
     if key_padding_mask is not None and not isinstance(key_padding_mask, Tensor):
         check_tensors("position_attention", key_padding_mask=key_padding_mask)
+    query, key, value = autocast(query, key, value)
     if type(num_heads) is not int or num_heads != 1:
+        check_position_attention(query, key, value, scale, key_padding_mask)  # messages with the caller's sizes
         check_heads("position_attention", num_heads, query=query, key=key, value=value)
         query, key, value = (split_heads(t, num_heads) for t in (query, key, value))
         if key_padding_mask is not None:
             key_padding_mask = key_padding_mask.repeat_interleave(num_heads, 0)
-    query, key, value = autocast(query, key, value)
     operators = _backend.operators("position_attention", query, key, value)
     if operators is None:
         check_position_attention(query, key, value, scale, key_padding_mask)
@@ -215,13 +216,13 @@ def position_attention_map(
     if key_padding_mask is not None:
         check_tensors(op, key_padding_mask=key_padding_mask)
     scale = number(op, "scale", scale)
+    query, key = autocast(query, key)
+    check_position_attention(query, key, key, scale, key_padding_mask, op)
     if num_heads is not None:
         check_heads(op, num_heads, query=query, key=key)
         query, key = split_heads(query, num_heads), split_heads(key, num_heads)
         if key_padding_mask is not None:
             key_padding_mask = key_padding_mask.repeat_interleave(num_heads, 0)
-    query, key = autocast(query, key)
-    check_position_attention(query, key, key, scale, key_padding_mask, op)
     index = flat_positions(positions, query.shape[2:], op)
     dtype = accumulation_dtype(query.dtype)
     rows = query.flatten(2)[:, :, index.to(query.device)].to(dtype)  # (B, E, P)

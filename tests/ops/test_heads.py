@@ -279,8 +279,30 @@ def test_other_numbers_of_heads_are_refused(backend, function, heads, error, mes
 @each_function
 def test_other_ranks_are_refused(function):
     x = torch.randn(4, 6)
-    with pytest.raises(RuntimeError, match=f"{function.__name__}: query must have at least 3 dimensions"):
+    with pytest.raises(RuntimeError, match=rf"{function.__name__}: query must have .* dimensions"):
         function(x, x, x, num_heads=2)
+
+
+@each_function
+def test_messages_have_the_sizes_of_the_caller(backend, function):
+    query, key, value = inputs(SHAPES["image"], backend.device)
+    with pytest.raises(RuntimeError) as raised:
+        function(query, key[:1], value, num_heads=HEADS)
+    assert str(raised.value) == f"{function.__name__}: key must have batch size 2 like query (got 1)"
+    with pytest.raises(RuntimeError) as raised:
+        function(query, torch.cat([key, key], 1), value, num_heads=HEADS)
+    channels = query.shape[1]
+    expected = f"key must have {channels} channels like query (got {2 * channels})"
+    assert str(raised.value) == f"{function.__name__}: {expected}"
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (3, 5, 4), (2 * HEADS, 5, 4)])
+def test_a_mask_of_another_shape_is_refused_with_heads(backend, shape):
+    query, key, value = inputs(SHAPES["image"], backend.device)
+    mask = torch.zeros(shape, dtype=torch.bool, device=backend.device)
+    expected = rf"key_padding_mask must have shape \[2, 5, 4\] \(got \{list(shape)}"
+    with pytest.raises(RuntimeError, match=expected):
+        segattn_ops.position_attention(query, key, value, num_heads=HEADS, key_padding_mask=mask)
 
 
 def rows_for_each_head(function: Callable, q: Tensor, k: Tensor, positions: Tensor, **keywords: object) -> Tensor:
