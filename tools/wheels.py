@@ -42,7 +42,8 @@ def build(version: str, environment: dict[str, str]) -> Path:
     command += ["--build-temp", str(FOLDER / "temp"), "egg_info", "--egg-base", str(FOLDER / version)]
     # bdist_wheel would run build_ext a second time, with flags that BuildExtension has then added twice.
     command += ["--tag-build", f"+{version}", "bdist_wheel", "--skip-build", "--dist-dir", str(wheels)]
-    subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, check=True)
+    if (code := subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, check=False).returncode) != 0:
+        raise SystemExit(code)  # setup.py has said why
     (wheel,) = wheels.glob("*.whl")
     return wheel
 
