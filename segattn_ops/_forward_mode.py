@@ -13,6 +13,11 @@ def in_dual_level() -> bool:
     return forward_ad._current_level >= 0
 
 
+def under_transform() -> bool:
+    """Whether a transform of torch.func or forward mode is on."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def has_tangent(*arguments: object) -> bool:
     """Whether a forward-mode derivative of a call with these arguments may be under way. The tangent of a tensor that a
     transform of torch.func wraps may be that of an outer level, which cannot be queried: such a tensor counts."""

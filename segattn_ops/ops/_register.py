@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -9,7 +11,9 @@ from torch import Tensor
 from torch.library import Library
 from torch.utils.flop_counter import register_flop_formula
 
+from .._backend import DIRECT
 from .._forward_mode import has_tangent, in_dual_level
+from ._direct import direct_backward, direct_forward
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ _libraries: list[Library] = []  # a Library that is collected takes its registra
 def register(namespace: str, operators: Iterable[Operator]) -> None:
     """Registers fake, autograd, vmap and FLOP rules of the operators and of their gradients in a namespace."""
     packets = getattr(torch.ops, namespace)
+    direct = DIRECT[namespace] = SimpleNamespace()
     library = _ReverseMode(namespace, "FRAGMENT")  # type: ignore[no-untyped-call]
     _libraries.append(library)
     for operator in operators:
@@ -73,6 +78,8 @@ def register(namespace: str, operators: Iterable[Operator]) -> None:
         _register_vmap(backward_name, backward)
         _register_flops(forward, operator.flops)
         _register_flops(backward, operator.flops_backward)
+        rule = partial(operator.backward, direct_backward(backward.default))
+        setattr(direct, operator.name, direct_forward(forward.default, operator.setup_context, rule))
 
 
 def _register_autograd(library: Library, name: str, operator: Operator, backward_packet: Any) -> None:

@@ -11,6 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from .. import _backend, reference
 from .._autocast import autocast, without_autocast
 from ._check import (
+    SUPPORTED,
     Argument,
     accumulation_dtype,
     check_batch,
@@ -105,10 +106,12 @@ def residual_channel_attention(input: Tensor, gamma: Tensor | float, scale: floa
     if has_torch_function((input, gamma)):
         overridden: Tensor = handle_torch_function(residual_channel_attention, (input, gamma), input, gamma, scale)
         return overridden
-    check_tensors("residual_channel_attention", input=input)
+    if not isinstance(input, Tensor):
+        check_tensors("residual_channel_attention", input=input)
     if type(scale) is not float:
         scale = number("residual_channel_attention", "scale", scale)
-    check_channel_self_attention(input, scale, None, "residual_channel_attention")
+    if not (input.dtype in SUPPORTED and input.dim() >= 3 and input.numel() > 0 and -math.inf < scale < math.inf):
+        check_channel_self_attention(input, scale, None, "residual_channel_attention")
     factors = _factors(input, gamma)
     (converted,) = autocast(input)
     if converted.dtype != input.dtype:
@@ -120,17 +123,20 @@ def residual_channel_attention(input: Tensor, gamma: Tensor | float, scale: floa
 def _factors(x: Tensor, gamma: Tensor | float) -> Tensor:
     """gamma as the operator takes it: (B, C), in the dtype of accumulation."""
     op = "residual_channel_attention"
+    dtype = accumulation_dtype(x.dtype)
     if not isinstance(gamma, Tensor):
         if isinstance(gamma, bool) or not isinstance(gamma, numbers.Real):
             raise TypeError(f"{op}: gamma must be a number or a torch.Tensor (got {type(gamma).__name__})")
-        return x.new_full(x.shape[:2], float(gamma), dtype=accumulation_dtype(x.dtype))
+        return x.new_full(x.shape[:2], float(gamma), dtype=dtype)
+    sizes = x.shape[:2]
+    if gamma.dtype is dtype and gamma.shape == (1,) and gamma.device == x.device:
+        return gamma.expand(sizes)
     check_same_device(op, Argument("gamma", gamma), Argument("input", x))
     check_dtype(op, Argument("gamma", gamma))
-    sizes = x.shape[:2]
     if gamma.dim() > 2 or any(g not in (1, s) for g, s in zip(reversed(gamma.shape), reversed(sizes), strict=False)):
         rule = f"must be of a shape that broadcasts to (batch, channels) = {list(sizes)}"
         fail(op, f"gamma {rule} (got shape {list(gamma.shape)})")
-    return gamma.to(accumulation_dtype(x.dtype)).expand(sizes)
+    return gamma.to(dtype).expand(sizes)
 
 
 def _self_attention(x: Tensor, scale: float, gamma: Tensor | None = None) -> Tensor:

@@ -163,7 +163,7 @@ def position_attention(
         with without_autocast(query.device.type):
             results = reference.position_attention(query, key, value, scale, key_padding_mask)
     else:
-        with_low = _needs_low(query, key, value)
+        with_low = query.dtype.itemsize == 2 and _needs_low(query, key, value)
         results = operators.position_attention(query, key, value, scale, with_low, key_padding_mask)
     output: Tensor = results[0]
     if num_heads != 1:
@@ -172,10 +172,8 @@ def position_attention(
 
 
 def _needs_low(*tensors: Tensor) -> bool:
-    """Whether the backward pass needs the rounding error of the output. A traced graph keeps it for 16-bit tensors:
+    """Whether the backward pass needs the rounding error of the output of 16-bit tensors. A traced graph keeps it:
     torch.jit.trace compares graphs traced with and without gradients, and the graph may be trained."""
-    if tensors[0].dtype.itemsize != 2:
-        return False
     if torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined]
         return True
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
@@ -416,7 +414,8 @@ def _adjust_vmap(
     key_padding_mask: Tensor | None = None,
 ) -> tuple[Any, ...]:
     """Decides with_low again: a tensor that vmap wraps does not require a gradient even if the one inside does."""
-    return query, key, value, scale, with_low or _needs_low(query, key, value), key_padding_mask
+    with_low = with_low or (query.dtype.itemsize == 2 and _needs_low(query, key, value))
+    return query, key, value, scale, with_low, key_padding_mask
 
 
 OPERATORS = (
