@@ -14,6 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .._backend import DIRECT
 from .._forward_mode import has_tangent, in_dual_level
 from ._direct import direct_backward, direct_forward
+from ._memory_format import like_inputs
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,18 @@ def empty_gradients(inputs: Sequence[Tensor], needs_input_grad: Sequence[bool]) 
     return [t.new_empty(t.shape if needed else (0,)) for t, needed in zip(inputs, needs_input_grad, strict=True)]
 
 
-def wanted(gradients: Sequence[Tensor], needs_input_grad: Sequence[bool]) -> list[Tensor | None]:
-    """The results of a backward operator as autograd takes them."""
-    return [g if needed else None for g, needed in zip(gradients, needs_input_grad, strict=True)]
+def wanted(
+    gradients: Sequence[Tensor], needs_input_grad: Sequence[bool], feature_maps: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """The results of a backward operator as autograd takes them: None for those that are not wanted, and the first ones
+    in the memory formats of the feature maps that they are the gradients of."""
+    results: list[Tensor | None] = list(gradients)
+    for i, needed in enumerate(needs_input_grad):
+        if not needed:
+            results[i] = None
+        elif i < len(feature_maps):
+            results[i] = like_inputs(gradients[i], feature_maps[i])
+    return results
 
 
 def channels_of_products(energy: int, values: int, needs_input_grad: Sequence[bool]) -> int:

@@ -32,6 +32,7 @@ from ._check import (
     fail,
     number,
 )
+from ._memory_format import like_inputs
 from ._register import Operator, channels_of_products, empty_gradients, wanted
 
 
@@ -49,7 +50,7 @@ def channel_attention(query: Tensor, key: Tensor, value: Tensor, scale: float = 
         scale: multiplies the energies. Not differentiable.
 
     Returns:
-        (B, C, *T), in the inputs' dtype.
+        (B, C, *T), in the inputs' dtype, and in channels_last if query or value is.
 
     Raises:
         TypeError: for an argument that is not a tensor, and for a scale that is not a number.
@@ -67,7 +68,7 @@ def channel_attention(query: Tensor, key: Tensor, value: Tensor, scale: float = 
         scale = number("channel_attention", "scale", scale)
     if query is key and key is value:
         (x,) = autocast(query)
-        return _self_attention(x, scale)
+        return like_inputs(_self_attention(x, scale), query)
     query, key, value = autocast(query, key, value)
     operators = _backend.operators("channel_attention", query, key, value)
     if operators is None:
@@ -76,7 +77,7 @@ def channel_attention(query: Tensor, key: Tensor, value: Tensor, scale: float = 
             results = reference.channel_attention(query, key, value, scale)
     else:
         results = operators.channel_attention(query, key, value, scale)
-    return results[0]
+    return like_inputs(results[0], query, value)
 
 
 def residual_channel_attention(input: Tensor, gamma: Tensor | float, scale: float = -1.0) -> Tensor:
@@ -92,8 +93,8 @@ def residual_channel_attention(input: Tensor, gamma: Tensor | float, scale: floa
         scale: multiplies the energies. Not differentiable.
 
     Returns:
-        (B, C, *S), in the dtype of the input. Under autocast as well: the attention is computed in autocast's
-        dtype, the residual is not rounded.
+        (B, C, *S), in the dtype and memory format of the input. Under autocast as well: the attention is computed in
+        autocast's dtype, the residual is not rounded.
 
     Raises:
         TypeError: for an input that is not a tensor, a gamma that is neither a number nor a tensor, and a scale that is
@@ -116,8 +117,10 @@ def residual_channel_attention(input: Tensor, gamma: Tensor | float, scale: floa
     (converted,) = autocast(input)
     if converted.dtype != input.dtype:
         attended = _self_attention(converted, scale)
-        return factors.reshape(*factors.shape, *[1] * (input.dim() - 2)) * attended + input
-    return _self_attention(input, scale, factors)
+        output = factors.reshape(*factors.shape, *[1] * (input.dim() - 2)) * attended + input
+    else:
+        output = _self_attention(input, scale, factors)
+    return like_inputs(output, input)
 
 
 def _factors(x: Tensor, gamma: Tensor | float) -> Tensor:
@@ -266,14 +269,14 @@ def _setup_self_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 
 
 def _backward(operator: Any, ctx: Any, grad_output: Tensor, grad_logsumexp: Tensor) -> tuple[Tensor | None, ...]:
-    needs = list(ctx.needs_input_grad[:3])
-    return *wanted(operator(grad_output, *ctx.saved_tensors, ctx.scale, needs), needs), None
+    inputs, needs = ctx.saved_tensors, list(ctx.needs_input_grad[:3])
+    return *wanted(operator(grad_output, *inputs, ctx.scale, needs), needs, inputs), None
 
 
 def _self_backward(operator: Any, ctx: Any, grad_output: Tensor, grad_logsumexp: Tensor) -> tuple[Tensor | None, ...]:
     x, gamma = ctx.saved_tensors
     needs = [ctx.needs_input_grad[0], gamma is not None and ctx.needs_input_grad[2]]
-    grad_input, grad_gamma = wanted(operator(grad_output, x, ctx.scale, gamma, needs), needs)
+    grad_input, grad_gamma = wanted(operator(grad_output, x, ctx.scale, gamma, needs), needs, (x,))
     return grad_input, None, grad_gamma
 
 

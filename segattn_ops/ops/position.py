@@ -33,6 +33,7 @@ from ._check import (
 )
 from ._heads import check_heads, logsumexp_of_heads, merge_heads, split_heads
 from ._layout import warn_if_tokens
+from ._memory_format import like_inputs
 from ._positions import flat_positions
 from ._register import Operator, channels_of_products, empty_gradients, wanted
 
@@ -115,7 +116,8 @@ def position_attention(
         return_logsumexp: also returns the logsumexp of the energies over the keys. Both results are differentiable.
 
     Returns:
-        (B, C, *S), in the inputs' dtype. Accumulated in float32, float64 for float64. With ``return_logsumexp`` a pair
+        (B, C, *S), in the inputs' dtype, and in channels_last if query or value is. Accumulated in float32, float64 for
+        float64. With ``return_logsumexp`` a pair
         with (B, num_heads, *S) in the dtype of accumulation.
 
     Raises:
@@ -153,6 +155,7 @@ def position_attention(
         check_tensors("position_attention", key_padding_mask=key_padding_mask)
     if type(num_heads) is not int or num_heads != 1:
         check_heads("position_attention", num_heads, query=query, key=key, value=value)
+        feature_maps = query, value
         query, key, value = (split_heads(t, num_heads) for t in (query, key, value))
         if key_padding_mask is not None:
             key_padding_mask = key_padding_mask.repeat_interleave(num_heads, 0)
@@ -168,6 +171,9 @@ def position_attention(
     output: Tensor = results[0]
     if num_heads != 1:
         output = merge_heads(output, num_heads)
+        query, value = feature_maps
+    if query.stride(1) == 1 or value.stride(1) == 1:
+        output = like_inputs(output, query, value)
     return (output, logsumexp_of_heads(results[1], num_heads)) if return_logsumexp else output
 
 
@@ -380,7 +386,7 @@ def _backward(
         key_padding_mask,
         True,
     )
-    return *wanted(gradients, needs), None, None, None
+    return *wanted(gradients, needs, (query, key, value)), None, None, None
 
 
 def _flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], key_padding_mask: Any = None) -> int:
