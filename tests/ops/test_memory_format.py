@@ -21,6 +21,8 @@ from segattn_ops.nn import (
 )
 from segattn_ops.ops import _memory_format
 
+from ..modules.test_models import HEADS
+
 CHANNELS_LAST = torch.channels_last
 
 OPS = {
@@ -191,3 +193,14 @@ def test_a_volume():
     module = NonLocal3d(16).to(memory_format=torch.channels_last_3d).eval()
     x = torch.randn(1, 16, 2, 3, 4).to(memory_format=torch.channels_last_3d)
     assert module(x).is_contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads(name):
+    make, _, shapes, _ = HEADS[name]
+    head = make().to(memory_format=CHANNELS_LAST).eval()
+    outputs = head(*(torch.randn(shape).to(memory_format=CHANNELS_LAST) for shape in shapes))
+    outputs = outputs.values() if isinstance(outputs, dict) else outputs
+    assert all(
+        y.is_contiguous(memory_format=CHANNELS_LAST) for y in ([outputs] if torch.is_tensor(outputs) else outputs)
+    )
