@@ -200,7 +200,7 @@ def test_heads(name):
     make, _, shapes, _ = HEADS[name]
     head = make().to(memory_format=CHANNELS_LAST).eval()
     outputs = head(*(torch.randn(shape).to(memory_format=CHANNELS_LAST) for shape in shapes))
-    outputs = outputs.values() if isinstance(outputs, dict) else outputs
-    assert all(
-        y.is_contiguous(memory_format=CHANNELS_LAST) for y in ([outputs] if torch.is_tensor(outputs) else outputs)
-    )
+    if isinstance(outputs, torch.Tensor):
+        outputs = [outputs]
+    for y in outputs.values() if isinstance(outputs, dict) else outputs:
+        assert y.is_contiguous(memory_format=CHANNELS_LAST)
