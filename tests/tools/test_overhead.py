@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import command_line, overhead
+from benchmarks import overhead
 
 
 def test_a_run(capsys):
