@@ -6,12 +6,17 @@
 #include "cpu/channel/backward.h"
 #include "cpu/channel/forward.h"
 #include "cpu/common/dispatch.h"
+#include "cpu/common/parallel.h"
 #include "cpu/common/tensors.h"
 #include "registration.h"
 
 namespace segattn::cpu {
 
 namespace {
+
+std::int64_t multiply_adds(const ChannelSizes& sizes) {
+  return sizes.batch * sizes.query_channels * sizes.key_channels * (sizes.query_positions + sizes.value_positions);
+}
 
 // (B, C), usually one number that is expanded: copied here because the stable ABI's `contiguous` takes 1.2 us.
 void make_factors_contiguous(std::optional<Tensor>& factors) {
@@ -40,6 +45,7 @@ std::tuple<Tensor, Tensor> channel_attention(Tensor query, Tensor key, Tensor va
   make_contiguous(query, key, value);
   Tensor output = new_feature_map(value, sizes.query_channels);
   Tensor logsumexp = new_channel_statistics(query);
+  const SerialIfSmall serial(multiply_adds(sizes));
   dispatch_dtype(query.scalar_type(), [&]<class T>() {
     using A = AccumulatorOf<T>;
     const ChannelForwardArguments<T> arguments{
@@ -68,6 +74,7 @@ std::tuple<Tensor, Tensor, Tensor> channel_attention_backward(
     return {grad_query, grad_key, grad_value};
   }
   make_contiguous(grad_output, query, key, value);
+  const SerialIfSmall serial(multiply_adds(sizes));
   dispatch_dtype(query.scalar_type(), [&]<class T>() {
     using A = AccumulatorOf<T>;
     const ChannelBackwardArguments<T> arguments{
@@ -94,6 +101,7 @@ std::tuple<Tensor, Tensor> channel_self_attention(Tensor input, double scale, st
   make_factors_contiguous(gamma);
   Tensor output = new_like(input);
   Tensor logsumexp = new_channel_statistics(input);
+  const SerialIfSmall serial(multiply_adds(sizes));
   dispatch_dtype(input.scalar_type(), [&]<class T>() {
     using A = AccumulatorOf<T>;
     const ChannelForwardArguments<T> arguments{
@@ -121,6 +129,7 @@ std::tuple<Tensor, Tensor> channel_self_attention_backward(
   }
   make_contiguous(grad_output, input);
   make_factors_contiguous(gamma);
+  const SerialIfSmall serial(multiply_adds(sizes));
   dispatch_dtype(input.scalar_type(), [&]<class T>() {
     using A = AccumulatorOf<T>;
     const ChannelBackwardArguments<T> arguments{
