@@ -84,7 +84,8 @@ def cases(height: int, width: int, channels: int) -> list[Case]:
 
 
 def calls(case: Case, title: str) -> dict[str, Callable[[], object]]:
-    """A formulation's call in each of the modes. The parameters of modules have gradients too."""
+    """A formulation's call in each of the modes, the first of which is to run without gradients. The parameters of
+    modules have gradients too."""
     function = case.formulations[title]
     leaves = tuple(t.detach().clone().requires_grad_() for t in case.tensors)
     module = next((f for f in case.formulations.values() if isinstance(f, nn.Module)), None)
@@ -92,8 +93,7 @@ def calls(case: Case, title: str) -> dict[str, Callable[[], object]]:
     grad_output = torch.ones_like(function(*case.tensors))
 
     def forward() -> object:
-        with torch.no_grad():
-            return function(*case.tensors)
+        return function(*case.tensors)
 
     def both() -> object:
         return torch.autograd.grad(function(*leaves), wanted, grad_output)
@@ -105,7 +105,8 @@ def check(case: Case) -> None:
     """Raises :class:`command_line.Refused` if the formulations disagree."""
     results = [calls(case, title) for title in case.formulations]
     for mode in MODES:
-        first, *others = (result[mode]() for result in results)
+        with torch.set_grad_enabled(mode != "forward"):
+            first, *others = (result[mode]() for result in results)
         for other in others:
             try:
                 torch.testing.assert_close(other, first, rtol=1e-4, atol=1e-5)
@@ -113,25 +114,29 @@ def check(case: Case) -> None:
                 raise command_line.Refused(f"{case.name}: the formulations disagree: {error}") from error
 
 
-def measure(run: dict[object, Callable[[], object]], rounds: int, batch: int) -> dict[object, Timing]:
-    """Seconds of one call of each, over the rounds."""
-    seconds: dict[object, list[float]] = {key: [] for key in run}
+def measure(
+    run: dict[tuple[str, str, str], Callable[[], object]], rounds: int, batch: int
+) -> dict[tuple[str, str, str], Timing]:
+    """Seconds of one call of each, over the rounds. The keys are case, formulation and mode."""
+    seconds: dict[tuple[str, str, str], list[float]] = {key: [] for key in run}
     gc.collect()
     gc.disable()
     try:
         for round in range(rounds + 1):
             for key, call in run.items():
-                start = time.thread_time()
-                for _ in range(batch):
-                    call()
+                with torch.set_grad_enabled(key[2] != "forward"):
+                    start = time.thread_time()
+                    for _ in range(batch):
+                        call()
+                    end = time.thread_time()
                 if round > 0:  # the first one warms up
-                    seconds[key].append((time.thread_time() - start) / batch)
+                    seconds[key].append((end - start) / batch)
     finally:
         gc.enable()
     return {key: Timing(tuple(times)) for key, times in seconds.items()}
 
 
-def table(chosen: list[Case], timings: dict[object, Timing]) -> str:
+def table(chosen: list[Case], timings: dict[tuple[str, str, str], Timing]) -> str:
     lines = ["| op | | " + " | ".join(f"{mode}, us" for mode in MODES) + " |", "|---|---|" + "---|" * len(MODES)]
     for case in chosen:
         for title in case.formulations:

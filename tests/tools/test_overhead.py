@@ -26,9 +26,10 @@ def test_the_median_of_interleaved_batches(monkeypatch):
     order = []
     clock = iter(range(1000))
     monkeypatch.setattr(overhead.time, "thread_time", lambda: next(clock))
-    timings = overhead.measure({name: lambda name=name: order.append(name) for name in "ab"}, rounds=2, batch=3)
-    assert "".join(order) == "aaabbb" * 3
-    assert timings["a"].seconds == (1 / 3, 1 / 3)
+    runs = {("op", "eager", mode): lambda: order.append(torch.is_grad_enabled()) for mode in overhead.MODES}
+    timings = overhead.measure(runs, rounds=2, batch=3)
+    assert order == [*[False] * 3, *[True] * 3] * 3
+    assert all(timing.seconds == (1 / 3, 1 / 3) for timing in timings.values())
 
 
 def test_arguments(capsys):
