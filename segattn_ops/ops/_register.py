@@ -114,12 +114,12 @@ def wanted(
 ) -> list[Tensor | None]:
     """The results of a backward operator as autograd takes them: None for those that are not wanted, and the first ones
     in the memory formats of the feature maps that they are the gradients of."""
-    results: list[Tensor | None] = list(gradients)
-    for i, needed in enumerate(needs_input_grad):
-        if not needed:
-            results[i] = None
-        elif i < len(feature_maps):
-            results[i] = like_inputs(gradients[i], feature_maps[i])
+    results: list[Tensor | None] = [
+        g if needed else None for g, needed in zip(gradients, needs_input_grad, strict=True)
+    ]
+    for i, feature_map in enumerate(feature_maps):
+        if feature_map.stride(1) == 1 and needs_input_grad[i]:
+            results[i] = like_inputs(gradients[i], feature_map)
     return results
 
 
