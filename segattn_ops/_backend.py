@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from . import _library, _selection
-from ._forward_mode import has_tangent, in_dual_level, under_transform
 from ._ops import ops
 from ._precision import follow_tf32_setting
+from ._transforms import FUNCTIONS, under_derivative, under_transform
 
 LIBRARIES = _library.load()
 
@@ -22,9 +22,10 @@ _warned: set[str] = set()
 
 def operators(op: str, *tensors: Tensor) -> ModuleType | SimpleNamespace | None:
     """The operator namespace that serves a call of `op` with `tensors`; None if the reference does. Warns once for each
-    device type if native kernels are missing, and once if the call is differentiated in forward mode."""
-    captured = torch.compiler.is_compiling() or torch._C._is_tracing()
-    namespace = _selection.NAMESPACES[_selected_in_graph() if captured else _selection.selected()]
+    device type if native kernels are missing. Functions of the same names under torch.func, in forward mode, and for
+    eager calls."""
+    compiling = torch.compiler.is_compiling()
+    namespace = _selection.NAMESPACES[_selected_in_graph() if compiling else _selection.selected()]
     if namespace is None:
         return None
     if not tensors[0].is_cpu or "cpu" in LIBRARIES.missing:
@@ -34,10 +35,12 @@ def operators(op: str, *tensors: Tensor) -> ModuleType | SimpleNamespace | None:
             return None
         if device_type == "cuda":
             follow_tf32_setting(namespace)
-    if in_dual_level() and has_tangent(*tensors):
-        _warn_once("forward mode", f"{op} in forward mode", "the fused kernels have no forward-mode derivative")
-        return None
-    if captured or under_transform():
+    if under_transform():
+        if not compiling:
+            return FUNCTIONS[namespace]
+        if under_derivative():
+            return None
+    if compiling or torch._C._is_tracing():
         found: ModuleType = getattr(torch.ops, namespace)
         return found
     return DIRECT[namespace]

@@ -172,7 +172,7 @@ def _call_everything(operators, key_channels: int, value_channels: int, side: in
     def call(operator: str, *arguments) -> None:
         result = getattr(operators, operator)(*arguments)
         output = result if isinstance(result, torch.Tensor) else result[0]
-        leaves = [a for a in arguments if isinstance(a, torch.Tensor)]
+        leaves = [a for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad]
         torch.autograd.grad(output, leaves, torch.ones_like(output))
 
     def features(*shape: int) -> torch.Tensor:
@@ -181,6 +181,7 @@ def _call_everything(operators, key_channels: int, value_channels: int, side: in
     query, key = features(key_channels, side, side), features(key_channels, side, side)
     value, weights = features(value_channels, side, side), features(2 * side - 1, side, side)
     call("position_attention", query, key, value, 1.0)
+    call("position_attention", query, key, value, 1.0, False, torch.zeros(1, side, side, dtype=torch.bool))
     call("criss_cross_attention", query, key, value, 1.0)
     call("criss_cross_affinity", query, key)
     call("criss_cross_aggregation", weights, value)

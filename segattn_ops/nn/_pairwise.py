@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .._autocast import without_autocast
-from .._forward_mode import has_tangent
+from .._transforms import has_tangent
 from ..ops._register import fold_into_batch
 from ._checks import is_pointwise
 

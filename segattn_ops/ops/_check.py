@@ -12,7 +12,7 @@ from typing import NamedTuple, NoReturn, cast
 import torch
 from torch import Tensor
 
-from .._forward_mode import has_tangent
+from .._transforms import has_tangent
 
 SUPPORTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # The dtypes that a message names, as `name_of` in check.h

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._C import _any_requires_grad, _AutoDispatchBelowAutograd
 
-from .._forward_mode import under_transform
+from .._transforms import under_transform
 
 
 def direct_forward(
@@ -48,12 +48,14 @@ def direct_forward(
     return call
 
 
-def direct_backward(overload: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator `*_backward`, as a function. A backward pass may be transformed, or itself be differentiated: then
-    the operator's rules take part."""
+def direct_backward(overload: Callable[..., Any], twin: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator `*_backward`, as a function. A backward pass may be transformed, which calls the operator's `twin`
+    for transforms, or itself be differentiated, by the operator's rule."""
 
     def call(*arguments: Any) -> Any:
-        if (torch.is_grad_enabled() and _any_requires_grad(*arguments)) or under_transform():
+        if under_transform():
+            return twin(*arguments)
+        if torch.is_grad_enabled() and _any_requires_grad(*arguments):
             return overload(*arguments)
         with _AutoDispatchBelowAutograd():
             return overload(*arguments)

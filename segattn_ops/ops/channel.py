@@ -32,6 +32,7 @@ from ._check import (
     fail,
     number,
 )
+from ._derivatives import channel as _derivatives
 from ._memory_format import like_inputs
 from ._register import Operator, channels_of_products, empty_gradients, wanted
 
@@ -317,6 +318,9 @@ OPERATORS = (
         fake_backward=_fake_backward,
         setup_context=_setup_context,
         backward=_backward,
+        jvp=_derivatives.jvp,
+        backward_jvp=_derivatives.backward_jvp,
+        double_backward=_derivatives.double_backward,
         flops=_flops,
         flops_backward=_flops_backward,
     ),
@@ -326,6 +330,9 @@ OPERATORS = (
         fake_backward=_fake_self_backward,
         setup_context=_setup_self_context,
         backward=_self_backward,
+        jvp=_derivatives.self_jvp,
+        backward_jvp=_derivatives.self_backward_jvp,
+        double_backward=_derivatives.self_double_backward,
         flops=_flops_self,
         flops_backward=_flops_self_backward,
     ),

@@ -29,6 +29,7 @@ from ._check import (
     fail,
     number,
 )
+from ._derivatives import criss_cross as _derivatives
 from ._heads import check_heads, logsumexp_of_heads, merge_heads, split_heads
 from ._memory_format import like_inputs
 from ._positions import flat_positions
@@ -497,6 +498,9 @@ OPERATORS = (
         fake_backward=_fake_affinity_backward,
         setup_context=_setup_pair_context,
         backward=_pair_backward,
+        jvp=_derivatives.affinity_jvp,
+        backward_jvp=_derivatives.affinity_backward_jvp,
+        double_backward=_derivatives.affinity_double_backward,
         flops=lambda query, key: _products(query, query[1]),
         flops_backward=lambda grad_affinity, query, key, needs_input_grad=(True, True): _products(
             query, query[1] * sum(needs_input_grad)
@@ -508,6 +512,9 @@ OPERATORS = (
         fake_backward=_fake_aggregation_backward,
         setup_context=_setup_pair_context,
         backward=_pair_backward,
+        jvp=_derivatives.aggregation_jvp,
+        backward_jvp=_derivatives.aggregation_backward_jvp,
+        double_backward=_derivatives.aggregation_double_backward,
         flops=lambda attention, value: _products(value, value[1]),
         flops_backward=lambda grad_output, attention, value, needs_input_grad=(True, True): _products(
             value, value[1] * sum(needs_input_grad)
@@ -519,6 +526,9 @@ OPERATORS = (
         fake_backward=_fake_backward,
         setup_context=_setup_context,
         backward=_backward,
+        jvp=_derivatives.jvp,
+        backward_jvp=_derivatives.backward_jvp,
+        double_backward=_derivatives.double_backward,
         flops=lambda query, key, value: _products(query, query[1] + value[1]),
         flops_backward=lambda grad_output, query, key, value, *saved, needs_input_grad=(True, True, True): _products(
             query, channels_of_products(query[1], value[1], needs_input_grad)

@@ -31,6 +31,7 @@ from ._check import (
     check_tensors,
     number,
 )
+from ._derivatives import position as _derivatives
 from ._heads import check_heads, logsumexp_of_heads, merge_heads, split_heads
 from ._layout import warn_if_tokens
 from ._memory_format import like_inputs
@@ -431,6 +432,9 @@ OPERATORS = (
         fake_backward=_fake_backward,
         setup_context=_setup_context,
         backward=_backward,
+        jvp=_derivatives.jvp,
+        backward_jvp=_derivatives.backward_jvp,
+        double_backward=_derivatives.double_backward,
         flops=_flops,
         flops_backward=_flops_backward,
         adjust_vmap=_adjust_vmap,

@@ -35,7 +35,9 @@ def run(query, key, value, grad_output, scale=0.5):
     return (
         output,
         logsumexp,
-        *OPERATORS.criss_cross_attention_backward(grad_output, query, key, value, output, logsumexp, scale, low),
+        *OPERATORS.criss_cross_attention_backward(
+            grad_output, query, key, value, output, logsumexp, scale, low, keys_complete=True
+        ),
     )
 
 
@@ -78,7 +80,9 @@ def launch_both_directions(emulator, key_channels, value_channels, backward, sid
     emulator.reset()
     if backward:
         logsumexp = torch.zeros(1, side, side)
-        OPERATORS.criss_cross_attention_backward(grad_output, query, key, value, value, logsumexp, 1.0, logsumexp)
+        OPERATORS.criss_cross_attention_backward(
+            grad_output, query, key, value, value, logsumexp, 1.0, logsumexp, keys_complete=True
+        )
     else:
         OPERATORS.criss_cross_attention(query, key, value, 1.0)
 

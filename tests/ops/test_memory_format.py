@@ -140,6 +140,20 @@ def test_vmap(op):
         torch.testing.assert_close(mapped[i], OPS[op](*(t[i] for t in each)))
 
 
+@pytest.mark.parametrize("op", ["position", "heads", "criss_cross", "residual"])
+def test_derivatives_of_torch_func(op):
+    tensors = [t.detach() for t in draw(CHANNELS_LAST)]
+    leaf = tensors[0].clone().requires_grad_()
+
+    def loss(q):
+        return OPS[op](q, *tensors[1:]).square().sum()
+
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(tensors[0]), expected)
+    _, tangent = torch.func.jvp(loss, (tensors[0],), (tensors[1],))
+    torch.testing.assert_close(tangent, (expected * tensors[1]).sum(), rtol=1e-4, atol=1e-4)
+
+
 class Two(nn.Module):
     """A block of two inputs, the second of which is derived from the first."""
 

@@ -1,4 +1,4 @@
-"""The operators within PyTorch: opcheck, compile, vmap, autocast, FLOP counts, second derivatives."""
+"""The operators within PyTorch: opcheck, compile, vmap, autocast, FLOP counts."""
 
 import pytest
 import torch
@@ -276,17 +276,6 @@ def test_flop_counts(kernels):
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_a_second_derivative_raises_with_the_remedy(kernels, operator):
-    family = BY_OPERATOR[operator]
-    case = family.cases[0]
-    inputs = [t.requires_grad_() for t in family.make(case, torch.float64, kernels.device)]
-    output = family.function(*inputs, *case.scalars)
-    (gradient,) = torch.autograd.grad(output.square().sum(), inputs[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"differentiable once.*use_backend\(\"reference\"\)"):
-        torch.autograd.grad(gradient.sum(), inputs[:1])
-
-
-@pytest.mark.parametrize("operator", OPERATORS)
 def test_the_reference_has_second_derivatives(operator):
     family = BY_OPERATOR[operator]
     from .test_ops import GRADCHECK_SHAPES
@@ -297,8 +286,9 @@ def test_the_reference_has_second_derivatives(operator):
         torch.autograd.gradgradcheck(lambda *a: family.function(*a, *case.scalars), inputs)
 
 
-def test_only_the_output_is_differentiable(kernels):
+def test_the_rounding_error_is_not_differentiable(kernels):
     q = torch.randn(1, 4, 6, device=kernels.device, requires_grad=True)
-    output, *others = kernels.operators.position_attention(q, q, q, 1.0, True)
+    output, logsumexp, output_low = kernels.operators.position_attention(q, q, q, 1.0, True)
     assert output.requires_grad
-    assert not any(other.requires_grad for other in others)
+    assert logsumexp.requires_grad
+    assert not output_low.requires_grad

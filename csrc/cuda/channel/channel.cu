@@ -247,13 +247,26 @@ Triple channel_attention_backward(
     const std::vector<bool>& needs_input_grad) {
   const ChannelSizes sizes = check_channel_attention_backward(grad_output, query, key, value, scale, needs_input_grad);
   const LaunchContext context("channel_attention_backward", query);
-  const Tensor grad_query = allocate_like(query), grad_key = allocate_like(key), grad_value = allocate_like(value);
+  const bool needs_query = needs_input_grad[0], needs_key = needs_input_grad[1], needs_value = needs_input_grad[2];
+  const Tensor grad_query = allocate_gradient(query, needs_query), grad_key = allocate_gradient(key, needs_key);
+  const Tensor grad_value = allocate_gradient(value, needs_value);
   const int64_t batch = sizes.batch, channels = sizes.query_channels, keys = sizes.key_channels;
-  if (batch == 0) {
+  if (batch == 0 || !(needs_query || needs_key || needs_value)) {
     return {grad_query, grad_key, grad_value};
   }
   const bool has_values = sizes.value_positions > 0;
   const Tensor query_key = products(context, query, key, Symmetry::kGeneral);
+  const auto multiply_into = [&](const Tensor& result, const Tensor& left, const Tensor& right) {
+    bmm(left, matrices(right), torch::stable::view(result, {batch, result.size(1), positions_of(result)}));
+  };
+  if (!needs_query && !needs_key) {  // the weights without their gradient
+    const Tensor logsumexp = allocate(query, {batch, channels}, accumulation_dtype(context.dtype));
+    const Tensor weights = softmax(context, query_key, scale, std::nullopt, logsumexp);
+    if (has_values) {
+      multiply_into(grad_value, transposed(weights), grad_output);
+    }
+    return {grad_query, grad_key, grad_value};
+  }
   Tensor grad_weights = has_values ? products(context, grad_output, value, Symmetry::kGeneral)
                                    : allocate(query_key, {1, batch, channels, keys}, query_key.scalar_type());
   if (!has_values) {
@@ -262,12 +275,13 @@ Triple channel_attention_backward(
   const Tensor weights = allocate(query, {batch, channels, keys}, context.dtype);
   const Tensor grad_products = allocate(query, {batch, channels, keys}, context.dtype);
   softmax_backward(context, query_key, grad_weights, scale, {weights, grad_products, std::nullopt, std::nullopt});
-  const auto multiply_into = [&](const Tensor& result, const Tensor& left, const Tensor& right) {
-    bmm(left, matrices(right), torch::stable::view(result, {batch, result.size(1), positions_of(result)}));
-  };
-  multiply_into(grad_query, grad_products, key);
-  multiply_into(grad_key, transposed(grad_products), query);
-  if (has_values) {
+  if (needs_query) {
+    multiply_into(grad_query, grad_products, key);
+  }
+  if (needs_key) {
+    multiply_into(grad_key, transposed(grad_products), query);
+  }
+  if (needs_value && has_values) {
     multiply_into(grad_value, transposed(weights), grad_output);
   }
   return {grad_query, grad_key, grad_value};
@@ -279,8 +293,9 @@ struct SelfBackwardCall {
   const Tensor& input;        // (B, C, *S)
   double scale;
   std::optional<Tensor> gamma;  // (B, C), contiguous, dtype of accumulation
-  Tensor grad_input;            // like input
-  Tensor grad_gamma;            // (B, C), dtype of accumulation
+  bool needs_input;
+  Tensor grad_input;                 // like input, or (0) if not needed
+  std::optional<Tensor> grad_gamma;  // (B, C), dtype of accumulation; not given if not needed
 };
 
 // grad_input = weights^T grad_output + (grad_products + grad_products^T) input, by cuBLAS.
@@ -292,6 +307,9 @@ void self_backward_cublas(const SelfBackwardCall& call) {
   const Tensor grad_weights = products_cublas(context, call.grad_output, input, Symmetry::kGeneral);
   const Tensor weights = allocate(input, {batch, channels, channels}, context.dtype);
   softmax_backward(context, gram, grad_weights, call.scale, {weights, std::nullopt, call.gamma, call.grad_gamma});
+  if (!call.needs_input) {
+    return;
+  }
   const Tensor symmetric = symmetrised(context, grad_weights, channels);
   const Tensor through_values = allocate(input, {batch, channels, positions}, context.dtype);
   bmm(transposed(weights), matrices(call.grad_output), through_values);
@@ -314,6 +332,9 @@ void self_backward_mma(const SelfBackwardCall& call) {
   const int64_t pitch = round_up(channels, 8);  // rows on 16 bytes
   const Tensor weights = allocate(call.input, {batch, channels, pitch}, context.dtype);
   softmax_backward(context, gram, grad_weights, call.scale, {weights, std::nullopt, call.gamma, call.grad_gamma});
+  if (!call.needs_input) {
+    return;
+  }
   const Tensor symmetric = symmetrised(context, grad_weights, pitch);
   InputGradientParams params;
   params.weights = operand_of(weights);
@@ -333,18 +354,18 @@ Pair channel_self_attention_backward(
     const std::vector<bool>& needs_input_grad) {
   const ChannelSizes sizes = check_channel_self_attention_backward(grad_output, input, scale, gamma, needs_input_grad);
   const LaunchContext context("channel_self_attention_backward", input);
-  const SelfBackwardCall call{
-      context,
-      grad_output,
-      input,
-      scale,
-      contiguous(gamma),
-      allocate_like(input),
-      allocate(input, {sizes.batch, sizes.query_channels}, accumulation_dtype(context.dtype))};
-  if (sizes.batch > 0) {
+  const bool needs_input = needs_input_grad[0], needs_gamma = needs_input_grad[1];
+  const std::vector<int64_t> gamma_sizes{sizes.batch, sizes.query_channels};
+  const Tensor grad_input = allocate_gradient(input, needs_input);
+  const Tensor grad_gamma =
+      allocate(input, needs_gamma ? gamma_sizes : std::vector<int64_t>{0}, accumulation_dtype(context.dtype));
+  if (sizes.batch > 0 && (needs_input || needs_gamma)) {
+    const SelfBackwardCall call{
+        context,           grad_output, input,      scale,
+        contiguous(gamma), needs_input, grad_input, needs_gamma ? std::optional(grad_gamma) : std::nullopt};
     uses_tensor_cores(context) ? self_backward_mma(call) : self_backward_cublas(call);
   }
-  return {call.grad_input, call.grad_gamma};
+  return {grad_input, grad_gamma};
 }
 
 }  // namespace

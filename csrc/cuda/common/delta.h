@@ -14,10 +14,12 @@
 namespace segattn::cuda {
 
 // delta (B, N) in the dtype of accumulation, allocated with `sizes`: sum_c grad_output * output, with the output before
-// rounding where output_low is given. grad_output, output, output_low: (B, C, *S), N positions.
+// rounding where output_low is given, less grad_logsumexp where that is given. grad_output, output, output_low:
+// (B, C, *S), N positions; grad_logsumexp: (B, *S), contiguous, dtype of accumulation.
 inline Tensor delta_of(
     const LaunchContext& context, const FeatureMap& grad_output, const FeatureMap& output,
-    const std::optional<FeatureMap>& output_low, const std::vector<int64_t>& sizes) {
+    const std::optional<FeatureMap>& output_low, const std::optional<Tensor>& grad_logsumexp,
+    const std::vector<int64_t>& sizes) {
   const Tensor delta = allocate(output.tensor, sizes, accumulation_dtype(context.dtype));
   DeltaParams params{};
   params.grad_output = grad_output.operand;
@@ -25,6 +27,7 @@ inline Tensor delta_of(
   if (output_low.has_value()) {
     params.output_low = output_low->operand;
   }
+  params.grad_logsumexp = data_of(grad_logsumexp);
   params.delta = delta.mutable_data_ptr();
   params.channels = static_cast<int>(output.tensor.size(1));
   params.positions = context.position_count("output", output.positions);

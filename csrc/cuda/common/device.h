@@ -73,4 +73,9 @@ inline Tensor allocate_like(const Tensor& like) {
   return allocate(like, std::vector<int64_t>(sizes.begin(), sizes.end()), like.scalar_type());
 }
 
+// The result of a backward operator for one input: like the input, or of shape (0) if its gradient is not needed.
+inline Tensor allocate_gradient(const Tensor& input, bool needed) {
+  return needed ? allocate_like(input) : allocate(input, {0}, input.scalar_type());
+}
+
 }  // namespace segattn::cuda

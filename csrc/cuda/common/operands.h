@@ -34,6 +34,11 @@ inline std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? std::optional(torch::stable::contiguous(*tensor)) : std::nullopt;
 }
 
+// Null where no tensor is given.
+inline const void* data_of(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
+}
+
 // (B, channels, *spatial); copied if its positions are not contiguous (channels_last).
 inline FeatureMap feature_map(const Tensor& tensor) {
   int64_t expected = 1;

@@ -48,7 +48,9 @@ __global__ void __launch_bounds__(kRowThreads) pack_rows_kernel(const PackParams
       *reinterpret_cast<const uint4*>(chunk);
 }
 
-// delta[b, i] = sum_c grad_output[b, c, i] output[b, c, i], of the output before rounding where output_low is given
+// delta[b, i] = sum_c grad_output[b, c, i] output[b, c, i], of the output before rounding where output_low is given.
+// With grad_logsumexp, delta - grad_logsumexp: the gradients of the energies are P (dP - delta + grad_logsumexp), so
+// the kernels that compute them need no other term.
 struct DeltaParams {
   Operand grad_output;  // (B, C, N)
   Operand output;       // (B, C, N)
@@ -57,6 +59,7 @@ struct DeltaParams {
   int channels;
   int positions;
   int position_blocks;
+  const void* grad_logsumexp;  // (B, N), accumulator type; or null
 };
 
 // A block has 32 positions and each of its warps every eighth channel, so that a warp's loads are adjacent.
@@ -92,12 +95,17 @@ __global__ void __launch_bounds__(kRowThreads) delta_kernel(const DeltaParams p)
     for (int w = 0; w < kWarps; ++w) {
       sum += partials[w][lane];
     }
-    static_cast<Real*>(p.delta)[sample * p.positions + position] = sum;
+    const int64_t query = sample * p.positions + position;
+    if (p.grad_logsumexp != nullptr) {
+      sum -= static_cast<const Real*>(p.grad_logsumexp)[query];
+    }
+    static_cast<Real*>(p.delta)[query] = sum;
   }
 }
 
 // out[b, r, n] = factor * sum_s partials[s, b, r, n], s ascending; with mean_key
-//   out[b, r, n] = factor * (sum_s partials[s, b, r, n] - sum_s mean_key[s, b, r, n] * sum_s grad_sum[s, b, n])
+//   out[b, r, n] = factor * (sum_s partials[s, b, r, n] - sum_s mean_key[s, b, r, n] * error[b, n])
+//   error[b, n] = sum_s grad_sum[s, b, n] - grad_logsumexp[b, n]
 struct SumPartialsParams {
   const float* partials;  // (partial_count, batch * rows, padded)
   const float* mean_key;  // like partials, or null
@@ -111,6 +119,7 @@ struct SumPartialsParams {
   int padded;
   int row_blocks;
   float factor;
+  const float* grad_logsumexp;  // (batch, columns); null: zeros
 };
 
 template <class T>
@@ -128,8 +137,11 @@ __global__ void __launch_bounds__(kRowThreads) sum_partials_kernel(const SumPart
     float sum = sum_of_partials(p.partials + row * p.padded + column, p.partial_stride);
     if (p.mean_key != nullptr) {
       const int64_t sample = row / p.rows, samples = p.rows_total / p.rows;
-      sum -= sum_of_partials(p.mean_key + row * p.padded + column, p.partial_stride) *
-          sum_of_partials(p.grad_sum + sample * p.padded + column, samples * p.padded);
+      float error = sum_of_partials(p.grad_sum + sample * p.padded + column, samples * p.padded);
+      if (p.grad_logsumexp != nullptr) {
+        error -= p.grad_logsumexp[sample * p.columns + column];
+      }
+      sum -= sum_of_partials(p.mean_key + row * p.padded + column, p.partial_stride) * error;
     }
     static_cast<T*>(p.output)[row * p.columns + column] = from_accumulator<T>(sum * p.factor);
   }

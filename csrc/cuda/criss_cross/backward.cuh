@@ -1,5 +1,6 @@
-// All three gradients of criss-cross attention in one kernel. Blocks own whole lines and compute their weights once:
-// the weights give the value gradient and are then overwritten by the gradients of the energies.
+// Two or all three gradients of criss-cross attention in one kernel. Blocks own whole lines and compute their weights
+// once: the weights give the value gradient and are then overwritten by the gradients of the energies. A gradient whose
+// data is null is left out.
 #pragma once
 
 #include "cuda/criss_cross/line_weights.cuh"
@@ -29,10 +30,12 @@ struct LineGradients {
     for (int channel = 0; channel < p.value.channels; channel += kProductChannels) {
       weights.block.load_product(p.grad_output, p.value, channel, 0, 0);
       weights.block.multiply_staged(d, p.lines.length, p.lines.length);
-      typename Weights::template Sums<kProductChannels / 16, 1> sums = {};
-      weights.template add_staged<LineOwner::kKeys, kProductChannels / 16, 1>(sums, 0, p.lines.length);
-      weights.template store_sums<MergeScale::kNone, kProductChannels / 16, 1>(
-          sums, p.grad_value, channel, p.value.channels, p.accumulate);
+      if (p.grad_value.data != nullptr) {
+        typename Weights::template Sums<kProductChannels / 16, 1> sums = {};
+        weights.template add_staged<LineOwner::kKeys, kProductChannels / 16, 1>(sums, 0, p.lines.length);
+        weights.template store_sums<MergeScale::kNone, kProductChannels / 16, 1>(
+            sums, p.grad_value, channel, p.value.channels, p.accumulate);
+      }
     }
     __syncthreads();  // all warps have read the weights that the gradients overwrite
     weights.replace_by_energy_gradients(d, 0, 0);
@@ -40,7 +43,9 @@ struct LineGradients {
 
   // Lines of several tiles: grad_output and value are read again for each pair of tiles.
   __device__ __forceinline__ void value_and_energy_gradients_by_tiles() {
-    sum<LineOwner::kKeys>(p.grad_output, p.grad_value);
+    if (p.grad_value.data != nullptr) {
+      sum<LineOwner::kKeys>(p.grad_output, p.grad_value);
+    }
     weights.for_tiles([&](int query, int key) { weights.compute_energy_gradients(query, key); });
   }
 
@@ -51,9 +56,13 @@ struct LineGradients {
     } else {  // strips have no registers for both at once
       value_and_energy_gradients_by_tiles();
     }
-    weights.sum_energy_gradients(p.grad_sum, p.accumulate);
-    sum<LineOwner::kQueries>(p.key, p.grad_query);
-    sum<LineOwner::kKeys>(p.query, p.grad_key);
+    if (p.grad_query.data != nullptr) {
+      weights.sum_energy_gradients(p.grad_sum, p.accumulate);
+      sum<LineOwner::kQueries>(p.key, p.grad_query);
+    }
+    if (p.grad_key.data != nullptr) {
+      sum<LineOwner::kKeys>(p.query, p.grad_key);
+    }
   }
 };
 

@@ -156,9 +156,14 @@ Pair criss_cross_affinity_backward(
   const CrissCrossSizes sizes = check_criss_cross_affinity_backward(grad_affinity, query, key, needs_input_grad);
   const LaunchContext context("criss_cross_affinity_backward", query);
   const Call call{context, sizes};
-  const Tensor grad_query = allocate_like(query), grad_key = allocate_like(key);
-  sum_with_given_weights<LineOwner::kQueries>(call, grad_affinity, key, grad_query);
-  sum_with_given_weights<LineOwner::kKeys>(call, grad_affinity, query, grad_key);
+  const Tensor grad_query = allocate_gradient(query, needs_input_grad[0]);
+  const Tensor grad_key = allocate_gradient(key, needs_input_grad[1]);
+  if (needs_input_grad[0]) {
+    sum_with_given_weights<LineOwner::kQueries>(call, grad_affinity, key, grad_query);
+  }
+  if (needs_input_grad[1]) {
+    sum_with_given_weights<LineOwner::kKeys>(call, grad_affinity, query, grad_key);
+  }
   return {grad_query, grad_key};
 }
 
@@ -177,9 +182,14 @@ Pair criss_cross_aggregation_backward(
   const CrissCrossSizes sizes = check_criss_cross_aggregation_backward(grad_output, attention, value, needs_input_grad);
   const LaunchContext context("criss_cross_aggregation_backward", value);
   const Call call{context, sizes};
-  const Tensor grad_attention = allocate_like(attention), grad_value = allocate_like(value);
-  products(call, grad_output, value, grad_attention);
-  sum_with_given_weights<LineOwner::kKeys>(call, attention, grad_output, grad_value);
+  const Tensor grad_attention = allocate_gradient(attention, needs_input_grad[0]);
+  const Tensor grad_value = allocate_gradient(value, needs_input_grad[1]);
+  if (needs_input_grad[0]) {
+    products(call, grad_output, value, grad_attention);
+  }
+  if (needs_input_grad[1]) {
+    sum_with_given_weights<LineOwner::kKeys>(call, attention, grad_output, grad_value);
+  }
   return {grad_attention, grad_value};
 }
 
@@ -262,14 +272,17 @@ Triple criss_cross_attention(const Tensor& query, const Tensor& key, const Tenso
   return {output, logsumexp, logsumexp_low};
 }
 
-// grad_query -= grad_sum * mean_key (correction.cuh)
+// grad_query -= (grad_sum - scale * grad_logsumexp) * mean_key (correction.cuh)
 void correct_query_gradient(
-    const Call& call, const Tensor& grad_query, const Tensor& mean_key, const Tensor& grad_sum) {
+    const Call& call, const Tensor& grad_query, const Tensor& mean_key, const Tensor& grad_sum,
+    const std::optional<Tensor>& grad_logsumexp, double scale) {
   const CrissCrossSizes& sizes = call.sizes;
-  QueryCorrectionParams params;
+  QueryCorrectionParams params{};
   params.grad_query = grad_query.mutable_data_ptr();
   params.mean_key = mean_key.const_data_ptr();
   params.grad_sum = grad_sum.const_data_ptr();
+  params.grad_logsumexp = data_of(grad_logsumexp);
+  params.scale = scale;
   params.positions = sizes.height * sizes.width;
   params.channels = static_cast<int>(sizes.key_channels);
   params.position_blocks = static_cast<int>(ceil_div(params.positions, kCorrectionThreads));
@@ -290,16 +303,28 @@ Triple criss_cross_attention_backward(
       grad_output, query, key, value, output, logsumexp, scale, logsumexp_low, grad_logsumexp, needs_input_grad);
   const LaunchContext context("criss_cross_attention_backward", query);
   const Call call{context, sizes};
-  const Tensor grad_query = allocate_like(query), grad_key = allocate_like(key), grad_value = allocate_like(value);
-  if (sizes.batch == 0) {
+  const bool needs_query = needs_input_grad[0], needs_key = needs_input_grad[1], needs_value = needs_input_grad[2];
+  const Tensor grad_query = allocate_gradient(query, needs_query), grad_key = allocate_gradient(key, needs_key);
+  const Tensor grad_value = allocate_gradient(value, needs_value);
+  if (sizes.batch == 0 || !(needs_query || needs_key || needs_value)) {
     return {grad_query, grad_key, grad_value};
   }
-  const Tensor delta = delta_of(
-      context, feature_map(grad_output), feature_map(output), std::nullopt, {sizes.batch, sizes.height, sizes.width});
-  const Tensor grad_sum = allocate_like(delta), mean_key = allocate_like(key);
-  // Both are read with the same strides.
+  // All are read with the same strides.
   const Tensor logsumexp_value = torch::stable::contiguous(logsumexp);
-  const std::optional<Tensor> logsumexp_error = contiguous(logsumexp_low);
+  const std::optional<Tensor> logsumexp_error = contiguous(logsumexp_low),
+                              grad_of_logsumexp = contiguous(grad_logsumexp);
+  std::optional<Tensor> delta, grad_sum, mean_key;
+  if (needs_query || needs_key) {
+    delta = delta_of(
+        context, feature_map(grad_output), feature_map(output), std::nullopt, grad_of_logsumexp,
+        {sizes.batch, sizes.height, sizes.width});
+  }
+  if (needs_query) {
+    grad_sum = allocate_like(*delta);
+  }
+  if (needs_query && keys_complete) {
+    mean_key = allocate_like(key);
+  }
   call.for_each_direction([&](Direction direction) {
     LineBackwardParams params{};
     params.lines = lines_of(sizes, direction);
@@ -308,27 +333,43 @@ Triple criss_cross_attention_backward(
     params.grad_output = features(grad_output, direction);
     params.value = features(value, direction);
     params.logsumexp = split_scalars(logsumexp_value, logsumexp_error, direction);
-    params.delta = scalars(delta, direction);
-    params.grad_sum = scalars(grad_sum, direction);
     params.scale = scale;
     params.accumulate = call.accumulates(direction);
-    params.grad_query = features(grad_query, direction);
-    params.grad_key = features(grad_key, direction);
-    params.grad_value = features(grad_value, direction);
-    // A separate launch: another sum in line_backward_kernel spills registers.
-    sum<LineWeight::kSoftmax, LineOwner::kQueries>(call, params, key, mean_key, direction);
-    bool launched = false;
-    call.with_arithmetic([&]<class Arithmetic>() {
-      launched = try_launch_line_backward<Arithmetic>(params, call.context.limits, call.context.stream);
-    });
-    if (launched) {
-      return;
+    if (delta.has_value()) {
+      params.delta = scalars(*delta, direction);
     }
-    sum<LineWeight::kSoftmax, LineOwner::kKeys>(call, params, grad_output, grad_value, direction);
-    sum<LineWeight::kGradient, LineOwner::kQueries>(call, params, key, grad_query, direction);
-    sum<LineWeight::kGradient, LineOwner::kKeys>(call, params, query, grad_key, direction);
+    if (grad_sum.has_value()) {
+      params.grad_sum = scalars(*grad_sum, direction);
+    }
+    if (mean_key.has_value()) {  // a separate launch: another sum in line_backward_kernel spills registers
+      sum<LineWeight::kSoftmax, LineOwner::kQueries>(call, params, key, *mean_key, direction);
+    }
+    // A single gradient has a kernel that does no more than it needs; two share the weights and energy gradients.
+    if (needs_query + needs_key + needs_value > 1) {
+      params.grad_query = needs_query ? features(grad_query, direction) : LineFeatures{};
+      params.grad_key = needs_key ? features(grad_key, direction) : LineFeatures{};
+      params.grad_value = needs_value ? features(grad_value, direction) : LineFeatures{};
+      bool launched = false;
+      call.with_arithmetic([&]<class Arithmetic>() {
+        launched = try_launch_line_backward<Arithmetic>(params, call.context.limits, call.context.stream);
+      });
+      if (launched) {
+        return;
+      }
+    }
+    if (needs_value) {
+      sum<LineWeight::kSoftmax, LineOwner::kKeys>(call, params, grad_output, grad_value, direction);
+    }
+    if (needs_query) {
+      sum<LineWeight::kGradient, LineOwner::kQueries>(call, params, key, grad_query, direction);
+    }
+    if (needs_key) {
+      sum<LineWeight::kGradient, LineOwner::kKeys>(call, params, query, grad_key, direction);
+    }
   });
-  correct_query_gradient(call, grad_query, mean_key, grad_sum);
+  if (mean_key.has_value()) {
+    correct_query_gradient(call, grad_query, *mean_key, *grad_sum, grad_of_logsumexp, scale);
+  }
   return {grad_query, grad_key, grad_value};
 }
 

@@ -126,10 +126,10 @@ struct LineAttentionParams : LineSumParams {
   LineLogsumexp other_logsumexp;  // of the other direction, for `accumulate`
 };
 
-// All three gradients of criss-cross attention at once, for lines whose weights fit in shared memory. `values` and
+// Several gradients of criss-cross attention at once, for lines whose weights fit in shared memory. `values` and
 // `output` are not used.
 struct LineBackwardParams : LineSumParams {
-  LineFeatures grad_query;  // before the correction (correction.cuh)
+  LineFeatures grad_query;  // before the correction (correction.cuh); of each of the three, data null: not needed
   LineFeatures grad_key;
   LineFeatures grad_value;
 };

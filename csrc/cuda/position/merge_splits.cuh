@@ -24,13 +24,15 @@ struct MergeSplitsParams {
   int channels;
   int positions;
   int position_blocks;
-  int channel_blocks;  // of kMergeChannels
+  int channel_blocks;     // of kMergeChannels
+  const int* key_counts;  // Keys::kKept: (B)
 };
 
 constexpr int kMergeChannels = 32;
 
-// A thread merges kMergeChannels channels of one position with the same factors.
-template <class T>
+// A thread merges kMergeChannels channels of one position with the same factors. Without any key (Keys::kKept), the
+// output is 0 and the logsumexp -inf.
+template <class T, Keys kKeys>
 __global__ void __launch_bounds__(kRowThreads) merge_splits_kernel(const MergeSplitsParams p) {
   int64_t block = blockIdx.x;
   const int position = static_cast<int>(block % p.position_blocks) * kRowThreads + static_cast<int>(threadIdx.x);
@@ -56,6 +58,9 @@ __global__ void __launch_bounds__(kRowThreads) merge_splits_kernel(const MergeSp
   }
   if (channel_block == 0) {
     p.logsumexp[sample * p.positions + position] = max_logsumexp + logf(sum);
+  }
+  if constexpr (kKeys == Keys::kKept) {
+    sum = p.key_counts[sample] == 0 ? 1.0f : sum;
   }
   const int first = channel_block * kMergeChannels;
   for (int c = first; c < min(first + kMergeChannels, p.channels); ++c) {

@@ -13,6 +13,10 @@ namespace segattn::cuda {
 
 constexpr int kMaxSplits = 16;  // of the streamed positions
 
+// The keys of a sample that take part: all, or the first key_counts[sample] (kept_keys.cuh). Separate instances:
+// without a key padding mask, the bound is a launch parameter and takes no register.
+enum class Keys { kAll, kKept };
+
 // out[c, i] = sum_j weight(i, j) values[c, j]: a block owns positions i and streams all positions j. With the energy
 // e_ij = scale * owned_i . streamed_j:
 //                   owned   streamed  values       weight
@@ -36,7 +40,8 @@ struct WeightedSumParams {
   int owned_blocks;
   int channel_blocks;
   int splits;
-  int steps_per_split;  // streamed tiles of a split
+  int steps_per_split;    // streamed tiles of a split
+  const int* key_counts;  // forward with Keys::kKept: (B)
 };
 
 // Partial gradients of query and key. A block processes one group of key blocks and one range of query blocks. Each
@@ -63,17 +68,19 @@ struct QueryKeyGradientParams {
   float scale;
   int query_blocks, ranges, blocks_per_range;
   int key_blocks, groups, blocks_per_group;
+  const int* key_counts;  // Keys::kKept: (B)
 };
 
-enum class PositionSum { kForward, kValueGradient, kQueryGradient, kKeyGradient };
+enum class PositionSum { kForward, kValueGradient, kQueryGradient, kKeyGradient, kCorrectedQueryGradient };
 
-// The four sums of the SIMT kernel have one form, out[c, i] = factor * sum_j weight(i, j) values[c, j]. With the energy
+// The sums of the SIMT kernel have one form, out[c, i] = factor * sum_j weight(i, j) values[c, j]. With the energy
 // e_ij = scale * owned_i . streamed_j:
 //                   owned   streamed  values       left         right        weight
 //   forward         query   key       value        -            -            softmax_j(e_ij)
 //   value gradient  key     query     grad_output  -            -            p_ij = exp(e_ij - logsumexp_j)
 //   query gradient  query   key       key          grad_output  value        p_ij (left_i . right_j - delta_i)
 //   key gradient    key     query     query        value        grad_output  p_ij (left_i . right_j - delta_j)
+// The corrected query gradient also subtracts the rounding error of delta (query_key_gradient.cuh).
 struct SimtParams {
   Operand owned;         // (B, E, owned_positions)
   Operand streamed;      // (B, E, streamed_positions)
@@ -82,7 +89,7 @@ struct SimtParams {
   Operand right;         // (B, C, streamed_positions)
   void* output;          // (B, out_channels, owned_positions), contiguous
   void* output_low;      // forward of 16-bit types: the output's rounding error, like output; null: not written
-  const void* mean_key;  // query gradient of float32: (B, E, owned_positions), sum_j p_ij key_j
+  const void* mean_key;  // corrected query gradient: (B, E, owned_positions), sum_j p_ij key_j
   void* logsumexp;       // accumulator type, of the queries; written by the forward pass, read by the others
   const void* delta;     // accumulator type, of the queries
   int64_t batch;
@@ -94,6 +101,8 @@ struct SimtParams {
   double scale;
   int owned_blocks;
   int channel_blocks;
+  const int* key_counts;       // Keys::kKept, queries owned: (B)
+  const void* grad_logsumexp;  // corrected query gradient: accumulator type, of the queries; null: zeros
 };
 
 }  // namespace segattn::cuda

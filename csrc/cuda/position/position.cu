@@ -1,8 +1,5 @@
-// Position attention on CUDA, host side: checks the arguments, plans the blocks, allocates and launches.
-//
-//   forward    weighted_sum.cuh, then merge_splits.cuh if the keys are split
-//   backward   delta (common/row_kernels.cuh), weighted_sum.cuh for grad_value, query_key_gradient.cuh for the others
-// plan.cuh chooses the tiles. float64, and shapes that no tensor-core tile fits, run on simt.cuh.
+// Position attention on CUDA: the operators. They check the arguments, allocate the results and move the kept keys of a
+// key padding mask (kept_keys.h); forward.h and backward.h plan the blocks (plan.cuh) and launch the kernels.
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -10,14 +7,12 @@
 #include <torch/csrc/stable/library.h>
 
 #include "checks/position.h"
-#include "cuda/common/aligned.h"
 #include "cuda/common/delta.h"
 #include "cuda/common/launch_context.h"
-#include "cuda/common/math.h"
 #include "cuda/common/operands.h"
-#include "cuda/position/launch.h"
-#include "cuda/position/merge_splits.cuh"
-#include "cuda/position/plan.cuh"
+#include "cuda/position/backward.h"
+#include "cuda/position/forward.h"
+#include "cuda/position/kept_keys.h"
 #include "registration.h"
 
 namespace segattn::cuda {
@@ -26,43 +21,6 @@ namespace {
 using Forward = std::tuple<Tensor, Tensor, Tensor>;
 using Backward = std::tuple<Tensor, Tensor, Tensor>;
 
-struct ForwardCall {
-  const LaunchContext& context;
-  PositionSizes sizes;
-  double scale;
-  FeatureMap query;   // (B, E, *S)
-  FeatureMap key;     // (B, E, *T)
-  FeatureMap value;   // (B, C, *T)
-  Tensor output;      // (B, C, *S)
-  Tensor output_low;  // (B, C, *S), rounding error of the output; (B, 0, *S) if not wanted
-  Tensor logsumexp;   // (B, *S), dtype of accumulation
-
-  void* output_low_data() const { return output_low.size(1) > 0 ? output_low.mutable_data_ptr() : nullptr; }
-};
-
-struct BackwardCall {
-  const LaunchContext& context;
-  PositionSizes sizes;
-  double scale;
-  FeatureMap grad_output;  // (B, C, *S)
-  FeatureMap query;        // (B, E, *S)
-  FeatureMap key;          // (B, E, *T)
-  FeatureMap value;        // (B, C, *T)
-  Tensor logsumexp;        // (B, *S), contiguous, dtype of accumulation
-  Tensor delta;            // (B, N), dtype of accumulation
-  Tensor grad_query;       // like query
-  Tensor grad_key;         // like key
-  Tensor grad_value;       // like value
-};
-
-// The operands of the backward pass with rows that start on 16 bytes, for the tensor-core kernels.
-struct AlignedOperands {
-  FeatureMap grad_output;
-  FeatureMap query;
-  FeatureMap key;
-  FeatureMap value;
-};
-
 // (B, *S)
 std::vector<int64_t> logsumexp_sizes(const Tensor& query) {
   const auto sizes = query.sizes();
@@ -70,305 +28,6 @@ std::vector<int64_t> logsumexp_sizes(const Tensor& query) {
   result.erase(result.begin() + 1);
   return result;
 }
-
-float* float_data(const Tensor& tensor) {
-  return static_cast<float*>(tensor.mutable_data_ptr());
-}
-
-// ---- SIMT -----------------------------------------------------------------------------------------------------------
-
-enum class Owned { kQueries, kKeys };
-
-SimtParams simt_params(const PositionSizes& sizes, double scale, Owned owned) {
-  SimtParams params{};
-  params.batch = sizes.batch;
-  params.owned_positions = static_cast<int>(owned == Owned::kQueries ? sizes.queries : sizes.keys);
-  params.streamed_positions = static_cast<int>(owned == Owned::kQueries ? sizes.keys : sizes.queries);
-  params.key_channels = static_cast<int>(sizes.key_channels);
-  params.value_channels = static_cast<int>(sizes.value_channels);
-  params.scale = scale;
-  return params;
-}
-
-void forward_simt(const ForwardCall& call) {
-  SimtParams params = simt_params(call.sizes, call.scale, Owned::kQueries);
-  params.owned = call.query.operand;
-  params.streamed = call.key.operand;
-  params.values = call.value.operand;
-  params.output = call.output.mutable_data_ptr();
-  params.output_low = call.output_low_data();
-  params.logsumexp = call.logsumexp.mutable_data_ptr();
-  params.out_channels = params.value_channels;
-  with_element(
-      call.context.dtype, [&]<class T>() { launch_simt_sum<T, PositionSum::kForward>(params, call.context.stream); });
-}
-
-SimtParams simt_gradient_params(const BackwardCall& call, Owned owned, const Tensor& gradient) {
-  SimtParams params = simt_params(call.sizes, call.scale, owned);
-  params.output = gradient.mutable_data_ptr();
-  params.out_channels = static_cast<int>(gradient.size(1));
-  params.logsumexp = call.logsumexp.mutable_data_ptr();
-  params.delta = call.delta.const_data_ptr();
-  return params;
-}
-
-void value_gradient_simt(const BackwardCall& call) {
-  SimtParams params = simt_gradient_params(call, Owned::kKeys, call.grad_value);
-  params.owned = call.key.operand;
-  params.streamed = call.query.operand;
-  params.values = call.grad_output.operand;
-  with_element(call.context.dtype, [&]<class T>() {
-    launch_simt_sum<T, PositionSum::kValueGradient>(params, call.context.stream);
-  });
-}
-
-// (B, E, N) in float32: every query's mean key, computed as attention with the keys as values.
-Tensor mean_key_simt(const BackwardCall& call) {
-  const int64_t batch = call.sizes.batch, queries = call.sizes.queries;
-  const Tensor& like = call.query.tensor;
-  PositionSizes sizes = call.sizes;
-  sizes.value_channels = sizes.key_channels;
-  const Tensor mean_key = allocate(like, {batch, sizes.key_channels, queries}, ScalarType::Float);
-  const Tensor no_output_low = allocate(like, {batch, 0, queries}, ScalarType::Float);
-  forward_simt(
-      {call.context, sizes, call.scale, call.query, call.key, call.key, mean_key, no_output_low,
-       allocate_like(call.logsumexp)});
-  return mean_key;
-}
-
-void query_key_gradient_simt(const BackwardCall& call) {
-  SimtParams query = simt_gradient_params(call, Owned::kQueries, call.grad_query);
-  query.owned = call.query.operand;
-  query.streamed = query.values = call.key.operand;
-  query.left = call.grad_output.operand;
-  query.right = call.value.operand;
-  std::optional<Tensor> mean_key;
-  if (call.context.dtype == ScalarType::Float) {
-    mean_key = mean_key_simt(call);
-    query.mean_key = mean_key->const_data_ptr();
-  }
-  SimtParams key = simt_gradient_params(call, Owned::kKeys, call.grad_key);
-  key.owned = call.key.operand;
-  key.streamed = key.values = call.query.operand;
-  key.left = call.value.operand;
-  key.right = call.grad_output.operand;
-  with_element(call.context.dtype, [&]<class T>() {
-    launch_simt_sum<T, PositionSum::kQueryGradient>(query, call.context.stream);
-    launch_simt_sum<T, PositionSum::kKeyGradient>(key, call.context.stream);
-  });
-}
-
-// ---- tensor cores ---------------------------------------------------------------------------------------------------
-
-// visit.operator()<Mma>(); does nothing for kSimt.
-template <class Visit>
-void with_mma(Arithmetic arithmetic, const Visit& visit) {
-  switch (arithmetic) {
-    case Arithmetic::kFloat16:
-      return visit.template operator()<Mma16<__half>>();
-    case Arithmetic::kBfloat16:
-      return visit.template operator()<Mma16<__nv_bfloat16>>();
-    case Arithmetic::kTf32:
-      return visit.template operator()<MmaTf32<1>>();
-    case Arithmetic::k3xTf32:
-      return visit.template operator()<MmaTf32<3>>();
-    case Arithmetic::kSimt:
-      return;
-  }
-}
-
-template <class Mma>
-WeightedSumPlan weighted_sum_plan(const PositionSizes& sizes, const DeviceLimits& limits, Owned owned) {
-  return plan_weighted_sum<Mma>(
-      sizes.batch, static_cast<int>(owned == Owned::kQueries ? sizes.queries : sizes.keys),
-      static_cast<int>(owned == Owned::kQueries ? sizes.keys : sizes.queries), static_cast<int>(sizes.key_channels),
-      static_cast<int>(sizes.value_channels), limits);
-}
-
-WeightedSumParams weighted_sum_params(
-    const WeightedSumPlan& plan, const PositionSizes& sizes, double scale, Owned owned) {
-  WeightedSumParams params{};
-  params.batch = sizes.batch;
-  params.owned_positions = static_cast<int>(owned == Owned::kQueries ? sizes.queries : sizes.keys);
-  params.streamed_positions = static_cast<int>(owned == Owned::kQueries ? sizes.keys : sizes.queries);
-  params.key_channels = static_cast<int>(sizes.key_channels);
-  params.value_channels = static_cast<int>(sizes.value_channels);
-  params.scale = static_cast<float>(scale);
-  params.owned_blocks = plan.owned_blocks;
-  params.channel_blocks = plan.channel_blocks;
-  params.splits = plan.splits;
-  params.steps_per_split = plan.steps_per_split;
-  return params;
-}
-
-void merge_splits(const ForwardCall& call, const WeightedSumParams& split) {
-  MergeSplitsParams params;
-  params.partials = static_cast<const float*>(split.output);
-  params.partial_logsumexp = split.logsumexp;
-  params.output = call.output.mutable_data_ptr();
-  params.output_low = call.output_low_data();
-  params.logsumexp = float_data(call.logsumexp);
-  params.batch = split.batch;
-  params.splits = split.splits;
-  params.channels = split.value_channels;
-  params.positions = split.owned_positions;
-  params.position_blocks = ceil_div(params.positions, kRowThreads);
-  params.channel_blocks = ceil_div(params.channels, kMergeChannels);
-  const int64_t blocks = params.batch * params.position_blocks * params.channel_blocks;
-  with_element(call.context.dtype, [&]<class T>() {
-    if constexpr (sizeof(T) < 8) {
-      SEGATTN_LAUNCH(
-          (merge_splits_kernel<T>), dim3(grid_blocks(blocks)), dim3(kRowThreads), 0, call.context.stream, params);
-    }
-  });
-}
-
-// Returns false if no tile fits.
-template <class Mma>
-bool forward_mma(const ForwardCall& call) {
-  const PositionSizes& sizes = call.sizes;
-  const DeviceLimits& limits = call.context.limits;
-  const cudaStream_t stream = call.context.stream;
-  const WeightedSumPlan plan = weighted_sum_plan<Mma>(sizes, limits, Owned::kQueries);
-  if (!plan.found) {
-    return false;
-  }
-  const FeatureMap query = aligned(call.query, stream), key = aligned(call.key, stream);
-  const FeatureMap value = aligned(call.value, stream);
-  WeightedSumParams params = weighted_sum_params(plan, sizes, call.scale, Owned::kQueries);
-  params.owned = query.operand;
-  params.streamed = key.operand;
-  params.values = value.operand;
-  if (plan.splits == 1) {
-    params.output = call.output.mutable_data_ptr();
-    params.output_low = call.output_low_data();
-    params.logsumexp = float_data(call.logsumexp);
-    launch_weighted_sum<Mma, PositionSum::kForward>(params, limits, stream);
-    return true;
-  }
-  const Tensor partials =
-      allocate(call.output, {plan.splits, sizes.batch, sizes.value_channels, sizes.queries}, ScalarType::Float);
-  const Tensor partial_logsumexp = allocate(call.output, {plan.splits, sizes.batch, sizes.queries}, ScalarType::Float);
-  params.output = partials.mutable_data_ptr();
-  params.logsumexp = float_data(partial_logsumexp);
-  launch_weighted_sum<Mma, PositionSum::kForward>(params, limits, stream);
-  merge_splits(call, params);
-  return true;
-}
-
-// float32: grad_query -= grad_sum * mean_key removes delta's rounding error (docs/decisions.md).
-struct QueryCorrection {
-  Tensor mean_key;  // (groups, B, E, padded_queries): partials of sum_j P_ij key_j
-  Tensor grad_sum;  // (groups, B, padded_queries): partials of sum_j dS_ij
-};
-
-// gradient (B, rows, *S) = factor * the sum of partials (count, B, rows, padded), with the correction if given.
-void sum_partials(
-    const LaunchContext& context, const Tensor& partials, int count, int padded, float factor, const Tensor& gradient,
-    const std::optional<QueryCorrection>& correction = std::nullopt) {
-  SumPartialsParams params{};
-  params.partials = static_cast<const float*>(partials.const_data_ptr());
-  if (correction.has_value()) {
-    params.mean_key = static_cast<const float*>(correction->mean_key.const_data_ptr());
-    params.grad_sum = static_cast<const float*>(correction->grad_sum.const_data_ptr());
-  }
-  params.output = gradient.mutable_data_ptr();
-  params.rows = static_cast<int>(gradient.size(1));
-  params.rows_total = gradient.size(0) * gradient.size(1);
-  params.partial_stride = params.rows_total * padded;
-  params.partial_count = count;
-  params.columns = static_cast<int>(positions_of(gradient));
-  params.padded = padded;
-  params.row_blocks = ceil_div(params.columns, kRowThreads);
-  params.factor = factor;
-  with_element(context.dtype, [&]<class T>() {
-    if constexpr (sizeof(T) < 8) {
-      SEGATTN_LAUNCH(
-          (sum_partials_kernel<T>), dim3(grid_blocks(params.rows_total * params.row_blocks)), dim3(kRowThreads), 0,
-          context.stream, params);
-    }
-  });
-}
-
-// Returns false if no tile fits.
-template <class Mma>
-bool value_gradient_mma(const BackwardCall& call, const AlignedOperands& operands) {
-  const PositionSizes& sizes = call.sizes;
-  const LaunchContext& context = call.context;
-  const WeightedSumPlan plan = weighted_sum_plan<Mma>(sizes, context.limits, Owned::kKeys);
-  if (!plan.found) {
-    return false;
-  }
-  WeightedSumParams params = weighted_sum_params(plan, sizes, call.scale, Owned::kKeys);
-  params.owned = operands.key.operand;
-  params.streamed = operands.query.operand;
-  params.values = operands.grad_output.operand;
-  params.logsumexp = float_data(call.logsumexp);
-  if (plan.splits == 1) {
-    params.output = call.grad_value.mutable_data_ptr();
-    launch_weighted_sum<Mma, PositionSum::kValueGradient>(params, context.limits, context.stream);
-    return true;
-  }
-  const Tensor partials =
-      allocate(call.grad_value, {plan.splits, sizes.batch, sizes.value_channels, sizes.keys}, ScalarType::Float);
-  params.output = partials.mutable_data_ptr();
-  launch_weighted_sum<Mma, PositionSum::kValueGradient>(params, context.limits, context.stream);
-  sum_partials(context, partials, plan.splits, params.owned_positions, 1.0f, call.grad_value);
-  return true;
-}
-
-// Returns false if no tile fits.
-template <class Mma>
-bool query_key_gradient_mma(const BackwardCall& call, const AlignedOperands& operands) {
-  const PositionSizes& sizes = call.sizes;
-  const LaunchContext& context = call.context;
-  QueryKeyGradientParams params{};
-  params.batch = sizes.batch;
-  params.queries = static_cast<int>(sizes.queries);
-  params.keys = static_cast<int>(sizes.keys);
-  params.key_channels = static_cast<int>(sizes.key_channels);
-  params.value_channels = static_cast<int>(sizes.value_channels);
-  const QueryKeyGradientPlan plan = plan_query_key_gradient<Mma>(
-      params.batch, params.queries, params.keys, params.key_channels, params.value_channels, context.limits);
-  if (!plan.found) {
-    return false;
-  }
-  const std::vector<int64_t> query_sizes{plan.groups, sizes.batch, sizes.key_channels, plan.padded_queries};
-  const Tensor query_partials = allocate(call.grad_query, query_sizes, ScalarType::Float);
-  const Tensor key_partials =
-      allocate(call.grad_key, {plan.ranges, sizes.batch, sizes.key_channels, plan.padded_keys}, ScalarType::Float);
-  params.query = operands.query.operand;
-  params.key = operands.key.operand;
-  params.value = operands.value.operand;
-  params.grad_output = operands.grad_output.operand;
-  params.logsumexp = float_data(call.logsumexp);
-  params.delta = float_data(call.delta);
-  params.grad_query_partials = float_data(query_partials);
-  params.grad_key_partials = float_data(key_partials);
-  params.padded_queries = plan.padded_queries;
-  params.padded_keys = plan.padded_keys;
-  params.scale = static_cast<float>(call.scale);
-  params.query_blocks = plan.query_blocks;
-  params.ranges = plan.ranges;
-  params.blocks_per_range = plan.blocks_per_range;
-  params.key_blocks = plan.key_blocks;
-  params.groups = plan.groups;
-  params.blocks_per_group = plan.blocks_per_group;
-  std::optional<QueryCorrection> correction;
-  if (sizeof(typename Mma::Element) == 4) {
-    correction = QueryCorrection{
-        allocate(call.grad_query, query_sizes, ScalarType::Float),
-        allocate(call.grad_query, {plan.groups, sizes.batch, plan.padded_queries}, ScalarType::Float)};
-    params.mean_key_partials = float_data(correction->mean_key);
-    params.grad_sum_partials = float_data(correction->grad_sum);
-  }
-  launch_query_key_gradient<Mma>(params, context.limits, context.stream);
-  sum_partials(context, query_partials, plan.groups, plan.padded_queries, params.scale, call.grad_query, correction);
-  sum_partials(context, key_partials, plan.ranges, plan.padded_keys, params.scale, call.grad_key);
-  return true;
-}
-
-// ---- operators ------------------------------------------------------------------------------------------------------
 
 Forward position_attention(
     const Tensor& query, const Tensor& key, const Tensor& value, double scale, bool with_low,
@@ -383,8 +42,21 @@ Forward position_attention(
   if (sizes.batch == 0 || sizes.queries == 0) {
     return {output, logsumexp, output_low};
   }
-  const ForwardCall call{context, sizes,      scale,    feature_map(query), feature_map(key), feature_map(value),
-                         output,  output_low, logsumexp};
+  std::optional<KeptKeys> kept;
+  if (key_padding_mask.has_value()) {
+    kept.emplace(context, sizes, *key_padding_mask);
+  }
+  const ForwardCall call{
+      context,
+      sizes,
+      scale,
+      feature_map(query),
+      kept.has_value() ? kept->gather(feature_map(key)) : feature_map(key),
+      kept.has_value() ? kept->gather(feature_map(value)) : feature_map(value),
+      output,
+      output_low,
+      logsumexp,
+      kept.has_value() ? kept->counts() : nullptr};
   bool done = false;
   with_mma(context.arithmetic, [&]<class Mma>() { done = forward_mma<Mma>(call); });
   if (!done) {
@@ -404,41 +76,69 @@ Backward position_attention_backward(
   const LaunchContext context("position_attention_backward", query);
   context.position_count("query", sizes.queries);
   context.position_count("key", sizes.keys);
-  const Tensor grad_query = allocate_like(query), grad_key = allocate_like(key), grad_value = allocate_like(value);
+  const bool needs_query = needs_input_grad[0], needs_key = needs_input_grad[1], needs_value = needs_input_grad[2];
+  const Tensor grad_query = allocate_gradient(query, needs_query), grad_key = allocate_gradient(key, needs_key);
+  const Tensor grad_value = allocate_gradient(value, needs_value);
   if (sizes.batch == 0 || sizes.queries == 0) {  // no queries: the gradients of key and value are zero
     Tensor zero_key = grad_key, zero_value = grad_value;
     torch::stable::zero_(zero_key);
     torch::stable::zero_(zero_value);
     return {grad_query, grad_key, grad_value};
   }
-  const FeatureMap grad = feature_map(grad_output);
-  const std::optional<FeatureMap> low = output_low.has_value() ? std::optional(feature_map(*output_low)) : std::nullopt;
-  const BackwardCall call{
+  if (!needs_query && !needs_key && !needs_value) {
+    return {grad_query, grad_key, grad_value};
+  }
+  std::optional<KeptKeys> kept;
+  if (key_padding_mask.has_value()) {
+    kept.emplace(context, sizes, *key_padding_mask);
+  }
+  const bool uses_value = needs_query || needs_key;  // else value is not read, and not copied
+  const FeatureMap key_map = feature_map(key);
+  const FeatureMap value_map = uses_value ? feature_map(value) : FeatureMap{value, operand_of(value), sizes.keys};
+  BackwardCall call{
       context,
       sizes,
       scale,
-      grad,
+      feature_map(grad_output),
       feature_map(query),
-      feature_map(key),
-      feature_map(value),
+      kept.has_value() ? kept->gather(key_map) : key_map,
+      kept.has_value() && uses_value ? kept->gather(value_map) : value_map,
       torch::stable::contiguous(logsumexp),
-      delta_of(context, grad, feature_map(output), low, {sizes.batch, sizes.queries}),
+      contiguous(grad_logsumexp),
+      kept.has_value() ? kept->counts() : nullptr,
+      keys_complete,
       grad_query,
-      grad_key,
-      grad_value};
-  bool value_done = false, query_key_done = false;
+      kept.has_value() ? allocate_like(grad_key) : grad_key,
+      kept.has_value() ? allocate_like(grad_value) : grad_value,
+      std::nullopt};
+  if (uses_value) {
+    const std::optional<FeatureMap> low =
+        output_low.has_value() ? std::optional(feature_map(*output_low)) : std::nullopt;
+    call.delta = delta_of(
+        context, call.grad_output, feature_map(output), low, call.grad_logsumexp, {sizes.batch, sizes.queries});
+  }
+  bool value_done = !needs_value, query_key_done = !uses_value;
   with_mma(context.arithmetic, [&]<class Mma>() {
     const AlignedOperands operands{
         aligned(call.grad_output, context.stream), aligned(call.query, context.stream),
-        aligned(call.key, context.stream), aligned(call.value, context.stream)};
-    value_done = value_gradient_mma<Mma>(call, operands);
-    query_key_done = query_key_gradient_mma<Mma>(call, operands);
+        aligned(call.key, context.stream), uses_value ? aligned(call.value, context.stream) : call.value};
+    value_done = value_done || value_gradient_mma<Mma>(call, operands);
+    query_key_done = query_key_done || query_key_gradient_mma<Mma>(call, operands);
   });
   if (!value_done) {
     value_gradient_simt(call);
   }
-  if (!query_key_done) {
-    query_key_gradient_simt(call);
+  if (!query_key_done && needs_query) {
+    query_gradient_simt(call);
+  }
+  if (!query_key_done && needs_key) {
+    key_gradient_simt(call);
+  }
+  if (kept.has_value() && needs_key) {
+    kept->scatter(call.grad_key, grad_key);
+  }
+  if (kept.has_value() && needs_value) {
+    kept->scatter(call.grad_value, grad_value);
   }
   return {grad_query, grad_key, grad_value};
 }

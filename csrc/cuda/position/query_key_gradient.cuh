@@ -13,8 +13,9 @@
 //
 // An error of delta is the same for all keys of a query, so it does not average out in grad_query (docs/decisions.md).
 // For 16-bit types, delta is computed from the output before rounding. For float32, the block also computes mean_key =
-// sum_j P_ij key_j and grad_sum = sum_j dS_ij, which is 0 except for errors of delta; sum_partials_kernel subtracts
-// their product from grad_query.
+// sum_j P_ij key_j and grad_sum = sum_j dS_ij. Over all keys of the logsumexp, grad_sum is the gradient of the
+// logsumexp, 0 without one, except for errors of delta; sum_partials_kernel subtracts the product of this error with
+// mean_key from grad_query.
 #pragma once
 
 #include <cstdint>
@@ -77,7 +78,7 @@ struct QueryKeyGradientTraits {
   }
 };
 
-template <class Traits_>
+template <class Traits_, Keys kKeys>
 struct QueryKeyGradient {
   using Traits = Traits_;
   using Mma = typename Traits::Mma;
@@ -103,6 +104,15 @@ struct QueryKeyGradient {
   int group, range;
   int key_channel_rows, chunks;
   int first_query_block, end_query_block, first_key_block, end_key_block;
+  int key_count;  // Keys::kKept: of the sample
+
+  __device__ __forceinline__ int keys() const {
+    if constexpr (kKeys == Keys::kKept) {
+      return key_count;
+    } else {
+      return p.keys;
+    }
+  }
 
   __device__ __forceinline__ GlobalMatrix<Element> matrix(const Operand& operand, int rows, int columns) const {
     return {
@@ -132,7 +142,7 @@ struct QueryKeyGradient {
           QueryTile(slot(copy_slot)), matrix(p.grad_output, p.value_channels, p.queries), row, Traits::kChunk,
           copy_query_block * Traits::kQueries);
       copy_tile_async<Traits::kThreads>(
-          KeyTile(slot(copy_slot) + QueryTile::bytes(Traits::kChunk)), matrix(p.value, p.value_channels, p.keys), row,
+          KeyTile(slot(copy_slot) + QueryTile::bytes(Traits::kChunk)), matrix(p.value, p.value_channels, keys()), row,
           Traits::kChunk, copy_key_block * Traits::kKeys);
       copy_slot = copy_slot + 1 == Traits::kStages ? 0 : copy_slot + 1;
       if (++copy_chunk == chunks) {
@@ -220,7 +230,7 @@ struct QueryKeyGradient {
       const float (&energies)[kM][kN][4], const float (&weight_gradients)[kM][kN][4], int key_block) {
     const int lane = lane_index();
     const KeyTile tile(gradient_shared), weight_tile(weight_shared);
-    const int keys_left = p.keys - key_block * Traits::kKeys;
+    const int keys_left = keys() - key_block * Traits::kKeys;
 #pragma unroll
     for (int i = 0; i < kM; ++i) {
 #pragma unroll
@@ -338,6 +348,11 @@ struct QueryKeyGradient {
     end_query_block = min(first_query_block + p.blocks_per_range, p.query_blocks);
     first_key_block = group * p.blocks_per_group;
     end_key_block = min(first_key_block + p.blocks_per_group, p.key_blocks);
+    if constexpr (kKeys == Keys::kKept) {
+      key_count = p.key_counts[sample];
+      // A group without kept keys still processes one block, past the end: it stores partials of 0.
+      end_key_block = min(end_key_block, max(ceil_div(key_count, Traits::kKeys), first_key_block + 1));
+    }
     chunks = ceil_div(p.value_channels, Traits::kChunk);
 
     copy_query_block = first_query_block;
@@ -362,7 +377,7 @@ struct QueryKeyGradient {
         }
         // These copies join the commit group of the next chunk and arrive with it.
         copy_tile_async<Traits::kThreads>(
-            KeyTile(key_shared), matrix(p.key, p.key_channels, p.keys), 0, key_channel_rows, key_block * Traits::kKeys);
+            KeyTile(key_shared), matrix(p.key, p.key_channels, keys()), 0, key_channel_rows, key_block * Traits::kKeys);
 
         float weight_gradients[kM][kN][4];
         clear(weight_gradients);
@@ -402,11 +417,11 @@ struct QueryKeyGradient {
   }
 };
 
-template <class Traits>
+template <class Traits, Keys kKeys>
 __global__ void __launch_bounds__(Traits::kThreads, 1) query_key_gradient_kernel(const QueryKeyGradientParams params) {
 #if defined(SEGATTN_EMULATED) || __CUDA_ARCH__ >= 800
   SEGATTN_DYNAMIC_SHARED(unsigned char, shared);
-  QueryKeyGradient<Traits>(params, shared).run();
+  QueryKeyGradient<Traits, kKeys>(params, shared).run();
 #endif
 }
 

@@ -1,12 +1,11 @@
 // Position attention without tensor cores: float64 on every device, every type before sm_80, and channel counts that no
-// tensor-core tile has room for. One kernel computes four sums of the same form (SimtParams): a block owns 32
+// tensor-core tile has room for. One kernel computes sums of the same form (SimtParams): a block owns 32
 // positions, steps through all streamed positions 32 at a time, computes their 32 x 32 weights and adds values times
 // weights. The query and key gradients each recompute the weights: 1.6 times the minimum work of the backward pass, but
 // no partials.
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include <cuda_runtime.h>
 
@@ -17,11 +16,12 @@
 namespace segattn::cuda {
 
 // Shared memory and FMAs bound the time. The tiles are the largest that take less than 48 KB of shared memory.
-template <class T, PositionSum kSum_>
+template <class T, PositionSum kSum_, Keys kKeys_>
 struct SimtTraits {
   using Element = T;
   using Real = Accumulator<T>;
   static constexpr PositionSum kSum = kSum_;
+  static constexpr Keys kKeys = kKeys_;
   static constexpr int kThreads = 256;
   static constexpr int kTile = 32;          // owned positions, streamed positions, and contraction of one step
   static constexpr int kPitch = kTile + 1;  // a column has no bank conflicts
@@ -29,9 +29,11 @@ struct SimtTraits {
   static constexpr int kRowGroups = kThreads / 8;  // a thread has 4 positions of every 32nd channel
   static constexpr int kRows = kChannels / kRowGroups;
   static constexpr bool kForward = kSum == PositionSum::kForward;
-  static constexpr bool kNeedsProduct = kSum == PositionSum::kQueryGradient || kSum == PositionSum::kKeyGradient;
-  static constexpr bool kOwnsQueries = kForward || kSum == PositionSum::kQueryGradient;
-  static constexpr bool kCorrectsQueryGradient = kSum == PositionSum::kQueryGradient && std::is_same_v<T, float>;
+  static constexpr bool kCorrectsQueryGradient = kSum == PositionSum::kCorrectedQueryGradient;
+  static constexpr bool kQueryGradient = kSum == PositionSum::kQueryGradient || kCorrectsQueryGradient;
+  static constexpr bool kNeedsProduct = kQueryGradient || kSum == PositionSum::kKeyGradient;
+  static constexpr bool kOwnsQueries = kForward || kQueryGradient;
+  static_assert(kKeys == Keys::kAll || kOwnsQueries, "the gradients of key and value own keys and stream all queries");
   static_assert(kChannels >= 2 * kTile, "the two contraction tiles share their memory with the values");
   static constexpr size_t kSharedBytes = sizeof(Real) * (kChannels * kPitch + kTile * kPitch + 8 * kTile + 8 * kTile);
   static_assert(kSharedBytes <= 48 * 1024, "fits every processor without an opt-in");
@@ -51,6 +53,15 @@ struct SimtSum {
   Real* partial_sums;    // [8][kTile]
   int64_t sample;
   int first_owned, first_channel;
+  int key_count;  // Keys::kKept: of the sample
+
+  __device__ __forceinline__ int streamed_positions() const {
+    if constexpr (Traits::kKeys == Keys::kKept) {
+      return key_count;
+    } else {
+      return p.streamed_positions;
+    }
+  }
 
   // Base e, not 2: in float64 the change of base would round every energy once more.
   __device__ __forceinline__ static Real exponential(Real x) {
@@ -90,7 +101,7 @@ struct SimtSum {
     for (int channel = 0; channel < channels; channel += kTile) {
       __syncthreads();
       load(left_tile, kTile, left, channel, channels, first_owned, p.owned_positions);
-      load(right_tile, kTile, right, channel, channels, first_streamed, p.streamed_positions);
+      load(right_tile, kTile, right, channel, channels, first_streamed, streamed_positions());
       __syncthreads();
 #pragma unroll 8
       for (int c = 0; c < kTile; ++c) {
@@ -119,6 +130,9 @@ struct SimtSum {
     first_channel = channel_block * Traits::kChannels;
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const int column_group = static_cast<int>(threadIdx.x) % 8 * 4, row_group = static_cast<int>(threadIdx.x) / 8;
+    if constexpr (Traits::kKeys == Keys::kKept) {
+      key_count = p.key_counts[sample];
+    }
     const Real scale = static_cast<Real>(p.scale);
     const int64_t queries = Traits::kOwnsQueries ? p.owned_positions : p.streamed_positions;
     const Real* logsumexp = static_cast<const Real*>(p.logsumexp) + sample * queries;
@@ -127,7 +141,7 @@ struct SimtSum {
     Real sums[Traits::kRows][4] = {};
     Real max_energy = -INFINITY, weight_sum = 0;  // of owned position `lane`, the same in every warp
     Real grad_sum = 0;  // kCorrectsQueryGradient: of owned position `lane`, the warp's partial sum of dS
-    for (int streamed = 0; streamed < p.streamed_positions; streamed += kTile) {
+    for (int streamed = 0; streamed < streamed_positions(); streamed += kTile) {
       Real weights[4], gradients[4];  // first q.k and dP, then turned into the weights in place
       contract(weights, p.owned, p.streamed, p.key_channels, streamed);
       if constexpr (Traits::kNeedsProduct) {
@@ -138,7 +152,7 @@ struct SimtSum {
         Real warp_max = -INFINITY;
 #pragma unroll
         for (int jj = 0; jj < 4; ++jj) {
-          weights[jj] = streamed + 4 * warp + jj < p.streamed_positions ? weights[jj] * scale : -INFINITY;
+          weights[jj] = streamed + 4 * warp + jj < streamed_positions() ? weights[jj] * scale : -INFINITY;
           warp_max = fmax(warp_max, weights[jj]);
         }
         maxima[warp * kTile + lane] = warp_max;
@@ -162,7 +176,7 @@ struct SimtSum {
         for (int jj = 0; jj < 4; ++jj) {
           const int j = streamed + 4 * warp + jj;
           const int query = Traits::kOwnsQueries ? first_owned + lane : j;
-          if (j < p.streamed_positions && query < queries) {
+          if (j < streamed_positions() && query < queries) {
             weights[jj] = exponential(weights[jj] * scale - logsumexp[query]);
             if constexpr (Traits::kNeedsProduct) {
               weights[jj] *= gradients[jj] - delta[query];
@@ -195,7 +209,7 @@ struct SimtSum {
           }
         }
       }
-      load(values_shared, Traits::kChannels, p.values, first_channel, p.out_channels, streamed, p.streamed_positions);
+      load(values_shared, Traits::kChannels, p.values, first_channel, p.out_channels, streamed, streamed_positions());
       __syncthreads();
 #pragma unroll 4
       for (int j = 0; j < kTile; ++j) {
@@ -223,10 +237,13 @@ struct SimtSum {
       for (int w = 0; w < 8; ++w) {
         grad_sum += partial_sums[w * kTile + lane];
       }
+      if (p.grad_logsumexp != nullptr && first_owned + lane < p.owned_positions) {  // leaves the error of delta
+        grad_sum -= static_cast<const Real*>(p.grad_logsumexp)[sample * queries + first_owned + lane];
+      }
     }
     Real factor = static_cast<Real>(p.scale);  // of the query and key gradients
     if constexpr (Traits::kForward) {
-      factor = Real(1) / weight_sum;
+      factor = Traits::kKeys == Keys::kAll || streamed_positions() > 0 ? Real(1) / weight_sum : Real(0);
       if (channel_block == 0 && warp == 0 && first_owned + lane < p.owned_positions) {
         static_cast<Real*>(p.logsumexp)[sample * queries + first_owned + lane] =
             max_energy + (sizeof(Real) == 8 ? log(weight_sum) : logf(weight_sum));

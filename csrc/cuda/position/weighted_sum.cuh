@@ -30,17 +30,19 @@
 
 namespace segattn::cuda {
 
-template <class Traits_, PositionSum kSum>
-struct WeightedSum : WeightedSumSoftmax<Traits_, kSum> {
-  using Softmax = WeightedSumSoftmax<Traits_, kSum>;
+template <class Traits_, PositionSum kSum, Keys kKeys>
+struct WeightedSum : WeightedSumSoftmax<Traits_, kSum, kKeys> {
+  static_assert(kKeys == Keys::kAll || kSum == PositionSum::kForward, "grad_value owns keys and streams all queries");
+  using Softmax = WeightedSumSoftmax<Traits_, kSum, kKeys>;
   using Traits = Traits_;
   using Mma = typename Traits::Mma;
   using Element = typename Traits::Element;
   using StreamedTile = typename Traits::StreamedTile;
   using Softmax::compute_energies, Softmax::compute_weights, Softmax::end_step, Softmax::factors, Softmax::first_step;
-  using Softmax::key_channel_rows, Softmax::load_owned_fragments, Softmax::owned_shared, Softmax::p, Softmax::rescales;
+  using Softmax::key_channel_rows, Softmax::key_count, Softmax::load_owned_fragments, Softmax::owned_shared, Softmax::p,
+      Softmax::rescales;
   using Softmax::row_max, Softmax::row_sum, Softmax::store_weights, Softmax::streamed_logsumexp;
-  using Softmax::streamed_shared, Softmax::weight_shared;
+  using Softmax::streamed_positions, Softmax::streamed_shared, Softmax::weight_shared;
 
   unsigned char* value_shared;
   WeightedSumBlock* block_shared;
@@ -54,7 +56,7 @@ struct WeightedSum : WeightedSumSoftmax<Traits_, kSum> {
       const int slot = (step - first_step) % Traits::kStages;
       copy_share_async<Traits::kThreads>(
           StreamedTile(streamed_shared + slot * StreamedTile::bytes(key_channel_rows)), next_streamed,
-          p.streamed.row_stride, key_channel_rows, p.key_channels, p.streamed_positions - step * Traits::kStreamed);
+          p.streamed.row_stride, key_channel_rows, p.key_channels, streamed_positions() - step * Traits::kStreamed);
       next_streamed += Traits::kStreamed;
     }
   }
@@ -64,7 +66,7 @@ struct WeightedSum : WeightedSumSoftmax<Traits_, kSum> {
       const int slot = (step - first_step) % Traits::kStages;
       copy_share_async<Traits::kThreads>(
           StreamedTile(value_shared + slot * Traits::kValueBytes), next_values, p.values.row_stride, Traits::kChannels,
-          p.value_channels - block_shared->first_channel, p.streamed_positions - step * Traits::kStreamed);
+          p.value_channels - block_shared->first_channel, streamed_positions() - step * Traits::kStreamed);
       next_values += Traits::kStreamed;
     }
   }
@@ -107,7 +109,8 @@ struct WeightedSum : WeightedSumSoftmax<Traits_, kSum> {
         sums, value_tile, Traits::warp_first_channel(), weight_tile, Traits::warp_first_owned(), k, k_end);
   }
 
-  // kForward: divides by the sums of the weights and stores logsumexp.
+  // kForward: divides by the sums of the weights and stores logsumexp. A block without kept keys has no steps: the
+  // first energies are all masked, which leaves a logsumexp of -inf, and its output is 0.
   __device__ __forceinline__ void normalize() {
     const int lane = lane_index(), first_owned = block_shared->first_owned;
     float* logsumexp = p.logsumexp + (block_shared->split * p.batch + block_shared->sample) * p.owned_positions;
@@ -119,7 +122,7 @@ struct WeightedSum : WeightedSumSoftmax<Traits_, kSum> {
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
       const int row = 16 * warp_index() + lane / 4 + 8 * h;
       if (lane % 4 == 0) {
-        factors[row] = 1.0f / sum;
+        factors[row] = kKeys == Keys::kAll || first_step < end_step ? 1.0f / sum : 0.0f;
         if (block_shared->channel_block == 0 && first_owned + row < p.owned_positions) {
           logsumexp[first_owned + row] = row_max[h] + logf(sum);
         }
@@ -165,7 +168,10 @@ struct WeightedSum : WeightedSumSoftmax<Traits_, kSum> {
     next_streamed = first(p.streamed) + Share::row() * p.streamed.row_stride + first_column;
     next_values = first(p.values) + (first_channel + Share::row()) * p.values.row_stride + first_column;
     const GlobalMatrix<Element> owned{first(p.owned), p.owned.row_stride, p.key_channels, p.owned_positions};
-    const int steps = ceil_div(p.streamed_positions, Traits::kStreamed);
+    if constexpr (kKeys == Keys::kKept) {
+      key_count = p.key_counts[sample];
+    }
+    const int steps = ceil_div(streamed_positions(), Traits::kStreamed);
     end_step = min(first_step + p.steps_per_split, steps);
 #pragma unroll
     for (int i = 0; i < Traits::kChannelTiles; ++i) {
@@ -251,12 +257,12 @@ struct WeightedSum : WeightedSumSoftmax<Traits_, kSum> {
   }
 };
 
-template <class Traits, PositionSum kSum>
+template <class Traits, PositionSum kSum, Keys kKeys>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     weighted_sum_kernel(const WeightedSumParams params) {
 #if defined(SEGATTN_EMULATED) || __CUDA_ARCH__ >= 800
   SEGATTN_DYNAMIC_SHARED(unsigned char, shared);
-  WeightedSum<Traits, kSum>(params, shared).run();
+  WeightedSum<Traits, kSum, kKeys>(params, shared).run();
 #endif
 }
 

@@ -14,7 +14,7 @@
 
 namespace segattn::cuda {
 
-template <class Traits_, PositionSum kSum>
+template <class Traits_, PositionSum kSum, Keys kKeys>
 struct WeightedSumSoftmax {
   using Traits = Traits_;
   using Mma = typename Traits::Mma;
@@ -36,6 +36,7 @@ struct WeightedSumSoftmax {
   const float* streamed_logsumexp;
   int key_channel_rows;
   int first_step, end_step;
+  int key_count;  // Keys::kKept: of the sample
 
   typename Mma::A owned_fragments[Traits::kResidentSteps > 0 ? Traits::kResidentSteps : 1];
   float energies[1][kEnergyTiles][4];  // q.k, then the energies, then the weights, all in place
@@ -44,6 +45,14 @@ struct WeightedSumSoftmax {
   __device__ __forceinline__ explicit WeightedSumSoftmax(const WeightedSumParams& params) : p(params) {
     row_max[0] = row_max[1] = -INFINITY;
     row_sum[0] = row_sum[1] = 0.0f;
+  }
+
+  __device__ __forceinline__ int streamed_positions() const {
+    if constexpr (kKeys == Keys::kKept) {
+      return key_count;
+    } else {
+      return p.streamed_positions;
+    }
   }
 
   __device__ __forceinline__ void load_owned_fragments() {
@@ -88,14 +97,14 @@ struct WeightedSumSoftmax {
   // subtraction: before it, the rounding error would grow with the energies.
   __device__ __forceinline__ void compute_weights(int step) {
     const int column = step * Traits::kStreamed + lane_index() % 4 * 2;
-    const bool edge = (step + 1) * Traits::kStreamed > p.streamed_positions;
+    const bool edge = (step + 1) * Traits::kStreamed > streamed_positions();
 #pragma unroll
     for (int j = 0; j < kEnergyTiles; ++j) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         float& energy = energies[0][j][c];
         energy *= p.scale;
-        if (edge && column + 8 * j + c % 2 >= p.streamed_positions) {
+        if (edge && column + 8 * j + c % 2 >= streamed_positions()) {
           energy = -INFINITY;
         }
       }

@@ -71,6 +71,10 @@ inline int __all_sync(unsigned mask, int predicate, SEGATTN_EMULATOR_SITE) {
 using std::max;
 using std::min;
 
+inline int __popc(unsigned x) {
+  return std::popcount(x);
+}
+
 inline float __fmaf_rn(float x, float y, float z) {
   segattn::emulator::count_fma(1);
   return std::fma(x, y, z);

@@ -5,9 +5,9 @@
 
 namespace segattn::cuda {
 
-template <class T, PositionSum kSum>
+template <class T, PositionSum kSum, Keys kKeys>
 void launch_simt_sum(SimtParams params, cudaStream_t stream) {
-  using Traits = SimtTraits<T, kSum>;
+  using Traits = SimtTraits<T, kSum, kKeys>;
   params.owned_blocks = ceil_div(params.owned_positions, Traits::kTile);
   params.channel_blocks = ceil_div(params.out_channels, Traits::kChannels);
   SEGATTN_LAUNCH(
@@ -15,15 +15,22 @@ void launch_simt_sum(SimtParams params, cudaStream_t stream) {
       dim3(Traits::kThreads), Traits::kSharedBytes, stream, params);
 }
 
-#define SEGATTN_SIMT_SUMS(T)                                                               \
-  template void launch_simt_sum<T, PositionSum::kForward>(SimtParams, cudaStream_t);       \
-  template void launch_simt_sum<T, PositionSum::kValueGradient>(SimtParams, cudaStream_t); \
-  template void launch_simt_sum<T, PositionSum::kQueryGradient>(SimtParams, cudaStream_t); \
-  template void launch_simt_sum<T, PositionSum::kKeyGradient>(SimtParams, cudaStream_t)
+#define SEGATTN_INSTANTIATE_SIMT_SUM(T, kSum, kKeys) \
+  template void launch_simt_sum<T, PositionSum::kSum, Keys::kKeys>(SimtParams, cudaStream_t);
 
-SEGATTN_SIMT_SUMS(__half);
-SEGATTN_SIMT_SUMS(__nv_bfloat16);
-SEGATTN_SIMT_SUMS(float);
-SEGATTN_SIMT_SUMS(double);
+#define SEGATTN_INSTANTIATE_SIMT_SUMS(T)                 \
+  SEGATTN_INSTANTIATE_SIMT_SUM(T, kForward, kAll)        \
+  SEGATTN_INSTANTIATE_SIMT_SUM(T, kForward, kKept)       \
+  SEGATTN_INSTANTIATE_SIMT_SUM(T, kValueGradient, kAll)  \
+  SEGATTN_INSTANTIATE_SIMT_SUM(T, kQueryGradient, kAll)  \
+  SEGATTN_INSTANTIATE_SIMT_SUM(T, kQueryGradient, kKept) \
+  SEGATTN_INSTANTIATE_SIMT_SUM(T, kKeyGradient, kAll)
+
+SEGATTN_INSTANTIATE_SIMT_SUMS(__half)
+SEGATTN_INSTANTIATE_SIMT_SUMS(__nv_bfloat16)
+SEGATTN_INSTANTIATE_SIMT_SUMS(float)
+SEGATTN_INSTANTIATE_SIMT_SUMS(double)
+SEGATTN_INSTANTIATE_SIMT_SUM(float, kCorrectedQueryGradient, kAll)
+SEGATTN_INSTANTIATE_SIMT_SUM(float, kCorrectedQueryGradient, kKept)
 
 }  // namespace segattn::cuda

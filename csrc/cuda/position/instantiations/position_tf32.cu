@@ -2,10 +2,6 @@
 
 namespace segattn::cuda {
 
-template void launch_weighted_sum<MmaTf32<1>, PositionSum::kForward>(
-    const WeightedSumParams&, const DeviceLimits&, cudaStream_t);
-template void launch_weighted_sum<MmaTf32<1>, PositionSum::kValueGradient>(
-    const WeightedSumParams&, const DeviceLimits&, cudaStream_t);
-template void launch_query_key_gradient<MmaTf32<1>>(const QueryKeyGradientParams&, const DeviceLimits&, cudaStream_t);
+SEGATTN_INSTANTIATE_POSITION(MmaTf32<1>)
 
 }  // namespace segattn::cuda

@@ -1,9 +1,18 @@
-"""Forward-mode differentiation, which the fused operators do not have: torch.library drops tangents without a word."""
+"""torch.func and forward mode, which the operators' own autograd rules do not have.
+
+torch.func cannot transform the rules that ``torch.library`` makes, and those rules drop tangents without a word. Under
+either, a call goes to a twin of the operator made of ``torch.autograd.Function``, which ``ops/_register.py`` builds.
+"""
+
+from types import SimpleNamespace
 
 import torch
 from torch.autograd import forward_ad
 
 from ._dynamo import constant_in_graphs
+
+# Operator namespace -> a function for each operator, by its name. Filled by ops/_register.py.
+FUNCTIONS: dict[str, SimpleNamespace] = {}
 
 
 @constant_in_graphs
@@ -15,7 +24,15 @@ def in_dual_level() -> bool:
 
 def under_transform() -> bool:
     """Whether a transform of torch.func or forward mode is on."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return torch._C._are_functorch_transforms_active() or in_dual_level()
+
+
+@constant_in_graphs
+def under_derivative() -> bool:
+    """Whether one other than vmap is on. Dynamo enters those in the function it traces, and guards torch.func's."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    vmap = torch._C._functorch.TransformType.Vmap
+    return in_dual_level() or any(interpreter.key() != vmap for interpreter in stack)
 
 
 def has_tangent(*arguments: object) -> bool:

@@ -1,0 +1,181 @@
+// Host side of the forward pass of position attention: weighted_sum.cuh, then merge_splits.cuh if the keys are split.
+// float64, and shapes that no tensor-core tile fits, run on simt.cuh.
+#pragma once
+
+#include "checks/position.h"
+#include "cuda/common/aligned.h"
+#include "cuda/common/launch_context.h"
+#include "cuda/common/math.h"
+#include "cuda/common/operands.h"
+#include "cuda/position/launch.h"
+#include "cuda/position/merge_splits.cuh"
+#include "cuda/position/plan.cuh"
+
+namespace segattn::cuda {
+
+struct ForwardCall {
+  const LaunchContext& context;
+  PositionSizes sizes;
+  double scale;
+  FeatureMap query;       // (B, E, *S)
+  FeatureMap key;         // (B, E, *T)
+  FeatureMap value;       // (B, C, *T)
+  Tensor output;          // (B, C, *S)
+  Tensor output_low;      // (B, C, *S), rounding error of the output; (B, 0, *S) if not wanted
+  Tensor logsumexp;       // (B, *S), dtype of accumulation
+  const int* key_counts;  // (B): only the first of the keys take part; null: all
+
+  void* output_low_data() const { return output_low.size(1) > 0 ? output_low.mutable_data_ptr() : nullptr; }
+};
+
+// visit.operator()<Keys>()
+template <class Visit>
+void with_keys(const int* key_counts, const Visit& visit) {
+  if (key_counts != nullptr) {
+    visit.template operator()<Keys::kKept>();
+  } else {
+    visit.template operator()<Keys::kAll>();
+  }
+}
+
+inline float* float_data(const Tensor& tensor) {
+  return static_cast<float*>(tensor.mutable_data_ptr());
+}
+
+enum class Owned { kQueries, kKeys };
+
+inline SimtParams simt_params(const PositionSizes& sizes, double scale, Owned owned) {
+  SimtParams params{};
+  params.batch = sizes.batch;
+  params.owned_positions = static_cast<int>(owned == Owned::kQueries ? sizes.queries : sizes.keys);
+  params.streamed_positions = static_cast<int>(owned == Owned::kQueries ? sizes.keys : sizes.queries);
+  params.key_channels = static_cast<int>(sizes.key_channels);
+  params.value_channels = static_cast<int>(sizes.value_channels);
+  params.scale = scale;
+  return params;
+}
+
+inline void forward_simt(const ForwardCall& call) {
+  SimtParams params = simt_params(call.sizes, call.scale, Owned::kQueries);
+  params.owned = call.query.operand;
+  params.streamed = call.key.operand;
+  params.values = call.value.operand;
+  params.output = call.output.mutable_data_ptr();
+  params.output_low = call.output_low_data();
+  params.logsumexp = call.logsumexp.mutable_data_ptr();
+  params.out_channels = params.value_channels;
+  params.key_counts = call.key_counts;
+  with_element(call.context.dtype, [&]<class T>() {
+    with_keys(call.key_counts, [&]<Keys kKeys>() {
+      launch_simt_sum<T, PositionSum::kForward, kKeys>(params, call.context.stream);
+    });
+  });
+}
+
+// visit.operator()<Mma>(); does nothing for kSimt.
+template <class Visit>
+void with_mma(Arithmetic arithmetic, const Visit& visit) {
+  switch (arithmetic) {
+    case Arithmetic::kFloat16:
+      return visit.template operator()<Mma16<__half>>();
+    case Arithmetic::kBfloat16:
+      return visit.template operator()<Mma16<__nv_bfloat16>>();
+    case Arithmetic::kTf32:
+      return visit.template operator()<MmaTf32<1>>();
+    case Arithmetic::k3xTf32:
+      return visit.template operator()<MmaTf32<3>>();
+    case Arithmetic::kSimt:
+      return;
+  }
+}
+
+template <class Mma>
+WeightedSumPlan weighted_sum_plan(const PositionSizes& sizes, const DeviceLimits& limits, Owned owned) {
+  return plan_weighted_sum<Mma>(
+      sizes.batch, static_cast<int>(owned == Owned::kQueries ? sizes.queries : sizes.keys),
+      static_cast<int>(owned == Owned::kQueries ? sizes.keys : sizes.queries), static_cast<int>(sizes.key_channels),
+      static_cast<int>(sizes.value_channels), limits);
+}
+
+inline WeightedSumParams weighted_sum_params(
+    const WeightedSumPlan& plan, const PositionSizes& sizes, double scale, Owned owned) {
+  WeightedSumParams params{};
+  params.batch = sizes.batch;
+  params.owned_positions = static_cast<int>(owned == Owned::kQueries ? sizes.queries : sizes.keys);
+  params.streamed_positions = static_cast<int>(owned == Owned::kQueries ? sizes.keys : sizes.queries);
+  params.key_channels = static_cast<int>(sizes.key_channels);
+  params.value_channels = static_cast<int>(sizes.value_channels);
+  params.scale = static_cast<float>(scale);
+  params.owned_blocks = plan.owned_blocks;
+  params.channel_blocks = plan.channel_blocks;
+  params.splits = plan.splits;
+  params.steps_per_split = plan.steps_per_split;
+  return params;
+}
+
+inline void merge_splits(const ForwardCall& call, const WeightedSumParams& split) {
+  MergeSplitsParams params;
+  params.partials = static_cast<const float*>(split.output);
+  params.partial_logsumexp = split.logsumexp;
+  params.output = call.output.mutable_data_ptr();
+  params.output_low = call.output_low_data();
+  params.logsumexp = float_data(call.logsumexp);
+  params.batch = split.batch;
+  params.splits = split.splits;
+  params.channels = split.value_channels;
+  params.positions = split.owned_positions;
+  params.position_blocks = ceil_div(params.positions, kRowThreads);
+  params.channel_blocks = ceil_div(params.channels, kMergeChannels);
+  params.key_counts = call.key_counts;
+  const int64_t blocks = params.batch * params.position_blocks * params.channel_blocks;
+  with_element(call.context.dtype, [&]<class T>() {
+    if constexpr (sizeof(T) < 8) {
+      with_keys(call.key_counts, [&]<Keys kKeys>() {
+        SEGATTN_LAUNCH(
+            (merge_splits_kernel<T, kKeys>), dim3(grid_blocks(blocks)), dim3(kRowThreads), 0, call.context.stream,
+            params);
+      });
+    }
+  });
+}
+
+// Returns false if no tile fits.
+template <class Mma>
+bool forward_mma(const ForwardCall& call) {
+  const PositionSizes& sizes = call.sizes;
+  const DeviceLimits& limits = call.context.limits;
+  const cudaStream_t stream = call.context.stream;
+  const WeightedSumPlan plan = weighted_sum_plan<Mma>(sizes, limits, Owned::kQueries);
+  if (!plan.found) {
+    return false;
+  }
+  const FeatureMap query = aligned(call.query, stream), key = aligned(call.key, stream);
+  const FeatureMap value = aligned(call.value, stream);
+  WeightedSumParams params = weighted_sum_params(plan, sizes, call.scale, Owned::kQueries);
+  params.owned = query.operand;
+  params.streamed = key.operand;
+  params.values = value.operand;
+  params.key_counts = call.key_counts;
+  const auto launch = [&] {
+    with_keys(call.key_counts, [&]<Keys kKeys>() {
+      launch_weighted_sum<Mma, PositionSum::kForward, kKeys>(params, limits, stream);
+    });
+  };
+  if (plan.splits == 1) {
+    params.output = call.output.mutable_data_ptr();
+    params.output_low = call.output_low_data();
+    params.logsumexp = float_data(call.logsumexp);
+    launch();
+    return true;
+  }
+  const Tensor partials =
+      allocate(call.output, {plan.splits, sizes.batch, sizes.value_channels, sizes.queries}, ScalarType::Float);
+  const Tensor partial_logsumexp = allocate(call.output, {plan.splits, sizes.batch, sizes.queries}, ScalarType::Float);
+  params.output = partials.mutable_data_ptr();
+  params.logsumexp = float_data(partial_logsumexp);
+  launch();
+  merge_splits(call, params);
+  return true;
+}
+
+}  // namespace segattn::cuda
