@@ -2,9 +2,9 @@
 maps."""
 
 from . import _backend, _dtensor, _flop_counters, _onnx, _ops
-from ._backend import use_backend
 from ._build_config import build_config, library_paths
 from ._flop_counters import flop_handles
+from ._selection import set_default_backend, use_backend
 from ._version import __version__
 from .ops import (
     OPERATORS,
@@ -44,6 +44,7 @@ __all__ = [
     "position_attention",
     "position_attention_map",
     "residual_channel_attention",
+    "set_default_backend",
     "use_backend",
 ]
 

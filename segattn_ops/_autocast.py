@@ -21,6 +21,8 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
     A registered autocast rule (``torch.library.register_autocast``) would fix one dtype in advance, while the user
     chooses it with each autocast context."""
+    if not torch._C._is_any_autocast_enabled():  # 0.7 us faster than the query for a device
+        return tensors
     device_type = tensors[0].device.type
     if not has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
         return tensors

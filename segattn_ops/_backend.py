@@ -1,81 +1,55 @@
 """Which implementation serves a call: the native operators, or the plain PyTorch reference."""
 
-import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from . import _library
+from . import _library, _selection
 from ._ops import ops
 from ._precision import follow_tf32_setting
 from ._transforms import FUNCTIONS, under_derivative, under_transform
 
 LIBRARIES = _library.load()
 
-# Backend name -> operator namespace; None is the reference. Tests add the emulated CUDA kernels.
-_NAMESPACES: dict[str, str | None] = {"native": ops.name, "reference": None}
+# Operator namespace -> a function for each of its operators, by name, for calls that nothing transforms, traces or
+# compiles. Filled by ops/_register.py.
+DIRECT: dict[str, SimpleNamespace] = {}
+
 _warned: set[str] = set()
-
-
-def _validated(name: str) -> str:
-    if name not in _NAMESPACES:
-        raise ValueError(f"backend must be one of {sorted(_NAMESPACES)} (got {name!r})")
-    return name
-
-
-_current = _validated(os.environ.get("SEGATTN_BACKEND", "native"))
-
-
-def add_backend(name: str, namespace: str) -> None:
-    """Makes the operators of another namespace, which must have the schemas of csrc/ops.cpp, selectable by name."""
-    _NAMESPACES[name] = namespace
-
-
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Selects the implementation within a `with` block.
-
-    Args:
-        name: "native" (the compiled kernels, where the device has any) or "reference" (plain PyTorch: slower, stores
-            the attention map). The environment variable SEGATTN_BACKEND sets the default.
-
-    The selection is global to the process, for all threads. A backward pass uses the implementation of its forward
-    pass.
-
-    Raises:
-        ValueError: for another name.
-    """
-    global _current
-    previous, _current = _current, _validated(name)
-    try:
-        yield
-    finally:
-        _current = previous
 
 
 def operators(op: str, *tensors: Tensor) -> ModuleType | SimpleNamespace | None:
     """The operator namespace that serves a call of `op` with `tensors`; None if the reference does. Warns once for each
-    device type if native kernels are missing. Under torch.func and in forward mode, functions of the same names."""
-    namespace = _NAMESPACES[_current]
+    device type if native kernels are missing. Functions of the same names under torch.func, in forward mode, and for
+    eager calls."""
+    compiling = torch.compiler.is_compiling()
+    namespace = _selection.NAMESPACES[_selected_in_graph() if compiling else _selection.selected()]
     if namespace is None:
         return None
-    device_type = tensors[0].device.type
-    if namespace == ops.name and not LIBRARIES.serves(device_type):
-        _warn_once(device_type, f"{device_type} tensors", LIBRARIES.why_not(device_type))
-        return None
-    if device_type == "cuda":
-        follow_tf32_setting(namespace)
+    if not tensors[0].is_cpu or "cpu" in LIBRARIES.missing:
+        device_type = tensors[0].device.type
+        if namespace == ops.name and not LIBRARIES.serves(device_type):
+            _warn_once(device_type, f"{device_type} tensors", LIBRARIES.why_not(device_type))
+            return None
+        if device_type == "cuda":
+            follow_tf32_setting(namespace)
     if under_transform():
-        if not torch.compiler.is_compiling():
+        if not compiling:
             return FUNCTIONS[namespace]
         if under_derivative():
             return None
-    found: ModuleType = getattr(torch.ops, namespace)
-    return found
+    if compiling or torch._C._is_tracing():
+        found: ModuleType = getattr(torch.ops, namespace)
+        return found
+    return DIRECT[namespace]
+
+
+def _selected_in_graph() -> str:
+    """`_selection.selected()` where dynamo may be tracing."""
+    blocks = _selection.in_graph
+    return blocks[-1] if blocks else _selection.guarded
 
 
 def _warn_once(key: str, served: str, reason: str) -> None:

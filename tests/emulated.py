@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from segattn_ops import _backend
+from segattn_ops import _selection
 
 from .emulator import build
 
@@ -29,8 +29,8 @@ def emulator(emulated_library):
 
 def register_backend():
     """Adds "emulated" to the choices of use_backend. The emulated library must be loaded."""
-    if "emulated" not in _backend._NAMESPACES:
-        _backend.add_backend("emulated", "segattn_emulated")
+    if "emulated" not in _selection.NAMESPACES:
+        _selection.add_backend("emulated", "segattn_emulated")
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 // names op, argument, rule and actual value. segattn_ops/ops/_check.py has the same rules and messages.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <sstream>
@@ -108,6 +109,11 @@ inline std::string shape_of(const Tensor& tensor, int64_t first = 0) {
   return text + "]";
 }
 
+inline bool same_shape(const Tensor& one, const Tensor& other, int64_t first = 0) {
+  const auto sizes = one.sizes(), others = other.sizes();
+  return sizes.size() == others.size() && std::equal(sizes.begin() + first, sizes.end(), others.begin() + first);
+}
+
 // The product of the sizes from dimension `first` on: by default the number of positions of a feature map
 inline int64_t positions_of(const Tensor& tensor, int64_t first = 2) {
   int64_t positions = 1;
@@ -202,7 +208,7 @@ inline void check_channels(std::string_view op, const Argument& argument, const 
 }
 
 inline void check_spatial(std::string_view op, const Argument& argument, const Argument& like) {
-  if (shape_of(argument.tensor, 2) != shape_of(like.tensor, 2)) {
+  if (!same_shape(argument.tensor, like.tensor, 2)) {
     fail(
         op, argument.name, " must have spatial size ", shape_of(like.tensor, 2), " like ", like.name, " (got ",
         shape_of(argument.tensor, 2), ")");
@@ -211,7 +217,7 @@ inline void check_spatial(std::string_view op, const Argument& argument, const A
 
 // All sizes, as opposed to those of check_batch, check_channels, check_spatial.
 inline void check_shape(std::string_view op, const Argument& argument, const Argument& like) {
-  if (shape_of(argument.tensor) != shape_of(like.tensor)) {
+  if (!same_shape(argument.tensor, like.tensor)) {
     fail(
         op, argument.name, " must have shape ", shape_of(like.tensor), " like ", like.name, " (got ",
         shape_of(argument.tensor), ")");

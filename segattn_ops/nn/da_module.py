@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from ..ops._memory_format import like_inputs
 from ..ops.channel import channel_attention
 from ..ops.position import position_attention
 from ._checks import Unscripted, feature_map, is_recorded, positive_int
@@ -62,7 +63,10 @@ class _ChannelBranch(Unscripted):
         # keeps float16 clear of overflow and of underflow.
         scaled = x * (x.shape[2] * x.shape[3]) ** -0.25
         y = channel_attention(scaled, scaled, x, 1.0)
-        return y if self.pa is None else self.pa.fc_o(y.flatten(2)).unflatten(2, x.shape[2:])
+        if self.pa is None:
+            return y
+        projected: Tensor = self.pa.fc_o(y.flatten(2)).unflatten(2, x.shape[2:])
+        return projected if is_recorded(x) else like_inputs(projected, x)
 
     if TYPE_CHECKING:
 

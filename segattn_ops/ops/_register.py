@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,10 @@ from torch.autograd import forward_ad
 from torch.library import Library
 from torch.utils.flop_counter import register_flop_formula
 
+from .._backend import DIRECT
 from .._transforms import FUNCTIONS, has_tangent, in_dual_level, under_transform
+from ._direct import direct_backward, direct_forward
+from ._memory_format import like_inputs
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ def register(namespace: str, operators: Iterable[Operator]) -> None:
     """Registers fake, autograd, vmap and FLOP rules of the operators and of their gradients in a namespace, and makes
     the functions for transforms."""
     packets = getattr(torch.ops, namespace)
+    direct = DIRECT[namespace] = SimpleNamespace()
     functions = FUNCTIONS[namespace] = SimpleNamespace()
     library = _ReverseMode(namespace, "FRAGMENT")  # type: ignore[no-untyped-call]
     _libraries.append(library)
@@ -90,6 +95,9 @@ def register(namespace: str, operators: Iterable[Operator]) -> None:
         setattr(functions, backward_name, _with_defaults(rules.function_of_backward(backward), backward))
         _register_flops(forward, operator.flops)
         _register_flops(backward, operator.flops_backward)
+        gradient = direct_backward(backward.default, getattr(functions, backward_name))
+        rule = partial(operator.backward, gradient)
+        setattr(direct, operator.name, direct_forward(forward.default, operator.setup_context, rule))
 
 
 class _Rules:
@@ -238,9 +246,18 @@ def empty_gradients(inputs: Sequence[Tensor], needs_input_grad: Sequence[bool]) 
     return [t.new_empty(t.shape if needed else (0,)) for t, needed in zip(inputs, needs_input_grad, strict=True)]
 
 
-def wanted(gradients: Sequence[Tensor], needs_input_grad: Sequence[bool]) -> list[Tensor | None]:
-    """The results of a backward operator as autograd takes them."""
-    return [g if needed else None for g, needed in zip(gradients, needs_input_grad, strict=True)]
+def wanted(
+    gradients: Sequence[Tensor], needs_input_grad: Sequence[bool], feature_maps: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """The results of a backward operator as autograd takes them: None for those that are not wanted, and the first ones
+    in the memory formats of the feature maps that they are the gradients of."""
+    results: list[Tensor | None] = [
+        g if needed else None for g, needed in zip(gradients, needs_input_grad, strict=True)
+    ]
+    for i, feature_map in enumerate(feature_maps):
+        if feature_map.stride(1) == 1 and needs_input_grad[i]:
+            results[i] = like_inputs(gradients[i], feature_map)
+    return results
 
 
 def channels_of_products(energy: int, values: int, needs_input_grad: Sequence[bool]) -> int:

@@ -11,6 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from .. import _backend, reference
 from .._autocast import autocast, without_autocast
 from ._check import (
+    SUPPORTED,
     Argument,
     accumulation_dtype,
     check_batch,
@@ -32,6 +33,7 @@ from ._check import (
     number,
 )
 from ._derivatives import channel as _derivatives
+from ._memory_format import like_inputs
 from ._register import Operator, channels_of_products, empty_gradients, wanted
 
 
@@ -49,7 +51,7 @@ def channel_attention(query: Tensor, key: Tensor, value: Tensor, scale: float = 
         scale: multiplies the energies. Not differentiable.
 
     Returns:
-        (B, C, *T), in the inputs' dtype.
+        (B, C, *T), in the inputs' dtype, and in channels_last if query or value is.
 
     Raises:
         TypeError: for an argument that is not a tensor, and for a scale that is not a number.
@@ -67,7 +69,7 @@ def channel_attention(query: Tensor, key: Tensor, value: Tensor, scale: float = 
         scale = number("channel_attention", "scale", scale)
     if query is key and key is value:
         (x,) = autocast(query)
-        return _self_attention(x, scale)
+        return like_inputs(_self_attention(x, scale), query)
     query, key, value = autocast(query, key, value)
     operators = _backend.operators("channel_attention", query, key, value)
     if operators is None:
@@ -76,7 +78,7 @@ def channel_attention(query: Tensor, key: Tensor, value: Tensor, scale: float = 
             results = reference.channel_attention(query, key, value, scale)
     else:
         results = operators.channel_attention(query, key, value, scale)
-    return results[0]
+    return like_inputs(results[0], query, value)
 
 
 def residual_channel_attention(input: Tensor, gamma: Tensor | float, scale: float = -1.0) -> Tensor:
@@ -92,8 +94,8 @@ def residual_channel_attention(input: Tensor, gamma: Tensor | float, scale: floa
         scale: multiplies the energies. Not differentiable.
 
     Returns:
-        (B, C, *S), in the dtype of the input. Under autocast as well: the attention is computed in autocast's
-        dtype, the residual is not rounded.
+        (B, C, *S), in the dtype and memory format of the input. Under autocast as well: the attention is computed in
+        autocast's dtype, the residual is not rounded.
 
     Raises:
         TypeError: for an input that is not a tensor, a gamma that is neither a number nor a tensor, and a scale that is
@@ -106,32 +108,39 @@ def residual_channel_attention(input: Tensor, gamma: Tensor | float, scale: floa
     if has_torch_function((input, gamma)):
         overridden: Tensor = handle_torch_function(residual_channel_attention, (input, gamma), input, gamma, scale)
         return overridden
-    check_tensors("residual_channel_attention", input=input)
+    if not isinstance(input, Tensor):
+        check_tensors("residual_channel_attention", input=input)
     if type(scale) is not float:
         scale = number("residual_channel_attention", "scale", scale)
-    check_channel_self_attention(input, scale, None, "residual_channel_attention")
+    if not (input.dtype in SUPPORTED and input.dim() >= 3 and input.numel() > 0 and -math.inf < scale < math.inf):
+        check_channel_self_attention(input, scale, None, "residual_channel_attention")
     factors = _factors(input, gamma)
     (converted,) = autocast(input)
     if converted.dtype != input.dtype:
         attended = _self_attention(converted, scale)
-        return factors.reshape(*factors.shape, *[1] * (input.dim() - 2)) * attended + input
-    return _self_attention(input, scale, factors)
+        output = factors.reshape(*factors.shape, *[1] * (input.dim() - 2)) * attended + input
+    else:
+        output = _self_attention(input, scale, factors)
+    return like_inputs(output, input)
 
 
 def _factors(x: Tensor, gamma: Tensor | float) -> Tensor:
     """gamma as the operator takes it: (B, C), in the dtype of accumulation."""
     op = "residual_channel_attention"
+    dtype = accumulation_dtype(x.dtype)
     if not isinstance(gamma, Tensor):
         if isinstance(gamma, bool) or not isinstance(gamma, numbers.Real):
             raise TypeError(f"{op}: gamma must be a number or a torch.Tensor (got {type(gamma).__name__})")
-        return x.new_full(x.shape[:2], float(gamma), dtype=accumulation_dtype(x.dtype))
+        return x.new_full(x.shape[:2], float(gamma), dtype=dtype)
+    sizes = x.shape[:2]
+    if gamma.dtype is dtype and gamma.shape == (1,) and gamma.device == x.device:
+        return gamma.expand(sizes)
     check_same_device(op, Argument("gamma", gamma), Argument("input", x))
     check_dtype(op, Argument("gamma", gamma))
-    sizes = x.shape[:2]
     if gamma.dim() > 2 or any(g not in (1, s) for g, s in zip(reversed(gamma.shape), reversed(sizes), strict=False)):
         rule = f"must be of a shape that broadcasts to (batch, channels) = {list(sizes)}"
         fail(op, f"gamma {rule} (got shape {list(gamma.shape)})")
-    return gamma.to(accumulation_dtype(x.dtype)).expand(sizes)
+    return gamma.to(dtype).expand(sizes)
 
 
 def _self_attention(x: Tensor, scale: float, gamma: Tensor | None = None) -> Tensor:
@@ -261,14 +270,14 @@ def _setup_self_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 
 
 def _backward(operator: Any, ctx: Any, grad_output: Tensor, grad_logsumexp: Tensor) -> tuple[Tensor | None, ...]:
-    needs = list(ctx.needs_input_grad[:3])
-    return *wanted(operator(grad_output, *ctx.saved_tensors, ctx.scale, needs), needs), None
+    inputs, needs = ctx.saved_tensors, list(ctx.needs_input_grad[:3])
+    return *wanted(operator(grad_output, *inputs, ctx.scale, needs), needs, inputs), None
 
 
 def _self_backward(operator: Any, ctx: Any, grad_output: Tensor, grad_logsumexp: Tensor) -> tuple[Tensor | None, ...]:
     x, gamma = ctx.saved_tensors
     needs = [ctx.needs_input_grad[0], gamma is not None and ctx.needs_input_grad[2]]
-    grad_input, grad_gamma = wanted(operator(grad_output, x, ctx.scale, gamma, needs), needs)
+    grad_input, grad_gamma = wanted(operator(grad_output, x, ctx.scale, gamma, needs), needs, (x,))
     return grad_input, None, grad_gamma
 
 

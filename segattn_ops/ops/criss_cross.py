@@ -31,6 +31,7 @@ from ._check import (
 )
 from ._derivatives import criss_cross as _derivatives
 from ._heads import check_heads, logsumexp_of_heads, merge_heads, split_heads
+from ._memory_format import like_inputs
 from ._positions import flat_positions
 from ._register import Operator, channels_of_products, empty_gradients, wanted
 
@@ -89,7 +90,8 @@ def criss_cross_attention(
             differentiable.
 
     Returns:
-        (B, C, H, W), in the inputs' dtype. Accumulated in float32, float64 for float64. With ``return_logsumexp`` a
+        (B, C, H, W), in the inputs' dtype, and in channels_last if query or value is. Accumulated in float32, float64
+        for float64. With ``return_logsumexp`` a
         pair with (B, num_heads, H, W) in the dtype of accumulation.
 
     Raises:
@@ -121,6 +123,7 @@ def criss_cross_attention(
     if type(num_heads) is not int or num_heads != 1:
         check_criss_cross_attention(query, key, value, scale)  # messages with the caller's sizes
         check_heads("criss_cross_attention", num_heads, query=query, key=key, value=value)
+        feature_maps = query, value
         query, key, value = (split_heads(t, num_heads) for t in (query, key, value))
     operators = _backend.operators("criss_cross_attention", query, key, value)
     if operators is None:
@@ -132,6 +135,9 @@ def criss_cross_attention(
     output: Tensor = results[0]
     if num_heads != 1:
         output = merge_heads(output, num_heads)
+        query, value = feature_maps
+    if query.stride(1) == 1 or value.stride(1) == 1:
+        output = like_inputs(output, query, value)
     return (output, logsumexp_of_heads(results[1], num_heads)) if return_logsumexp else output
 
 
@@ -161,9 +167,10 @@ def criss_cross_affinity(query: Tensor, key: Tensor) -> Tensor:
     if operators is None:
         check_criss_cross_affinity(query, key)
         with without_autocast(query.device.type):
-            return reference.criss_cross_affinity(query, key)
-    affinity: Tensor = operators.criss_cross_affinity(query, key)
-    return affinity
+            affinity = reference.criss_cross_affinity(query, key)
+    else:
+        affinity = operators.criss_cross_affinity(query, key)
+    return like_inputs(affinity, query, key)
 
 
 def criss_cross_aggregation(attention: Tensor, value: Tensor) -> Tensor:
@@ -193,9 +200,10 @@ def criss_cross_aggregation(attention: Tensor, value: Tensor) -> Tensor:
     if operators is None:
         check_criss_cross_aggregation(attention, value)
         with without_autocast(attention.device.type):
-            return reference.criss_cross_aggregation(attention, value)
-    output: Tensor = operators.criss_cross_aggregation(attention, value)
-    return output
+            output = reference.criss_cross_aggregation(attention, value)
+    else:
+        output = operators.criss_cross_aggregation(attention, value)
+    return like_inputs(output, attention, value)
 
 
 def criss_cross_attention_map(
@@ -459,7 +467,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _pair_backward(operator: Any, ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad)
-    return tuple(wanted(operator(gradient, *ctx.saved_tensors, needs), needs))
+    inputs = ctx.saved_tensors
+    return tuple(wanted(operator(gradient, *inputs, needs), needs, inputs))
 
 
 def _backward(
@@ -474,7 +483,7 @@ def _backward(
     gradients = operator(
         grad_output, query, key, value, output, logsumexp, ctx.scale, logsumexp_low, grad_logsumexp, needs, True
     )
-    return *wanted(gradients, needs), None
+    return *wanted(gradients, needs, (query, key, value)), None
 
 
 def _products(shape: Sequence[int], channels: int) -> int:

@@ -34,6 +34,7 @@ from ._check import (
 from ._derivatives import position as _derivatives
 from ._heads import check_heads, logsumexp_of_heads, merge_heads, split_heads
 from ._layout import warn_if_tokens
+from ._memory_format import like_inputs
 from ._positions import flat_positions
 from ._register import Operator, channels_of_products, empty_gradients, wanted
 
@@ -116,7 +117,8 @@ def position_attention(
         return_logsumexp: also returns the logsumexp of the energies over the keys. Both results are differentiable.
 
     Returns:
-        (B, C, *S), in the inputs' dtype. Accumulated in float32, float64 for float64. With ``return_logsumexp`` a pair
+        (B, C, *S), in the inputs' dtype, and in channels_last if query or value is. Accumulated in float32, float64 for
+        float64. With ``return_logsumexp`` a pair
         with (B, num_heads, *S) in the dtype of accumulation.
 
     Raises:
@@ -156,6 +158,7 @@ def position_attention(
     if type(num_heads) is not int or num_heads != 1:
         check_position_attention(query, key, value, scale, key_padding_mask)  # messages with the caller's sizes
         check_heads("position_attention", num_heads, query=query, key=key, value=value)
+        feature_maps = query, value
         query, key, value = (split_heads(t, num_heads) for t in (query, key, value))
         if key_padding_mask is not None:
             key_padding_mask = key_padding_mask.repeat_interleave(num_heads, 0)
@@ -165,19 +168,20 @@ def position_attention(
         with without_autocast(query.device.type):
             results = reference.position_attention(query, key, value, scale, key_padding_mask)
     else:
-        with_low = _needs_low(query, key, value)
+        with_low = query.dtype.itemsize == 2 and _needs_low(query, key, value)
         results = operators.position_attention(query, key, value, scale, with_low, key_padding_mask)
     output: Tensor = results[0]
     if num_heads != 1:
         output = merge_heads(output, num_heads)
+        query, value = feature_maps
+    if query.stride(1) == 1 or value.stride(1) == 1:
+        output = like_inputs(output, query, value)
     return (output, logsumexp_of_heads(results[1], num_heads)) if return_logsumexp else output
 
 
 def _needs_low(*tensors: Tensor) -> bool:
-    """Whether the backward pass needs the rounding error of the output. A traced graph keeps it for 16-bit tensors:
+    """Whether the backward pass needs the rounding error of the output of 16-bit tensors. A traced graph keeps it:
     torch.jit.trace compares graphs traced with and without gradients, and the graph may be trained."""
-    if tensors[0].dtype.itemsize != 2:
-        return False
     if torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined]
         return True
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
@@ -384,7 +388,7 @@ def _backward(
         key_padding_mask,
         True,
     )
-    return *wanted(gradients, needs), None, None, None
+    return *wanted(gradients, needs, (query, key, value)), None, None, None
 
 
 def _flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], key_padding_mask: Any = None) -> int:
@@ -418,7 +422,8 @@ def _adjust_vmap(
     key_padding_mask: Tensor | None = None,
 ) -> tuple[Any, ...]:
     """Decides with_low again: a tensor that vmap wraps does not require a gradient even if the one inside does."""
-    return query, key, value, scale, with_low or _needs_low(query, key, value), key_padding_mask
+    with_low = with_low or (query.dtype.itemsize == 2 and _needs_low(query, key, value))
+    return query, key, value, scale, with_low, key_padding_mask
 
 
 OPERATORS = (

@@ -17,7 +17,7 @@ from benchmarks.gpu.selection import FAMILIES, Selection
 from benchmarks.gpu.state import Clock, State
 from benchmarks.gpu.worker import Server
 from benchmarks.workloads import Workload
-from segattn_ops import _backend
+from segattn_ops import _backend, _selection
 
 CPU = torch.device("cpu")
 
@@ -313,10 +313,10 @@ class TestBench:
         right = rivals.fused_channel
 
         def remember(x):
-            seen.append(_backend._current)
+            seen.append(_selection.selected())
             return right(x)
 
-        with pytest.MonkeyPatch.context() as patch, _backend.use_backend("reference"):
+        with pytest.MonkeyPatch.context() as patch, _selection.use_backend("reference"):
             patch.setitem(rivals._FORMULATIONS["fused"], "channel", remember)
             cell.measure("fused")
         assert set(seen) == {"native"}

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 #include <optional>
 #include <vector>
 
@@ -12,8 +13,11 @@
 
 namespace segattn::cpu {
 
+// The stable `contiguous` and `new_empty` look an operator up by its name and dispatch it: 0.3 and 0.7 us a call.
 inline void make_contiguous(Tensor& tensor) {
-  tensor = torch::stable::contiguous(tensor);
+  if (!tensor.is_contiguous()) {
+    tensor = torch::stable::contiguous(tensor);
+  }
 }
 
 inline void make_contiguous(std::optional<Tensor>& tensor) {
@@ -45,8 +49,22 @@ T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
+inline Tensor new_tensor(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  std::vector<std::int64_t> strides(sizes.size());
+  std::int64_t stride = 1;
+  for (std::size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= std::max<std::int64_t>(sizes[d], 1);
+  }
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<std::int64_t>(sizes.size()), sizes.data(), strides.data(), static_cast<std::int32_t>(dtype),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 inline Tensor new_like(const Tensor& tensor) {
-  return torch::stable::new_empty(tensor, tensor.sizes());
+  return new_tensor(tensor.sizes(), tensor.scalar_type());
 }
 
 inline bool is_any_wanted(const std::vector<bool>& needs_input_grad) {
@@ -55,7 +73,7 @@ inline bool is_any_wanted(const std::vector<bool>& needs_input_grad) {
 
 // The gradient of an input, (0,) if it is not wanted.
 inline Tensor new_gradient(const Tensor& input, bool wanted) {
-  return wanted ? new_like(input) : torch::stable::new_empty(input, {0});
+  return wanted ? new_like(input) : new_tensor({0}, input.scalar_type());
 }
 
 // Null if it is not wanted or has no elements.
@@ -68,19 +86,19 @@ T* gradient_data(const Tensor& gradient, bool wanted) {
 inline Tensor new_feature_map(const Tensor& like, std::int64_t channels) {
   std::vector<std::int64_t> shape(like.sizes().begin(), like.sizes().end());
   shape[1] = channels;
-  return torch::stable::new_empty(like, shape);
+  return new_tensor(shape, like.scalar_type());
 }
 
 // (B, *S) in the accumulation dtype, for a feature map (B, _, *S)
 inline Tensor new_position_statistics(const Tensor& like) {
   std::vector<std::int64_t> shape(like.sizes().begin(), like.sizes().end());
   shape.erase(shape.begin() + 1);
-  return torch::stable::new_empty(like, shape, accumulation_dtype(like.scalar_type()));
+  return new_tensor(shape, accumulation_dtype(like.scalar_type()));
 }
 
 // (B, C) in the accumulation dtype, for a feature map (B, C, *S)
 inline Tensor new_channel_statistics(const Tensor& like) {
-  return torch::stable::new_empty(like, like.sizes().slice(0, 2), accumulation_dtype(like.scalar_type()));
+  return new_tensor(like.sizes().slice(0, 2), accumulation_dtype(like.scalar_type()));
 }
 
 }  // namespace segattn::cpu

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "cpu/common/dispatch.h"
+#include "cpu/common/parallel.h"
 #include "cpu/common/tensors.h"
 #include "cpu/criss_cross/affinity_aggregation.h"
 #include "cpu/criss_cross/backward.h"
@@ -14,11 +15,16 @@ namespace segattn::cpu {
 
 namespace {
 
+std::int64_t multiply_adds(const CrissCrossSizes& sizes) {
+  return sizes.batch * sizes.height * sizes.width * sizes.reach() * (sizes.key_channels + sizes.value_channels);
+}
+
 // query (B, E, H, W), key (B, E, H, W) -> affinity (B, H + W - 1, H, W)
 Tensor criss_cross_affinity(Tensor query, Tensor key) {
   const CrissCrossSizes sizes = check_criss_cross_affinity(query, key);
   make_contiguous(query, key);
   Tensor affinity = new_feature_map(query, sizes.reach());
+  const SerialIfSmall serial(multiply_adds(sizes));
   dispatch_dtype(query.scalar_type(), [&]<class T>() {
     AffinityAggregation<T>(sizes, sizes.key_channels)
         .dot_products(data<T>(key), data<T>(query), mutable_data<T>(affinity));
@@ -33,6 +39,7 @@ std::tuple<Tensor, Tensor> criss_cross_affinity_backward(
   make_contiguous(grad_affinity, query, key);
   Tensor grad_query = new_gradient(query, needs_input_grad[0]);
   Tensor grad_key = new_gradient(key, needs_input_grad[1]);
+  const SerialIfSmall serial(multiply_adds(sizes));
   dispatch_dtype(query.scalar_type(), [&]<class T>() {
     const AffinityAggregation<T> op(sizes, sizes.key_channels);
     if (needs_input_grad[0]) {
@@ -50,6 +57,7 @@ Tensor criss_cross_aggregation(Tensor attention, Tensor value) {
   const CrissCrossSizes sizes = check_criss_cross_aggregation(attention, value);
   make_contiguous(attention, value);
   Tensor output = new_like(value);
+  const SerialIfSmall serial(multiply_adds(sizes));
   dispatch_dtype(value.scalar_type(), [&]<class T>() {
     AffinityAggregation<T>(sizes, sizes.value_channels)
         .sum_over_keys(data<T>(value), data<T>(attention), mutable_data<T>(output));
@@ -64,6 +72,7 @@ std::tuple<Tensor, Tensor> criss_cross_aggregation_backward(
   make_contiguous(grad_output, attention, value);
   Tensor grad_attention = new_gradient(attention, needs_input_grad[0]);
   Tensor grad_value = new_gradient(value, needs_input_grad[1]);
+  const SerialIfSmall serial(multiply_adds(sizes));
   dispatch_dtype(value.scalar_type(), [&]<class T>() {
     const AffinityAggregation<T> op(sizes, sizes.value_channels);
     if (needs_input_grad[0]) {
@@ -84,6 +93,7 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_attention(Tensor query, Tensor ke
   Tensor output = new_like(value);
   Tensor logsumexp = new_position_statistics(query);
   Tensor logsumexp_low = new_position_statistics(query);
+  const SerialIfSmall serial(multiply_adds(sizes));
   dispatch_dtype(query.scalar_type(), [&]<class T>() {
     using A = AccumulatorOf<T>;
     const CrissCrossForwardArguments<T> arguments{
@@ -115,6 +125,7 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(
     return {grad_query, grad_key, grad_value};
   }
   make_contiguous(grad_output, query, key, value, output, logsumexp, logsumexp_low, grad_logsumexp);
+  const SerialIfSmall serial(multiply_adds(sizes));
   dispatch_dtype(query.scalar_type(), [&]<class T>() {
     using A = AccumulatorOf<T>;
     const CrissCrossBackwardArguments<T> arguments{

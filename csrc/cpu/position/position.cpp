@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "cpu/common/dispatch.h"
+#include "cpu/common/parallel.h"
 #include "cpu/common/tensors.h"
 #include "cpu/position/backward.h"
 #include "cpu/position/forward.h"
@@ -14,6 +15,10 @@ namespace segattn::cpu {
 
 namespace {
 
+std::int64_t multiply_adds(const PositionSizes& sizes) {
+  return sizes.batch * sizes.queries * sizes.keys * (sizes.key_channels + sizes.value_channels);
+}
+
 // query (B, E, *S), key (B, E, *T), value (B, C, *T), key_padding_mask (B, *T)
 // -> output (B, C, *S), logsumexp (B, *S), output_low (B, C, *S) or (B, 0, *S)
 std::tuple<Tensor, Tensor, Tensor> position_attention(
@@ -23,6 +28,7 @@ std::tuple<Tensor, Tensor, Tensor> position_attention(
   Tensor output = new_feature_map(query, sizes.value_channels);
   Tensor output_low = new_feature_map(query, low_channels(value, with_low));
   Tensor logsumexp = new_position_statistics(query);
+  const SerialIfSmall serial(multiply_adds(sizes));
   dispatch_dtype(query.scalar_type(), [&]<class T>() {
     using A = AccumulatorOf<T>;
     const PositionForwardArguments<T> arguments{
@@ -60,6 +66,7 @@ std::tuple<Tensor, Tensor, Tensor> position_attention_backward(
     return {grad_query, grad_key, grad_value};
   }
   make_contiguous(grad_output, query, key, value, output, logsumexp, output_low, grad_logsumexp, key_padding_mask);
+  const SerialIfSmall serial(multiply_adds(sizes));
   dispatch_dtype(query.scalar_type(), [&]<class T>() {
     using A = AccumulatorOf<T>;
     const PositionBackwardArguments<T> arguments{
