@@ -22,12 +22,15 @@ def rows(heading: str) -> list[list[str]]:
 TABLE = rows("Feature and op")
 TESTS = dict(rows("Tests")[2:])
 REASONS = dict(rows("Why not")[2:])
+FURTHER = dict(rows("Further")[2:])
+PATTERN = re.compile(r"`(tests/[^`]*)`")
 
 
 @pytest.fixture(scope="module")
 def collected(request) -> list[str]:
     """The ids of the tests in the files that the document names: those of this session, else collected anew."""
-    files = sorted({pattern.partition("::")[0] for pattern in re.findall(r"`(tests/[^`]*)`", " ".join(TESTS.values()))})
+    named = " ".join([*TESTS.values(), *FURTHER.values()])
+    files = sorted({pattern.partition("::")[0] for pattern in PATTERN.findall(named)})
     ids = [item.nodeid for item in request.session.items]
     if {name.partition("::")[0] for name in ids} >= set(files):
         return ids
@@ -39,6 +42,12 @@ def collected(request) -> list[str]:
         check=True,
     )
     return listed.stdout.splitlines()
+
+
+def is_collected(pattern: str, collected: list[str]) -> bool:
+    """Whether a test has this name, with or without parameters, or is in this file or class."""
+    pattern = pattern.replace("[", "[[]")
+    return any(fnmatchcase(name, end) for name in collected for end in (pattern, pattern + "::*", pattern + "[[]*"))
 
 
 def test_every_cell_names_its_test(collected):
@@ -53,9 +62,8 @@ def test_every_cell_names_its_test(collected):
             for key in keys:
                 if key in REASONS:
                     continue
-                for pattern in re.findall(r"`(tests/[^`]*)`", TESTS[key]):
-                    wanted = pattern.replace("{op}", column.strip("`")).replace("[", "[[]")
-                    if not any(fnmatchcase(name, wanted) for name in collected):
+                for pattern in PATTERN.findall(TESTS[key]):
+                    if not is_collected(pattern.replace("{op}", column.strip("`")), collected):
                         missing.append(f"{feature}, {column}: {pattern}")
     assert missing == []
 
@@ -63,3 +71,12 @@ def test_every_cell_names_its_test(collected):
 def test_every_key_is_used():
     used = {key for row in TABLE[2:] for cell in row[1:] for key in re.findall(r"\[([\w-]+)\]", cell)}
     assert used == set(TESTS) | set(REASONS)
+
+
+def test_further_features_name_their_tests(collected):
+    missing = [
+        f"{feature}: {cell}"
+        for feature, cell in FURTHER.items()
+        if not PATTERN.findall(cell) or not all(is_collected(p, collected) for p in PATTERN.findall(cell))
+    ]
+    assert missing == []
