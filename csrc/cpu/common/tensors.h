@@ -10,6 +10,7 @@
 
 #include "checks/check.h"
 #include "cpu/common/simd.h"
+#include "torch_call.h"
 
 namespace segattn::cpu {
 
@@ -57,7 +58,7 @@ inline Tensor new_tensor(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarT
     stride *= std::max<std::int64_t>(sizes[d], 1);
   }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  SEGATTN_CHECK_TORCH(aoti_torch_empty_strided(
       static_cast<std::int64_t>(sizes.size()), sizes.data(), strides.data(), static_cast<std::int32_t>(dtype),
       aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);

@@ -5,7 +5,6 @@
 #include <vector>
 
 #include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -13,14 +12,7 @@
 
 #include "cuda/common/device_limits.h"
 #include "cuda/common/launch.cuh"
-
-// Calls a function of torch's C interface; throws std::runtime_error naming the call if it fails. The headers of torch
-// 2.10 and 2.11 lack the macro that adds torch's own message, such as that of a failed allocation.
-#ifdef STABLE_TORCH_ERROR_CODE_CHECK
-#define SEGATTN_CHECK_TORCH(call) STABLE_TORCH_ERROR_CODE_CHECK(call)
-#else
-#define SEGATTN_CHECK_TORCH(call) TORCH_ERROR_CODE_CHECK(call)
-#endif
+#include "torch_call.h"
 
 namespace segattn::cuda {
 
