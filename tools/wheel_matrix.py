@@ -33,8 +33,17 @@ PYTHON = ("3.10", "3.11", "3.12", "3.13")
 # Every torch under one Python, every Python under one torch.
 CELLS = [*((torch, "3.12") for torch in TORCH), *(("2.14", python) for python in PYTHON if python != "3.12")]
 # What the libraries and the Python side of the operators have to do with torch: results and gradients of every op in
-# every dtype, schemas against checks, fake tensors, autograd, vmap, compile, FLOP formulas, memory layouts.
-TESTS = ("test_ops.py", "test_errors.py", "test_layout.py", "test_torch_integration.py", "test_torch_function.py")
+# every dtype, schemas against checks, fake tensors, autograd, vmap, compile, FLOP formulas, memory layouts,
+# eager calls, backends.
+TESTS = (
+    "test_ops.py",
+    "test_errors.py",
+    "test_layout.py",
+    "test_torch_integration.py",
+    "test_torch_function.py",
+    "test_overhead.py",
+    "test_backend.py",
+)
 # By the tests. The folder of the one file of the package is no package: the installed one is imported.
 LARGE = "64x65 or 97x97"  # sizes that take seconds and test the kernels, not what torch changes; two thirds of the time
 NEEDED = ("tests", "tools", "benchmarks", "csrc", "pyproject.toml", "segattn_ops/_build_tools.py")
