@@ -40,7 +40,7 @@ def operators(op: str, *tensors: Tensor) -> ModuleType | SimpleNamespace | None:
             return FUNCTIONS[namespace]
         if under_derivative():
             return None
-    if compiling or torch._C._is_tracing():
+    if compiling or torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
         found: ModuleType = getattr(torch.ops, namespace)
         return found
     return DIRECT[namespace]

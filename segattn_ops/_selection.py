@@ -2,7 +2,9 @@
 
 import inspect
 import os
-from contextlib import ContextDecorator
+import sys
+import threading
+from contextlib import ContextDecorator, suppress
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
@@ -16,6 +18,8 @@ NAMESPACES: dict[str, str | None] = {"native": ops.name, "reference": None}
 
 
 def _validated(function: str, name: str) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"{function}: backend must be a string (got {type(name).__name__})")
     if name not in NAMESPACES:
         raise ValueError(f"{function}: backend must be one of {sorted(NAMESPACES)} (got {name!r})")
     return name
@@ -38,23 +42,26 @@ class use_backend(ContextDecorator):  # used as a function
 
     The selection is of the thread, and of the asyncio task, that enters the block. Other threads have the process's
     default, those that are started within the block too: ``torch.nn.DataParallel`` runs its replicas in such threads,
-    and ``torch.utils.checkpoint`` recomputes in autograd's threads on CUDA. :func:`set_default_backend` is for them. A
-    task takes over the selection of the code that creates it.
+    and autograd's threads on CUDA. :func:`set_default_backend` is for them. A task takes over the selection of the code
+    that creates it.
 
     Blocks may be left in another order than that in which they were entered: the last of those that are still open
-    counts. A backward pass uses the implementation of its forward pass. A compiled function is compiled again for
-    another selection; an exported program keeps that of its export.
+    counts. A backward pass uses the implementation of its forward pass. What ``torch.utils.checkpoint`` computes again
+    in a backward pass is a forward pass: it uses what is selected then. A compiled function is compiled again for
+    another selection; an exported program keeps that of its export. A block in a compiled function holds for what is
+    compiled with it, not for a function called there that ``torch.compiler.disable`` marks; it can be around
+    ``torch.cond`` or a checkpoint, not within.
 
     Raises:
-        TypeError: as a decorator of a generator or coroutine function, whose calls return before the body runs.
+        TypeError: for a name that is not a string; as a decorator of a generator or coroutine function, whose calls
+            return before the body runs.
         ValueError: for another name.
-        RuntimeError: if the object is entered again before it is left.
+        RuntimeError: if the object is entered again before it is left, or left without having been entered.
     """
 
     def __init__(self, name: str) -> None:
         self.name = _validated("use_backend", name)
-        self._open = False
-        self._lost = False
+        self._entry: _Entry | None = None
 
     def __call__(self, function: Any) -> Any:
         if any(returns_early(function) for returns_early in _RETURN_EARLY):
@@ -71,10 +78,10 @@ class use_backend(ContextDecorator):  # used as a function
         if torch.compiler.is_dynamo_compiling():
             in_graph.append(self.name)
             return
-        if self._open:
+        if self._entry is not None:
             raise RuntimeError("use_backend: the context is entered already; make another")
-        self._open, self._lost = True, False
-        _entered.set((*_entered.get(), self))
+        self._entry = _Entry(self.name)
+        _entered.set((*_entered.get(), self._entry))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -82,16 +89,38 @@ class use_backend(ContextDecorator):  # used as a function
         if torch.compiler.is_dynamo_compiling():
             in_graph.pop()
             return
-        self._open = False
-        entered = _entered.get()
-        self._lost = self not in entered
-        _entered.set(tuple(block for block in entered if block is not self))
+        entry, self._entry = self._entry, None
+        if entry is None:
+            raise RuntimeError("use_backend: the context is left without having been entered")
+        entry.left_elsewhere = entry.owner != _thread_and_task()
+        _entered.set(tuple(other for other in _entered.get() if other is not entry))
 
 
-# The blocks that this thread or task has entered and not left, the last one last. A block can be left in another thread
-# (the garbage collector may close a generator there). Then it stays here, marked as lost.
-_entered: ContextVar[tuple[use_backend, ...]] = ContextVar("segattn_ops.use_backend", default=())
+def _thread_and_task() -> tuple[int, Any]:
+    task = None
+    if (asyncio := sys.modules.get("asyncio")) is not None:
+        with suppress(RuntimeError):  # no event loop runs in this thread
+            task = asyncio.current_task()
+    return threading.get_ident(), task
+
+
+class _Entry:
+    """A block that is open.
+
+    A context variable belongs to one thread or task. Where another one leaves the block (the garbage collector may
+    close a generator there), the variable of the first still has it: then it is marked as left. In the same thread and
+    task it is not, because tasks that were created within keep the selection.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.owner = _thread_and_task()
+        self.left_elsewhere = False
+
+
 in_graph: list[str] = []  # of the blocks in a function that dynamo traces, which cannot set a context variable
+# The blocks that this thread or task has entered and not left, the last one last.
+_entered: ContextVar[tuple[_Entry, ...]] = ContextVar("segattn_ops.use_backend", default=())
 _default = _validated("SEGATTN_BACKEND", os.environ.get("SEGATTN_BACKEND", "native"))
 
 
@@ -103,6 +132,7 @@ def set_default_backend(name: str) -> None:
         name: as of :func:`use_backend`.
 
     Raises:
+        TypeError: for a name that is not a string.
         ValueError: for another name.
     """
     global _default
@@ -111,9 +141,9 @@ def set_default_backend(name: str) -> None:
 
 def selected() -> str:
     """The name of the selected backend."""
-    for block in reversed(_entered.get()):
-        if not block._lost:
-            return block.name
+    for entry in reversed(_entered.get()):
+        if not entry.left_elsewhere:
+            return entry.name
     return _default
 
 

@@ -15,24 +15,39 @@ from ._dynamo import constant_in_graphs
 FUNCTIONS: dict[str, SimpleNamespace] = {}
 
 
-@constant_in_graphs
 def in_dual_level() -> bool:
-    """Whether forward mode is on. Dynamo calls this function at compile time: a function that was compiled before calls
-    the operators, which refuse tangents."""
+    """Whether forward mode is on. Dynamo guards the level that it reads. Inside a jvp that it traces, the level is not
+    the one at the function's entry."""
+    if torch.compiler.is_dynamo_compiling() and _under_jvp():
+        return True
     return forward_ad._current_level >= 0
 
 
+@constant_in_graphs
+def _under_jvp() -> bool:
+    return torch._C._functorch.TransformType.Jvp in _transforms()
+
+
+@constant_in_graphs
+def _only_functionalized() -> bool:
+    return all(transform == torch._C._functorch.TransformType.Functionalize for transform in _transforms())
+
+
+def _transforms() -> list[object]:
+    """The kinds of torch.func's transforms that are on, the outermost first."""
+    return [interpreter.key() for interpreter in torch._C._functorch.get_interpreter_stack() or []]
+
+
 def under_transform() -> bool:
-    """Whether a transform of torch.func or forward mode is on."""
-    return torch._C._are_functorch_transforms_active() or in_dual_level()
+    """Whether a transform of torch.func is on, other than functionalize, which takes the operators, or forward mode."""
+    return (torch._C._are_functorch_transforms_active() and not _only_functionalized()) or in_dual_level()
 
 
 @constant_in_graphs
 def under_derivative() -> bool:
     """Whether one other than vmap is on. Dynamo enters those in the function it traces, and guards torch.func's."""
-    stack = torch._C._functorch.get_interpreter_stack() or []
     vmap = torch._C._functorch.TransformType.Vmap
-    return in_dual_level() or any(interpreter.key() != vmap for interpreter in stack)
+    return forward_ad._current_level >= 0 or any(transform != vmap for transform in _transforms())
 
 
 def has_tangent(*arguments: object) -> bool:

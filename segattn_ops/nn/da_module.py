@@ -61,7 +61,10 @@ class _ChannelBranch(Unscripted):
         x = self.cnn(x)
         # Half of the scale (H W)**-0.5 in query and half in key: as an argument, a trace would keep its value. One half
         # keeps float16 clear of overflow and of underflow.
-        scaled = x * (x.shape[2] * x.shape[3]) ** -0.25
+        positions = x.shape[2] * x.shape[3]
+        if isinstance(positions, Tensor):  # in a trace, whose power of an integer is a float32
+            positions = positions.double()
+        scaled = x * positions**-0.25
         y = channel_attention(scaled, scaled, x, 1.0)
         if self.pa is None:
             return y

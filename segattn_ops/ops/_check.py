@@ -50,6 +50,7 @@ def number(op: str, name: str, value: object) -> float:
 
     Raises:
         TypeError: if the value is not a number, or a tensor that is to be differentiated.
+        ValueError: for an integer beyond float64.
     """
     if isinstance(value, Tensor) and value.dim() == 0 and not value.is_complex():
         if value.requires_grad or has_tangent(value):
@@ -63,7 +64,10 @@ def number(op: str, name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{op}: {name} must be a number (got {got})")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(f"{op}: {name} must be finite (got an integer that no float64 holds)") from error
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -96,8 +95,17 @@ def register(namespace: str, operators: Iterable[Operator]) -> None:
         _register_flops(forward, operator.flops)
         _register_flops(backward, operator.flops_backward)
         gradient = direct_backward(backward.default, getattr(functions, backward_name))
-        rule = partial(operator.backward, gradient)
+        rule = _rule_of(operator, gradient)
         setattr(direct, operator.name, direct_forward(forward.default, operator.setup_context, rule))
+
+
+def _rule_of(operator: Operator, gradient: Any) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The backward rule with this gradient operator. A function, because compiled autograd traces no `partial`."""
+
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return operator.backward(gradient, ctx, *gradients)
+
+    return backward
 
 
 class _Rules:

@@ -118,7 +118,7 @@ def residual_channel_attention(input: Tensor, gamma: Tensor | float, scale: floa
     (converted,) = autocast(input)
     if converted.dtype != input.dtype:
         attended = _self_attention(converted, scale)
-        output = factors.reshape(*factors.shape, *[1] * (input.dim() - 2)) * attended + input
+        output = (factors.reshape(*factors.shape, *[1] * (input.dim() - 2)) * attended + input).to(input.dtype)
     else:
         output = _self_attention(input, scale, factors)
     return like_inputs(output, input)
@@ -131,7 +131,7 @@ def _factors(x: Tensor, gamma: Tensor | float) -> Tensor:
     if not isinstance(gamma, Tensor):
         if isinstance(gamma, bool) or not isinstance(gamma, numbers.Real):
             raise TypeError(f"{op}: gamma must be a number or a torch.Tensor (got {type(gamma).__name__})")
-        return x.new_full(x.shape[:2], float(gamma), dtype=dtype)
+        return x.new_full(x.shape[:2], number(op, "gamma", gamma), dtype=dtype)
     sizes = x.shape[:2]
     if gamma.dtype is dtype and gamma.shape == (1,) and gamma.device == x.device:
         return gamma.expand(sizes)

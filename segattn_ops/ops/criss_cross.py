@@ -284,7 +284,7 @@ def rows_of_product(attentions: Sequence[Tensor], positions: Tensor, op: str) ->
     """
     batch, _, height, width = attentions[0].shape
     device = attentions[0].device
-    index = flat_positions(positions, torch.Size((height, width)), op).to(device)
+    index = flat_positions(positions, (height, width), device, op)
     rows = attentions[0].new_zeros(batch, index.shape[0], height * width)
     rows = rows.scatter(2, index[:, None].expand(batch, -1, -1), 1).unflatten(2, (height, width))
     with without_autocast(device.type):

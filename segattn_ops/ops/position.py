@@ -227,9 +227,9 @@ def position_attention_map(
         query, key = split_heads(query, num_heads), split_heads(key, num_heads)
         if key_padding_mask is not None:
             key_padding_mask = key_padding_mask.repeat_interleave(num_heads, 0)
-    index = flat_positions(positions, query.shape[2:], op)
+    index = flat_positions(positions, query.shape[2:], query.device, op)
     dtype = accumulation_dtype(query.dtype)
-    rows = query.flatten(2)[:, :, index.to(query.device)].to(dtype)  # (B, E, P)
+    rows = query.flatten(2)[:, :, index].to(dtype)  # (B, E, P)
     padding = None if key_padding_mask is None else key_padding_mask.flatten(1)
     with without_autocast(query.device.type):
         weights: Tensor = reference.position_weights(rows, key.flatten(2).to(dtype), scale, padding)[0]

@@ -206,7 +206,7 @@ class _Recorder(TorchFunctionMode):
             grid = self._grid_of_tokens(run, size[0])
         positions = grid_positions(self.points, *grid)
         if grid != size:
-            positions = flat_positions(positions, torch.Size(grid), "record_attention")[:, None]
+            positions = flat_positions(positions, grid, query.device, "record_attention")[:, None]
         heads = None if num_heads == 1 else num_heads
         rows = position_attention_map(query, key, positions, scale, num_heads=heads, key_padding_mask=key_padding_mask)
         if grid != size and tuple(key.shape[2:]) == size:

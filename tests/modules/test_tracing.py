@@ -59,6 +59,15 @@ def test_trace(name):
         torch.testing.assert_close(call(*other), expected)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit:FutureWarning")
+def test_a_trace_in_float64_computes_in_float64():
+    """DAModule's scale is a power of the number of positions, which a trace computes."""
+    module, inputs, other = made("da_module")
+    traced = torch.jit.trace(module.double(), tuple(x.double() for x in inputs))
+    other = [x.double() for x in other]
+    torch.testing.assert_close(traced(*other), module(*other), rtol=1e-12, atol=1e-12)
+
+
 EXPORTED = [
     *("position", "channel", "recurrent", "afnb", "compact_position", "da_module", "gating"),
     "non_local_concatenation_2d_sub1_batch_norm",

@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import contextvars
+import gc
 import threading
 
 import pytest
@@ -103,6 +104,59 @@ def test_a_generator_closed_in_another_thread(attend):
     thread.start()
     thread.join()
     assert attend() == "native"
+
+
+def test_a_block_left_in_another_thread_or_task(attend):
+    """The one that entered it has the default again, and the object can be entered once more anywhere."""
+
+    async def main():
+        block = use_backend("reference")
+        block.__enter__()
+        assert attend() == "reference"
+        await asyncio.to_thread(block.__exit__, None, None, None)
+        assert attend() == "native"
+
+        async def leave(block):
+            block.__exit__(None, None, None)
+
+        block.__enter__()
+        await asyncio.create_task(leave(block))
+        assert attend() == "native"
+
+        async def items():
+            with use_backend("reference"):
+                yield attend()
+                yield attend()
+
+        async for item in items():
+            assert item == "reference"
+            break
+        gc.collect()
+        await asyncio.sleep(0.01)  # asyncio closes the generator in a task of its own
+        return attend()
+
+    assert asyncio.run(main()) == "native"
+
+    block = use_backend("reference")
+    block.__enter__()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(block.__exit__, None, None, None).result()
+    assert attend() == "native"
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(block.__enter__).result()
+        assert attend() == "native"
+        pool.submit(block.__exit__, None, None, None).result()
+
+
+def test_a_block_that_was_not_entered():
+    with pytest.raises(RuntimeError, match="use_backend: the context is left without having been entered"):
+        use_backend("reference").__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("function", [use_backend, set_default_backend])
+def test_a_name_that_is_no_string(function):
+    with pytest.raises(TypeError, match=rf"{function.__name__}: backend must be a string \(got list\)"):
+        function([])
 
 
 def test_an_object_entered_twice():

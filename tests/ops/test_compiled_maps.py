@@ -36,6 +36,24 @@ def test_full_graph(name):
             function(query, key, positions)
 
 
+@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_traced(name):
+    traced = torch.jit.trace(MAPS[name], arguments(2, 6, 7))
+    inputs = arguments(3, 9, 5)
+    torch.testing.assert_close(traced(*inputs), MAPS[name](*inputs))
+
+
+def test_positions_of_any_integer_type_and_as_lists():
+    query, key, positions = arguments(1, 30, 20)
+    expected = position_attention_map(query, key, positions, 0.5)
+    for given in (positions.to(torch.int8), positions.tolist()):
+        torch.testing.assert_close(position_attention_map(query, key, given, 0.5), expected)
+    for wrong in (None, "ab", [[1], [2, 3]]):
+        with pytest.raises(TypeError, match=r"position_attention_map: positions must be integers, .* \(got "):
+            position_attention_map(query, key, wrong)
+
+
 class Map(tnn.Module):
     def __init__(self, name: str):
         super().__init__()

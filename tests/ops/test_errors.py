@@ -485,6 +485,12 @@ def test_a_scale_that_is_not_a_number(backend, op, good, value, got):
         getattr(segattn_ops, op)(**good | {"scale": value})
 
 
+@pytest.mark.parametrize(("op", "good"), SCALED + SCALED_MAPS, ids=[op for op, _ in SCALED + SCALED_MAPS])
+def test_a_scale_beyond_float64(backend, op, good):
+    with pytest.raises(ValueError, match=rf"^{op}: scale must be finite \(got an integer that no float64 holds\)$"):
+        getattr(segattn_ops, op)(**good | {"scale": -(10**400)})
+
+
 @each_scaled
 def test_a_scale_that_requires_a_gradient(backend, op, good):
     """The kernels would drop it; also without autograd, so that a model that trains wrongly does not run either."""

@@ -200,3 +200,42 @@ def test_threads_and_graph_tasks():
     thread.join()
     (expected,) = torch.autograd.grad(segattn_ops.criss_cross_attention(x, x, x).sum(), x)
     assert torch.equal(x.grad, expected)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_compiled_autograd(name):
+    x = draw(requires_grad=True)
+    (expected,) = torch.autograd.grad(PUBLIC[name](x).sin().sum(), x)
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        loss = PUBLIC[name](x).sin().sum()
+        torch.compile(lambda loss: loss.backward(), backend="eager")(loss)
+    torch.testing.assert_close(x.grad, expected)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_functionalize_takes_the_operators(name):
+    x = draw()
+    torch.testing.assert_close(torch.func.functionalize(PUBLIC[name])(x), PUBLIC[name](x))
+    graph = make_fx(torch.func.functionalize(PUBLIC[name]))(x)
+    assert any(f"segattn.{name}" in str(node.target) for node in graph.graph.nodes)
+
+
+def test_a_function_compiled_in_forward_mode_is_compiled_again_outside():
+    torch._dynamo.reset()
+    operators = []
+
+    def backend(graph, inputs):
+        operators.append(sum("segattn" in str(node.target) for node in graph.graph.nodes))
+        return graph.forward
+
+    x = draw()
+    compiled = torch.compile(PUBLIC["position_attention"], fullgraph=True, backend=backend)
+    with forward_ad.dual_level():
+        compiled(x)
+        tangents = [
+            forward_ad.unpack_dual(function(forward_ad.make_dual(x, x.cos()))).tangent
+            for function in (compiled, PUBLIC["position_attention"])
+        ]
+    torch.testing.assert_close(*tangents)
+    torch.testing.assert_close(compiled(x), PUBLIC["position_attention"](x))
+    assert operators == [0, 1]

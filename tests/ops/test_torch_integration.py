@@ -216,6 +216,8 @@ def test_autocast_does_not_round_the_residual(backend):
         unchanged = family.function(x, torch.zeros_like(gamma), -0.2)
     assert output.dtype == torch.float32
     assert torch.equal(unchanged, x)
+    with torch.autocast(backend.device, dtype=torch.bfloat16):
+        assert family.function(x.half(), gamma, -0.2).dtype == torch.float16
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), output, rtol=2**-6, atol=2**-6)
 
