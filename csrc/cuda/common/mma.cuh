@@ -2,11 +2,13 @@
 // mma wide) from shared tiles in either layout and multiplies them. One kernel template then serves 16-bit, TF32 and
 // 3xTF32.
 //
-//   load_a_row(a, tile, m, k)      tile is [m][k]: its rows are rows of the product
-//   load_a_column(a, tile, m, k)   tile is [k][m]: its rows are contracted (channels-first queries, keys)
-//   load_b_column(b, tile, k, n)   tile is [n][k]
-//   load_b_row(b, tile, k, n)      tile is [k][n]
-//   multiply(d, a, b, half)        d (16 x 8) += a * columns [8 half, 8 half + 8) of b
+//   a_row(tile, m)       tile is [m][k]: its rows are rows of the product
+//   a_column(tile, m)    tile is [k][m]: its rows are contracted (channels-first queries, keys)
+//   b_column(tile, n)    tile is [n][k]
+//   b_row(tile, n)       tile is [k][n]
+// give the lane's position in the fragment at k = 0, and load_a_row(a, position, rows, columns) and so on load the
+// fragment that is so many rows and columns of the tile further.
+//   multiply(d, a, b, half)    d (16 x 8) += a * columns [8 half, 8 half + 8) of b
 //
 // Accumulators have mma's layout, with g = lane / 4 and t = lane % 4:
 //   d[0], d[1] = (g, 2t), (g, 2t+1);  d[2], d[3] = (g+8, 2t), (g+8, 2t+1)
@@ -42,27 +44,46 @@ struct Mma16 {
   };
 
   template <int kColumns>
-  static __device__ __forceinline__ void load_a_row(A& a, const SharedTile<T, kColumns>& tile, int m, int k) {
+  using Position = TilePosition<T, kColumns>;
+
+  template <int kColumns>
+  static __device__ __forceinline__ Position<kColumns> a_row(const SharedTile<T, kColumns>& tile, int m) {
     const int lane = lane_index();
-    ptx::ldmatrix_x4(a.r, tile.chunk(m + lane % 16, k + lane / 16 * 8));
+    return {tile, m + lane % 16, lane / 16 * 8};
+  }
+  template <int kColumns>
+  static __device__ __forceinline__ Position<kColumns> a_column(const SharedTile<T, kColumns>& tile, int m) {
+    const int lane = lane_index();
+    return {tile, lane % 8 + lane / 16 * 8, m + lane / 8 % 2 * 8};
+  }
+  template <int kColumns>
+  static __device__ __forceinline__ Position<kColumns> b_column(const SharedTile<T, kColumns>& tile, int n) {
+    const int lane = lane_index();
+    return {tile, n + lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8};
+  }
+  template <int kColumns>
+  static __device__ __forceinline__ Position<kColumns> b_row(const SharedTile<T, kColumns>& tile, int n) {
+    const int lane = lane_index();
+    return {tile, lane % 16, n + lane / 16 * 8};
   }
 
   template <int kColumns>
-  static __device__ __forceinline__ void load_a_column(A& a, const SharedTile<T, kColumns>& tile, int m, int k) {
-    const int lane = lane_index();
-    ptx::ldmatrix_x4_trans(a.r, tile.chunk(k + lane % 8 + lane / 16 * 8, m + lane / 8 % 2 * 8));
+  static __device__ __forceinline__ void load_a_row(A& a, const Position<kColumns>& position, int rows, int columns) {
+    ptx::ldmatrix_x4(a.r, position.at(rows, columns));
   }
-
   template <int kColumns>
-  static __device__ __forceinline__ void load_b_column(B& b, const SharedTile<T, kColumns>& tile, int k, int n) {
-    const int lane = lane_index();
-    ptx::ldmatrix_x4(b.r, tile.chunk(n + lane % 8 + lane / 16 * 8, k + lane / 8 % 2 * 8));
+  static __device__ __forceinline__ void load_a_column(
+      A& a, const Position<kColumns>& position, int rows, int columns) {
+    ptx::ldmatrix_x4_trans(a.r, position.at(rows, columns));
   }
-
   template <int kColumns>
-  static __device__ __forceinline__ void load_b_row(B& b, const SharedTile<T, kColumns>& tile, int k, int n) {
-    const int lane = lane_index();
-    ptx::ldmatrix_x4_trans(b.r, tile.chunk(k + lane % 16, n + lane / 16 * 8));
+  static __device__ __forceinline__ void load_b_column(
+      B& b, const Position<kColumns>& position, int rows, int columns) {
+    ptx::ldmatrix_x4(b.r, position.at(rows, columns));
+  }
+  template <int kColumns>
+  static __device__ __forceinline__ void load_b_row(B& b, const Position<kColumns>& position, int rows, int columns) {
+    ptx::ldmatrix_x4_trans(b.r, position.at(rows, columns));
   }
 
   static __device__ __forceinline__ void multiply(float (&d)[4], const A& a, const B& b, int half) {
@@ -103,36 +124,55 @@ struct MmaTf32 {
   }
 
   template <int kColumns>
-  static __device__ __forceinline__ void load_a_row(A& a, const SharedTile<float, kColumns>& tile, int m, int k) {
+  using Position = TilePosition<float, kColumns>;
+
+  template <int kColumns>
+  static __device__ __forceinline__ Position<kColumns> a_row(const SharedTile<float, kColumns>& tile, int m) {
     const int lane = lane_index();
-    uint32_t words[4];
-    ptx::ldmatrix_x4(words, tile.chunk(m + lane % 16, k + lane / 16 * 4));
-    split(a.r, words);
+    return {tile, m + lane % 16, lane / 16 * 4};
+  }
+  template <int kColumns>
+  static __device__ __forceinline__ Position<kColumns> a_column(const SharedTile<float, kColumns>& tile, int m) {
+    const int lane = lane_index();
+    return {tile, lane % 4, m + lane / 4};
+  }
+  template <int kColumns>
+  static __device__ __forceinline__ Position<kColumns> b_column(const SharedTile<float, kColumns>& tile, int n) {
+    const int lane = lane_index();
+    return {tile, n + lane % 8 + lane / 16 * 8, lane / 8 % 2 * 4};
+  }
+  template <int kColumns>
+  static __device__ __forceinline__ Position<kColumns> b_row(const SharedTile<float, kColumns>& tile, int n) {
+    const int lane = lane_index();
+    return {tile, lane % 4, n + lane / 4};
   }
 
   template <int kColumns>
-  static __device__ __forceinline__ void load_a_column(A& a, const SharedTile<float, kColumns>& tile, int m, int k) {
-    const int g = lane_index() / 4, t = lane_index() % 4;
+  static __device__ __forceinline__ void load_a_row(A& a, const Position<kColumns>& position, int rows, int columns) {
+    uint32_t words[4];
+    ptx::ldmatrix_x4(words, position.at(rows, columns));
+    split(a.r, words);
+  }
+  template <int kColumns>
+  static __device__ __forceinline__ void load_a_column(
+      A& a, const Position<kColumns>& position, int rows, int columns) {
     const uint32_t words[4] = {
-        __float_as_uint(*tile.at(k + t, m + g)), __float_as_uint(*tile.at(k + t, m + g + 8)),
-        __float_as_uint(*tile.at(k + t + 4, m + g)), __float_as_uint(*tile.at(k + t + 4, m + g + 8))};
+        __float_as_uint(*position.at(rows, columns)), __float_as_uint(*position.at(rows, columns + 8)),
+        __float_as_uint(*position.at_4_below(rows, columns)), __float_as_uint(*position.at_4_below(rows, columns + 8))};
     split(a.r, words);
   }
-
   template <int kColumns>
-  static __device__ __forceinline__ void load_b_column(B& b, const SharedTile<float, kColumns>& tile, int k, int n) {
-    const int lane = lane_index();
+  static __device__ __forceinline__ void load_b_column(
+      B& b, const Position<kColumns>& position, int rows, int columns) {
     uint32_t words[4];
-    ptx::ldmatrix_x4(words, tile.chunk(n + lane % 8 + lane / 16 * 8, k + lane / 8 % 2 * 4));
+    ptx::ldmatrix_x4(words, position.at(rows, columns));
     split(b.r, words);
   }
-
   template <int kColumns>
-  static __device__ __forceinline__ void load_b_row(B& b, const SharedTile<float, kColumns>& tile, int k, int n) {
-    const int g = lane_index() / 4, t = lane_index() % 4;
+  static __device__ __forceinline__ void load_b_row(B& b, const Position<kColumns>& position, int rows, int columns) {
     const uint32_t words[4] = {
-        __float_as_uint(*tile.at(k + t, n + g)), __float_as_uint(*tile.at(k + t + 4, n + g)),
-        __float_as_uint(*tile.at(k + t, n + g + 8)), __float_as_uint(*tile.at(k + t + 4, n + g + 8))};
+        __float_as_uint(*position.at(rows, columns)), __float_as_uint(*position.at_4_below(rows, columns)),
+        __float_as_uint(*position.at(rows, columns + 8)), __float_as_uint(*position.at_4_below(rows, columns + 8))};
     split(b.r, words);
   }
 
@@ -168,11 +208,25 @@ __device__ __forceinline__ void multiply_tiles(
   // one fragment of each operand and reloads B for every 16 rows; its three mma per product hide the loads.
   constexpr bool kSingle = Mma::kProducts == 3 && kN > 2;
   constexpr int kFragments = kSingle ? 1 : kN / 2;
+  const auto a_position = [&] {
+    if constexpr (kMajorA == Major::kRow) {
+      return Mma::a_row(a_tile, m);
+    } else {
+      return Mma::a_column(a_tile, m);
+    }
+  }();
+  const auto b_position = [&] {
+    if constexpr (kMajorB == Major::kRow) {
+      return Mma::b_row(b_tile, n);
+    } else {
+      return Mma::b_column(b_tile, n);
+    }
+  }();
   const auto load_b = [&](typename Mma::B& b, int j) {
     if constexpr (kMajorB == Major::kRow) {
-      Mma::load_b_row(b, b_tile, k, n + 16 * j);
+      Mma::load_b_row(b, b_position, k, 16 * j);
     } else {
-      Mma::load_b_column(b, b_tile, k, n + 16 * j);
+      Mma::load_b_column(b, b_position, 16 * j, k);
     }
   };
 #pragma unroll kUnroll
@@ -188,9 +242,9 @@ __device__ __forceinline__ void multiply_tiles(
     for (int i = 0; i < kM; ++i) {
       typename Mma::A a;
       if constexpr (kMajorA == Major::kRow) {
-        Mma::load_a_row(a, a_tile, m + 16 * i, k);
+        Mma::load_a_row(a, a_position, 16 * i, k);
       } else {
-        Mma::load_a_column(a, a_tile, m + 16 * i, k);
+        Mma::load_a_column(a, a_position, k, 16 * i);
       }
 #pragma unroll
       for (int j = 0; j < kN / 2; ++j) {

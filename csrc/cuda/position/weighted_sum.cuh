@@ -54,7 +54,7 @@ struct WeightedSum : WeightedSumSoftmax<Traits_, kSum, kKeys> {
   __device__ __forceinline__ void copy_streamed(int step) {
     if (step < end_step) {
       const int slot = (step - first_step) % Traits::kStages;
-      copy_share_async<Traits::kThreads>(
+      copy_share_async<Traits::kThreads, Traits::kResidentSteps * Mma::kStep>(
           StreamedTile(streamed_shared + slot * StreamedTile::bytes(key_channel_rows)), next_streamed,
           p.streamed.row_stride, key_channel_rows, p.key_channels, streamed_positions() - step * Traits::kStreamed);
       next_streamed += Traits::kStreamed;
@@ -64,7 +64,7 @@ struct WeightedSum : WeightedSumSoftmax<Traits_, kSum, kKeys> {
   __device__ __forceinline__ void copy_values(int step) {
     if (step < end_step) {
       const int slot = (step - first_step) % Traits::kStages;
-      copy_share_async<Traits::kThreads>(
+      copy_share_async<Traits::kThreads, Traits::kChannels>(
           StreamedTile(value_shared + slot * Traits::kValueBytes), next_values, p.values.row_stride, Traits::kChannels,
           p.value_channels - block_shared->first_channel, streamed_positions() - step * Traits::kStreamed);
       next_values += Traits::kStreamed;

@@ -56,10 +56,10 @@ struct WeightedSumSoftmax {
   }
 
   __device__ __forceinline__ void load_owned_fragments() {
-    const typename Traits::OwnedTile tile(owned_shared);
+    const auto position = Mma::a_column(typename Traits::OwnedTile(owned_shared), 16 * warp_index());
 #pragma unroll
     for (int k = 0; k < Traits::kResidentSteps; ++k) {
-      Mma::load_a_column(owned_fragments[k], tile, 16 * warp_index(), k * Mma::kStep);
+      Mma::load_a_column(owned_fragments[k], position, k * Mma::kStep, 0);
     }
   }
 
@@ -75,13 +75,14 @@ struct WeightedSumSoftmax {
       }
     }
     if constexpr (Traits::kResidentSteps > 0) {
+      const auto position = Mma::b_row(tile, 0);
 #pragma unroll
       for (int k = 0; k < Traits::kResidentSteps; ++k) {
         if (k * Mma::kStep < p.key_channels) {
 #pragma unroll
           for (int j = 0; j < kEnergyTiles; j += 2) {
             typename Mma::B b;
-            Mma::load_b_row(b, tile, k * Mma::kStep, 8 * j);
+            Mma::load_b_row(b, position, k * Mma::kStep, 8 * j);
             Mma::multiply(energies[0][j], owned_fragments[k], b, 0);
             Mma::multiply(energies[0][j + 1], owned_fragments[k], b, 1);
           }
@@ -165,12 +166,12 @@ struct WeightedSumSoftmax {
 
   __device__ __forceinline__ void store_weights(int step) {
     const int lane = lane_index();
-    const StreamedTile tile(weight_shared + step % 2 * Traits::kWeightBytes);
-    const int row = 16 * warp_index() + lane / 4;
+    const TilePosition position(
+        StreamedTile(weight_shared + step % 2 * Traits::kWeightBytes), 16 * warp_index() + lane / 4, lane % 4 * 2);
 #pragma unroll
     for (int j = 0; j < kEnergyTiles; ++j) {
-      store_pair(tile.at(row, 8 * j + lane % 4 * 2), energies[0][j][0], energies[0][j][1]);
-      store_pair(tile.at(row + 8, 8 * j + lane % 4 * 2), energies[0][j][2], energies[0][j][3]);
+      store_pair(position.at(0, 8 * j), energies[0][j][0], energies[0][j][1]);
+      store_pair(position.at(8, 8 * j), energies[0][j][2], energies[0][j][3]);
     }
   }
 };
