@@ -9,15 +9,18 @@
 // give the lane's position in the fragment at k = 0, and load_a_row(a, position, rows, columns) and so on load the
 // fragment that is so many rows and columns of the tile further.
 //   multiply(d, a, b, half)    d (16 x 8) += a * columns [8 half, 8 half + 8) of b
+// Ready is the type of tile elements that need no conversion when they are loaded, where there is one, else Element.
 //
 // Accumulators have mma's layout, with g = lane / 4 and t = lane % 4:
 //   d[0], d[1] = (g, 2t), (g, 2t+1);  d[2], d[3] = (g+8, 2t), (g+8, 2t+1)
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include <cuda_runtime.h>
 
+#include "cuda/common/element.cuh"
 #include "cuda/common/ptx.cuh"
 #include "cuda/common/tile.cuh"
 
@@ -30,10 +33,23 @@ __device__ __forceinline__ int warp_index() {
   return static_cast<int>(threadIdx.x) / 32;
 }
 
+// Rounds this thread's share of a tile (CopyShare) in place. The thread has waited for its copies.
+template <int kThreads, int kColumns>
+__device__ __forceinline__ void round_share(const SharedTile<float, kColumns>& tile, int rows) {
+  using Share = CopyShare<kThreads, float, kColumns>;
+#pragma unroll 1
+  for (int r = Share::row(); r < rows; r += Share::kRowStep) {
+    float4* chunk = reinterpret_cast<float4*>(tile.chunk(r, Share::column()));
+    const float4 x = *chunk;
+    *chunk = make_float4(round_to_tf32(x.x), round_to_tf32(x.y), round_to_tf32(x.z), round_to_tf32(x.w));
+  }
+}
+
 // T = __half or __nv_bfloat16, float32 accumulators
 template <class T>
 struct Mma16 {
   using Element = T;
+  using Ready = T;
   static constexpr int kStep = 16;     // contraction of one mma
   static constexpr int kProducts = 1;  // mma instructions for one product
   struct A {
@@ -102,6 +118,7 @@ template <int kProducts_>
 struct MmaTf32 {
   static_assert(kProducts_ == 1 || kProducts_ == 3, "one product rounds to TF32, three keep float32's accuracy");
   using Element = float;
+  using Ready = std::conditional_t<kProducts_ == 1, Tf32, float>;
   static constexpr int kStep = 8;
   static constexpr int kProducts = kProducts_;
   static constexpr int kParts = kProducts == 3 ? 2 : 1;
@@ -112,68 +129,74 @@ struct MmaTf32 {
     uint32_t r[kParts][4];
   };
 
+  // T: the type of the words, float or Tf32.
+  template <class T = float>
   static __device__ __forceinline__ void split(uint32_t (&parts)[kParts][4], const uint32_t (&words)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float x = __uint_as_float(words[i]);
-      parts[0][i] = ptx::to_tf32(x);
+      parts[0][i] = std::is_same_v<T, Tf32> ? words[i] : ptx::to_tf32(x);
       if constexpr (kParts == 2) {
         parts[1][i] = ptx::to_tf32(x - __uint_as_float(parts[0][i]));
       }
     }
   }
 
-  template <int kColumns>
-  using Position = TilePosition<float, kColumns>;
+  template <class T>
+  static __device__ __forceinline__ uint32_t word(const T* element) {
+    return __float_as_uint(to_accumulator(*element));
+  }
 
-  template <int kColumns>
-  static __device__ __forceinline__ Position<kColumns> a_row(const SharedTile<float, kColumns>& tile, int m) {
+  template <class T, int kColumns>
+  static __device__ __forceinline__ TilePosition<T, kColumns> a_row(const SharedTile<T, kColumns>& tile, int m) {
     const int lane = lane_index();
     return {tile, m + lane % 16, lane / 16 * 4};
   }
-  template <int kColumns>
-  static __device__ __forceinline__ Position<kColumns> a_column(const SharedTile<float, kColumns>& tile, int m) {
+  template <class T, int kColumns>
+  static __device__ __forceinline__ TilePosition<T, kColumns> a_column(const SharedTile<T, kColumns>& tile, int m) {
     const int lane = lane_index();
     return {tile, lane % 4, m + lane / 4};
   }
-  template <int kColumns>
-  static __device__ __forceinline__ Position<kColumns> b_column(const SharedTile<float, kColumns>& tile, int n) {
+  template <class T, int kColumns>
+  static __device__ __forceinline__ TilePosition<T, kColumns> b_column(const SharedTile<T, kColumns>& tile, int n) {
     const int lane = lane_index();
     return {tile, n + lane % 8 + lane / 16 * 8, lane / 8 % 2 * 4};
   }
-  template <int kColumns>
-  static __device__ __forceinline__ Position<kColumns> b_row(const SharedTile<float, kColumns>& tile, int n) {
+  template <class T, int kColumns>
+  static __device__ __forceinline__ TilePosition<T, kColumns> b_row(const SharedTile<T, kColumns>& tile, int n) {
     const int lane = lane_index();
     return {tile, lane % 4, n + lane / 4};
   }
 
-  template <int kColumns>
-  static __device__ __forceinline__ void load_a_row(A& a, const Position<kColumns>& position, int rows, int columns) {
+  template <class T, int kColumns>
+  static __device__ __forceinline__ void load_a_row(
+      A& a, const TilePosition<T, kColumns>& position, int rows, int columns) {
     uint32_t words[4];
     ptx::ldmatrix_x4(words, position.at(rows, columns));
-    split(a.r, words);
+    split<T>(a.r, words);
   }
-  template <int kColumns>
+  template <class T, int kColumns>
   static __device__ __forceinline__ void load_a_column(
-      A& a, const Position<kColumns>& position, int rows, int columns) {
+      A& a, const TilePosition<T, kColumns>& position, int rows, int columns) {
     const uint32_t words[4] = {
-        __float_as_uint(*position.at(rows, columns)), __float_as_uint(*position.at(rows, columns + 8)),
-        __float_as_uint(*position.at_4_below(rows, columns)), __float_as_uint(*position.at_4_below(rows, columns + 8))};
-    split(a.r, words);
+        word(position.at(rows, columns)), word(position.at(rows, columns + 8)),
+        word(position.at_4_below(rows, columns)), word(position.at_4_below(rows, columns + 8))};
+    split<T>(a.r, words);
   }
-  template <int kColumns>
+  template <class T, int kColumns>
   static __device__ __forceinline__ void load_b_column(
-      B& b, const Position<kColumns>& position, int rows, int columns) {
+      B& b, const TilePosition<T, kColumns>& position, int rows, int columns) {
     uint32_t words[4];
     ptx::ldmatrix_x4(words, position.at(rows, columns));
-    split(b.r, words);
+    split<T>(b.r, words);
   }
-  template <int kColumns>
-  static __device__ __forceinline__ void load_b_row(B& b, const Position<kColumns>& position, int rows, int columns) {
+  template <class T, int kColumns>
+  static __device__ __forceinline__ void load_b_row(
+      B& b, const TilePosition<T, kColumns>& position, int rows, int columns) {
     const uint32_t words[4] = {
-        __float_as_uint(*position.at(rows, columns)), __float_as_uint(*position.at_4_below(rows, columns)),
-        __float_as_uint(*position.at(rows, columns + 8)), __float_as_uint(*position.at_4_below(rows, columns + 8))};
-    split(b.r, words);
+        word(position.at(rows, columns)), word(position.at_4_below(rows, columns)),
+        word(position.at(rows, columns + 8)), word(position.at_4_below(rows, columns + 8))};
+    split<T>(b.r, words);
   }
 
   static __device__ __forceinline__ void multiply(float (&d)[4], const A& a, const B& b, int half) {

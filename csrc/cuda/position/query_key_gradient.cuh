@@ -15,7 +15,9 @@
 // For 16-bit types, delta is computed from the output before rounding. For float32, the block also computes mean_key =
 // sum_j P_ij key_j and grad_sum = sum_j dS_ij. Over all keys of the logsumexp, grad_sum is the gradient of the
 // logsumexp, 0 without one, except for errors of delta; sum_partials_kernel subtracts the product of this error with
-// mean_key from grad_query.
+// mean_key from grad_query. grad_key has no such remedy. With TF32, delta is therefore the sum of P dP as closely as it
+// can be known without another pass: of grad_output rounded to TF32, and of an output that is divided by the sum of the
+// rounded weights (weighted_sum_softmax.cuh).
 #pragma once
 
 #include <cstdint>

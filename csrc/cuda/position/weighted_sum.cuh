@@ -41,7 +41,7 @@ struct WeightedSum : WeightedSumSoftmax<Traits_, kSum, kKeys> {
   using Softmax::compute_energies, Softmax::compute_weights, Softmax::end_step, Softmax::factors, Softmax::first_step;
   using Softmax::key_channel_rows, Softmax::key_count, Softmax::load_owned_fragments, Softmax::owned_shared, Softmax::p,
       Softmax::rescales;
-  using Softmax::row_max, Softmax::row_sum, Softmax::store_weights, Softmax::streamed_logsumexp;
+  using Softmax::row_max, Softmax::row_sum, Softmax::rounded_sum, Softmax::store_weights, Softmax::streamed_logsumexp;
   using Softmax::streamed_positions, Softmax::streamed_shared, Softmax::weight_shared;
 
   unsigned char* value_shared;
@@ -114,10 +114,25 @@ struct WeightedSum : WeightedSumSoftmax<Traits_, kSum, kKeys> {
   __device__ __forceinline__ void multiply_values(int step, int slot, int k, int k_end) {
     if (has_channels) {
       const StreamedTile value_tile(value_shared + slot * Traits::kValueBytes);
-      const StreamedTile weight_tile(weight_shared + step % 2 * Traits::kWeightBytes);
+      const typename Traits::ReadyStreamedTile weight_tile(weight_shared + step % 2 * Traits::kWeightBytes);
       multiply_tiles<Mma, Major::kRow, Major::kColumn, 2>(
           sums, value_tile, Traits::warp_first_channel(), weight_tile, Traits::warp_first_owned(), k, k_end);
     }
+  }
+
+  // Rounds the arrived tile of `slot` where the products take rounded elements.
+  __device__ __forceinline__ void round_streamed(int slot) {
+    if constexpr (Traits::kRoundsTiles) {
+      round_share<Traits::kThreads>(
+          StreamedTile(streamed_shared + slot * StreamedTile::bytes(key_channel_rows)), key_channel_rows);
+    }
+  }
+
+  // Of the four lanes that share a row.
+  static __device__ __forceinline__ float sum_of_row(float sum) {
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    return sum;
   }
 
   // kForward: divides by the sums of the weights and stores logsumexp. A block without kept keys has no steps: the
@@ -128,12 +143,11 @@ struct WeightedSum : WeightedSumSoftmax<Traits_, kSum, kKeys> {
     __syncthreads();  // every warp has read the factors of the last step
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float sum = row_sum[h];
-      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      const float sum = sum_of_row(row_sum[h]);
+      const float divisor = Traits::kRoundsTiles ? sum_of_row(rounded_sum[h]) : sum;
       const int row = 16 * warp_index() + lane / 4 + 8 * h;
       if (lane % 4 == 0) {
-        factors[row] = kKeys == Keys::kAll || first_step < end_step ? 1.0f / sum : 0.0f;
+        factors[row] = kKeys == Keys::kAll || first_step < end_step ? 1.0f / divisor : 0.0f;
         if (block_shared->channel_block == 0 && first_owned + row < p.owned_positions) {
           logsumexp[first_owned + row] = __fmaf_rn(row_max[h], p.ln2, __fmaf_rn(row_max[h], p.ln2_low, logf(sum)));
         }
@@ -214,6 +228,10 @@ struct WeightedSum : WeightedSumSoftmax<Traits_, kSum, kKeys> {
       ptx::cp_async_commit();
     }
     ptx::cp_async_wait<Traits::kStages - 1>();
+    if constexpr (Traits::kRoundsTiles) {
+      round_share<Traits::kThreads>(typename Traits::OwnedTile(owned_shared), key_channel_rows);
+    }
+    round_streamed(0);
     __syncthreads();
     load_owned_fragments();
     compute_energies(0);
@@ -225,6 +243,9 @@ struct WeightedSum : WeightedSumSoftmax<Traits_, kSum, kKeys> {
       const int previous_slot = slot == 0 ? Traits::kStages - 1 : slot - 1;
       const int next_slot = slot == Traits::kStages - 1 ? 0 : slot + 1;
       ptx::cp_async_wait<Traits::kStages - 2>();
+      if (step + 1 < end_step) {
+        round_streamed(next_slot);
+      }
       __syncthreads();  // this step's tiles and weights have arrived, and the last step's are no longer read
       if (step + Traits::kStages < end_inside) {
         copy_streamed<true>(step + Traits::kStages, slot);

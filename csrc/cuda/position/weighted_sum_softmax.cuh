@@ -20,7 +20,8 @@ template <class Traits_, PositionSum kSum, Keys kKeys>
 struct WeightedSumSoftmax {
   using Traits = Traits_;
   using Mma = typename Traits::Mma;
-  using StreamedTile = typename Traits::StreamedTile;
+  using OwnedTile = typename Traits::ReadyOwnedTile;
+  using StreamedTile = typename Traits::ReadyStreamedTile;
   static constexpr int kEnergyTiles = Traits::kStreamed / 8;
   // The accumulators are rescaled to a new maximum only if weights would exceed 2^8. This almost never happens after
   // the first few steps, and float16 weights stay finite.
@@ -45,10 +46,13 @@ struct WeightedSumSoftmax {
   // Of rows g and g + 8 of the warp's 16 positions. The maximum is of the energies times log2(e), and finite: -inf less
   // -inf would be NaN.
   float row_max[2], row_sum[2];
+  // Traits::kRoundsTiles: the sums of the rounded weights. The output is divided by them, so that a row with one large
+  // weight has the value of that weight, as if delta were summed from P and dP. The logsumexp is not.
+  float rounded_sum[2];
 
   __device__ __forceinline__ explicit WeightedSumSoftmax(const WeightedSumParams& params) : p(params) {
     row_max[0] = row_max[1] = -FLT_MAX;
-    row_sum[0] = row_sum[1] = 0.0f;
+    row_sum[0] = row_sum[1] = rounded_sum[0] = rounded_sum[1] = 0.0f;
   }
 
   __device__ __forceinline__ int streamed_positions() const {
@@ -60,7 +64,7 @@ struct WeightedSumSoftmax {
   }
 
   __device__ __forceinline__ void load_owned_fragments() {
-    const auto position = Mma::a_column(typename Traits::OwnedTile(owned_shared), 16 * warp_index());
+    const auto position = Mma::a_column(OwnedTile(owned_shared), 16 * warp_index());
 #pragma unroll
     for (int k = 0; k < Traits::kResidentSteps; ++k) {
       Mma::load_a_column(owned_fragments[k], position, k * Mma::kStep, 0);
@@ -103,7 +107,16 @@ struct WeightedSumSoftmax {
       }
     } else {
       multiply_tiles<Mma, Major::kColumn, Major::kRow, 1>(
-          energies, typename Traits::OwnedTile(owned_shared), 16 * warp_index(), tile, 0, 0, key_channel_rows);
+          energies, OwnedTile(owned_shared), 16 * warp_index(), tile, 0, 0, key_channel_rows);
+    }
+  }
+
+  // A weight as the products take it.
+  static __device__ __forceinline__ float rounded(float weight) {
+    if constexpr (Traits::kRoundsTiles) {
+      return round_to_tf32(weight);
+    } else {
+      return weight;
     }
   }
 
@@ -136,7 +149,7 @@ struct WeightedSumSoftmax {
 #pragma unroll
           for (int h = 0; h < 4; h += 2) {
             float& energy = energies[0][j][c + h];
-            energy = ptx::exp2_approx(__fmaf_rn(__fmaf_rn(energy, p.scale, -shift), kLog2E, kWeightExponent));
+            energy = rounded(ptx::exp2_approx(__fmaf_rn(__fmaf_rn(energy, p.scale, -shift), kLog2E, kWeightExponent)));
           }
         }
       }
@@ -179,6 +192,7 @@ struct WeightedSumSoftmax {
         row_max[h] = step_max[h] > before + kRescaleAbove ? step_max[h] : before;
         const float factor = ptx::exp2_approx(before - row_max[h]);
         row_sum[h] *= factor;
+        rounded_sum[h] *= factor;
         if (lane % 4 == 0) {
           factors[step % 2 * Traits::kOwned + 16 * warp_index() + lane / 4 + 8 * h] = factor;
         }
@@ -193,8 +207,12 @@ struct WeightedSumSoftmax {
       for (int j = 0; j < kEnergyTiles; ++j) {
 #pragma unroll
         for (int c = 2 * h; c < 2 * h + 2; ++c) {
-          energies[0][j][c] = ptx::exp2_approx(__fmaf_rn(energies[0][j][c], p.scale_log2, -row_max[h]));
-          row_sum[h] += energies[0][j][c];
+          const float weight = ptx::exp2_approx(__fmaf_rn(energies[0][j][c], p.scale_log2, -row_max[h]));
+          row_sum[h] += weight;
+          energies[0][j][c] = rounded(weight);
+          if constexpr (Traits::kRoundsTiles) {
+            rounded_sum[h] += energies[0][j][c];
+          }
         }
       }
     }
