@@ -340,6 +340,19 @@ def test_16_bit_query_gradient_of_regions(emulator, architecture, logit):
             assert relative_error(got, in_float64) < 0.6 * relative_error(without, in_float64)
 
 
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000, -1])
+def test_nan_survives_the_rounding_to_tf32(emulator, bits, tf32):
+    """Rounding adds half a unit to the bits of a number, which makes 0x7FFFFFFF, a GPU's NaN, -0."""
+    OPERATORS._set_allow_tf32(tf32)
+    for operand in range(3):
+        tensors = inputs(1, 8, 16, 33, 33, torch.float32)[:3]
+        tensors[operand].view(torch.int32)[0, 3, 5] = bits
+        output = OPERATORS.position_attention(*tensors, 1.0)[0]
+        affected = (output[0, :, 5], output[0], output[0, 3])[operand]  # a query, all queries, a channel
+        assert not affected.isfinite().any()
+
+
 def rounded_to_tf32(t):
     bits = t.float().view(torch.int32)
     return ((bits + 0x1000) & ~0x1FFF).view(torch.float32).double()

@@ -129,15 +129,18 @@ struct MmaTf32 {
     uint32_t r[kParts][4];
   };
 
-  // T: the type of the words, float or Tf32.
+  // T: the type of the words, float or Tf32. Of three products, the first part is rounded like to_tf32, but without its
+  // test for NaN: a NaN may become 0 there, and is kept by the second part. Tensor cores truncate that part to TF32.
   template <class T = float>
   static __device__ __forceinline__ void split(uint32_t (&parts)[kParts][4], const uint32_t (&words)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float x = __uint_as_float(words[i]);
-      parts[0][i] = std::is_same_v<T, Tf32> ? words[i] : ptx::to_tf32(x);
       if constexpr (kParts == 2) {
-        parts[1][i] = ptx::to_tf32(x - __uint_as_float(parts[0][i]));
+        parts[0][i] = (words[i] + 0x1000u) & ~0x1fffu;
+        parts[1][i] = __float_as_uint(x - __uint_as_float(parts[0][i]));
+      } else {
+        parts[0][i] = std::is_same_v<T, Tf32> ? words[i] : ptx::to_tf32(x);
       }
     }
   }

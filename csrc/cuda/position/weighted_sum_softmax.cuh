@@ -106,7 +106,7 @@ struct WeightedSumSoftmax {
         }
       }
     } else {
-      multiply_tiles<Mma, Major::kColumn, Major::kRow, 1>(
+      multiply_tiles<Mma, Major::kColumn, Major::kRow, 2>(
           energies, OwnedTile(owned_shared), 16 * warp_index(), tile, 0, 0, key_channel_rows);
     }
   }
