@@ -231,9 +231,10 @@ __device__ __forceinline__ void multiply_tiles(
     float (&d)[kM][kN][4], const TileA& a_tile, int m, const TileB& b_tile, int n, int k, int k_end) {
   static_assert(kN % 2 == 0, "B fragments are two mma wide");
   // A 3xTF32 fragment takes twice the registers, and every product in flight has its own sums. 3xTF32 therefore holds
-  // one fragment of each operand and reloads B for every 16 rows; its three mma per product hide the loads.
+  // the fragments of A, of which there are fewer, and one of B; its three mma per product hide the loads.
   constexpr bool kSingle = Mma::kProducts == 3 && kN > 2;
   constexpr int kFragments = kSingle ? 1 : kN / 2;
+  constexpr int kRowFragments = kSingle ? kM : 1;
   const auto a_position = [&] {
     if constexpr (kMajorA == Major::kRow) {
       return Mma::a_row(a_tile, m);
@@ -255,31 +256,46 @@ __device__ __forceinline__ void multiply_tiles(
       Mma::load_b_column(b, b_position, 16 * j, k);
     }
   };
+  const auto load_a = [&](typename Mma::A& a, int i) {
+    if constexpr (kMajorA == Major::kRow) {
+      Mma::load_a_row(a, a_position, 16 * i, k);
+    } else {
+      Mma::load_a_column(a, a_position, k, 16 * i);
+    }
+  };
+  const auto multiply = [&](const typename Mma::A& a, const typename Mma::B& b, int i, int j) {
+    Mma::multiply(d[i][2 * j], a, b, 0);
+    Mma::multiply(d[i][2 * j + 1], a, b, 1);
+  };
 #pragma unroll kUnroll
   for (; k < k_end; k += Mma::kStep) {
+    typename Mma::A a[kRowFragments];
     typename Mma::B b[kFragments];
-    if constexpr (!kSingle) {
+    if constexpr (kSingle) {
 #pragma unroll
-      for (int j = 0; j < kFragments; ++j) {
-        load_b(b[j], j);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kM; ++i) {
-      typename Mma::A a;
-      if constexpr (kMajorA == Major::kRow) {
-        Mma::load_a_row(a, a_position, 16 * i, k);
-      } else {
-        Mma::load_a_column(a, a_position, k, 16 * i);
+      for (int i = 0; i < kM; ++i) {
+        load_a(a[i], i);
       }
 #pragma unroll
       for (int j = 0; j < kN / 2; ++j) {
-        if constexpr (kSingle) {
-          load_b(b[0], j);
+        load_b(b[0], j);
+#pragma unroll
+        for (int i = 0; i < kM; ++i) {
+          multiply(a[i], b[0], i, j);
         }
-        const auto& columns = b[kSingle ? 0 : j];
-        Mma::multiply(d[i][2 * j], a, columns, 0);
-        Mma::multiply(d[i][2 * j + 1], a, columns, 1);
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kN / 2; ++j) {
+        load_b(b[j], j);
+      }
+#pragma unroll
+      for (int i = 0; i < kM; ++i) {
+        load_a(a[0], i);
+#pragma unroll
+        for (int j = 0; j < kN / 2; ++j) {
+          multiply(a[0], b[j], i, j);
+        }
       }
     }
   }

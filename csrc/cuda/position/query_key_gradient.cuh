@@ -70,6 +70,7 @@ struct QueryKeyGradientTraits {
   static constexpr __host__ __device__ int key_channel_rows(int key_channels) {
     return kKeepsQueryGradient ? kGradientRows : round_up(key_channels, kGradientRows);
   }
+  static constexpr int kKeptRows = kKeepsQueryGradient ? kGradientRows : 0;  // key_channel_rows where it is a constant
   static constexpr int kStageBytes = QueryTile::bytes(kChunk) + KeyTile::bytes(kChunk);
   static constexpr int kGradientBytes = KeyTile::bytes(kQueries);  // dS, [query][key]
   // P, laid out like dS, and each key warp's partial of grad_sum
@@ -424,13 +425,13 @@ struct QueryKeyGradient {
       for (int key_block = first_key_block; key_block < end_key_block; ++key_block) {
         __syncthreads();  // the last tile's query, key and dS are no longer read
         if (key_block == first_key_block) {
-          copy_tile_async<Traits::kThreads>(
+          copy_tile_async<Traits::kThreads, Traits::kKeptRows>(
               QueryTile(query_shared), matrix(p.query, p.key_channels, p.queries), 0, key_channel_rows,
               query_block * Traits::kQueries);
           load_statistics(query_block);
         }
         // These copies join the commit group of the next chunk and arrive with it.
-        copy_tile_async<Traits::kThreads>(
+        copy_tile_async<Traits::kThreads, Traits::kKeptRows>(
             KeyTile(key_shared), matrix(p.key, p.key_channels, keys()), 0, key_channel_rows, key_block * Traits::kKeys);
 
         float weight_gradients[kM][kN][4];
