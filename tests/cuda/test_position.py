@@ -340,6 +340,16 @@ def test_16_bit_query_gradient_of_regions(emulator, architecture, logit):
             assert relative_error(got, in_float64) < 0.6 * relative_error(without, in_float64)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float32, 2e-6)], ids=str)
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+def test_scales_of_any_sign(emulator, scale, dtype, tolerance):
+    """The maximum is taken of q.k, before its multiplication by |scale|. A last tile with an edge: masked energies
+    stay -inf at a scale of 0, and a maximum of 0 from the padding would be wrong at any."""
+    tensors = inputs(1, 24, 40, 33, 45, dtype)
+    for name, got, expected in zip(RESULTS, run(*tensors, scale), exact(*tensors, scale), strict=True):
+        assert (got.double() - expected).norm() <= tolerance * expected.norm(), name
+
+
 @pytest.mark.parametrize("tf32", [False, True])
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000, -1])
 def test_nan_survives_the_rounding_to_tf32(emulator, bits, tf32):
