@@ -6,7 +6,7 @@
 //             Narrow     128 positions x 128 channels, E <= 64   70,744, three stages
 //             WideAny    128 positions x 256 channels, any E     384 E + 50,264: E <= 128 at 99 KB
 //             NarrowAny   64 positions x 128 channels, any E     256 E + 25,144: E <= 288 at 99 KB, 800 on sm_90
-//   TF32      Wide       128 positions x 256 channels, E <= 64   91,264, two stages; not 3xTF32
+//   TF32      Wide       128 positions x 256 channels, E <= 64   91,224, two stages; not 3xTF32
 //             WideAny    128 positions x 256 channels, any E     640 E + 50,264: E <= 72 at 99 KB. 3xTF32 has only 128
 //                        channels: with 192, its fragments and the sums of a step spilled beside 96 accumulators
 //             NarrowAny   64 positions x 128 channels, any E     384 E + 25,144: E <= 192 at 99 KB, 536 on sm_90
