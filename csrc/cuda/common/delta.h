@@ -15,11 +15,12 @@ namespace segattn::cuda {
 
 // delta (B, N) in the dtype of accumulation, allocated with `sizes`: sum_c grad_output * output, with the output before
 // rounding where output_low is given, less grad_logsumexp where that is given. grad_output, output, output_low:
-// (B, C, *S), N positions; grad_logsumexp: (B, *S), contiguous, dtype of accumulation.
+// (B, C, *S), N positions; grad_logsumexp: (B, *S), contiguous, dtype of accumulation. rounds_to_tf32: takes
+// grad_output rounded to TF32, for kernels whose dP does.
 inline Tensor delta_of(
     const LaunchContext& context, const FeatureMap& grad_output, const FeatureMap& output,
     const std::optional<FeatureMap>& output_low, const std::optional<Tensor>& grad_logsumexp,
-    const std::vector<int64_t>& sizes) {
+    const std::vector<int64_t>& sizes, bool rounds_to_tf32 = false) {
   const Tensor delta = allocate(output.tensor, sizes, accumulation_dtype(context.dtype));
   DeltaParams params{};
   params.grad_output = grad_output.operand;
@@ -28,6 +29,7 @@ inline Tensor delta_of(
     params.output_low = output_low->operand;
   }
   params.grad_logsumexp = data_of(grad_logsumexp);
+  params.rounds_to_tf32 = rounds_to_tf32;
   params.delta = delta.mutable_data_ptr();
   params.channels = static_cast<int>(output.tensor.size(1));
   params.positions = context.position_count("output", output.positions);

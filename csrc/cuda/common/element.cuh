@@ -7,7 +7,14 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "cuda/common/ptx.cuh"
+
 namespace segattn::cuda {
+
+// A float32 that has been rounded to TF32 (round_to_tf32).
+struct Tf32 {
+  float value;
+};
 
 // Accumulation is float32 for float16, bfloat16 and float32, float64 for float64.
 template <class T>
@@ -26,6 +33,9 @@ __device__ __forceinline__ float to_accumulator(__half x) {
 }
 __device__ __forceinline__ float to_accumulator(__nv_bfloat16 x) {
   return __bfloat162float(x);
+}
+__device__ __forceinline__ float to_accumulator(Tf32 x) {
+  return x.value;
 }
 __device__ __forceinline__ float to_accumulator(float x) {
   return x;
@@ -54,6 +64,10 @@ __device__ __forceinline__ double from_accumulator<double>(double x) {
   return x;
 }
 
+__device__ __forceinline__ float round_to_tf32(float x) {
+  return __uint_as_float(ptx::to_tf32(x));
+}
+
 // pair[0] = low, pair[1] = high in one store. `pair` is aligned to two elements.
 __device__ __forceinline__ void store_pair(__half* pair, float low, float high) {
   *reinterpret_cast<__half2*>(pair) = __floats2half2_rn(low, high);
@@ -62,6 +76,11 @@ __device__ __forceinline__ void store_pair(__nv_bfloat16* pair, float low, float
   *reinterpret_cast<__nv_bfloat162*>(pair) = __floats2bfloat162_rn(low, high);
 }
 __device__ __forceinline__ void store_pair(float* pair, float low, float high) {
+  *reinterpret_cast<float2*>(pair) = make_float2(low, high);
+}
+
+// low and high have been rounded.
+__device__ __forceinline__ void store_pair(Tf32* pair, float low, float high) {
   *reinterpret_cast<float2*>(pair) = make_float2(low, high);
 }
 

@@ -2,20 +2,25 @@
 // mma wide) from shared tiles in either layout and multiplies them. One kernel template then serves 16-bit, TF32 and
 // 3xTF32.
 //
-//   load_a_row(a, tile, m, k)      tile is [m][k]: its rows are rows of the product
-//   load_a_column(a, tile, m, k)   tile is [k][m]: its rows are contracted (channels-first queries, keys)
-//   load_b_column(b, tile, k, n)   tile is [n][k]
-//   load_b_row(b, tile, k, n)      tile is [k][n]
-//   multiply(d, a, b, half)        d (16 x 8) += a * columns [8 half, 8 half + 8) of b
+//   a_row(tile, m)       tile is [m][k]: its rows are rows of the product
+//   a_column(tile, m)    tile is [k][m]: its rows are contracted (channels-first queries, keys)
+//   b_column(tile, n)    tile is [n][k]
+//   b_row(tile, n)       tile is [k][n]
+// give the lane's position in the fragment at k = 0, and load_a_row(a, position, rows, columns) and so on load the
+// fragment that is so many rows and columns of the tile further.
+//   multiply(d, a, b, half)    d (16 x 8) += a * columns [8 half, 8 half + 8) of b
+// Ready is the type of tile elements that need no conversion when they are loaded, where there is one, else Element.
 //
 // Accumulators have mma's layout, with g = lane / 4 and t = lane % 4:
 //   d[0], d[1] = (g, 2t), (g, 2t+1);  d[2], d[3] = (g+8, 2t), (g+8, 2t+1)
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include <cuda_runtime.h>
 
+#include "cuda/common/element.cuh"
 #include "cuda/common/ptx.cuh"
 #include "cuda/common/tile.cuh"
 
@@ -28,10 +33,23 @@ __device__ __forceinline__ int warp_index() {
   return static_cast<int>(threadIdx.x) / 32;
 }
 
+// Rounds this thread's share of a tile (CopyShare) in place. The thread has waited for its copies.
+template <int kThreads, int kColumns>
+__device__ __forceinline__ void round_share(const SharedTile<float, kColumns>& tile, int rows) {
+  using Share = CopyShare<kThreads, float, kColumns>;
+#pragma unroll 1
+  for (int r = Share::row(); r < rows; r += Share::kRowStep) {
+    float4* chunk = reinterpret_cast<float4*>(tile.chunk(r, Share::column()));
+    const float4 x = *chunk;
+    *chunk = make_float4(round_to_tf32(x.x), round_to_tf32(x.y), round_to_tf32(x.z), round_to_tf32(x.w));
+  }
+}
+
 // T = __half or __nv_bfloat16, float32 accumulators
 template <class T>
 struct Mma16 {
   using Element = T;
+  using Ready = T;
   static constexpr int kStep = 16;     // contraction of one mma
   static constexpr int kProducts = 1;  // mma instructions for one product
   struct A {
@@ -42,27 +60,46 @@ struct Mma16 {
   };
 
   template <int kColumns>
-  static __device__ __forceinline__ void load_a_row(A& a, const SharedTile<T, kColumns>& tile, int m, int k) {
+  using Position = TilePosition<T, kColumns>;
+
+  template <int kColumns>
+  static __device__ __forceinline__ Position<kColumns> a_row(const SharedTile<T, kColumns>& tile, int m) {
     const int lane = lane_index();
-    ptx::ldmatrix_x4(a.r, tile.chunk(m + lane % 16, k + lane / 16 * 8));
+    return {tile, m + lane % 16, lane / 16 * 8};
+  }
+  template <int kColumns>
+  static __device__ __forceinline__ Position<kColumns> a_column(const SharedTile<T, kColumns>& tile, int m) {
+    const int lane = lane_index();
+    return {tile, lane % 8 + lane / 16 * 8, m + lane / 8 % 2 * 8};
+  }
+  template <int kColumns>
+  static __device__ __forceinline__ Position<kColumns> b_column(const SharedTile<T, kColumns>& tile, int n) {
+    const int lane = lane_index();
+    return {tile, n + lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8};
+  }
+  template <int kColumns>
+  static __device__ __forceinline__ Position<kColumns> b_row(const SharedTile<T, kColumns>& tile, int n) {
+    const int lane = lane_index();
+    return {tile, lane % 16, n + lane / 16 * 8};
   }
 
   template <int kColumns>
-  static __device__ __forceinline__ void load_a_column(A& a, const SharedTile<T, kColumns>& tile, int m, int k) {
-    const int lane = lane_index();
-    ptx::ldmatrix_x4_trans(a.r, tile.chunk(k + lane % 8 + lane / 16 * 8, m + lane / 8 % 2 * 8));
+  static __device__ __forceinline__ void load_a_row(A& a, const Position<kColumns>& position, int rows, int columns) {
+    ptx::ldmatrix_x4(a.r, position.at(rows, columns));
   }
-
   template <int kColumns>
-  static __device__ __forceinline__ void load_b_column(B& b, const SharedTile<T, kColumns>& tile, int k, int n) {
-    const int lane = lane_index();
-    ptx::ldmatrix_x4(b.r, tile.chunk(n + lane % 8 + lane / 16 * 8, k + lane / 8 % 2 * 8));
+  static __device__ __forceinline__ void load_a_column(
+      A& a, const Position<kColumns>& position, int rows, int columns) {
+    ptx::ldmatrix_x4_trans(a.r, position.at(rows, columns));
   }
-
   template <int kColumns>
-  static __device__ __forceinline__ void load_b_row(B& b, const SharedTile<T, kColumns>& tile, int k, int n) {
-    const int lane = lane_index();
-    ptx::ldmatrix_x4_trans(b.r, tile.chunk(k + lane % 16, n + lane / 16 * 8));
+  static __device__ __forceinline__ void load_b_column(
+      B& b, const Position<kColumns>& position, int rows, int columns) {
+    ptx::ldmatrix_x4(b.r, position.at(rows, columns));
+  }
+  template <int kColumns>
+  static __device__ __forceinline__ void load_b_row(B& b, const Position<kColumns>& position, int rows, int columns) {
+    ptx::ldmatrix_x4_trans(b.r, position.at(rows, columns));
   }
 
   static __device__ __forceinline__ void multiply(float (&d)[4], const A& a, const B& b, int half) {
@@ -81,6 +118,7 @@ template <int kProducts_>
 struct MmaTf32 {
   static_assert(kProducts_ == 1 || kProducts_ == 3, "one product rounds to TF32, three keep float32's accuracy");
   using Element = float;
+  using Ready = std::conditional_t<kProducts_ == 1, Tf32, float>;
   static constexpr int kStep = 8;
   static constexpr int kProducts = kProducts_;
   static constexpr int kParts = kProducts == 3 ? 2 : 1;
@@ -91,49 +129,77 @@ struct MmaTf32 {
     uint32_t r[kParts][4];
   };
 
+  // T: the type of the words, float or Tf32. Of three products, the first part is rounded like to_tf32, but without its
+  // test for NaN: a NaN may become 0 there, and is kept by the second part. Tensor cores truncate that part to TF32.
+  template <class T = float>
   static __device__ __forceinline__ void split(uint32_t (&parts)[kParts][4], const uint32_t (&words)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float x = __uint_as_float(words[i]);
-      parts[0][i] = ptx::to_tf32(x);
       if constexpr (kParts == 2) {
-        parts[1][i] = ptx::to_tf32(x - __uint_as_float(parts[0][i]));
+        parts[0][i] = (words[i] + 0x1000u) & ~0x1fffu;
+        parts[1][i] = __float_as_uint(x - __uint_as_float(parts[0][i]));
+      } else {
+        parts[0][i] = std::is_same_v<T, Tf32> ? words[i] : ptx::to_tf32(x);
       }
     }
   }
 
-  template <int kColumns>
-  static __device__ __forceinline__ void load_a_row(A& a, const SharedTile<float, kColumns>& tile, int m, int k) {
+  template <class T>
+  static __device__ __forceinline__ uint32_t word(const T* element) {
+    return __float_as_uint(to_accumulator(*element));
+  }
+
+  template <class T, int kColumns>
+  static __device__ __forceinline__ TilePosition<T, kColumns> a_row(const SharedTile<T, kColumns>& tile, int m) {
     const int lane = lane_index();
-    uint32_t words[4];
-    ptx::ldmatrix_x4(words, tile.chunk(m + lane % 16, k + lane / 16 * 4));
-    split(a.r, words);
+    return {tile, m + lane % 16, lane / 16 * 4};
   }
-
-  template <int kColumns>
-  static __device__ __forceinline__ void load_a_column(A& a, const SharedTile<float, kColumns>& tile, int m, int k) {
-    const int g = lane_index() / 4, t = lane_index() % 4;
-    const uint32_t words[4] = {
-        __float_as_uint(*tile.at(k + t, m + g)), __float_as_uint(*tile.at(k + t, m + g + 8)),
-        __float_as_uint(*tile.at(k + t + 4, m + g)), __float_as_uint(*tile.at(k + t + 4, m + g + 8))};
-    split(a.r, words);
-  }
-
-  template <int kColumns>
-  static __device__ __forceinline__ void load_b_column(B& b, const SharedTile<float, kColumns>& tile, int k, int n) {
+  template <class T, int kColumns>
+  static __device__ __forceinline__ TilePosition<T, kColumns> a_column(const SharedTile<T, kColumns>& tile, int m) {
     const int lane = lane_index();
-    uint32_t words[4];
-    ptx::ldmatrix_x4(words, tile.chunk(n + lane % 8 + lane / 16 * 8, k + lane / 8 % 2 * 4));
-    split(b.r, words);
+    return {tile, lane % 4, m + lane / 4};
+  }
+  template <class T, int kColumns>
+  static __device__ __forceinline__ TilePosition<T, kColumns> b_column(const SharedTile<T, kColumns>& tile, int n) {
+    const int lane = lane_index();
+    return {tile, n + lane % 8 + lane / 16 * 8, lane / 8 % 2 * 4};
+  }
+  template <class T, int kColumns>
+  static __device__ __forceinline__ TilePosition<T, kColumns> b_row(const SharedTile<T, kColumns>& tile, int n) {
+    const int lane = lane_index();
+    return {tile, lane % 4, n + lane / 4};
   }
 
-  template <int kColumns>
-  static __device__ __forceinline__ void load_b_row(B& b, const SharedTile<float, kColumns>& tile, int k, int n) {
-    const int g = lane_index() / 4, t = lane_index() % 4;
+  template <class T, int kColumns>
+  static __device__ __forceinline__ void load_a_row(
+      A& a, const TilePosition<T, kColumns>& position, int rows, int columns) {
+    uint32_t words[4];
+    ptx::ldmatrix_x4(words, position.at(rows, columns));
+    split<T>(a.r, words);
+  }
+  template <class T, int kColumns>
+  static __device__ __forceinline__ void load_a_column(
+      A& a, const TilePosition<T, kColumns>& position, int rows, int columns) {
     const uint32_t words[4] = {
-        __float_as_uint(*tile.at(k + t, n + g)), __float_as_uint(*tile.at(k + t + 4, n + g)),
-        __float_as_uint(*tile.at(k + t, n + g + 8)), __float_as_uint(*tile.at(k + t + 4, n + g + 8))};
-    split(b.r, words);
+        word(position.at(rows, columns)), word(position.at(rows, columns + 8)),
+        word(position.at_4_below(rows, columns)), word(position.at_4_below(rows, columns + 8))};
+    split<T>(a.r, words);
+  }
+  template <class T, int kColumns>
+  static __device__ __forceinline__ void load_b_column(
+      B& b, const TilePosition<T, kColumns>& position, int rows, int columns) {
+    uint32_t words[4];
+    ptx::ldmatrix_x4(words, position.at(rows, columns));
+    split<T>(b.r, words);
+  }
+  template <class T, int kColumns>
+  static __device__ __forceinline__ void load_b_row(
+      B& b, const TilePosition<T, kColumns>& position, int rows, int columns) {
+    const uint32_t words[4] = {
+        word(position.at(rows, columns)), word(position.at_4_below(rows, columns)),
+        word(position.at(rows, columns + 8)), word(position.at_4_below(rows, columns + 8))};
+    split<T>(b.r, words);
   }
 
   static __device__ __forceinline__ void multiply(float (&d)[4], const A& a, const B& b, int half) {
@@ -165,41 +231,71 @@ __device__ __forceinline__ void multiply_tiles(
     float (&d)[kM][kN][4], const TileA& a_tile, int m, const TileB& b_tile, int n, int k, int k_end) {
   static_assert(kN % 2 == 0, "B fragments are two mma wide");
   // A 3xTF32 fragment takes twice the registers, and every product in flight has its own sums. 3xTF32 therefore holds
-  // one fragment of each operand and reloads B for every 16 rows; its three mma per product hide the loads.
+  // the fragments of A, of which there are fewer, and one of B; its three mma per product hide the loads.
   constexpr bool kSingle = Mma::kProducts == 3 && kN > 2;
   constexpr int kFragments = kSingle ? 1 : kN / 2;
+  constexpr int kRowFragments = kSingle ? kM : 1;
+  const auto a_position = [&] {
+    if constexpr (kMajorA == Major::kRow) {
+      return Mma::a_row(a_tile, m);
+    } else {
+      return Mma::a_column(a_tile, m);
+    }
+  }();
+  const auto b_position = [&] {
+    if constexpr (kMajorB == Major::kRow) {
+      return Mma::b_row(b_tile, n);
+    } else {
+      return Mma::b_column(b_tile, n);
+    }
+  }();
   const auto load_b = [&](typename Mma::B& b, int j) {
     if constexpr (kMajorB == Major::kRow) {
-      Mma::load_b_row(b, b_tile, k, n + 16 * j);
+      Mma::load_b_row(b, b_position, k, 16 * j);
     } else {
-      Mma::load_b_column(b, b_tile, k, n + 16 * j);
+      Mma::load_b_column(b, b_position, 16 * j, k);
     }
+  };
+  const auto load_a = [&](typename Mma::A& a, int i) {
+    if constexpr (kMajorA == Major::kRow) {
+      Mma::load_a_row(a, a_position, 16 * i, k);
+    } else {
+      Mma::load_a_column(a, a_position, k, 16 * i);
+    }
+  };
+  const auto multiply = [&](const typename Mma::A& a, const typename Mma::B& b, int i, int j) {
+    Mma::multiply(d[i][2 * j], a, b, 0);
+    Mma::multiply(d[i][2 * j + 1], a, b, 1);
   };
 #pragma unroll kUnroll
   for (; k < k_end; k += Mma::kStep) {
+    typename Mma::A a[kRowFragments];
     typename Mma::B b[kFragments];
-    if constexpr (!kSingle) {
+    if constexpr (kSingle) {
 #pragma unroll
-      for (int j = 0; j < kFragments; ++j) {
-        load_b(b[j], j);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kM; ++i) {
-      typename Mma::A a;
-      if constexpr (kMajorA == Major::kRow) {
-        Mma::load_a_row(a, a_tile, m + 16 * i, k);
-      } else {
-        Mma::load_a_column(a, a_tile, m + 16 * i, k);
+      for (int i = 0; i < kM; ++i) {
+        load_a(a[i], i);
       }
 #pragma unroll
       for (int j = 0; j < kN / 2; ++j) {
-        if constexpr (kSingle) {
-          load_b(b[0], j);
+        load_b(b[0], j);
+#pragma unroll
+        for (int i = 0; i < kM; ++i) {
+          multiply(a[i], b[0], i, j);
         }
-        const auto& columns = b[kSingle ? 0 : j];
-        Mma::multiply(d[i][2 * j], a, columns, 0);
-        Mma::multiply(d[i][2 * j + 1], a, columns, 1);
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kN / 2; ++j) {
+        load_b(b[j], j);
+      }
+#pragma unroll
+      for (int i = 0; i < kM; ++i) {
+        load_a(a[0], i);
+#pragma unroll
+        for (int j = 0; j < kN / 2; ++j) {
+          multiply(a[0], b[j], i, j);
+        }
       }
     }
   }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include <cuda_runtime.h>
 
@@ -60,6 +61,7 @@ struct DeltaParams {
   int positions;
   int position_blocks;
   const void* grad_logsumexp;  // (B, N), accumulator type; or null
+  bool rounds_to_tf32;         // grad_output, as the products of dP do
 };
 
 // A block has 32 positions and each of its warps every eighth channel, so that a warp's loads are adjacent.
@@ -77,7 +79,11 @@ __global__ void __launch_bounds__(kRowThreads) delta_kernel(const DeltaParams p)
     const T* out = static_cast<const T*>(p.output.data) + sample * p.output.batch_stride + position;
 #pragma unroll 4
     for (int c = warp; c < p.channels; c += kWarps) {
-      sum += to_accumulator(grad[c * p.grad_output.row_stride]) * to_accumulator(out[c * p.output.row_stride]);
+      Real factor = to_accumulator(grad[c * p.grad_output.row_stride]);
+      if constexpr (std::is_same_v<T, float>) {
+        factor = p.rounds_to_tf32 ? round_to_tf32(factor) : factor;
+      }
+      sum += factor * to_accumulator(out[c * p.output.row_stride]);
     }
     if (p.output_low.data != nullptr) {
       const T* low = static_cast<const T*>(p.output_low.data) + sample * p.output_low.batch_stride + position;

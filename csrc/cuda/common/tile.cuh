@@ -57,6 +57,39 @@ struct SharedTile {
   }
 };
 
+// An element of a tile, from which others are reached without the permutation: a step of eight rows leaves it as it is,
+// and a step along the columns is an XOR of the chunk. The kernels compute a position once for each lane and tile. The
+// elements of a warp's fragments then differ by a constant or by one XOR.
+//
+// Columns are stepped by a multiple of kPerChunk, and the bits of the distance, in chunks, are zero in the column of
+// the position: a warp's columns start at a multiple of their number rounded up to a power of two.
+template <class T, int kColumns>
+class TilePosition {
+  using Tile = SharedTile<T, kColumns>;
+  static constexpr int kPermuted = 7;  // the bits of a chunk's index that a permutation can change
+
+  unsigned char* tile_;
+  int offset_;
+
+  __device__ __forceinline__ T* moved(int rows, int columns, int flipped) const {
+    const int chunks = columns / Tile::kPerChunk;
+    const int permuted = (chunks & kPermuted) ^ flipped;
+    return reinterpret_cast<T*>(
+        tile_ + (offset_ ^ (permuted << 4)) + (rows * Tile::kRowBytes + (chunks & ~kPermuted) * 16));
+  }
+
+ public:
+  __device__ __forceinline__ TilePosition(const Tile& tile, int row, int column)
+      : tile_(tile.data),
+        offset_(static_cast<int>(reinterpret_cast<unsigned char*>(tile.at(row, column)) - tile.data)) {}
+
+  // `rows` is a multiple of 8.
+  __device__ __forceinline__ T* at(int rows, int columns) const { return moved(rows, columns, 0); }
+
+  // The element four rows further down; the row of the position is at most 3 above a multiple of 8.
+  __device__ __forceinline__ T* at_4_below(int rows, int columns) const { return moved(rows + 4, columns, 1); }
+};
+
 // A thread's share of a tile that a block of kThreads copies: the same 16-byte chunk of every kRowStep-th row, starting
 // at (row(), column()).
 template <int kThreads, class T, int kColumns>
@@ -73,11 +106,26 @@ struct CopyShare {
 // Starts this thread's share of a copy of `rows` rows. `from` is the source's element at this thread's CopyShare. The
 // source has `rows_inside` rows and `columns_inside` columns from the tile's corner on; the copy writes zeros past
 // them. Nothing is read there, so the address need only be aligned.
-template <int kThreads, class T, int kColumns>
+//
+// kRows: `rows` where it is a constant, 0 where it is not. A tile of constant size inside the source is copied without
+// bounds and by constant steps.
+template <int kThreads, int kRows = 0, class T, int kColumns>
 __device__ __forceinline__ void copy_share_async(
     const SharedTile<T, kColumns>& tile, const T* from, int64_t stride, int rows, int rows_inside, int columns_inside) {
+  using Tile = SharedTile<T, kColumns>;
   using Share = CopyShare<kThreads, T, kColumns>;
-  constexpr int kPerChunk = SharedTile<T, kColumns>::kPerChunk;
+  constexpr int kPerChunk = Tile::kPerChunk;
+  if constexpr (kRows > 0) {
+    static_assert(kRows % Share::kRowStep == 0 && Share::kRowStep % 8 == 0, "all threads copy rows of one permutation");
+    if (kRows <= rows_inside && kColumns <= columns_inside) {
+      unsigned char* to = tile.chunk(Share::row(), Share::column());
+#pragma unroll
+      for (int i = 0; i < kRows / Share::kRowStep; ++i, from += Share::kRowStep * stride) {
+        ptx::cp_async_16(to + i * Share::kRowStep * Tile::kRowBytes, from, 16);
+      }
+      return;
+    }
+  }
   const int left = columns_inside - Share::column();
   const int inside = left >= kPerChunk ? 16 : left > 0 ? left * static_cast<int>(sizeof(T)) : 0;
   // Not unrolled: the addresses of several rows would take registers that the accumulators need.
@@ -88,12 +136,13 @@ __device__ __forceinline__ void copy_share_async(
 }
 
 // Starts the copy of rows [row, row + rows) and columns [column, column + kColumns) of `source`, with zeros past its
-// edges. `column` is a multiple of 16 bytes. All kThreads threads of the block call it; the caller commits.
-template <int kThreads, class T, int kColumns>
+// edges. `column` is a multiple of 16 bytes. All kThreads threads of the block call it; the caller commits. kRows as in
+// copy_share_async.
+template <int kThreads, int kRows = 0, class T, int kColumns>
 __device__ __forceinline__ void copy_tile_async(
     const SharedTile<T, kColumns>& tile, const GlobalMatrix<T>& source, int row, int rows, int column) {
   using Share = CopyShare<kThreads, T, kColumns>;
-  copy_share_async<kThreads>(
+  copy_share_async<kThreads, kRows>(
       tile, source.data + (row + Share::row()) * source.stride + column + Share::column(), source.stride, rows,
       source.rows - row, source.columns - column);
 }

@@ -2,6 +2,10 @@
 // float64, and shapes that no tensor-core tile fits, run on simt.cuh.
 #pragma once
 
+#include <cmath>
+#include <limits>
+#include <numbers>
+
 #include "checks/position.h"
 #include "cuda/common/aligned.h"
 #include "cuda/common/launch_context.h"
@@ -97,6 +101,15 @@ WeightedSumPlan weighted_sum_plan(const PositionSizes& sizes, const DeviceLimits
       static_cast<int>(sizes.value_channels), limits);
 }
 
+inline void set_base2(WeightedSumParams& params) {
+  const double scale = std::abs(static_cast<double>(params.scale));
+  const float rounded = static_cast<float>(scale / std::numbers::ln2);
+  params.scale_log2 = rounded == 0.0f ? std::numeric_limits<float>::denorm_min() : rounded;
+  const double ln2 = rounded == 0.0f ? std::numbers::ln2 : scale / params.scale_log2;
+  params.ln2 = static_cast<float>(ln2);
+  params.ln2_low = static_cast<float>(ln2 - params.ln2);
+}
+
 inline WeightedSumParams weighted_sum_params(
     const WeightedSumPlan& plan, const PositionSizes& sizes, double scale, Owned owned) {
   WeightedSumParams params{};
@@ -106,6 +119,7 @@ inline WeightedSumParams weighted_sum_params(
   params.key_channels = static_cast<int>(sizes.key_channels);
   params.value_channels = static_cast<int>(sizes.value_channels);
   params.scale = static_cast<float>(scale);
+  set_base2(params);
   params.owned_blocks = plan.owned_blocks;
   params.channel_blocks = plan.channel_blocks;
   params.splits = plan.splits;

@@ -37,6 +37,11 @@ struct WeightedSumParams {
   int key_channels;    // E
   int value_channels;  // C
   float scale;
+  // Forward: the energies in base 2 are q.k * scale_log2, but for the sign of scale. scale_log2 is |scale| * log2(e)
+  // rounded to float32, at least the smallest number above 0, so that masked energies stay -inf. ln2 + ln2_low is
+  // |scale| / scale_log2, ln(2) but for that rounding: the factor of the logsumexp in base 2.
+  float scale_log2;
+  float ln2, ln2_low;
   int owned_blocks;
   int channel_blocks;
   int splits;

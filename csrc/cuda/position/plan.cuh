@@ -6,7 +6,8 @@
 //             Narrow     128 positions x 128 channels, E <= 64   70,744, three stages
 //             WideAny    128 positions x 256 channels, any E     384 E + 50,264: E <= 128 at 99 KB
 //             NarrowAny   64 positions x 128 channels, any E     256 E + 25,144: E <= 288 at 99 KB, 800 on sm_90
-//   TF32      WideAny    128 positions x 256 channels, any E     640 E + 50,264: E <= 72 at 99 KB. 3xTF32 has only 128
+//   TF32      Wide       128 positions x 256 channels, E <= 64   91,264, two stages; not 3xTF32
+//             WideAny    128 positions x 256 channels, any E     640 E + 50,264: E <= 72 at 99 KB. 3xTF32 has only 128
 //                        channels: with 192, its fragments and the sums of a step spilled beside 96 accumulators
 //             NarrowAny   64 positions x 128 channels, any E     384 E + 25,144: E <= 192 at 99 KB, 536 on sm_90
 // and of the query and key gradient, with E rounded up to 64:
@@ -36,12 +37,13 @@ namespace segattn::cuda {
 template <class Mma>
 struct WeightedSumTiles {
   static constexpr int kResident = 64 / Mma::kStep;  // mma steps of the owned fragments that stay in registers
-  using Wide = WeightedSumTraits<Mma, 128, 256, 4, 3, kResident, 1>;
+  using Wide = WeightedSumTraits<Mma, 128, 256, 4, sizeof(typename Mma::Element) == 2 ? 3 : 2, kResident, 1>;
   using Narrow = WeightedSumTraits<Mma, 128, 128, 4, 3, kResident, 1>;
   using WideAny = WeightedSumTraits<Mma, 128, Mma::kProducts == 3 ? 128 : 256, 4, 2, 0, 1>;
   using NarrowAny = WeightedSumTraits<Mma, 64, 128, 4, 2, 0, 2>;
-  // TF32 fragments take twice the registers, and 3xTF32 fragments twice as many again: no room for resident ones.
-  static constexpr bool kHasResident = sizeof(typename Mma::Element) == 2;
+  // 3xTF32 fragments take twice the registers: no room for resident ones.
+  static constexpr bool kHasWide = Mma::kProducts == 1;
+  static constexpr bool kHasNarrow = sizeof(typename Mma::Element) == 2;
 };
 
 template <class Traits>
@@ -54,12 +56,15 @@ constexpr bool weighted_sum_fits(int key_channels, int shared_limit) {
 template <class Mma, class Visit>
 bool with_weighted_sum_tile(int key_channels, int channels, int shared_limit, const Visit& visit) {
   using Tiles = WeightedSumTiles<Mma>;
-  if constexpr (Tiles::kHasResident) {
+  if constexpr (Tiles::kHasNarrow) {
     if (channels <= Tiles::Narrow::kChannels && weighted_sum_fits<typename Tiles::Narrow>(key_channels, shared_limit)) {
       visit.template operator()<typename Tiles::Narrow>();
       return true;
     }
-    if (weighted_sum_fits<typename Tiles::Wide>(key_channels, shared_limit)) {
+  }
+  if constexpr (Tiles::kHasWide) {
+    if ((Tiles::kHasNarrow || channels > Tiles::NarrowAny::kChannels) &&
+        weighted_sum_fits<typename Tiles::Wide>(key_channels, shared_limit)) {
       visit.template operator()<typename Tiles::Wide>();
       return true;
     }

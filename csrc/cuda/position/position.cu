@@ -115,7 +115,8 @@ Backward position_attention_backward(
     const std::optional<FeatureMap> low =
         output_low.has_value() ? std::optional(feature_map(*output_low)) : std::nullopt;
     call.delta = delta_of(
-        context, call.grad_output, feature_map(output), low, call.grad_logsumexp, {sizes.batch, sizes.queries});
+        context, call.grad_output, feature_map(output), low, call.grad_logsumexp, {sizes.batch, sizes.queries},
+        rounds_weight_gradients_to_tf32(context, sizes));
   }
   bool value_done = !needs_value, query_key_done = !uses_value;
   with_mma(context.arithmetic, [&]<class Mma>() {

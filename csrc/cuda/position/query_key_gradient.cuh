@@ -15,7 +15,9 @@
 // For 16-bit types, delta is computed from the output before rounding. For float32, the block also computes mean_key =
 // sum_j P_ij key_j and grad_sum = sum_j dS_ij. Over all keys of the logsumexp, grad_sum is the gradient of the
 // logsumexp, 0 without one, except for errors of delta; sum_partials_kernel subtracts the product of this error with
-// mean_key from grad_query.
+// mean_key from grad_query. grad_key has no such remedy. With TF32, delta is therefore the sum of P dP as closely as it
+// can be known without another pass: of grad_output rounded to TF32, and of an output that is divided by the sum of the
+// rounded weights (weighted_sum_softmax.cuh).
 #pragma once
 
 #include <cstdint>
@@ -68,6 +70,7 @@ struct QueryKeyGradientTraits {
   static constexpr __host__ __device__ int key_channel_rows(int key_channels) {
     return kKeepsQueryGradient ? kGradientRows : round_up(key_channels, kGradientRows);
   }
+  static constexpr int kKeptRows = kKeepsQueryGradient ? kGradientRows : 0;  // key_channel_rows where it is a constant
   static constexpr int kStageBytes = QueryTile::bytes(kChunk) + KeyTile::bytes(kChunk);
   static constexpr int kGradientBytes = KeyTile::bytes(kQueries);  // dS, [query][key]
   // P, laid out like dS, and each key warp's partial of grad_sum
@@ -128,29 +131,53 @@ struct QueryKeyGradient {
     return p.grad_key_partials + (range * p.batch + sample) * p.key_channels * p.padded_keys;
   }
 
-  // The next chunk to copy into the ring. Copies run through all chunks of all tiles in the order of multiplication.
-  int copy_query_block, copy_key_block, copy_chunk, copy_slot;
+  // The next chunk to copy into the ring, and this thread's sources in it. Copies run through all chunks of all tiles
+  // in the order of multiplication.
+  int copy_query_block, copy_key_block, copy_channel;
+  int copy_stage;  // bytes
+  const Element* next_grad_output;
+  const Element* next_value;
 
   float grad_query_sums[kRowTiles][kQueryTiles][4];
 
-  __device__ __forceinline__ unsigned char* slot(int index) const { return ring_shared + index * Traits::kStageBytes; }
+  static __device__ __forceinline__ int next_stage(int stage) {
+    return stage + Traits::kStageBytes == Traits::kStages * Traits::kStageBytes ? 0 : stage + Traits::kStageBytes;
+  }
+
+  // This thread's sources in the first chunk of a tile.
+  __device__ __forceinline__ void start_copies_of_tile() {
+    using QueryShare = CopyShare<Traits::kThreads, Element, Traits::kQueries>;
+    using KeyShare = CopyShare<Traits::kThreads, Element, Traits::kKeys>;
+    const auto source = [&](const Operand& operand, int row, int column) {
+      return static_cast<const Element*>(operand.data) + sample * operand.batch_stride + row * operand.row_stride +
+          column;
+    };
+    copy_channel = 0;
+    next_grad_output =
+        source(p.grad_output, QueryShare::row(), copy_query_block * Traits::kQueries + QueryShare::column());
+    next_value = source(p.value, KeyShare::row(), copy_key_block * Traits::kKeys + KeyShare::column());
+  }
 
   __device__ __forceinline__ void copy_next_chunk() {
     if (copy_query_block < end_query_block) {
-      const int row = copy_chunk * Traits::kChunk;
-      copy_tile_async<Traits::kThreads>(
-          QueryTile(slot(copy_slot)), matrix(p.grad_output, p.value_channels, p.queries), row, Traits::kChunk,
-          copy_query_block * Traits::kQueries);
-      copy_tile_async<Traits::kThreads>(
-          KeyTile(slot(copy_slot) + QueryTile::bytes(Traits::kChunk)), matrix(p.value, p.value_channels, keys()), row,
-          Traits::kChunk, copy_key_block * Traits::kKeys);
-      copy_slot = copy_slot + 1 == Traits::kStages ? 0 : copy_slot + 1;
-      if (++copy_chunk == chunks) {
-        copy_chunk = 0;
+      const int channels_left = p.value_channels - copy_channel;
+      unsigned char* stage = ring_shared + copy_stage;
+      copy_share_async<Traits::kThreads, Traits::kChunk>(
+          QueryTile(stage), next_grad_output, p.grad_output.row_stride, Traits::kChunk, channels_left,
+          p.queries - copy_query_block * Traits::kQueries);
+      copy_share_async<Traits::kThreads, Traits::kChunk>(
+          KeyTile(stage + QueryTile::bytes(Traits::kChunk)), next_value, p.value.row_stride, Traits::kChunk,
+          channels_left, keys() - copy_key_block * Traits::kKeys);
+      copy_stage = next_stage(copy_stage);
+      copy_channel += Traits::kChunk;
+      next_grad_output += Traits::kChunk * p.grad_output.row_stride;
+      next_value += Traits::kChunk * p.value.row_stride;
+      if (copy_channel >= p.value_channels) {
         if (++copy_key_block == end_key_block) {
           copy_key_block = first_key_block;
           ++copy_query_block;
         }
+        start_copies_of_tile();
       }
     }
   }
@@ -225,33 +252,60 @@ struct QueryKeyGradient {
   }
 
   // Turns q.k (`energies`) and dP into dS and stores it in shared memory. Queries past the end have grad_output and
-  // delta 0, hence dS 0; for keys past the end dS is set to 0.
+  // delta 0, hence dS 0; keys past the end get a weight of 0, since the one computed from their energy of 0 can be
+  // infinite.
   __device__ __forceinline__ void store_energy_gradient(
-      const float (&energies)[kM][kN][4], const float (&weight_gradients)[kM][kN][4], int key_block) {
-    const int lane = lane_index();
-    const KeyTile tile(gradient_shared), weight_tile(weight_shared);
-    const int keys_left = keys() - key_block * Traits::kKeys;
+      float (&energies)[kM][kN][4], const float (&weight_gradients)[kM][kN][4], int key_block) {
+    const int lane = lane_index(), first_row = warp_query() + lane / 4, first_column = warp_key() + lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < kM; ++i) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int row = warp_query() + 16 * i + lane / 4 + 8 * h;
-        const float row_logsumexp = logsumexp_shared[row], row_delta = delta_shared[row];
+        const float row_logsumexp = logsumexp_shared[first_row + 16 * i + 8 * h];
+#pragma unroll
+        for (int j = 0; j < kN; ++j) {
+#pragma unroll
+          for (int c = 2 * h; c < 2 * h + 2; ++c) {
+            energies[i][j][c] = ptx::exp2_approx((energies[i][j][c] * p.scale - row_logsumexp) * kLog2E);
+          }
+        }
+      }
+    }
+    const int keys_left = keys() - key_block * Traits::kKeys;
+    if (keys_left < Traits::kKeys) {
+#pragma unroll
+      for (int j = 0; j < kN; ++j) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          if (first_column + 8 * j + c % 2 >= keys_left) {
+#pragma unroll
+            for (int i = 0; i < kM; ++i) {
+              energies[i][j][c] = 0.0f;
+            }
+          }
+        }
+      }
+    }
+    const TilePosition position(KeyTile(gradient_shared), first_row, first_column);
+    const TilePosition weight_position(KeyTile(weight_shared), first_row, first_column);
+#pragma unroll
+    for (int i = 0; i < kM; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = 16 * i + 8 * h;
+        const float row_delta = delta_shared[first_row + row];
         float row_sum = 0.0f;
 #pragma unroll
         for (int j = 0; j < kN; ++j) {
-          const int column = warp_key() + 8 * j + lane % 4 * 2;
           float weight[2], gradient[2];
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
-            weight[c] = ptx::exp2_approx((energies[i][j][2 * h + c] * p.scale - row_logsumexp) * kLog2E);
-            gradient[c] = column + c < keys_left ? weight[c] * (weight_gradients[i][j][2 * h + c] - row_delta) : 0.0f;
+            weight[c] = energies[i][j][2 * h + c];
+            gradient[c] = weight[c] * (weight_gradients[i][j][2 * h + c] - row_delta);
           }
-          store_pair(tile.at(row, column), gradient[0], gradient[1]);
-          if constexpr (Traits::kCorrectsQueryGradient) {  // past the end the key is 0, but the weight can be infinite
-            store_pair(
-                weight_tile.at(row, column), column < keys_left ? weight[0] : 0.0f,
-                column + 1 < keys_left ? weight[1] : 0.0f);
+          store_pair(position.at(row, 8 * j), gradient[0], gradient[1]);
+          if constexpr (Traits::kCorrectsQueryGradient) {
+            store_pair(weight_position.at(row, 8 * j), weight[0], weight[1]);
             row_sum += gradient[0] + gradient[1];
           }
         }
@@ -259,7 +313,7 @@ struct QueryKeyGradient {
           row_sum += __shfl_xor_sync(0xffffffffu, row_sum, 1);
           row_sum += __shfl_xor_sync(0xffffffffu, row_sum, 2);
           if (lane % 4 == 0) {
-            grad_sum_shared[warp_index() % Traits::kKeyWarps * Traits::kQueries + row] += row_sum;
+            grad_sum_shared[warp_index() % Traits::kKeyWarps * Traits::kQueries + first_row + row] += row_sum;
           }
         }
       }
@@ -357,26 +411,27 @@ struct QueryKeyGradient {
 
     copy_query_block = first_query_block;
     copy_key_block = first_key_block;
-    copy_chunk = copy_slot = 0;
+    copy_stage = 0;
+    start_copies_of_tile();
 #pragma unroll
     for (int n = 0; n + 1 < Traits::kStages; ++n) {
       copy_next_chunk();
       ptx::cp_async_commit();
     }
 
-    int current_slot = 0;
+    int stage = 0;  // bytes
     for (int query_block = first_query_block; query_block < end_query_block; ++query_block) {
       clear(grad_query_sums);
       for (int key_block = first_key_block; key_block < end_key_block; ++key_block) {
         __syncthreads();  // the last tile's query, key and dS are no longer read
         if (key_block == first_key_block) {
-          copy_tile_async<Traits::kThreads>(
+          copy_tile_async<Traits::kThreads, Traits::kKeptRows>(
               QueryTile(query_shared), matrix(p.query, p.key_channels, p.queries), 0, key_channel_rows,
               query_block * Traits::kQueries);
           load_statistics(query_block);
         }
         // These copies join the commit group of the next chunk and arrive with it.
-        copy_tile_async<Traits::kThreads>(
+        copy_tile_async<Traits::kThreads, Traits::kKeptRows>(
             KeyTile(key_shared), matrix(p.key, p.key_channels, keys()), 0, key_channel_rows, key_block * Traits::kKeys);
 
         float weight_gradients[kM][kN][4];
@@ -387,9 +442,9 @@ struct QueryKeyGradient {
           copy_next_chunk();
           ptx::cp_async_commit();
           multiply_tiles<Mma, Major::kColumn, Major::kRow, 2>(
-              weight_gradients, QueryTile(slot(current_slot)), warp_query(),
-              KeyTile(slot(current_slot) + QueryTile::bytes(Traits::kChunk)), warp_key(), 0, Traits::kChunk);
-          current_slot = current_slot + 1 == Traits::kStages ? 0 : current_slot + 1;
+              weight_gradients, QueryTile(ring_shared + stage), warp_query(),
+              KeyTile(ring_shared + stage + QueryTile::bytes(Traits::kChunk)), warp_key(), 0, Traits::kChunk);
+          stage = next_stage(stage);
         }
         if (chunks < Traits::kStages) {  // no wait above has covered the group of query and key
           ptx::cp_async_wait<0>();

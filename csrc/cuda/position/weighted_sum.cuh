@@ -41,7 +41,7 @@ struct WeightedSum : WeightedSumSoftmax<Traits_, kSum, kKeys> {
   using Softmax::compute_energies, Softmax::compute_weights, Softmax::end_step, Softmax::factors, Softmax::first_step;
   using Softmax::key_channel_rows, Softmax::key_count, Softmax::load_owned_fragments, Softmax::owned_shared, Softmax::p,
       Softmax::rescales;
-  using Softmax::row_max, Softmax::row_sum, Softmax::store_weights, Softmax::streamed_logsumexp;
+  using Softmax::row_max, Softmax::row_sum, Softmax::rounded_sum, Softmax::store_weights, Softmax::streamed_logsumexp;
   using Softmax::streamed_positions, Softmax::streamed_shared, Softmax::weight_shared;
 
   unsigned char* value_shared;
@@ -49,44 +49,56 @@ struct WeightedSum : WeightedSumSoftmax<Traits_, kSum, kKeys> {
   // This thread's source in the next streamed tile and the next value tile. Both advance along the positions.
   const Element* next_streamed;
   const Element* next_values;
+  int end_inside;     // the end of the steps whose streamed and value tiles have no edge
+  bool has_channels;  // the last channel block can leave warps without channels
   WeightedSumAccumulators<Traits> sums;
 
-  __device__ __forceinline__ void copy_streamed(int step) {
-    if (step < end_step) {
-      const int slot = (step - first_step) % Traits::kStages;
-      copy_share_async<Traits::kThreads>(
+  // kInside: the tile has no edge, and the step is before the end.
+  template <bool kInside>
+  __device__ __forceinline__ void copy_streamed(int step, int slot) {
+    if (kInside || step < end_step) {
+      copy_share_async<Traits::kThreads, Traits::kResidentSteps * Mma::kStep>(
           StreamedTile(streamed_shared + slot * StreamedTile::bytes(key_channel_rows)), next_streamed,
-          p.streamed.row_stride, key_channel_rows, p.key_channels, streamed_positions() - step * Traits::kStreamed);
+          p.streamed.row_stride, key_channel_rows, kInside ? key_channel_rows : p.key_channels,
+          kInside ? Traits::kStreamed : streamed_positions() - step * Traits::kStreamed);
       next_streamed += Traits::kStreamed;
     }
   }
-
-  __device__ __forceinline__ void copy_values(int step) {
-    if (step < end_step) {
-      const int slot = (step - first_step) % Traits::kStages;
-      copy_share_async<Traits::kThreads>(
+  template <bool kInside>
+  __device__ __forceinline__ void copy_values(int step, int slot) {
+    if (kInside || step < end_step) {
+      copy_share_async<Traits::kThreads, Traits::kChannels>(
           StreamedTile(value_shared + slot * Traits::kValueBytes), next_values, p.values.row_stride, Traits::kChannels,
-          p.value_channels - block_shared->first_channel, streamed_positions() - step * Traits::kStreamed);
+          kInside ? Traits::kChannels : p.value_channels - block_shared->first_channel,
+          kInside ? Traits::kStreamed : streamed_positions() - step * Traits::kStreamed);
       next_values += Traits::kStreamed;
     }
   }
 
   // Rescales the sums to the maximum energy that the weights of `step` were computed with.
   __device__ __forceinline__ void rescale_sums(int step) {
+    constexpr int kGroups = Traits::kWarpOwned / 16;
+    int rescale[kGroups];
     bool any_rescale = false;
 #pragma unroll
-    for (int i = 0; i < Traits::kWarpOwned / 16; ++i) {
-      any_rescale |= rescales[step % 2 * Traits::kWarps + Traits::warp_first_owned() / 16 + i] != 0;
+    for (int i = 0; i < kGroups; ++i) {
+      rescale[i] = rescales[step % 2 * Traits::kWarps + Traits::warp_first_owned() / 16 + i];
+      any_rescale |= rescale[i] != 0;
     }
     if (any_rescale) {
-      multiply_sums(factors + step % 2 * Traits::kOwned);
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i) {
+        if (rescale[i] != 0) {
+          multiply_sums(factors + step % 2 * Traits::kOwned, i);
+        }
+      }
     }
   }
 
-  // per_owned: [kOwned]
-  __device__ __forceinline__ void multiply_sums(const float* per_owned) {
+  // Multiplies the sums of the warp's positions [16 group, 16 group + 16). per_owned: [kOwned]
+  __device__ __forceinline__ void multiply_sums(const float* per_owned, int group) {
 #pragma unroll
-    for (int j = 0; j < Traits::kOwnedTiles; ++j) {
+    for (int j = 2 * group; j < 2 * group + 2; ++j) {
       const float2 factor =
           *reinterpret_cast<const float2*>(per_owned + Traits::warp_first_owned() + 8 * j + lane_index() % 4 * 2);
 #pragma unroll
@@ -99,14 +111,28 @@ struct WeightedSum : WeightedSumSoftmax<Traits_, kSum, kKeys> {
     }
   }
 
-  __device__ __forceinline__ void multiply_values(int step, int k, int k_end) {
-    if (block_shared->first_channel + Traits::warp_first_channel() >= p.value_channels) {
-      return;  // the last channel block can leave warps without channels
+  __device__ __forceinline__ void multiply_values(int step, int slot, int k, int k_end) {
+    if (has_channels) {
+      const StreamedTile value_tile(value_shared + slot * Traits::kValueBytes);
+      const typename Traits::ReadyStreamedTile weight_tile(weight_shared + step % 2 * Traits::kWeightBytes);
+      multiply_tiles<Mma, Major::kRow, Major::kColumn, 2>(
+          sums, value_tile, Traits::warp_first_channel(), weight_tile, Traits::warp_first_owned(), k, k_end);
     }
-    const StreamedTile value_tile(value_shared + (step - first_step) % Traits::kStages * Traits::kValueBytes);
-    const StreamedTile weight_tile(weight_shared + step % 2 * Traits::kWeightBytes);
-    multiply_tiles<Mma, Major::kRow, Major::kColumn, 2>(
-        sums, value_tile, Traits::warp_first_channel(), weight_tile, Traits::warp_first_owned(), k, k_end);
+  }
+
+  // Rounds the arrived tile of `slot` where the products take rounded elements.
+  __device__ __forceinline__ void round_streamed(int slot) {
+    if constexpr (Traits::kRoundsTiles) {
+      round_share<Traits::kThreads>(
+          StreamedTile(streamed_shared + slot * StreamedTile::bytes(key_channel_rows)), key_channel_rows);
+    }
+  }
+
+  // Of the four lanes that share a row.
+  static __device__ __forceinline__ float sum_of_row(float sum) {
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    return sum;
   }
 
   // kForward: divides by the sums of the weights and stores logsumexp. A block without kept keys has no steps: the
@@ -117,19 +143,21 @@ struct WeightedSum : WeightedSumSoftmax<Traits_, kSum, kKeys> {
     __syncthreads();  // every warp has read the factors of the last step
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float sum = row_sum[h];
-      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      const float sum = sum_of_row(row_sum[h]);
+      const float divisor = Traits::kRoundsTiles ? sum_of_row(rounded_sum[h]) : sum;
       const int row = 16 * warp_index() + lane / 4 + 8 * h;
       if (lane % 4 == 0) {
-        factors[row] = kKeys == Keys::kAll || first_step < end_step ? 1.0f / sum : 0.0f;
+        factors[row] = kKeys == Keys::kAll || first_step < end_step ? 1.0f / divisor : 0.0f;
         if (block_shared->channel_block == 0 && first_owned + row < p.owned_positions) {
-          logsumexp[first_owned + row] = row_max[h] + logf(sum);
+          logsumexp[first_owned + row] = __fmaf_rn(row_max[h], p.ln2, __fmaf_rn(row_max[h], p.ln2_low, logf(sum)));
         }
       }
     }
     __syncthreads();
-    multiply_sums(factors);
+#pragma unroll
+    for (int i = 0; i < Traits::kWarpOwned / 16; ++i) {
+      multiply_sums(factors, i);
+    }
   }
 
   __device__ __forceinline__ WeightedSum(const WeightedSumParams& params, unsigned char* shared) : Softmax(params) {
@@ -173,6 +201,10 @@ struct WeightedSum : WeightedSumSoftmax<Traits_, kSum, kKeys> {
     }
     const int steps = ceil_div(streamed_positions(), Traits::kStreamed);
     end_step = min(first_step + p.steps_per_split, steps);
+    const bool rows_inside =
+        key_channel_rows == p.key_channels && first_channel + Traits::kChannels <= p.value_channels;
+    end_inside = rows_inside ? min(end_step, streamed_positions() / Traits::kStreamed) : 0;
+    has_channels = first_channel + Traits::warp_first_channel() < p.value_channels;
 #pragma unroll
     for (int i = 0; i < Traits::kChannelTiles; ++i) {
 #pragma unroll
@@ -187,40 +219,56 @@ struct WeightedSum : WeightedSumSoftmax<Traits_, kSum, kKeys> {
     // Copy group n holds the streamed tile of step n and the values of step n - 1, which one iteration below consumes.
     copy_tile_async<Traits::kThreads>(
         typename Traits::OwnedTile(owned_shared), owned, 0, key_channel_rows, first_owned);
-    copy_streamed(first_step);
+    copy_streamed<false>(first_step, 0);
     ptx::cp_async_commit();
 #pragma unroll
     for (int n = 1; n < Traits::kStages; ++n) {
-      copy_streamed(first_step + n);
-      copy_values(first_step + n - 1);
+      copy_streamed<false>(first_step + n, n);
+      copy_values<false>(first_step + n - 1, n - 1);
       ptx::cp_async_commit();
     }
     ptx::cp_async_wait<Traits::kStages - 1>();
+    if constexpr (Traits::kRoundsTiles) {
+      round_share<Traits::kThreads>(typename Traits::OwnedTile(owned_shared), key_channel_rows);
+    }
+    round_streamed(0);
     __syncthreads();
     load_owned_fragments();
-    compute_energies(first_step);
+    compute_energies(0);
     compute_weights(first_step);
     store_weights(first_step);
 
+    int slot = 0;
     for (int step = first_step; step < end_step; ++step) {
+      const int previous_slot = slot == 0 ? Traits::kStages - 1 : slot - 1;
+      const int next_slot = slot == Traits::kStages - 1 ? 0 : slot + 1;
       ptx::cp_async_wait<Traits::kStages - 2>();
+      if (step + 1 < end_step) {
+        round_streamed(next_slot);
+      }
       __syncthreads();  // this step's tiles and weights have arrived, and the last step's are no longer read
-      copy_streamed(step + Traits::kStages);
-      copy_values(step + Traits::kStages - 1);
+      if (step + Traits::kStages < end_inside) {
+        copy_streamed<true>(step + Traits::kStages, slot);
+        copy_values<true>(step + Traits::kStages - 1, previous_slot);
+      } else {
+        copy_streamed<false>(step + Traits::kStages, slot);
+        copy_values<false>(step + Traits::kStages - 1, previous_slot);
+      }
       ptx::cp_async_commit();
       const bool more = step + 1 < end_step;
       if (more) {
-        compute_energies(step + 1);
+        compute_energies(next_slot);
       }
       if constexpr (kSum == PositionSum::kForward) {
         rescale_sums(step);
       }
-      multiply_values(step, 0, Traits::kStreamed / 2);
+      multiply_values(step, slot, 0, Traits::kStreamed / 2);
       if (more) {
         compute_weights(step + 1);
         store_weights(step + 1);
       }
-      multiply_values(step, Traits::kStreamed / 2, Traits::kStreamed);
+      multiply_values(step, slot, Traits::kStreamed / 2, Traits::kStreamed);
+      slot = next_slot;
     }
 
     if constexpr (kSum == PositionSum::kForward) {

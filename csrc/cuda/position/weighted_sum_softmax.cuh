@@ -3,6 +3,8 @@
 // warps.
 #pragma once
 
+#include <cfloat>
+
 #include <cuda_runtime.h>
 
 #include "cuda/common/element.cuh"
@@ -18,11 +20,12 @@ template <class Traits_, PositionSum kSum, Keys kKeys>
 struct WeightedSumSoftmax {
   using Traits = Traits_;
   using Mma = typename Traits::Mma;
-  using StreamedTile = typename Traits::StreamedTile;
+  using OwnedTile = typename Traits::ReadyOwnedTile;
+  using StreamedTile = typename Traits::ReadyStreamedTile;
   static constexpr int kEnergyTiles = Traits::kStreamed / 8;
-  // The accumulators are rescaled to a new maximum only if weights would exceed e^5.5 = 245. This almost never happens
-  // after the first few steps, and float16 weights stay finite.
-  static constexpr float kRescaleAbove = 5.5f;
+  // The accumulators are rescaled to a new maximum only if weights would exceed 2^8. This almost never happens after
+  // the first few steps, and float16 weights stay finite.
+  static constexpr float kRescaleAbove = 8.0f;
   // The weights of the value gradient are about 1 / positions. A factor of 2^10 makes them normal numbers in float16.
   static constexpr int kWeightExponent = 10;
   static constexpr float kWeightUnit = 1.0f / (1 << kWeightExponent);
@@ -31,7 +34,7 @@ struct WeightedSumSoftmax {
   unsigned char* owned_shared;
   unsigned char* streamed_shared;
   unsigned char* weight_shared;
-  float* factors;  // [2][kOwned]: the factor that rescales earlier sums to the step's maximum
+  float* factors;  // [2][kOwned]: the factor that rescales earlier sums to the step's maximum; where `rescales` is set
   int* rescales;   // [2][kWarps]: whether any of a warp's 16 factors is not 1
   const float* streamed_logsumexp;
   int key_channel_rows;
@@ -39,12 +42,17 @@ struct WeightedSumSoftmax {
   int key_count;  // Keys::kKept: of the sample
 
   typename Mma::A owned_fragments[Traits::kResidentSteps > 0 ? Traits::kResidentSteps : 1];
-  float energies[1][kEnergyTiles][4];  // q.k, then the energies, then the weights, all in place
-  float row_max[2], row_sum[2];        // of rows g and g + 8 of the warp's 16 positions
+  float energies[1][kEnergyTiles][4];  // q.k, then the weights, in place
+  // Of rows g and g + 8 of the warp's 16 positions. The maximum is of the energies times log2(e), and finite: -inf less
+  // -inf would be NaN.
+  float row_max[2], row_sum[2];
+  // Traits::kRoundsTiles: the sums of the rounded weights. The output is divided by them, so that a row with one large
+  // weight has the value of that weight, as if delta were summed from P and dP. The logsumexp is not.
+  float rounded_sum[2];
 
   __device__ __forceinline__ explicit WeightedSumSoftmax(const WeightedSumParams& params) : p(params) {
-    row_max[0] = row_max[1] = -INFINITY;
-    row_sum[0] = row_sum[1] = 0.0f;
+    row_max[0] = row_max[1] = -FLT_MAX;
+    row_sum[0] = row_sum[1] = rounded_sum[0] = rounded_sum[1] = 0.0f;
   }
 
   __device__ __forceinline__ int streamed_positions() const {
@@ -56,17 +64,16 @@ struct WeightedSumSoftmax {
   }
 
   __device__ __forceinline__ void load_owned_fragments() {
-    const typename Traits::OwnedTile tile(owned_shared);
+    const auto position = Mma::a_column(OwnedTile(owned_shared), 16 * warp_index());
 #pragma unroll
     for (int k = 0; k < Traits::kResidentSteps; ++k) {
-      Mma::load_a_column(owned_fragments[k], tile, 16 * warp_index(), k * Mma::kStep);
+      Mma::load_a_column(owned_fragments[k], position, k * Mma::kStep, 0);
     }
   }
 
-  // Leaves q.k in `energies`; compute_weights multiplies it by scale.
-  __device__ __forceinline__ void compute_energies(int step) {
-    const StreamedTile tile(
-        streamed_shared + (step - first_step) % Traits::kStages * StreamedTile::bytes(key_channel_rows));
+  // Leaves q.k in `energies`. slot: of the streamed tile in the ring.
+  __device__ __forceinline__ void compute_energies(int slot) {
+    const StreamedTile tile(streamed_shared + slot * StreamedTile::bytes(key_channel_rows));
 #pragma unroll
     for (int j = 0; j < kEnergyTiles; ++j) {
 #pragma unroll
@@ -75,102 +82,150 @@ struct WeightedSumSoftmax {
       }
     }
     if constexpr (Traits::kResidentSteps > 0) {
+      const auto position = Mma::b_row(tile, 0);
+      const auto multiply = [&](int k) {
 #pragma unroll
-      for (int k = 0; k < Traits::kResidentSteps; ++k) {
-        if (k * Mma::kStep < p.key_channels) {
+        for (int j = 0; j < kEnergyTiles; j += 2) {
+          typename Mma::B b;
+          Mma::load_b_row(b, position, k * Mma::kStep, 8 * j);
+          Mma::multiply(energies[0][j], owned_fragments[k], b, 0);
+          Mma::multiply(energies[0][j + 1], owned_fragments[k], b, 1);
+        }
+      };
+      if (p.key_channels > (Traits::kResidentSteps - 1) * Mma::kStep) {  // the usual case, without a branch for each k
 #pragma unroll
-          for (int j = 0; j < kEnergyTiles; j += 2) {
-            typename Mma::B b;
-            Mma::load_b_row(b, tile, k * Mma::kStep, 8 * j);
-            Mma::multiply(energies[0][j], owned_fragments[k], b, 0);
-            Mma::multiply(energies[0][j + 1], owned_fragments[k], b, 1);
+        for (int k = 0; k < Traits::kResidentSteps; ++k) {
+          multiply(k);
+        }
+      } else {
+#pragma unroll
+        for (int k = 0; k + 1 < Traits::kResidentSteps; ++k) {
+          if (k * Mma::kStep < p.key_channels) {
+            multiply(k);
           }
         }
       }
     } else {
-      multiply_tiles<Mma, Major::kColumn, Major::kRow, 1>(
-          energies, typename Traits::OwnedTile(owned_shared), 16 * warp_index(), tile, 0, 0, key_channel_rows);
+      multiply_tiles<Mma, Major::kColumn, Major::kRow, 2>(
+          energies, OwnedTile(owned_shared), 16 * warp_index(), tile, 0, 0, key_channel_rows);
     }
   }
 
-  // Turns q.k into weights, in registers; positions past the end have weight 0. The change to base 2 follows the
-  // subtraction: before it, the rounding error would grow with the energies.
-  __device__ __forceinline__ void compute_weights(int step) {
-    const int column = step * Traits::kStreamed + lane_index() % 4 * 2;
-    const bool edge = (step + 1) * Traits::kStreamed > streamed_positions();
+  // A weight as the products take it.
+  static __device__ __forceinline__ float rounded(float weight) {
+    if constexpr (Traits::kRoundsTiles) {
+      return round_to_tf32(weight);
+    } else {
+      return weight;
+    }
+  }
+
+  // Sets the elements of positions past the end.
+  __device__ __forceinline__ void mask_edge(int step, float value) {
+    const int left = streamed_positions() - step * Traits::kStreamed - lane_index() % 4 * 2;
+    if (left < Traits::kStreamed) {
 #pragma unroll
-    for (int j = 0; j < kEnergyTiles; ++j) {
+      for (int j = 0; j < kEnergyTiles; ++j) {
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        float& energy = energies[0][j][c];
-        energy *= p.scale;
-        if (edge && column + 8 * j + c % 2 >= streamed_positions()) {
-          energy = -INFINITY;
+        for (int c = 0; c < 4; ++c) {
+          energies[0][j][c] = 8 * j + c % 2 < left ? energies[0][j][c] : value;
         }
       }
     }
+  }
+
+  // Turns q.k into weights, in registers; positions past the end have weight 0.
+  __device__ __forceinline__ void compute_weights(int step) {
     if constexpr (kSum == PositionSum::kForward) {
       online_softmax(step);
     } else {
+      // The change to base 2 follows the subtraction: before it, the rounding error would grow with the energies.
+      const int column = step * Traits::kStreamed + lane_index() % 4 * 2;
 #pragma unroll
       for (int j = 0; j < kEnergyTiles; ++j) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          const int position = min(column + 8 * j + c, p.streamed_positions - 1);
-          const float shift = streamed_logsumexp[position];
-          energies[0][j][c] = ptx::exp2_approx((energies[0][j][c] - shift) * kLog2E + kWeightExponent);
-          energies[0][j][c + 2] = ptx::exp2_approx((energies[0][j][c + 2] - shift) * kLog2E + kWeightExponent);
+          const float shift = streamed_logsumexp[min(column + 8 * j + c, p.streamed_positions - 1)];
+#pragma unroll
+          for (int h = 0; h < 4; h += 2) {
+            float& energy = energies[0][j][c + h];
+            energy = rounded(ptx::exp2_approx(__fmaf_rn(__fmaf_rn(energy, p.scale, -shift), kLog2E, kWeightExponent)));
+          }
         }
       }
+      mask_edge(step, 0.0f);
     }
   }
 
+  // In base 2: q.k times scale_log2 less the maximum is rounded once, and the rounding of scale_log2 is the same for
+  // all energies (WeightedSumParams).
   __device__ __forceinline__ void online_softmax(int step) {
     const int lane = lane_index();
-    bool any_rescale = false;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float step_max = -INFINITY;
+    if (p.scale < 0.0f) {
 #pragma unroll
       for (int j = 0; j < kEnergyTiles; ++j) {
-        step_max = fmaxf(step_max, fmaxf(energies[0][j][2 * h], energies[0][j][2 * h + 1]));
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          energies[0][j][c] = -energies[0][j][c];
+        }
       }
-      step_max = fmaxf(step_max, __shfl_xor_sync(0xffffffffu, step_max, 1));
-      step_max = fmaxf(step_max, __shfl_xor_sync(0xffffffffu, step_max, 2));
-      const float before = row_max[h];
-      row_max[h] = step_max > before + kRescaleAbove ? step_max : before;
-      // While all energies are -inf, any finite shift gives weights of 0; -inf itself would give NaN.
-      const float shift = row_max[h] == -INFINITY ? 0.0f : row_max[h];
-      const float factor = ptx::exp2_approx((before - shift) * kLog2E);
-      float sum = 0.0f;
+    }
+    mask_edge(step, -INFINITY);
+    float step_max[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float most = fmaxf(energies[0][0][2 * h], energies[0][0][2 * h + 1]);
+#pragma unroll
+      for (int j = 1; j < kEnergyTiles; ++j) {
+        most = fmaxf(most, fmaxf(energies[0][j][2 * h], energies[0][j][2 * h + 1]));
+      }
+      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
+      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
+      step_max[h] = most * p.scale_log2;
+    }
+    const bool grows = step_max[0] > row_max[0] + kRescaleAbove || step_max[1] > row_max[1] + kRescaleAbove;
+    const bool any_grows = __any_sync(0xffffffffu, grows);
+    if (any_grows) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float before = row_max[h];
+        row_max[h] = step_max[h] > before + kRescaleAbove ? step_max[h] : before;
+        const float factor = ptx::exp2_approx(before - row_max[h]);
+        row_sum[h] *= factor;
+        rounded_sum[h] *= factor;
+        if (lane % 4 == 0) {
+          factors[step % 2 * Traits::kOwned + 16 * warp_index() + lane / 4 + 8 * h] = factor;
+        }
+      }
+    }
+    if (lane == 0) {
+      rescales[step % 2 * Traits::kWarps + warp_index()] = any_grows && step > first_step;
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
 #pragma unroll
       for (int j = 0; j < kEnergyTiles; ++j) {
 #pragma unroll
         for (int c = 2 * h; c < 2 * h + 2; ++c) {
-          energies[0][j][c] = ptx::exp2_approx((energies[0][j][c] - shift) * kLog2E);
-          sum += energies[0][j][c];
+          const float weight = ptx::exp2_approx(__fmaf_rn(energies[0][j][c], p.scale_log2, -row_max[h]));
+          row_sum[h] += weight;
+          energies[0][j][c] = rounded(weight);
+          if constexpr (Traits::kRoundsTiles) {
+            rounded_sum[h] += energies[0][j][c];
+          }
         }
       }
-      row_sum[h] = row_sum[h] * factor + sum;
-      any_rescale |= factor != 1.0f;
-      if (lane % 4 == 0) {
-        factors[step % 2 * Traits::kOwned + 16 * warp_index() + lane / 4 + 8 * h] = factor;
-      }
-    }
-    any_rescale = __any_sync(0xffffffffu, any_rescale);
-    if (lane == 0) {
-      rescales[step % 2 * Traits::kWarps + warp_index()] = any_rescale && step > first_step;
     }
   }
 
   __device__ __forceinline__ void store_weights(int step) {
     const int lane = lane_index();
-    const StreamedTile tile(weight_shared + step % 2 * Traits::kWeightBytes);
-    const int row = 16 * warp_index() + lane / 4;
+    const TilePosition position(
+        StreamedTile(weight_shared + step % 2 * Traits::kWeightBytes), 16 * warp_index() + lane / 4, lane % 4 * 2);
 #pragma unroll
     for (int j = 0; j < kEnergyTiles; ++j) {
-      store_pair(tile.at(row, 8 * j + lane % 4 * 2), energies[0][j][0], energies[0][j][1]);
-      store_pair(tile.at(row + 8, 8 * j + lane % 4 * 2), energies[0][j][2], energies[0][j][3]);
+      store_pair(position.at(0, 8 * j), energies[0][j][0], energies[0][j][1]);
+      store_pair(position.at(8, 8 * j), energies[0][j][2], energies[0][j][3]);
     }
   }
 };

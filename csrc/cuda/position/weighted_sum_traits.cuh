@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include <cuda_runtime.h>
 
@@ -51,8 +52,15 @@ struct WeightedSumTraits {
   static __device__ __forceinline__ int warp_first_owned() { return warp_index() / kChannelWarps * kWarpOwned; }
   static __device__ __forceinline__ int warp_first_channel() { return warp_index() % kChannelWarps * kWarpChannels; }
 
+  // Of the operands: the owned tile, and the streamed and value tiles.
   using OwnedTile = SharedTile<Element, kOwned>;
   using StreamedTile = SharedTile<Element, kStreamed>;
+  // TF32: owned and streamed elements are rounded in shared memory, once for all warps, and weights before they are
+  // stored. A value is loaded by two warps only.
+  using Ready = typename Mma::Ready;
+  static constexpr bool kRoundsTiles = !std::is_same_v<Ready, Element>;
+  using ReadyOwnedTile = SharedTile<Ready, kOwned>;
+  using ReadyStreamedTile = SharedTile<Ready, kStreamed>;  // and weights
 
   // Rows of the owned and streamed tiles.
   static constexpr __host__ __device__ int key_channel_rows(int key_channels) {
