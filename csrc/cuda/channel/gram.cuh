@@ -23,8 +23,8 @@ struct GramTraits {
   using Mma = Mma_;
   using T = typename Mma::Element;
   static constexpr int kTile = 128;  // channels of either operand
-  static constexpr int kDepth = 64;  // positions of a step: rows of 128 bytes
-  static constexpr int kStages = 3;
+  static constexpr int kDepth = 32;  // positions of a step: rows of 64 bytes
+  static constexpr int kStages = 5;  // 80 KB: two blocks on sm_80
   static constexpr int kThreads = 256;
   static constexpr int kWarpRows = 32, kWarpColumns = 64;  // 4 x 2 warps
   static constexpr int kTileBytes = SharedTile<T, kDepth>::bytes(kTile);
@@ -113,7 +113,7 @@ __device__ __forceinline__ void gram(const GramParams& p, unsigned char* shared)
     ptx::cp_async_wait<Traits::kStages - 2>();
     __syncthreads();  // this step's tiles have arrived, and the last step's are no longer read
     start_next();
-    multiply_tiles<Mma, Major::kRow, Major::kColumn, 4>(
+    multiply_tiles<Mma, Major::kRow, Major::kColumn, 2>(
         sums, tile(stage, 0), row, tile(stage, on_diagonal ? 0 : 1), column, 0, Traits::kDepth);
     stage = next_stage(stage);
   }
@@ -142,7 +142,7 @@ __device__ __forceinline__ void gram(const GramParams& p, unsigned char* shared)
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads) gram_kernel(const GramParams p) {
+__global__ void __launch_bounds__(Traits::kThreads, 2) gram_kernel(const GramParams p) {
   SEGATTN_DYNAMIC_SHARED(unsigned char, shared);
   gram<Traits>(p, shared);
 }

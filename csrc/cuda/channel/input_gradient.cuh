@@ -19,8 +19,8 @@ struct InputGradientTraits {
   using Mma = Mma_;
   using T = typename Mma::Element;
   static constexpr int kTile = 128;  // output channels, positions
-  static constexpr int kDepth = 64;  // contracted channels of a step
-  static constexpr int kStages = 3;
+  static constexpr int kDepth = 32;  // contracted channels of a step
+  static constexpr int kStages = 5;  // 80 KB: two blocks on sm_80
   static constexpr int kThreads = 256;
   static constexpr int kWarpRows = 32, kWarpColumns = 64;  // 4 x 2 warps
   static constexpr int kTileBytes = SharedTile<T, kTile>::bytes(kDepth);
@@ -89,7 +89,7 @@ __device__ __forceinline__ void input_gradient(const InputGradientParams& p, uns
     ptx::cp_async_wait<Traits::kStages - 2>();
     __syncthreads();  // this step's tiles have arrived, and the last step's are no longer read
     start_next();
-    multiply_tiles<Mma, Major::kColumn, Major::kRow, 4>(
+    multiply_tiles<Mma, Major::kColumn, Major::kRow, 2>(
         sums, tile(stage, 0), row, tile(stage, 1), column, 0, Traits::kDepth);
     stage = next_stage(stage);
   }
@@ -113,7 +113,7 @@ __device__ __forceinline__ void input_gradient(const InputGradientParams& p, uns
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads) channel_combine_kernel(const InputGradientParams p) {
+__global__ void __launch_bounds__(Traits::kThreads, 2) channel_combine_kernel(const InputGradientParams p) {
   SEGATTN_DYNAMIC_SHARED(unsigned char, shared);
   input_gradient<Traits>(p, shared);
 }
