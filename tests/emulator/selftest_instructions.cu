@@ -159,6 +159,7 @@ __global__ void shared_broadcast(const float* in, float* out, int size) {
 // Reads float4 number size * lane
 __global__ void shared_vector(const float*, float* out, int size) {
   SEGATTN_DYNAMIC_SHARED(float4, tile);
+  tile[size * int(threadIdx.x)] = make_float4(1, 2, 3, 4);
   const float4 four = tile[size * int(threadIdx.x)];
   reinterpret_cast<float4*>(out)[threadIdx.x] = four;
 }
@@ -166,6 +167,8 @@ __global__ void shared_vector(const float*, float* out, int size) {
 // Matrix rows of 16 bytes, `size` times 16 bytes apart
 __global__ void matrix_stride(const float*, float* out, int size) {
   SEGATTN_DYNAMIC_SHARED(float4, tile);
+  tile[size * int(threadIdx.x)] = make_float4(1, 2, 3, 4);
+  __syncwarp();
   uint32_t r[4];
   ptx::ldmatrix_x4(r, tile + size * int(threadIdx.x));
   out[threadIdx.x] = __uint_as_float(r[0]);

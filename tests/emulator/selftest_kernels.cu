@@ -41,6 +41,38 @@ __global__ void reverse_static(const float* in, float* out, int size) {
   out[block_start + i] = tile[kThreads - 1 - i];
 }
 
+// Pairs of 16-bit elements, each element written by its own thread and each pair read as one word. Broken: the second
+// element of the last pair is not written, and no result shows it.
+template <bool kBroken>
+__global__ void half_written_word(const float* in, float* out, int size) {
+  SEGATTN_DYNAMIC_SHARED(uint16_t, tile);
+  const int i = int(threadIdx.x);
+  if (!kBroken || i != size - 1)
+    tile[i] = uint16_t(in[i]);
+  __syncthreads();
+  const uint32_t pair = *reinterpret_cast<const uint32_t*>(tile + i / 2 * 2);
+  out[i] = float(pair & 0xffffu);
+}
+
+// Rows of four words by ldmatrix. Broken: the last row is not written, and no result shows it.
+template <bool kBroken>
+__global__ void unwritten_matrix_row(const float* in, float* out, int) {
+  SEGATTN_DYNAMIC_SHARED(float, tile);
+  const int lane = int(threadIdx.x);
+  if (!kBroken || lane < 31) {
+    for (int k = 0; k < 4; ++k)
+      tile[4 * lane + k] = in[4 * lane + k];
+  }
+  __syncwarp();
+  uint32_t r[4];
+  ptx::ldmatrix_x4(r, tile + 4 * lane);
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    const int row = 8 * matrix + lane / 4;
+    if (row < 31)
+      out[4 * row + lane % 4] = __uint_as_float(r[matrix]);
+  }
+}
+
 // Sums neighbours from shared memory. Broken: the last thread reads one element too far.
 template <bool kBroken>
 __global__ void shared_bounds(const float* in, float* out, int size) {
@@ -324,6 +356,8 @@ const std::vector<Case>& cases() {
   static const std::vector<Case> all = {
       SEGATTN_SELFTEST(reverse, 1, kThreads, b.size),
       SEGATTN_SELFTEST(reverse_static, b.size / kThreads, kThreads, 0),
+      SEGATTN_SELFTEST(half_written_word, 1, b.size, b.size / 2),
+      SEGATTN_SELFTEST(unwritten_matrix_row, 1, 32, 4 * 32),
       SEGATTN_SELFTEST(shared_bounds, 1, b.size, b.size),
       SEGATTN_SELFTEST(global_bounds, (b.size + 31) / 32, 32, 0),
       SEGATTN_SELFTEST(async_copy, 1, b.size / 4, b.size),

@@ -95,6 +95,8 @@ MATRIX_TILE = ramp(512)
 HALVES = torch.cat([X[:64], (X[64:].view(-1, 4) * torch.tensor([1.0, 1, 0, 0])).flatten()])
 BARRIER = "with no barrier between"
 OTHER_BLOCK = "of another block"
+UNWRITTEN = "what no thread of the block has written"
+IN_FLIGHT = "what an asynchronous copy that was not waited for delivers"
 EVERYWHERE = ("plain", "race", "asan")
 
 
@@ -109,12 +111,20 @@ def unordered(pattern: str) -> dict[str, str]:
 
 FAULTS = (
     Fault("reverse", X, X.flip(0), unordered(BARRIER)),
-    Fault("reverse_static", ramp(384), ramp(384).view(3, 128).flip(1).flatten(), everywhere(WRONG), 384),
+    Fault(
+        "reverse_static",
+        ramp(384),
+        ramp(384).view(3, 128).flip(1).flatten(),
+        {**everywhere(WRONG), "race": rf"of block \([12], 0, 0\) reads at selftest_kernels.cu:\d+ {UNWRITTEN}"},
+        384,
+    ),
+    Fault("half_written_word", X, X.view(-1, 2)[:, :1].expand(-1, 2).flatten(), {"race": f"byte 254: .*{UNWRITTEN}"}),
+    Fault("unwritten_matrix_row", X, X[:124], {"race": f"byte 496: thread 31 of .*{UNWRITTEN}"}),
     Fault("shared_bounds", X, X + X.roll(-1), {"asan": r"heap-buffer-overflow.*reads 4 bytes at selftest_kernels.cu"}),
     Fault("global_bounds", X, X + X.roll(-1), {"asan": r"heap-buffer-overflow.*reads 4 bytes at selftest_kernels.cu"}),
-    Fault("async_copy", X, reversed_fours(X), everywhere(WRONG)),
+    Fault("async_copy", X, reversed_fours(X), {**everywhere(WRONG), "race": IN_FLIGHT}),
     Fault("async_refill", X, torch.cat([reversed_fours(X[:64]), reversed_fours(X[64:])]), {"race": BARRIER}),
-    Fault("async_groups", X, HALVES, everywhere(WRONG)),
+    Fault("async_groups", X, HALVES, {**everywhere(WRONG), "race": IN_FLIGHT}),
     Fault(
         "deadlock",
         X,

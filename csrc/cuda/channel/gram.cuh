@@ -23,8 +23,8 @@ struct GramTraits {
   using Mma = Mma_;
   using T = typename Mma::Element;
   static constexpr int kTile = 128;  // channels of either operand
-  static constexpr int kDepth = 64;  // positions of a step: rows of 128 bytes
-  static constexpr int kStages = 3;
+  static constexpr int kDepth = 32;  // positions of a step: rows of 64 bytes
+  static constexpr int kStages = 5;  // 80 KB: two blocks on sm_80
   static constexpr int kThreads = 256;
   static constexpr int kWarpRows = 32, kWarpColumns = 64;  // 4 x 2 warps
   static constexpr int kTileBytes = SharedTile<T, kDepth>::bytes(kTile);
@@ -72,21 +72,31 @@ __device__ __forceinline__ void gram(const GramParams& p, unsigned char* shared)
   }
   const int first_row = row_tile * Traits::kTile, first_column = column_tile * Traits::kTile;
   const int begin = split * p.positions_per_split, end = min(begin + p.positions_per_split, p.positions);
-  const GlobalMatrix<T> left{
-      static_cast<const T*>(p.left.data) + sample * p.left.batch_stride, p.left.row_stride, p.left_channels, end};
-  const GlobalMatrix<T> right{
-      static_cast<const T*>(p.right.data) + sample * p.right.batch_stride, p.right.row_stride, p.right_channels, end};
   const bool on_diagonal = p.symmetric && row_tile == column_tile;
 
+  using Share = CopyShare<Traits::kThreads, T, Traits::kDepth>;
+  const auto first = [&](const Operand& operand, int channel) {
+    return static_cast<const T*>(operand.data) + sample * operand.batch_stride +
+        (channel + Share::row()) * operand.row_stride + begin + Share::column();
+  };
+  const T* next_left = first(p.left, first_row);
+  const T* next_right = first(p.right, first_column);
+  int copied = begin, copy_stage = 0;
   const auto tile = [&](int stage, int side) { return Tile(shared + (2 * stage + side) * Traits::kTileBytes); };
-  const auto start = [&](int step) {
-    const int position = begin + step * Traits::kDepth;
-    if (position < end) {
-      copy_tile_async<Traits::kThreads>(tile(step % Traits::kStages, 0), left, first_row, Traits::kTile, position);
+  const auto next_stage = [](int stage) { return stage == Traits::kStages - 1 ? 0 : stage + 1; };
+  const auto start_next = [&] {
+    if (copied < end) {
+      copy_share_async<Traits::kThreads, Traits::kTile>(
+          tile(copy_stage, 0), next_left, p.left.row_stride, Traits::kTile, p.left_channels - first_row, end - copied);
       if (!on_diagonal) {
-        copy_tile_async<Traits::kThreads>(
-            tile(step % Traits::kStages, 1), right, first_column, Traits::kTile, position);
+        copy_share_async<Traits::kThreads, Traits::kTile>(
+            tile(copy_stage, 1), next_right, p.right.row_stride, Traits::kTile, p.right_channels - first_column,
+            end - copied);
       }
+      next_left += Traits::kDepth;
+      next_right += Traits::kDepth;
+      copied += Traits::kDepth;
+      copy_stage = next_stage(copy_stage);
     }
     ptx::cp_async_commit();
   };
@@ -96,16 +106,16 @@ __device__ __forceinline__ void gram(const GramParams& p, unsigned char* shared)
   const int row = warp_index() % 4 * Traits::kWarpRows, column = warp_index() / 4 * Traits::kWarpColumns;
 #pragma unroll
   for (int step = 0; step < Traits::kStages - 1; ++step) {
-    start(step);
+    start_next();
   }
-  const int steps = ceil_div(end - begin, Traits::kDepth);
-  for (int step = 0; step < steps; ++step) {
+  int stage = 0;
+  for (int position = begin; position < end; position += Traits::kDepth) {
     ptx::cp_async_wait<Traits::kStages - 2>();
     __syncthreads();  // this step's tiles have arrived, and the last step's are no longer read
-    start(step + Traits::kStages - 1);
-    const int stage = step % Traits::kStages;
+    start_next();
     multiply_tiles<Mma, Major::kRow, Major::kColumn, 2>(
         sums, tile(stage, 0), row, tile(stage, on_diagonal ? 0 : 1), column, 0, Traits::kDepth);
+    stage = next_stage(stage);
   }
 
   const int g = lane_index() / 4, t = lane_index() % 4;
@@ -132,7 +142,7 @@ __device__ __forceinline__ void gram(const GramParams& p, unsigned char* shared)
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads) gram_kernel(const GramParams p) {
+__global__ void __launch_bounds__(Traits::kThreads, 2) gram_kernel(const GramParams p) {
   SEGATTN_DYNAMIC_SHARED(unsigned char, shared);
   gram<Traits>(p, shared);
 }

@@ -19,8 +19,8 @@ struct InputGradientTraits {
   using Mma = Mma_;
   using T = typename Mma::Element;
   static constexpr int kTile = 128;  // output channels, positions
-  static constexpr int kDepth = 64;  // contracted channels of a step
-  static constexpr int kStages = 3;
+  static constexpr int kDepth = 32;  // contracted channels of a step
+  static constexpr int kStages = 5;  // 80 KB: two blocks on sm_80
   static constexpr int kThreads = 256;
   static constexpr int kWarpRows = 32, kWarpColumns = 64;  // 4 x 2 warps
   static constexpr int kTileBytes = SharedTile<T, kTile>::bytes(kDepth);
@@ -28,11 +28,6 @@ struct InputGradientTraits {
   static_assert(
       kSharedBytes <= 99 * 1024, "a block fits the smallest shared memory of devices with 16-bit tensor cores");
 };
-
-template <class T>
-__device__ __forceinline__ GlobalMatrix<T> matrix_of(const Operand& operand, int64_t sample, int rows, int columns) {
-  return {static_cast<const T*>(operand.data) + sample * operand.batch_stride, operand.row_stride, rows, columns};
-}
 
 template <class Traits>
 __device__ __forceinline__ void input_gradient(const InputGradientParams& p, unsigned char* shared) {
@@ -45,18 +40,38 @@ __device__ __forceinline__ void input_gradient(const InputGradientParams& p, uns
   const int first_position = static_cast<int>(block % p.position_tiles) * Traits::kTile;
   const int64_t sample = block / p.position_tiles;
   const int64_t channels = p.channels;
-  const int steps_each = ceil_div(p.channels, Traits::kDepth), steps = 2 * steps_each;
 
+  // The sources of the next copy: first weights and grad_output, then symmetric and input.
+  using Share = CopyShare<Traits::kThreads, T, Traits::kTile>;
+  const auto first = [&](const Operand& operand, int column) {
+    return static_cast<const T*>(operand.data) + sample * operand.batch_stride + Share::row() * operand.row_stride +
+        column + Share::column();
+  };
+  const T* next_left = first(p.weights, first_channel);
+  const T* next_right = first(p.grad_output, first_position);
+  int64_t left_stride = p.weights.row_stride, right_stride = p.grad_output.row_stride;
+  int rows_left = p.channels, copy_stage = 0;
+  bool second = false;
   const auto tile = [&](int stage, int side) { return Tile(shared + (2 * stage + side) * Traits::kTileBytes); };
-  const auto start = [&](int step) {
-    if (step < steps) {
-      // Selected, not indexed: an array indexed at run time would be in local memory (96 bytes per thread).
-      const bool second = step >= steps_each;
-      const auto left = matrix_of<T>(second ? p.symmetric : p.weights, sample, p.channels, p.channels);
-      const auto right = matrix_of<T>(second ? p.input : p.grad_output, sample, p.channels, p.positions);
-      const int row = (step - (second ? steps_each : 0)) * Traits::kDepth, stage = step % Traits::kStages;
-      copy_tile_async<Traits::kThreads>(tile(stage, 0), left, row, Traits::kDepth, first_channel);
-      copy_tile_async<Traits::kThreads>(tile(stage, 1), right, row, Traits::kDepth, first_position);
+  const auto next_stage = [](int stage) { return stage == Traits::kStages - 1 ? 0 : stage + 1; };
+  const auto start_next = [&] {
+    if (rows_left <= 0 && !second) {
+      next_left = first(p.symmetric, first_channel);
+      next_right = first(p.input, first_position);
+      left_stride = p.symmetric.row_stride;
+      right_stride = p.input.row_stride;
+      rows_left = p.channels;
+      second = true;
+    }
+    if (rows_left > 0) {
+      copy_share_async<Traits::kThreads, Traits::kDepth>(
+          tile(copy_stage, 0), next_left, left_stride, Traits::kDepth, rows_left, p.channels - first_channel);
+      copy_share_async<Traits::kThreads, Traits::kDepth>(
+          tile(copy_stage, 1), next_right, right_stride, Traits::kDepth, rows_left, p.positions - first_position);
+      next_left += Traits::kDepth * left_stride;
+      next_right += Traits::kDepth * right_stride;
+      rows_left -= Traits::kDepth;
+      copy_stage = next_stage(copy_stage);
     }
     ptx::cp_async_commit();
   };
@@ -66,15 +81,17 @@ __device__ __forceinline__ void input_gradient(const InputGradientParams& p, uns
   const int row = warp_index() % 4 * Traits::kWarpRows, column = warp_index() / 4 * Traits::kWarpColumns;
 #pragma unroll
   for (int step = 0; step < Traits::kStages - 1; ++step) {
-    start(step);
+    start_next();
   }
+  const int steps = 2 * ceil_div(p.channels, Traits::kDepth);
+  int stage = 0;
   for (int step = 0; step < steps; ++step) {
     ptx::cp_async_wait<Traits::kStages - 2>();
     __syncthreads();  // this step's tiles have arrived, and the last step's are no longer read
-    start(step + Traits::kStages - 1);
-    const int stage = step % Traits::kStages;
+    start_next();
     multiply_tiles<Mma, Major::kColumn, Major::kRow, 2>(
         sums, tile(stage, 0), row, tile(stage, 1), column, 0, Traits::kDepth);
+    stage = next_stage(stage);
   }
 
   const int g = lane_index() / 4, t = lane_index() % 4;
@@ -96,7 +113,7 @@ __device__ __forceinline__ void input_gradient(const InputGradientParams& p, uns
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads) channel_combine_kernel(const InputGradientParams p) {
+__global__ void __launch_bounds__(Traits::kThreads, 2) channel_combine_kernel(const InputGradientParams p) {
   SEGATTN_DYNAMIC_SHARED(unsigned char, shared);
   input_gradient<Traits>(p, shared);
 }

@@ -8,7 +8,7 @@
 namespace segattn::cuda {
 
 constexpr int kGramTile = 128;     // channels
-constexpr int kGramDepth = 64;     // positions
+constexpr int kGramDepth = 32;     // positions
 constexpr int kMaxGramSplits = 8;  // with more, the partials are larger than the input
 
 // T: __half, __nv_bfloat16

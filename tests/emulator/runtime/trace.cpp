@@ -3,10 +3,12 @@
 #if defined(SEGATTN_EMULATOR_TRACE)
 
 #include <stdexcept>
+#include <utility>
 
 #include "counters.h"
 #include "execution.h"
 #include "races.h"
+#include "shared_contents.h"
 #include "source_locations.h"
 #include "traffic.h"
 
@@ -14,6 +16,7 @@ namespace segattn::emulator::trace {
 namespace {
 
 RaceDetector races;
+SharedContents contents;
 TrafficCounter traffic;
 Memory memory;
 Image kernel_image;
@@ -66,13 +69,29 @@ Traffic global_traffic(Access kind) {
                                     : Traffic::kGlobalRead;
 }
 
-void check_races(const void* address, ptrdiff_t offset, size_t bytes, bool write, const void* location) {
+// The first unit of an access and their number. `position` is an offset in shared memory or an address.
+std::pair<uintptr_t, size_t> units_of(uintptr_t position, size_t bytes) {
   constexpr uintptr_t kUnit = RaceDetector::kUnitBytes;
-  const uintptr_t position = offset >= 0 ? uintptr_t(offset) : uintptr_t(address);
   const uintptr_t first = position / kUnit, last = (position + bytes - 1) / kUnit;
+  return {first, last - first + 1};
+}
+
+void check_races(const void* address, ptrdiff_t offset, size_t bytes, bool write, const void* location) {
+  const auto [first, units] = units_of(offset >= 0 ? uintptr_t(offset) : uintptr_t(address), bytes);
   races.access(
-      offset >= 0 ? RaceDetector::Space::kShared : RaceDetector::Space::kGlobal, first, last - first + 1, write,
-      self().index, location);
+      offset >= 0 ? RaceDetector::Space::kShared : RaceDetector::Space::kGlobal, first, units, write, self().index,
+      location);
+}
+
+void check_contents(Access kind, ptrdiff_t offset, size_t bytes, const void* location) {
+  const auto [first, units] = units_of(uintptr_t(offset), bytes);
+  if (kind == Access::kAsyncWrite) {
+    contents.copy_started(first, units);
+  } else if (kind == Access::kWrite) {
+    contents.written(first, units);
+  } else {
+    contents.read(first, units, self().index, location);
+  }
 }
 
 }  // namespace
@@ -81,12 +100,15 @@ void launch_started(const Memory& of_launch) {
   memory = of_launch;
   kernel_image = image_of(memory.kernel);
   runtime_image = image_of(&memory);
-  races.start_launch((static_offset() + memory.static_bytes) / RaceDetector::kUnitBytes + 1);
+  const size_t shared_units = (static_offset() + memory.static_bytes) / RaceDetector::kUnitBytes + 1;
+  races.start_launch(shared_units);
+  contents.start_launch(shared_units);
   traffic.start_launch();
 }
 
 void block_started(int threads) {
   races.start_block(threads);
+  contents.start_block();
 }
 
 void block_finished() {
@@ -96,11 +118,13 @@ void block_finished() {
 
 void launch_finished(LaunchCounters& counters) {
   traffic.add_to(counters);
-  if (races.reports().empty())
+  if (races.reports().empty() && contents.reports().empty())
     return;
-  std::string text = "emulator: data races in kernel " + counters.kernel;
-  for (const std::string& race : races.reports())
-    text += "\n  " + race;
+  std::string text = "emulator: unordered or empty memory in kernel " + counters.kernel;
+  for (const auto* reports : {&races.reports(), &contents.reports()}) {
+    for (const std::string& report : *reports)
+      text += "\n  " + report;
+  }
   throw std::runtime_error(text);
 }
 
@@ -110,13 +134,17 @@ void access(Access kind, const void* address, size_t bytes, const void* location
   const Thread& thread = self();
   const ptrdiff_t offset = shared_offset(address);
   check_races(address, offset, bytes, is_write(kind), location);
+  if (offset >= 0)
+    check_contents(kind, offset, bytes, location);
   traffic.access(
       offset >= 0 ? shared_traffic(kind) : global_traffic(kind), offset >= 0 ? uintptr_t(offset) : uintptr_t(address),
       bytes, thread.warp, thread.lane, location);
 }
 
 void landed(const void* address, size_t bytes, const void* location) {
-  check_races(address, shared_offset(address), bytes, true, location);
+  const ptrdiff_t offset = shared_offset(address);
+  check_races(address, offset, bytes, true, location);
+  check_contents(Access::kWrite, offset, bytes, location);
 }
 
 void block_synchronized() {

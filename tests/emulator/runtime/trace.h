@@ -1,4 +1,4 @@
-// Events for the race detector and the counters. Builds without SEGATTN_EMULATOR_TRACE compile all of it away.
+// Events for the checks of memory and the counters. Builds without SEGATTN_EMULATOR_TRACE compile all of it away.
 #pragma once
 
 #include <cstddef>
@@ -35,13 +35,13 @@ struct Memory {
 void launch_started(const Memory& memory);
 void block_started(int threads);
 void block_finished();
-// Throws std::runtime_error when races were found.
+// Throws std::runtime_error when races or reads of empty shared memory were found.
 void launch_finished(LaunchCounters& counters);
 
 // An access of the running thread by the instruction at `location` (a return address, or a call's Site).
 void access(Access kind, const void* address, size_t bytes, const void* location);
 
-// The data of an asynchronous copy arrive: a write for the race detector, not counted again.
+// The data of an asynchronous copy arrive: a write for the checks, not counted again.
 void landed(const void* address, size_t bytes, const void* location);
 
 // All threads of the block have met.
