@@ -36,11 +36,20 @@ class Instruction:
     opcode: str  # with its modifiers, "HMMA.16816.F32.BF16"
     operands: tuple[str, ...]
 
-    @property
+    @cached_property
+    def pipe(self) -> str:
+        """The pipe that executes arithmetic: "alu" (integers, comparisons, selections), "fma", or "" for another unit."""
+        if self.base in ("FFMA", "FMUL", "FADD", "IMAD", "HFMA2", "HADD2", "HMUL2"):
+            return "fma"
+        if self.unit in ("integer", "float") and self.base not in ("S2R", "CS2R", "LDC", "FCHK", "P2R", "R2P"):
+            return "alu"
+        return ""
+
+    @cached_property
     def base(self) -> str:
         return self.opcode.split(".", 1)[0]
 
-    @property
+    @cached_property
     def unit(self) -> str:
         base = self.base
         if base in UNIT:
@@ -232,7 +241,20 @@ def parse(text: str) -> list[Function]:
     return functions
 
 
-def read(file: Path, architecture: int | None = None) -> list[Function]:
-    """The kernels of a cubin, a fat binary or a shared library, of one architecture or of all."""
-    command = [cuobjdump(), "-sass", *([] if architecture is None else ["-arch", f"sm_{architecture}"]), str(file)]
-    return parse(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+def read(file: Path, architecture: int | None = None, names: set[str] | None = None) -> list[Function]:
+    """The kernels of a cubin, a fat binary or a shared library.
+
+    Args:
+        architecture: 90 for sm_90; None for all in the file.
+        names: the readable names of the kernels to read, None for all.
+    """
+    command = [cuobjdump(), *([] if architecture is None else ["-arch", f"sm_{architecture}"])]
+
+    def dump(*options: str) -> str:
+        return subprocess.run([*command, *options, str(file)], capture_output=True, text=True, check=True).stdout
+
+    if names is None:
+        return parse(dump("-sass"))
+    inside = readable(sorted(set(re.findall(r"Function (\S+):", dump("-res-usage")))))
+    wanted = [mangled for mangled, name in inside.items() if name in names]
+    return parse(dump("-sass", "-fun", ",".join(wanted))) if wanted else []

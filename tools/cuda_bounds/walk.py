@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -35,10 +36,12 @@ def _registers(text: str) -> list[str]:
     return re.findall(r"(?<![\w.])U?[RP]\d+\b", text)
 
 
+@cache
 def _is_predicate(operand: str) -> bool:
     return re.fullmatch(r"!?U?P(\d+|T)", operand) is not None
 
 
+@cache
 def _next(register: str, by: int = 1) -> str:
     kind, number = re.fullmatch(r"(U?R)(\d+)", register).groups()
     return f"{kind}{int(number) + by}"
@@ -58,6 +61,7 @@ def _width(instruction: Instruction) -> int:
     return 2 if instruction.unit == "double" or instruction.base == "CS2R" or ".F64" in instruction.opcode else 1
 
 
+@cache
 def _predicates_first(operands: tuple[str, ...]) -> int:
     count = 0
     while count < len(operands) and _is_predicate(operands[count]):
@@ -65,6 +69,7 @@ def _predicates_first(operands: tuple[str, ...]) -> int:
     return count
 
 
+@cache
 def destinations(instruction: Instruction) -> list[str]:
     """The registers and predicates that an instruction writes."""
     base, operands = instruction.base, instruction.operands
@@ -99,12 +104,19 @@ def sources(instruction: Instruction) -> list[str]:
     return found
 
 
+@cache
 def stored(instruction: Instruction) -> list[str]:
     """The registers that a store into shared memory writes, by 4 bytes; none for parts of a word."""
     if re.search(r"\.[US]?(8|16)\b", instruction.opcode):
         return []
     first, width = instruction.operands[1].removesuffix(".reuse"), _width(instruction)
     return [first if first.endswith("RZ") else _next(first, i) for i in range(width)]
+
+
+@cache
+def _constant_offset(operand: str) -> int | None:
+    found = re.fullmatch(r"c\[0x0\]\[(0x[0-9a-f]+)\]", operand)
+    return int(found[1], 16) if found else None
 
 
 class _SharedMemory:
@@ -155,6 +167,7 @@ class _Thread:
         self.zero = np.zeros(self.lanes, np.uint32)
         self.true = np.ones(self.lanes, bool)
         self.values: dict[str, Value] = {}
+        self.same: dict[int, np.ndarray] = {}
         self.shared = _SharedMemory(len(chosen), warps * 32)
         start = _PARAMETERS[function.architecture]
         bank = bytearray(start + len(constants) + 8)
@@ -163,7 +176,13 @@ class _Thread:
         self.bank = bytes(bank)
 
     def constant(self, offset: int, size: int) -> np.ndarray:
-        return np.full(self.lanes, int.from_bytes(self.bank[offset : offset + size], "little"), np.uint32)
+        return self.full(int.from_bytes(self.bank[offset : offset + size], "little"))
+
+    def full(self, value: int) -> np.ndarray:
+        """The same value in every thread. Nobody writes into it."""
+        if value not in self.same:
+            self.same[value] = np.full(self.lanes, value, np.uint32)
+        return self.same[value]
 
     def register(self, name: str) -> Value:
         if name in ("RZ", "URZ", "SRZ"):
@@ -186,9 +205,9 @@ class _Thread:
                 return np.abs(inner.view(np.int32)).view(np.uint32)
             return ~inner if text[0] == "~" else (~inner) + np.uint32(1)
         if text[0].isdigit():
-            return np.full(self.lanes, int(text, 16 if text.startswith("0x") else 10) & 0xFFFFFFFF, np.uint32)
-        if found := re.fullmatch(r"c\[0x0\]\[(0x[0-9a-f]+)\]", text):
-            return self.constant(int(found[1], 16), 4)
+            return self.full(int(text, 0) & 0xFFFFFFFF)
+        if (offset := _constant_offset(text)) is not None:
+            return self.constant(offset, 4)
         return self.special[text] if text in self.special else self.register(text.split(".")[0])
 
     def number(self, text: str) -> Value:
@@ -207,12 +226,11 @@ class _Thread:
     def wide(self, text: str) -> Value:
         """A 64-bit operand, the register and the one after it."""
         text = text.removesuffix(".reuse")
-        if found := re.fullmatch(r"c\[0x0\]\[(0x[0-9a-f]+)\]", text):
-            offset = int(found[1], 16)
+        if (offset := _constant_offset(text)) is not None:
             low, high = self.constant(offset, 4), self.constant(offset + 4, 4)
         elif text in ("RZ", "URZ"):
             low = high = self.zero
-        elif re.fullmatch(r"U?R\d+", text):
+        elif text[0] in "RU":
             low, high = self.register(text), self.register(_next(text))
         else:
             low, high = self.operand(text), self.zero
@@ -290,10 +308,8 @@ def _evaluate(i: Instruction, t: _Thread) -> list[tuple[str, Value]]:
     if base == "CS2R":
         return [(target, t.zero), (_next(target), t.zero)] if rest == ["SRZ"] else unknown
     if base in ("LDC", "ULDC"):
-        found = re.fullmatch(r"c\[0x0\]\[(0x[0-9a-f]+)\]", rest[0])
-        if not found:
+        if (offset := _constant_offset(rest[0])) is None:
             return unknown
-        offset = int(found[1], 16)
         if "64" in parts:
             return [(target, t.constant(offset, 4)), (_next(target), t.constant(offset + 4, 4))]
         return [(target, t.constant(offset, 1 if "U8" in parts else 2 if "U16" in parts else 4))]
