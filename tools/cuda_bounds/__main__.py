@@ -1,8 +1,9 @@
-"""Instructions of the CUDA kernels' loops, from machine code.
+"""Bounds of the CUDA kernels on five GPUs, and the instructions of their loops, from machine code.
 
+    python -m tools.cuda_bounds                     # writes docs/cuda_bounds.md
     python -m tools.cuda_bounds --file X.cubin      # a table of the loops of every tensor-core kernel
 
-Needs cuobjdump (the toolkit's or triton's), but no GPU.
+Needs cuobjdump (the toolkit's or triton's) but no GPU; the first also nvcc and the emulator (tests/emulator).
 """
 
 import argparse
@@ -11,8 +12,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from ..compilers import cuobjdump
-from . import sass
+from ..compilers import cuobjdump, nvcc
+from . import document, sass
 
 
 def loop_rows(function: sass.Function) -> list[str]:
@@ -59,14 +60,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.cuda_bounds", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--file", type=Path, required=True, help="a cubin, fat binary or shared library")
+    parser.add_argument("--file", type=Path, help="a cubin, fat binary or shared library")
     parser.add_argument("--architecture", type=int, help="90 for sm_90; all in the file if absent")
     parser.add_argument("--kernel", default="", help="a regular expression that the kernels' names contain")
     options = parser.parse_args()
-    if cuobjdump() is None:
-        print("python -m tools.cuda_bounds: no cuobjdump on PATH or where CUDA is usually installed", file=sys.stderr)
-        return 2
-    print_loops(sass.read(options.file, options.architecture), options.kernel)
+    for tool in (cuobjdump,) if options.file else (cuobjdump, nvcc):
+        if tool() is None:
+            reason = f"no {tool.__name__} on PATH or where CUDA is usually installed"
+            print(f"python -m tools.cuda_bounds: {reason}", file=sys.stderr)
+            return 2
+    if options.file:
+        print_loops(sass.read(options.file, options.architecture), options.kernel)
+        return 0
+    from tests.emulator import build  # here: the emulator's tests import the tools
+
+    document.DOCUMENT.write_text(document.document(document.measure(build.load("plain"))))
     return 0
 
 

@@ -38,6 +38,11 @@ class Launch:
     arguments: bytes
     mma_flops: int  # of the thread blocks that the emulator ran
 
+    @property
+    def title(self) -> str:
+        """The kernel's name without its template arguments."""
+        return self.kernel.split("<")[0].removesuffix("_kernel")
+
 
 @dataclass(frozen=True)
 class Work:

@@ -38,7 +38,7 @@ class Instruction:
 
     @cached_property
     def pipe(self) -> str:
-        """The pipe that executes arithmetic: "alu" (integers, comparisons, selections), "fma", or "" for another unit."""
+        """The pipe of arithmetic: "alu" (integers, comparisons, selections), "fma", or "" for another unit."""
         if self.base in ("FFMA", "FMUL", "FADD", "IMAD", "HFMA2", "HADD2", "HMUL2"):
             return "fma"
         if self.unit in ("integer", "float") and self.base not in ("S2R", "CS2R", "LDC", "FCHK", "P2R", "R2P"):
