@@ -213,8 +213,9 @@ def document(done: Done) -> str:
 
 def bounds() -> dict[tuple[str, str, int, str], tuple[float, float]]:
     """The bounds of forward and backward in seconds, by (op, size, batch, GPU), from the document."""
-    text = DOCUMENT.read_text() if DOCUMENT.exists() else ""
-    section = text.partition("\n## Operators\n")[2].partition("\n## ")[0]
+    if not DOCUMENT.exists():
+        return {}
+    section = DOCUMENT.read_text().partition("\n## Operators\n")[2].partition("\n## ")[0]
     head, *rows = [[c.strip() for c in line.strip("|").split("|")] for line in section.splitlines() if line[:2] == "| "]
     found = {}
     for operator, size, batch, *cells in rows:
