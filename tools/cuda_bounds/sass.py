@@ -4,7 +4,7 @@ import re
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -96,13 +96,39 @@ def _target(instruction: Instruction) -> int | None:
     return int(instruction.operands[-1], 16)
 
 
+def _with_calls_as_branches(instructions: list[Instruction]) -> list[Instruction]:
+    """ptxas leaves loops by CALL.REL.NOINC, which pushes no return address: a branch, unless its target returns.
+
+    Calls that do return are divisions and roots of unusual operands; the counts leave them out.
+    """
+    at = {instruction.address: n for n, instruction in enumerate(instructions)}
+
+    def returns(target: int) -> bool:
+        ends = (i.base for i in instructions[at[target] :] if i.base in ("RET", "EXIT") and not i.guard)
+        return next(ends, "") == "RET"
+
+    return [
+        replace(i, opcode="BRA") if i.base == "CALL" and not returns(int(i.operands[-1], 16)) else i
+        for i in instructions
+    ]
+
+
+def _always_converged(instruction: Instruction) -> Instruction:
+    """BRA.CONV skips a call that brings a diverged warp together: an unconditional branch for a converged one."""
+    return (
+        replace(instruction, opcode="BRA", operands=instruction.operands[-1:])
+        if instruction.opcode == "BRA.CONV"
+        else instruction
+    )
+
+
 class Function:
     """The machine code of one kernel."""
 
     def __init__(self, name: str, architecture: int, instructions: list[Instruction]) -> None:
         self.name = name
         self.architecture = architecture
-        self.instructions = instructions
+        self.instructions = [_always_converged(i) for i in _with_calls_as_branches(instructions)]
 
     @cached_property
     def blocks(self) -> dict[int, Block]:

@@ -332,6 +332,9 @@ def _evaluate(i: Instruction, t: _Thread) -> list[tuple[str, Value]]:
         high = (total >> _32).astype(np.uint32)
         results = [(target, high)] if "HI" in parts else [(target, total.astype(np.uint32)), (_next(target), high)]
         return results + [(p, total < c) for p in outs]
+    if base == "HFMA2":
+        high, low = (int(np.float16(float(text)).view(np.uint16)) for text in rest[2:])
+        return [(target, t.full(high << 16 | low))]
     if base in _FLOATS:
         return [(target, _evaluate_float(base, parts, target, rest, t))]
     values = integers()
@@ -504,10 +507,19 @@ def _address(text: str, t: _Thread) -> Value:
     return total
 
 
+@cache
+def _is_constant(instruction: Instruction) -> bool:
+    """Whether it is ptxas's move of two 16-bit constants, -0 * 0 + them."""
+    operands = instruction.operands
+    return instruction.base == "HFMA2" and operands[1:3] == ("-RZ", "RZ") and "NAN" not in "".join(operands)
+
+
+@cache
 def _opaque(instruction: Instruction, in_loop: bool) -> bool:
-    if instruction.unit not in _OPAQUE_UNITS or {instruction.base, instruction.opcode} & set(_EVALUATED):
+    if instruction.unit not in _OPAQUE_UNITS or _is_constant(instruction):
         return False
-    return in_loop or not {instruction.base, instruction.opcode} & set(_EVALUATED_ONCE)
+    names = {instruction.base, instruction.opcode}
+    return names.isdisjoint(_EVALUATED) and (in_loop or names.isdisjoint(_EVALUATED_ONCE))
 
 
 @dataclass(frozen=True)
