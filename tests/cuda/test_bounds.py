@@ -4,7 +4,7 @@ machine code of the built library (tools/cuda_bounds). Needs cuobjdump but no de
 import pytest
 
 from tools import compilers, cuda_resources
-from tools.cuda_bounds import launches, sass
+from tools.cuda_bounds import launches
 
 ARCHITECTURE = 90
 # The most instructions and the most passes for each mma in bfloat16 at 64 x 64, B = 1, by operator and kernel. A change
@@ -22,18 +22,15 @@ EVERY_BLOCK = (7, 9)  # height and width at which all thread blocks are walked
 
 
 @pytest.fixture(scope="module")
-def walkers(emulated_library):
+def walkers():
     if compilers.cuobjdump() is None:
         pytest.skip("no cuobjdump")
     if (built := cuda_resources.library()) is None:
         pytest.skip("no CUDA library built in place")
-    sizes = (EVERY_BLOCK, (64, 64))
-    problems = [launches.Problem(operator, *size, 1) for operator in launches.OPERATORS for size in sizes]
-    names = {launch.kernel for p in problems for launch in launches.record(emulated_library, p, ARCHITECTURE)}
-    functions = sass.read(built, ARCHITECTURE, names)
-    if not functions:
+    found = launches.Walkers([built])
+    if not any(architecture == ARCHITECTURE for architecture, _ in found.places):
         pytest.skip(f"the library has no code for sm_{ARCHITECTURE}")
-    return launches.Walkers(functions)
+    return found
 
 
 @pytest.mark.parametrize("operator", launches.OPERATORS)

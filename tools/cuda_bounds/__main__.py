@@ -2,6 +2,8 @@
 
     python -m tools.cuda_bounds                     # writes docs/cuda_bounds.md
     python -m tools.cuda_bounds --file X.cubin      # a table of the loops of every tensor-core kernel
+    python -m tools.cuda_bounds --file X.cubin --operator position --size 97 97 --architecture 90
+                                                    # what a turn of the loops executes in a launch of that size
 
 Needs cuobjdump (the toolkit's or triton's) but no GPU; the first also nvcc and the emulator (tests/emulator).
 """
@@ -11,9 +13,11 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 
 from ..compilers import cuobjdump, nvcc
-from . import document, sass
+from ..cuda_resources import fat_binaries, sources
+from . import document, launches, sass
 
 
 def loop_rows(function: sass.Function) -> list[str]:
@@ -43,6 +47,33 @@ def loop_rows(function: sass.Function) -> list[str]:
     return rows
 
 
+def print_executed(emulator: ModuleType, options: argparse.Namespace) -> None:
+    """What the thread block in the middle of each launch executes a turn of its loops, without the loops inside."""
+    problem = launches.Problem(options.operator, *options.size, options.batch)
+    found = launches.record(emulator, problem, options.architecture)
+    walkers = launches.Walkers([options.file])
+    for launch in found:
+        if re.search(options.kernel, launch.kernel) is None:
+            continue
+        walker = walkers.of(options.architecture, launch.kernel)
+        walk = walker.walk(launch.arguments, launch.grid, launch.threads, [launch.grid // 2])
+        print(f"\n{launch.kernel}, {launch.grid} thread blocks")
+        print("  " + "loop".ljust(16), "   turns    all  a mma", *(unit.rjust(4) for unit in sass.UNITS))
+        for loop in walker.function.loops:
+            turns, count = walk.executions[loop.header], Counter[str]()
+            if turns == 0:
+                continue
+            for address in loop.own:
+                for unit, number in walker.function.count(frozenset((address,))).items():
+                    count[unit] += number * walk.executions[address]
+            total, mma = sum(count.values()), count["tensor"]
+            row = (
+                f"{'  ' * loop.depth}{loop.header:#07x}".ljust(16) + f" {turns / walk.warps:8.1f} {total / turns:6.1f}"
+            )
+            row += f" {total / mma:6.1f}" if mma else "      -"
+            print("  " + row, *(f"{count[unit] / turns:{max(len(unit), 4)}.0f}" for unit in sass.UNITS))
+
+
 def print_loops(functions: list[sass.Function], matching: str) -> None:
     for function in functions:
         whole = function.count(frozenset(function.blocks))
@@ -63,18 +94,28 @@ def main() -> int:
     parser.add_argument("--file", type=Path, help="a cubin, fat binary or shared library")
     parser.add_argument("--architecture", type=int, help="90 for sm_90; all in the file if absent")
     parser.add_argument("--kernel", default="", help="a regular expression that the kernels' names contain")
+    parser.add_argument("--operator", choices=launches.OPERATORS, help="print what a turn of the loops executes")
+    parser.add_argument("--size", type=int, nargs=2, default=(97, 97), metavar=("H", "W"))
+    parser.add_argument("--batch", type=int, default=1)
     options = parser.parse_args()
+    if options.operator and not (options.file and options.architecture):
+        parser.error("--operator needs --file and --architecture")
     for tool in (cuobjdump,) if options.file else (cuobjdump, nvcc):
         if tool() is None:
             reason = f"no {tool.__name__} on PATH or where CUDA is usually installed"
             print(f"python -m tools.cuda_bounds: {reason}", file=sys.stderr)
             return 2
-    if options.file:
+    if options.file and not options.operator:
         print_loops(sass.read(options.file, options.architecture), options.kernel)
         return 0
     from tests.emulator import build  # here: the emulator's tests import the tools
 
-    document.DOCUMENT.write_text(document.document(document.measure(build.load("plain"))))
+    emulator = build.load("plain")
+    if options.operator:
+        print_executed(emulator, options)
+        return 0
+    files = fat_binaries(sources(), document.ARCHITECTURES)
+    document.DOCUMENT.write_text(document.document(document.measure(emulator, files)))
     return 0
 
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 from itertools import product
+from pathlib import Path
 from types import ModuleType
 
 from ..compilers import ROOT
-from ..cuda_resources import fat_binaries, nvcc_release, sources
-from . import sass
+from ..cuda_resources import nvcc_release
 from .launches import (
     KEY_CHANNELS,
     OPERATORS,
@@ -28,26 +28,24 @@ SIZES = ((64, 64), (97, 97), (128, 128), (128, 256))
 BATCHES = (1, 8)
 DETAILED = ((97, 97), 8)  # the size and batch of the table of a thread block's work
 PROBLEMS = tuple(Problem(operator, *size, batch) for operator, size, batch in product(OPERATORS, SIZES, BATCHES))
+ARCHITECTURES = tuple(sorted({machine.architecture for machine in MACHINES}))
 PARTS = ("tensor", "issue", "alu", "fma", "special", "shared")
 
 Done = dict[tuple[Problem, int], list[tuple[Launch, Work]]]
 
 
-def measure(emulator: ModuleType, problems: tuple[Problem, ...] = PROBLEMS) -> Done:
-    """The launches of each problem on each architecture, walked."""
-    architectures = tuple(sorted({machine.architecture for machine in MACHINES}))
-    recorded = {(p, a): record(emulator, p, a) for p in problems for a in architectures}
-    names = {launch.kernel for launches in recorded.values() for launch in launches}
-    functions = [f for binary in fat_binaries(sources(), architectures) for f in sass.read(binary, names=names)]
-    walkers = Walkers(functions)
+def measure(emulator: ModuleType, files: list[Path], problems: tuple[Problem, ...] = PROBLEMS) -> Done:
+    """The launches of each problem on each architecture, walked in the machine code of some compiled files."""
+    walkers = Walkers(files)
     done: Done = {}
-    for (problem, architecture), launches in recorded.items():
+    for problem, architecture in product(problems, ARCHITECTURES):
         known: dict[Launch, Work] = {}
+        launches = record(emulator, problem, architecture)
         for launch in launches:
             if launch not in known:
                 known[launch] = work(launch, walkers.of(architecture, launch.kernel), spread(launch.grid))
         done[problem, architecture] = [(launch, known[launch]) for launch in launches]
-        print(problem, architecture, flush=True)
+        print(f"{problem.operator} {problem.height}x{problem.width} B={problem.batch} sm_{architecture}", flush=True)
     return done
 
 

@@ -2,13 +2,14 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from ..cuda_resources import short
+from . import sass
 from .machines import Machine
-from .sass import Function
 from .walk import Walker
 
 KEY_CHANNELS, VALUE_CHANNELS = 64, 512
@@ -179,14 +180,16 @@ def seconds(of: Work, launch: Launch, problem: Problem, machine: Machine) -> dic
 
 
 class Walkers:
-    """Walkers of kernels by name, each built once."""
+    """Walkers of the kernels of some compiled files, each built when it is first needed."""
 
-    def __init__(self, functions: list[Function]) -> None:
-        self.functions = {(f.architecture, f.name): f for f in functions}
+    def __init__(self, files: list[Path]) -> None:
+        self.places = {key: (file, mangled) for file in files for key, mangled in sass.kernels(file).items()}
         self.built: dict[tuple[int, str], Walker] = {}
 
     def of(self, architecture: int, kernel: str) -> Walker:
         key = (architecture, kernel)
         if key not in self.built:
-            self.built[key] = Walker(self.functions[key])
+            file, mangled = self.places[key]
+            function = sass.read(file, architecture, [mangled])[0]  # a library can hold a template's code twice
+            self.built[key] = Walker(function)
         return self.built[key]

@@ -29,7 +29,7 @@ UNIT = {opcode: unit for unit, opcodes in _UNITS.items() for opcode in opcodes.s
 UNITS = (*_UNITS, "uniform", "integer")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by identity, which is fast
 class Instruction:
     address: int
     guard: str  # "", or the predicate of "@P0" or "@!UP1" without the "@"
@@ -267,20 +267,27 @@ def parse(text: str) -> list[Function]:
     return functions
 
 
-def read(file: Path, architecture: int | None = None, names: set[str] | None = None) -> list[Function]:
+def _dump(file: Path, architecture: int | None, *options: str) -> str:
+    chosen = () if architecture is None else ("-arch", f"sm_{architecture}")
+    return subprocess.run(
+        [cuobjdump(), *chosen, *options, str(file)], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def kernels(file: Path) -> dict[tuple[int, str], str]:
+    """The mangled names of a file's kernels, by architecture and readable name."""
+    found = []
+    for part in re.split(r"^arch = sm_", _dump(file, None, "-res-usage"), flags=re.MULTILINE)[1:]:
+        found += [(int(re.match(r"\d+", part)[0]), name) for name in re.findall(r"Function (\S+):", part)]
+    names = readable(sorted({mangled for _, mangled in found}))
+    return {(architecture, names[mangled]): mangled for architecture, mangled in found}
+
+
+def read(file: Path, architecture: int | None = None, mangled: list[str] | None = None) -> list[Function]:
     """The kernels of a cubin, a fat binary or a shared library.
 
     Args:
         architecture: 90 for sm_90; None for all in the file.
-        names: the readable names of the kernels to read, None for all.
+        mangled: the mangled names of the kernels to read, None for all.
     """
-    command = [cuobjdump(), *([] if architecture is None else ["-arch", f"sm_{architecture}"])]
-
-    def dump(*options: str) -> str:
-        return subprocess.run([*command, *options, str(file)], capture_output=True, text=True, check=True).stdout
-
-    if names is None:
-        return parse(dump("-sass"))
-    inside = readable(sorted(set(re.findall(r"Function (\S+):", dump("-res-usage")))))
-    wanted = [mangled for mangled, name in inside.items() if name in names]
-    return parse(dump("-sass", "-fun", ",".join(wanted))) if wanted else []
+    return parse(_dump(file, architecture, "-sass", *(() if mangled is None else ("-fun", ",".join(mangled)))))

@@ -119,6 +119,19 @@ def _constant_offset(operand: str) -> int | None:
     return int(found[1], 16) if found else None
 
 
+@cache
+def _decoded_operand(text: str) -> tuple:
+    """The kind of a 32-bit operand, and its register, value, offset or inner operand."""
+    text = text.removesuffix(".reuse")
+    if text[0] in "-~|":
+        return text[0], text[1:].rstrip("|")
+    if text[0].isdigit():
+        return "immediate", int(text, 0) & 0xFFFFFFFF
+    if (offset := _constant_offset(text)) is not None:
+        return "constant", offset
+    return ("special", text) if text.startswith("SR_") else ("register", text.split(".")[0])
+
+
 class _SharedMemory:
     """What is known of the shared memory of each walked thread block, by 4 bytes."""
 
@@ -196,19 +209,21 @@ class _Thread:
 
     def operand(self, text: str) -> Value:
         """A 32-bit operand, with its sign or complement."""
-        text = text.removesuffix(".reuse")
-        if text[0] in "-~|":
-            inner = self.operand(text[1:].rstrip("|"))
-            if inner is None:
-                return None
-            if text[0] == "|":
-                return np.abs(inner.view(np.int32)).view(np.uint32)
-            return ~inner if text[0] == "~" else (~inner) + np.uint32(1)
-        if text[0].isdigit():
-            return self.full(int(text, 0) & 0xFFFFFFFF)
-        if (offset := _constant_offset(text)) is not None:
-            return self.constant(offset, 4)
-        return self.special[text] if text in self.special else self.register(text.split(".")[0])
+        kind, content = _decoded_operand(text)
+        if kind == "register":
+            return self.register(content)
+        if kind == "immediate":
+            return self.full(content)
+        if kind == "constant":
+            return self.constant(content, 4)
+        if kind == "special":
+            return self.special.get(content)
+        inner = self.operand(content)
+        if inner is None:
+            return None
+        if kind == "|":
+            return np.abs(inner.view(np.int32)).view(np.uint32)
+        return ~inner if kind == "~" else (~inner) + np.uint32(1)
 
     def number(self, text: str) -> Value:
         """A float32 operand."""
@@ -281,22 +296,31 @@ def _evaluate_float(base: str, parts: list[str], target: str, texts: list[str], 
         return result.astype(np.float32).view(np.uint32)
 
 
-def _evaluate(i: Instruction, t: _Thread) -> list[tuple[str, Value]]:
-    """The results of an instruction, by register; raises ValueError for one that is not known here."""
-    base, parts = i.base.removeprefix("U") if i.base != "UNKNOWN" else i.base, i.opcode.split(".")[1:]
+@cache
+def _decoded(i: Instruction) -> tuple[str, list[str], str, list[str], list[str], list[str]]:
+    """An instruction's opcode without U, its modifiers, the register it writes, the predicates it writes, those it
+    reads, and the other operands."""
     first = _predicates_first(i.operands)
-    if base in ("ISETP", "PLOP3", "VOTE"):
-        return _evaluate_predicate(base, parts, i, t)
-    target, rest = i.operands[first], list(i.operands[first + 1 :])
-    outs = list(i.operands[:first])
+    base, parts = i.base.removeprefix("U"), i.opcode.split(".")[1:]
+    if first == len(i.operands):
+        return base, parts, "", [], [], []
+    target, rest, written, read = i.operands[first], list(i.operands[first + 1 :]), list(i.operands[:first]), []
     if first == 0 and base in ("IADD3", "LEA", "IMAD"):
         while rest and _is_predicate(rest[0]):
-            outs.append(rest.pop(0))
-    ins = []
+            written.append(rest.pop(0))
     while rest and _is_predicate(rest[-1]):
-        ins.insert(0, t.predicate(rest.pop()))
+        read.insert(0, rest.pop())
+    return base, parts, target, written, read, rest
+
+
+def _evaluate(i: Instruction, t: _Thread) -> list[tuple[str, Value]]:
+    """The results of an instruction, by register; raises ValueError for one that is not known here."""
+    base, parts, target, outs, conditions, rest = _decoded(i)
+    if base in ("ISETP", "PLOP3", "VOTE"):
+        return _evaluate_predicate(base, parts, i, t)
+    ins = [t.predicate(condition) for condition in conditions]
     if any(p is None for p in ins):
-        return [(target, None)]
+        return [(name, None) for name in destinations(i)]
 
     def integers() -> list[np.ndarray] | None:
         values = [t.operand(r) for r in rest]
