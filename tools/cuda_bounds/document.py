@@ -26,7 +26,7 @@ from .machines import HOPPER_MMA, MACHINES, Machine
 DOCUMENT = ROOT / "docs" / "cuda_bounds.md"
 SIZES = ((64, 64), (97, 97), (128, 128), (128, 256))
 BATCHES = (1, 8)
-DETAILED = ((97, 97), 8)  # the size and batch of the table of a thread block's work
+DETAILED = ((97, 97), 1)  # the size and batch of the table of a thread block's work
 PROBLEMS = tuple(Problem(operator, *size, batch) for operator, size, batch in product(OPERATORS, SIZES, BATCHES))
 ARCHITECTURES = tuple(sorted({machine.architecture for machine in MACHINES}))
 PARTS = ("tensor", "issue", "alu", "fma", "special", "shared")

@@ -30,10 +30,28 @@ MACHINES = (
     Machine("A100", 80, 108, 1.41, 2.039, 7.2, 2048, 64, 64, "312 TFLOP/s; L2 5120 B a cycle: A100 white paper"),
     Machine("L40S", 86, 142, 2.52, 0.864, 5.0, 1024, 128, 64, "362 TFLOP/s: L40S data sheet; L2 estimated"),
     Machine(
-        "H100", 90, 132, 1.83, 3.35, 5.5, 4096 * HOPPER_MMA, 128, 64, "989 TFLOP/s: H100 data sheet; L2 as measured"
+        "H100",
+        90,
+        132,
+        1.83,
+        3.35,
+        5.5,
+        4096 * HOPPER_MMA,
+        128,
+        64,
+        "989 TFLOP/s: H100 data sheet; L2: measured by Chips and Cheese",
     ),
     Machine(
-        "H200", 90, 132, 1.83, 4.8, 5.5, 4096 * HOPPER_MMA, 128, 64, "989 TFLOP/s: H200 data sheet; L2 as measured"
+        "H200",
+        90,
+        132,
+        1.83,
+        4.8,
+        5.5,
+        4096 * HOPPER_MMA,
+        128,
+        64,
+        "989 TFLOP/s: H200 data sheet; L2: measured by Chips and Cheese",
     ),
     Machine(
         "RTX 5090", 86, 170, 2.407, 1.792, 6.6, 512, 128, 128, "209.5 TFLOP/s: Blackwell white paper; L2 estimated"
