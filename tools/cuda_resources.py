@@ -132,8 +132,8 @@ def sources() -> list[Path]:
     return sorted((CSRC / "cuda").rglob("*.cu"))
 
 
-def compiled(files: list[Path], architectures: tuple[int, ...] = ARCHITECTURES) -> list[Kernel]:
-    """The kernels of some sources. ninja keeps their fat binaries in build/cuda_resources and compiles what changed."""
+def fat_binaries(files: list[Path], architectures: tuple[int, ...] = ARCHITECTURES) -> list[Path]:
+    """Compiles some sources. ninja keeps the fat binaries in build/cuda_resources and compiles what changed."""
     from torch.utils import cpp_extension
 
     folder = ROOT / "build" / "cuda_resources" / "_".join(map(str, architectures))
@@ -146,7 +146,12 @@ def compiled(files: list[Path], architectures: tuple[int, ...] = ARCHITECTURES) 
     lines += [f"build {ninja_path(binary)}: compile {ninja_path(file)}" for file, binary in binaries.items()]
     with locked(folder):
         run_ninja(folder, "\n".join(lines) + "\n")
-    kernels = [kernel for binary in binaries.values() for kernel in read(folder / binary)]
+    return [folder / binary for binary in binaries.values()]
+
+
+def compiled(files: list[Path], architectures: tuple[int, ...] = ARCHITECTURES) -> list[Kernel]:
+    """The kernels of some sources."""
+    kernels = [kernel for binary in fat_binaries(files, architectures) for kernel in read(binary)]
     unique = {(k.name, k.architecture): k for k in kernels}
     return [unique[key] for key in sorted(unique)]
 

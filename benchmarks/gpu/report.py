@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tools.cuda_bounds.document import bounds
+from tools.cuda_bounds.launches import VALUE_CHANNELS
+
 from .. import measure, rivals, validate, workloads
 from ..report import markdown_table, size_of
 from ..workloads import Workload
@@ -26,6 +29,7 @@ COLUMNS = (
     "error",
 )
 EXPOSED = "*"
+BOUND_COLUMNS = ("op", "size", "B", "forward us", "bound us", "x bound", "backward us", "bound us", "x bound")
 
 
 def table(cells: list[dict]) -> list[list[str]]:
@@ -61,6 +65,23 @@ def table(cells: list[dict]) -> list[list[str]]:
     return rows
 
 
+def bound_table(cells: list[dict], gpu: str) -> list[list[str]]:
+    """The fused op's times in bfloat16 beside the bounds of docs/cuda_bounds.md; no rows for a GPU that it lacks."""
+    known = {key[:3]: times for key, times in bounds().items() if key[3] in gpu}
+    rows = []
+    for entry in cells:
+        key = (entry["op"], size_of(entry), entry["batch"])
+        ours = entry["rival"] == "fused" and entry["status"] == "measured" and entry["dtype"] == "bfloat16"
+        if not ours or key not in known or Workload.of(entry).channels != VALUE_CHANNELS:
+            continue
+        row = [key[0], key[1], str(key[2])]
+        for kind, bound in zip(("forward", "backward"), known[key], strict=True):
+            time = entry[kind]["median"]
+            row += [f"{time * 1e6:.1f}", f"{bound * 1e6:.1f}", f"{time / bound:.2f}"]
+        rows.append(row)
+    return rows
+
+
 def write_table(state: State) -> Path:
     """Writes a Markdown file beside the JSON: steps, ceilings and the cells of these sources; returns its path."""
     facts = state.machine
@@ -77,7 +98,11 @@ def write_table(state: State) -> Path:
         parts.append(markdown_table(("ceiling", "T/s"), lines))
     for name, answers in state.pieces.get("sdpa", {}).items():
         parts.append(f"SDPA, {name}: " + "; ".join(f"{backend}: {answer}" for backend, answer in answers.items()) + ".")
-    parts.append(markdown_table(COLUMNS, table([entry for entry in state.cells.values() if state.counts(entry)])))
+    counted = [entry for entry in state.cells.values() if state.counts(entry)]
+    parts.append(markdown_table(COLUMNS, table(counted)))
+    if beside := bound_table(counted, facts.get("gpu") or ""):
+        parts.append("Beside the bounds of docs/cuda_bounds.md, which are counted from the machine code:")
+        parts.append(markdown_table(BOUND_COLUMNS, beside))
     parts.append(f"{EXPOSED} the device waited for the host: the time includes launches.")
     path = state.path.with_suffix(".md")
     path.write_text("\n\n".join(parts) + "\n")

@@ -556,6 +556,15 @@ class TestTable:
         for expected in ("a GPU", "| copy_bytes_per_second | 4.10 |", "refused: head_dim", "| position | 97x97 | 8 |"):
             assert expected in text
 
+    def test_times_stand_beside_the_bounds(self, monkeypatch):
+        found = {("position", "97x97", 8, "H200"): (0.001, 0.002), ("position", "97x97", 8, "A100"): (1.0, 1.0)}
+        monkeypatch.setattr(report, "bounds", lambda: found)
+        cells = [self.entry("eager", 0.004, 0.008), self.entry("fused", 0.002, 0.003)]
+        rows = report.bound_table(cells, "NVIDIA H200")
+        assert rows == [["position", "97x97", "8", "2000.0", "1000.0", "2.00", "3000.0", "2000.0", "1.50"]]
+        assert len(rows[0]) == len(report.BOUND_COLUMNS)
+        assert report.bound_table(cells, "another GPU") == []
+
     def test_figures_of_other_sources_are_left_out(self, state):
         state.set_cell(self.entry("eager", 0.004, 0.008))
         state.cells[gpu_state.key_of(self.entry("eager", 1, 1))]["sources"] = "before"

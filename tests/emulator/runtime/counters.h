@@ -32,6 +32,7 @@ struct LaunchCounters {
   std::string kernel;
   dim3 grid_size;
   dim3 block_size;
+  std::string arguments;  // the bytes of the kernel's parameter; only those of the first are where a GPU has them
   size_t dynamic_shared_bytes = 0;
   size_t static_shared_bytes = 0;  // of all kernels of the library together
   int architecture = 0;

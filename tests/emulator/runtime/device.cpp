@@ -189,6 +189,7 @@ cudaError_t launch(const LaunchRequest& request) {
   counters.kernel = kernel_name(request);
   counters.grid_size = request.grid_size;
   counters.block_size = request.block_size;
+  counters.arguments.assign(static_cast<const char*>(request.arguments), request.argument_bytes);
   counters.dynamic_shared_bytes = request.dynamic_shared_bytes;
   counters.architecture = device().architecture;
   counters.stream = reinterpret_cast<intptr_t>(request.stream);

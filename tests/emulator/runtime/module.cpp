@@ -37,6 +37,7 @@ py::dict as_dict(const LaunchCounters& launch) {
   result["kernel"] = launch.kernel;
   result["grid"] = as_tuple(launch.grid_size);
   result["block"] = as_tuple(launch.block_size);
+  result["arguments"] = py::bytes(launch.arguments);
   result["dynamic_shared_bytes"] = launch.dynamic_shared_bytes;
   result["static_shared_bytes"] = launch.static_shared_bytes;
   result["architecture"] = launch.architecture;

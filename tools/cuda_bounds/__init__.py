@@ -1,0 +1,1 @@
+"""Bounds of the CUDA kernels from their machine code."""
