@@ -132,6 +132,40 @@ struct WordLoad {
     paired = f.paired;
   }
 
+  // target[i * pitch] = the words of the thread's next kCount channels, which exist, as do both lines or neither.
+  template <int kCount>
+  __device__ __forceinline__ void copy(uint32_t* target, int pitch) {
+    constexpr int kBatch = 8;
+    static_assert(kCount % kBatch == 0);
+    if (!has_even) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        target[i * pitch] = 0;
+      }
+      return;
+    }
+    const uint16_t* odd_data = data + line_stride;
+#pragma unroll
+    for (int c = 0; c < kCount; c += kBatch) {
+      uint32_t words[kBatch];
+      if (paired) {
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i, data += step) {
+          words[i] = *reinterpret_cast<const uint32_t*>(data);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i, data += step, odd_data += step) {
+          words[i] = *data | static_cast<uint32_t>(*odd_data) << 16;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        target[(c + i) * pitch] = words[i];
+      }
+    }
+  }
+
   // The word of the thread's next channel; zero unless channel_exists.
   __device__ __forceinline__ uint32_t next(bool channel_exists) {
     const uint16_t* at = data;
@@ -168,7 +202,11 @@ __device__ __forceinline__ void load_line_tile(
       WordLoad<T> load(f, window, index, first_channel, position, position < position_end);
       LineWord<T>* target = tile + index.plane * words_per_plane + index.channel * Shape::kPitch + index.position;
       const int channels = f.channels - first_channel - index.channel;  // from the thread's first channel on
-#pragma unroll
+      if (f.channels - first_channel >= kChannels && (load.has_odd || !load.has_even)) {
+        load.template copy<kChannels / 2>(target, 2 * Shape::kPitch);
+        return;
+      }
+#pragma unroll 1
       for (int c = 0; c < kChannels; c += 2 * kWords) {
         LineWord<T> words[kWords];
 #pragma unroll
@@ -177,8 +215,9 @@ __device__ __forceinline__ void load_line_tile(
         }
 #pragma unroll
         for (int i = 0; i < kWords; ++i) {
-          target[(c + 2 * i) * Shape::kPitch] = words[i];
+          target[2 * i * Shape::kPitch] = words[i];
         }
+        target += 2 * kWords * Shape::kPitch;
       }
       return;
     }
@@ -191,7 +230,22 @@ __device__ __forceinline__ void load_line_tile(
   const int64_t step = f.channel_stride;
   const bool inside = position < position_end && rematerialize(window.first_line) + index.line < window.line_end;
   const int channels = inside ? f.channels - first_channel : 0;
+  if (channels >= kChannels) {
 #pragma unroll
+    for (int c = 0; c < kChannels; c += kBatch) {
+      T elements[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i, source += step) {
+        elements[i] = *source;
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        target[(c + i) * kElementPitch<T, Shape>] = elements[i];
+      }
+    }
+    return;
+  }
+#pragma unroll 1
   for (int c = 0; c < kChannels; c += kBatch) {
     T elements[kBatch];
 #pragma unroll
@@ -201,8 +255,9 @@ __device__ __forceinline__ void load_line_tile(
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      target[(c + i) * kElementPitch<T, Shape>] = elements[i];
+      target[i * kElementPitch<T, Shape>] = elements[i];
     }
+    target += kBatch * kElementPitch<T, Shape>;
   }
 }
 

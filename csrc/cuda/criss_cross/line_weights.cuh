@@ -93,12 +93,16 @@ struct LineWeights {
   // visit(pair of weights, 8-key tile, first key) for the lane's pairs of keys whose weights are in shared memory
   template <class Visit>
   __device__ __forceinline__ void for_keys(int line, int q, int key0, const Visit& visit) const {
-    const int t = rematerialize(lane_index()) % 4;
+    const int k = key0 + 2 * (rematerialize(lane_index()) % 4);
+    T* const elements = weight_at(line, q, k);
+    if (elements == nullptr) {
+      return;
+    }
+    const int tiles = (p.weight_columns - (k - first_key) + 7) / 8;
 #pragma unroll
     for (int j = 0; j < kTile / 8; ++j) {
-      const int k = key0 + 8 * j + 2 * t;
-      if (T* element = weight_at(line, q, k)) {
-        visit(element, j, k);
+      if (j < tiles) {
+        visit(elements + 8 * j, j, k + 8 * j);
       }
     }
   }
@@ -110,11 +114,12 @@ struct LineWeights {
     for_queries(query0, [&](int line, int q, int half) {
       const Logsumexp<Real> logsumexp =
           query_exists(line, q) ? block.logsumexp(p.logsumexp, line, q) : Logsumexp<Real>{};
+      const auto keys = block.attended(line, q);
       for_keys(line, q, key0, [&](T* element, int j, int k) {
         Real weights[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          weights[e] = block.attends(line, q, k + e)
+          weights[e] = keys.contain(k + e)
               ? line_exp(
                     shifted_energy(d[line][j][2 * half + e], static_cast<Real>(p.scale), logsumexp.value),
                     logsumexp.low)
