@@ -135,7 +135,7 @@ struct WordLoad {
   // target[i * pitch] = the words of the thread's next kCount channels, which exist, as do both lines or neither.
   template <int kCount>
   __device__ __forceinline__ void copy(uint32_t* target, int pitch) {
-    constexpr int kBatch = 8;
+    constexpr int kBatch = 4;
     static_assert(kCount % kBatch == 0);
     if (!has_even) {
 #pragma unroll
