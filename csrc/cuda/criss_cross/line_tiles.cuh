@@ -284,7 +284,7 @@ template <class T, class Shape, int kChannels>
 __device__ __forceinline__ void store_line_tile(
     const LineWord<T>* tile, const LineFeatures& f, const LineWindow& window, int first_channel, int channel_end,
     int first_position, int position_end, const LineMerge<T>& merge, int merge_position) {
-  constexpr int kBatch = 4;  // loads in flight
+  constexpr int kBatch = sizeof(T) == 4 ? 2 : 4;  // loads in flight; four spill registers with TF32 on sm_80
   first_position = rematerialize(first_position);
   const int words_per_plane = plane_words<Shape>(window.plane_bits, kChannels);
   const int channels = min(channel_end - first_channel, kChannels), positions = position_end - first_position;
