@@ -25,11 +25,12 @@ struct LineAttention {
     return Weights::shared_bytes(pairs, queries, keys) + 2 * sizeof(Real) * 2 * pairs * queries;
   }
 
-  // visit(line, half, query, index into the factors) for those of the lane's queries that the block owns.
+  // visit(line, half, query, index into the factors) for those of the lane's queries that the block owns, in missing
+  // lines too: store_sums reads the factors of every line of the block.
   template <class Visit>
   __device__ __forceinline__ void for_owned_queries(int query0, const Visit& visit) const {
     weights.for_queries(query0, [&](int line, int q, int half) {
-      if (q < weights.block.owned_end() && weights.query_exists(line, q)) {
+      if (q < weights.block.owned_end()) {
         visit(line, half, q, (2 * weights.block.pair() + line) * p.weight_rows + q - weights.first_query);
       }
     });
@@ -70,6 +71,10 @@ struct LineAttention {
           if (key0 + Shape::kTile < p.lines.length) {
             weights.own_factors()[at] = softmax.max_energy[line][half];
             weights.other_factors()[at] = softmax.sum[line][half];
+            return;
+          }
+          if (!weights.query_exists(line, q)) {
+            weights.own_factors()[at] = weights.other_factors()[at] = 0;
             return;
           }
           const auto other = p.accumulate ? block.logsumexp(p.other_logsumexp, line, q) : Logsumexp<Real>{};

@@ -88,7 +88,8 @@ void launch_line_product(LineProductParams params, const DeviceLimits& limits, c
 
 // Chooses pairs of lines, owned positions and positions per pass. Returns the number of blocks for one channel group.
 // Until the weights fit, reduces the owned positions first (down to 16), then the lines per block. Several passes are
-// the last resort: every pass after the first reads the output and writes it again.
+// the last resort: every pass after the first reads the output and writes it again, or, with given weights, every
+// kLineChannels channels copy the weights again.
 template <class Arithmetic, LineOwner kOwner>
 int64_t partition_sums(LineSumParams& params, const DeviceLimits& limits) {
   Lines& lines = params.lines;

@@ -175,10 +175,17 @@ struct LineBlock {
     static_cast<Real*>(l.low)[offset] = logsumexp.low;
   }
 
-  // Whether query q attends to key k in the given line of the pair; false beyond the edges.
-  __device__ __forceinline__ bool attends(int line, int q, int k) const {
-    return q < lines.length && k < lines.length && first_line() + line < window.line_end &&
-        !(lines.skips_self && q == k);
+  // The keys that a query attends to.
+  struct Keys {
+    int end;   // 0: none
+    int self;  // the query's own position where it does not count, -1 otherwise
+    __device__ __forceinline__ bool contain(int k) const { return k < end && k != self; }
+  };
+
+  // Those of query q in the given line of the pair; none beyond the edges.
+  __device__ __forceinline__ Keys attended(int line, int q) const {
+    const bool exists = q < lines.length && first_line() + line < window.line_end;
+    return {exists ? lines.length : 0, lines.skips_self ? q : -1};
   }
 };
 

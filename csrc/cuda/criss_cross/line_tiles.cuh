@@ -132,6 +132,40 @@ struct WordLoad {
     paired = f.paired;
   }
 
+  // target[i * pitch] = the words of the thread's next kCount channels, which exist, as do both lines or neither.
+  template <int kCount>
+  __device__ __forceinline__ void copy(uint32_t* target, int pitch) {
+    constexpr int kBatch = 4;
+    static_assert(kCount % kBatch == 0);
+    if (!has_even) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        target[i * pitch] = 0;
+      }
+      return;
+    }
+    const uint16_t* odd_data = data + line_stride;
+#pragma unroll
+    for (int c = 0; c < kCount; c += kBatch) {
+      uint32_t words[kBatch];
+      if (paired) {
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i, data += step) {
+          words[i] = *reinterpret_cast<const uint32_t*>(data);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i, data += step, odd_data += step) {
+          words[i] = *data | static_cast<uint32_t>(*odd_data) << 16;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        target[(c + i) * pitch] = words[i];
+      }
+    }
+  }
+
   // The word of the thread's next channel; zero unless channel_exists.
   __device__ __forceinline__ uint32_t next(bool channel_exists) {
     const uint16_t* at = data;
@@ -168,7 +202,11 @@ __device__ __forceinline__ void load_line_tile(
       WordLoad<T> load(f, window, index, first_channel, position, position < position_end);
       LineWord<T>* target = tile + index.plane * words_per_plane + index.channel * Shape::kPitch + index.position;
       const int channels = f.channels - first_channel - index.channel;  // from the thread's first channel on
-#pragma unroll
+      if (f.channels - first_channel >= kChannels && (load.has_odd || !load.has_even)) {
+        load.template copy<kChannels / 2>(target, 2 * Shape::kPitch);
+        return;
+      }
+#pragma unroll 1
       for (int c = 0; c < kChannels; c += 2 * kWords) {
         LineWord<T> words[kWords];
 #pragma unroll
@@ -177,8 +215,9 @@ __device__ __forceinline__ void load_line_tile(
         }
 #pragma unroll
         for (int i = 0; i < kWords; ++i) {
-          target[(c + 2 * i) * Shape::kPitch] = words[i];
+          target[2 * i * Shape::kPitch] = words[i];
         }
+        target += 2 * kWords * Shape::kPitch;
       }
       return;
     }
@@ -191,7 +230,22 @@ __device__ __forceinline__ void load_line_tile(
   const int64_t step = f.channel_stride;
   const bool inside = position < position_end && rematerialize(window.first_line) + index.line < window.line_end;
   const int channels = inside ? f.channels - first_channel : 0;
+  if (channels >= kChannels) {
 #pragma unroll
+    for (int c = 0; c < kChannels; c += kBatch) {
+      T elements[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i, source += step) {
+        elements[i] = *source;
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        target[(c + i) * kElementPitch<T, Shape>] = elements[i];
+      }
+    }
+    return;
+  }
+#pragma unroll 1
   for (int c = 0; c < kChannels; c += kBatch) {
     T elements[kBatch];
 #pragma unroll
@@ -201,8 +255,9 @@ __device__ __forceinline__ void load_line_tile(
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      target[(c + i) * kElementPitch<T, Shape>] = elements[i];
+      target[i * kElementPitch<T, Shape>] = elements[i];
     }
+    target += kBatch * kElementPitch<T, Shape>;
   }
 }
 
@@ -215,8 +270,10 @@ struct LineMerge {
   const Real* factors;  // [lines of the block][pitch]; null: 1
   int pitch;
 
-  __device__ __forceinline__ T operator()(T old, T value, int line, int position) const {
-    const Real factor = factors == nullptr ? Real(1) : factors[line * pitch + position];
+  __device__ __forceinline__ Real factor(int line, int position) const {
+    return factors == nullptr ? Real(1) : factors[line * pitch + position];
+  }
+  static __device__ __forceinline__ T merged(Real factor, T old, T value) {
     return from_accumulator<T>(factor * to_accumulator(old) + to_accumulator(value));
   }
 };
@@ -227,7 +284,7 @@ template <class T, class Shape, int kChannels>
 __device__ __forceinline__ void store_line_tile(
     const LineWord<T>* tile, const LineFeatures& f, const LineWindow& window, int first_channel, int channel_end,
     int first_position, int position_end, const LineMerge<T>& merge, int merge_position) {
-  constexpr int kBatch = 4;  // loads in flight
+  constexpr int kBatch = sizeof(T) == 4 ? 2 : 4;  // loads in flight; four spill registers with TF32 on sm_80
   first_position = rematerialize(first_position);
   const int words_per_plane = plane_words<Shape>(window.plane_bits, kChannels);
   const int channels = min(channel_end - first_channel, kChannels), positions = position_end - first_position;
@@ -241,6 +298,11 @@ __device__ __forceinline__ void store_line_tile(
       T* target = line_data<T>(f, window, first_channel + index.channel) + index.line +
           (first_position + index.position) * f.position_stride;
       const int64_t step = 2 * f.channel_stride;
+      Accumulator<T> factors[2];
+#pragma unroll
+      for (int line = 0; line < 2; ++line) {
+        factors[line] = merge.accumulate ? merge.factor(index.line + line, merge_position + index.position) : 0;
+      }
 #pragma unroll 1
       for (int c = index.channel; c < channels; c += 2 * kBatch) {
         uint32_t old[kBatch] = {};
@@ -261,7 +323,7 @@ __device__ __forceinline__ void store_line_tile(
               T* now = reinterpret_cast<T*>(&word);
 #pragma unroll
               for (int line = 0; line < 2; ++line) {
-                now[line] = merge(before[line], now[line], index.line + line, merge_position + index.position);
+                now[line] = merge.merged(factors[line], before[line], now[line]);
               }
             }
             *reinterpret_cast<uint32_t*>(target + i * step) = word;
@@ -275,41 +337,70 @@ __device__ __forceinline__ void store_line_tile(
   const ElementIndex<T, Shape> index(f, window);
   const int end = rematerialize(window.first_line) + index.line < window.line_end ? positions : 0;
   const T* source = reinterpret_cast<const T*>(tile) + index.offset(words_per_plane);
-  T* target = line_data<T>(f, window, first_channel) + index.line * f.line_stride + first_position * f.position_stride;
+  // the thread's own position of the next channel
+  T* own = line_data<T>(f, window, first_channel) + index.line * f.line_stride +
+      (first_position + index.position) * f.position_stride;
+  if (f.position_stride != 1) {
+    if (index.position >= end) {
+      return;
+    }
+    source += index.position * kLinesPerPlane<T>;
+    const Accumulator<T> factor = merge.accumulate ? merge.factor(index.line, merge_position + index.position) : 0;
+#pragma unroll 1
+    for (int c = 0; c < channels; c += kBatch) {
+      T old[kBatch];
+      T* at = own;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i, at += f.channel_stride) {
+        if (merge.accumulate && c + i < channels) {
+          old[i] = *at;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i, own += f.channel_stride) {
+        if (c + i < channels) {
+          const T value = source[i * kElementPitch<T, Shape>];
+          *own = merge.accumulate ? merge.merged(factor, old[i], value) : value;
+        }
+      }
+      source += kBatch * kElementPitch<T, Shape>;
+    }
+    return;
+  }
   // A row can start anywhere in a sector, at a different offset in every channel. The threads rotate over the positions
   // so that each warp accesses whole sectors.
-  constexpr int kSector = 32 / static_cast<int>(sizeof(T));
-  const bool rotates = f.position_stride == 1;
+  constexpr unsigned kSector = 32 / static_cast<unsigned>(sizeof(T));
 #pragma unroll 1
   for (int c = 0; c < channels; c += kBatch) {
     T old[kBatch];
+    T* at[kBatch];
     int position[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const T* channel = target + i * f.channel_stride;
-      const int shift =
-          rotates ? static_cast<int>(reinterpret_cast<uintptr_t>(channel) / sizeof(T)) & (kSector - 1) : 0;
-      position[i] = (index.position - shift) & (Shape::kTile - 1);
+      const unsigned start = static_cast<unsigned>(reinterpret_cast<uintptr_t>(own) / sizeof(T)) - index.position;
+      position[i] = static_cast<int>((index.position - (start & (kSector - 1))) & (Shape::kTile - 1));
+      at[i] = own + (position[i] - index.position);
+      own += f.channel_stride;
       if (c + i >= channels) {
         position[i] = end;
       }
       __syncwarp();  // lanes beyond the edges stay converged, so that the others' accesses remain one instruction
       if (merge.accumulate && position[i] < end) {
-        old[i] = channel[position[i] * f.position_stride];
+        old[i] = *at[i];
       }
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       __syncwarp();
       if (position[i] < end) {
-        T value = source[(c + i) * kElementPitch<T, Shape> + position[i] * kLinesPerPlane<T>];
+        T value = source[i * kElementPitch<T, Shape> + position[i] * kLinesPerPlane<T>];
         if (merge.accumulate) {
-          value = merge(old[i], value, index.line, merge_position + position[i]);
+          value = merge.merged(merge.factor(index.line, merge_position + position[i]), old[i], value);
         }
-        target[i * f.channel_stride + position[i] * f.position_stride] = value;
+        *at[i] = value;
       }
     }
-    target += kBatch * f.channel_stride;
+    source += kBatch * kElementPitch<T, Shape>;
   }
 }
 

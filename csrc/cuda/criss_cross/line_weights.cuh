@@ -38,6 +38,13 @@ struct LineWeights {
     first_query = first_key = 0;
   }
 
+  // The weights of the next pass start at contracted position `first`.
+  template <LineOwner kOwner>
+  __device__ __forceinline__ void start_pass(int first) {
+    first_query = kOwner == LineOwner::kKeys ? first : block.owned_begin;
+    first_key = kOwner == LineOwner::kKeys ? block.owned_begin : first;
+  }
+
   // the group of output channels that the block computes
   __device__ __forceinline__ int channel_group() const {
     return rematerialize(static_cast<int>(blockIdx.x)) % p.channel_groups;
@@ -86,12 +93,16 @@ struct LineWeights {
   // visit(pair of weights, 8-key tile, first key) for the lane's pairs of keys whose weights are in shared memory
   template <class Visit>
   __device__ __forceinline__ void for_keys(int line, int q, int key0, const Visit& visit) const {
-    const int t = rematerialize(lane_index()) % 4;
+    const int k = key0 + 2 * (rematerialize(lane_index()) % 4);
+    T* const elements = weight_at(line, q, k);
+    if (elements == nullptr) {
+      return;
+    }
+    const int tiles = (p.weight_columns - (k - first_key) + 7) / 8;
 #pragma unroll
     for (int j = 0; j < kTile / 8; ++j) {
-      const int k = key0 + 8 * j + 2 * t;
-      if (T* element = weight_at(line, q, k)) {
-        visit(element, j, k);
+      if (j < tiles) {
+        visit(elements + 8 * j, j, k + 8 * j);
       }
     }
   }
@@ -103,11 +114,12 @@ struct LineWeights {
     for_queries(query0, [&](int line, int q, int half) {
       const Logsumexp<Real> logsumexp =
           query_exists(line, q) ? block.logsumexp(p.logsumexp, line, q) : Logsumexp<Real>{};
+      const auto keys = block.attended(line, q);
       for_keys(line, q, key0, [&](T* element, int j, int k) {
         Real weights[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          weights[e] = block.attends(line, q, k + e)
+          weights[e] = keys.contain(k + e)
               ? line_exp(
                     shifted_energy(d[line][j][2 * half + e], static_cast<Real>(p.scale), logsumexp.value),
                     logsumexp.low)
@@ -287,6 +299,22 @@ struct LineWeights {
     }
   }
 
+  static constexpr int kSumRows = kLineChannels / 16;
+  using ChannelSums = Sums<kSumRows, kOwnedTiles>;  // of kLineChannels channels
+
+  // sums += values * weights for the channels from `channel` on, over the contracted positions [first, end). The
+  // weights in shared memory start at `first`.
+  template <LineOwner kOwner>
+  __device__ __forceinline__ void add_values(
+      ChannelSums& sums, const LineFeatures& values, int channel, int first, int end) {
+    for (int j = first; j < end; j += kTile) {
+      __syncthreads();
+      load_line_tile<T, Shape, kLineChannels>(block.staging, values, block.window, channel, j, end);
+      __syncthreads();
+      add_staged<kOwner, kSumRows, kOwnedTiles>(sums, j - first, end - j);
+    }
+  }
+
   // output(:, owned) (+)= values(:, contracted) * weights over the contracted positions [first, end). The weights in
   // shared memory start at `first`. Scaled as in store_sums.
   template <LineOwner kOwner, MergeScale kScale = MergeScale::kNone>
@@ -294,14 +322,9 @@ struct LineWeights {
       const LineFeatures& values, const LineFeatures& output, int first, int end, bool accumulate) {
     for (int channel = channel_group() * p.channels_per_group; channel < channel_end(values);
          channel += kLineChannels) {
-      Sums<kLineChannels / 16, kOwnedTiles> sums = {};
-      for (int j = first; j < end; j += kTile) {
-        __syncthreads();
-        load_line_tile<T, Shape, kLineChannels>(block.staging, values, block.window, channel, j, end);
-        __syncthreads();
-        add_staged<kOwner, kLineChannels / 16, kOwnedTiles>(sums, j - first, end - j);
-      }
-      store_sums<kScale, kLineChannels / 16, kOwnedTiles>(sums, output, channel, channel_end(values), accumulate);
+      ChannelSums sums = {};
+      add_values<kOwner>(sums, values, channel, first, end);
+      store_sums<kScale, kSumRows, kOwnedTiles>(sums, output, channel, channel_end(values), accumulate);
     }
   }
 

@@ -58,12 +58,13 @@ struct LineSoftmax {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         Real new_max = max_energy[line][half];
+        const auto keys = block.attended(line, query(first_query, half));
 #pragma unroll
         for (int j = 0; j < Shape::kTile / 8; ++j) {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             Real& x = d[line][j][2 * half + e];
-            x = block.attends(line, query(first_query, half), first_key + 8 * j + 2 * t + e) ? x : excluded;
+            x = keys.contain(first_key + 8 * j + 2 * t + e) ? x : excluded;
             new_max = fmax(new_max, x * scale);
           }
         }

@@ -9,7 +9,6 @@ template <class Arithmetic>
 __device__ __forceinline__ void line_product(
     const LineProductParams& p, LineWord<typename Arithmetic::Element>* shared) {
   using T = typename Arithmetic::Element;
-  using Real = typename Arithmetic::Real;
   using Block = LineBlock<Arithmetic, StripShape>;
   const Block block(p.lines, shared, 1);
   const int g = lane_index() / 4, t = lane_index() % 4;
@@ -25,7 +24,7 @@ __device__ __forceinline__ void line_product(
         const int j = i / 4, e = i % 4;
         const int query = block.owned_begin + 16 * block.rank() + g + e / 2 * 8;
         const int key = first_key + 8 * j + 2 * t + e % 2;
-        if (query < block.owned_end() && block.attends(line, query, key)) {
+        if (query < block.owned_end() && block.attended(line, query).contain(key)) {
           const int channel = p.affinity.first_channel + key - (p.lines.skips_self && key > query);
           out[channel * p.affinity.channel_stride + query * p.affinity.position_stride] =
               from_accumulator<T>(d[line][j][e]);

@@ -38,7 +38,8 @@ struct WeightedSum : WeightedSumSoftmax<Traits_, kSum, kKeys> {
   using Mma = typename Traits::Mma;
   using Element = typename Traits::Element;
   using StreamedTile = typename Traits::StreamedTile;
-  using Softmax::compute_energies, Softmax::compute_weights, Softmax::end_step, Softmax::factors, Softmax::first_step;
+  using Softmax::clear_energies, Softmax::compute_energies, Softmax::compute_weights, Softmax::end_step,
+      Softmax::factors, Softmax::first_step;
   using Softmax::key_channel_rows, Softmax::key_count, Softmax::load_owned_fragments, Softmax::owned_shared, Softmax::p,
       Softmax::rescales;
   using Softmax::row_max, Softmax::row_sum, Softmax::rounded_sum, Softmax::store_weights, Softmax::streamed_logsumexp;
@@ -231,10 +232,17 @@ struct WeightedSum : WeightedSumSoftmax<Traits_, kSum, kKeys> {
     if constexpr (Traits::kRoundsTiles) {
       round_share<Traits::kThreads>(typename Traits::OwnedTile(owned_shared), key_channel_rows);
     }
-    round_streamed(0);
+    const bool has_steps = kKeys == Keys::kAll || first_step < end_step;  // without, no tile was copied
+    if (has_steps) {
+      round_streamed(0);
+    }
     __syncthreads();
     load_owned_fragments();
-    compute_energies(0);
+    if (has_steps) {
+      compute_energies(0);
+    } else {
+      clear_energies();
+    }
     compute_weights(first_step);
     store_weights(first_step);
 

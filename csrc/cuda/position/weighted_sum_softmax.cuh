@@ -71,9 +71,7 @@ struct WeightedSumSoftmax {
     }
   }
 
-  // Leaves q.k in `energies`. slot: of the streamed tile in the ring.
-  __device__ __forceinline__ void compute_energies(int slot) {
-    const StreamedTile tile(streamed_shared + slot * StreamedTile::bytes(key_channel_rows));
+  __device__ __forceinline__ void clear_energies() {
 #pragma unroll
     for (int j = 0; j < kEnergyTiles; ++j) {
 #pragma unroll
@@ -81,6 +79,12 @@ struct WeightedSumSoftmax {
         energies[0][j][c] = 0.0f;
       }
     }
+  }
+
+  // Leaves q.k in `energies`. slot: of the streamed tile in the ring.
+  __device__ __forceinline__ void compute_energies(int slot) {
+    const StreamedTile tile(streamed_shared + slot * StreamedTile::bytes(key_channel_rows));
+    clear_energies();
     if constexpr (Traits::kResidentSteps > 0) {
       const auto position = Mma::b_row(tile, 0);
       const auto multiply = [&](int k) {
