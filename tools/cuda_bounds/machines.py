@@ -39,7 +39,7 @@ MACHINES = (
         4096 * HOPPER_MMA,
         128,
         64,
-        "989 TFLOP/s: H100 data sheet; L2: measured by Chips and Cheese",
+        "989 TFLOP/s: H100 data sheet; L2 estimated",
     ),
     Machine(
         "H200",
@@ -51,7 +51,7 @@ MACHINES = (
         4096 * HOPPER_MMA,
         128,
         64,
-        "989 TFLOP/s: H200 data sheet; L2: measured by Chips and Cheese",
+        "989 TFLOP/s: H200 data sheet; L2 estimated",
     ),
     Machine(
         "RTX 5090", 86, 170, 2.407, 1.792, 6.6, 512, 128, 128, "209.5 TFLOP/s: Blackwell white paper; L2 estimated"

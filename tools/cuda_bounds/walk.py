@@ -627,13 +627,14 @@ class Walker:
             for name, value in results:
                 if name in ("RZ", "URZ", "PT", "UPT"):
                     continue
-                if value is None or mask is None:
+                # Behind an unknown guard, registers (of addresses, above all) count as written; predicates are unknown.
+                if value is None or (mask is None and "P" in name):
                     t.values[name] = None
                 elif all_active and not i.guard:
                     t.values[name] = value
                 else:
                     before = t.values.get(name)
-                    t.values[name] = np.where(mask, value, np.zeros_like(value) if before is None else before)
+                    t.values[name] = np.where(where, value, np.zeros_like(value) if before is None else before)
 
     def _count_access(self, i: Instruction, mask: np.ndarray, t: _Thread, moved: traffic.Traffic) -> list[Value]:
         """Counts an access, keeps what it stores in shared memory, and returns its addresses."""
