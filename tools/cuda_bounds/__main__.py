@@ -1,23 +1,43 @@
 """Bounds of the CUDA kernels on five GPUs, and the instructions of their loops, from machine code.
 
-    python -m tools.cuda_bounds                     # writes docs/cuda_bounds.md
+    python -m tools.cuda_bounds                     # writes docs/cuda_bounds.md, minutes for each size
     python -m tools.cuda_bounds --file X.cubin      # a table of the loops of every tensor-core kernel
     python -m tools.cuda_bounds --file X.cubin --operator position --size 97 97 --architecture 90
                                                     # what a turn of the loops executes in a launch of that size
 
-Needs cuobjdump (the toolkit's or triton's) but no GPU; the first also nvcc and the emulator (tests/emulator).
+Needs cuobjdump (the toolkit's or triton's) but no GPU; the first also nvcc and the emulator (tests/emulator). It writes
+the document after each size, keeps what it has walked in build/ and continues from there, while the machine code is the
+same.
 """
 
 import argparse
+import hashlib
+import pickle
 import re
 import sys
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
-from ..compilers import cuobjdump, nvcc
+from ..compilers import ROOT, cuobjdump, nvcc
 from ..cuda_resources import fat_binaries, sources
 from . import document, launches, sass
+
+WALKED = ROOT / "build" / "cuda_bounds.pkl"
+
+
+def write_document(emulator: ModuleType) -> None:
+    files = fat_binaries(sources(), document.ARCHITECTURES)
+    mark = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    done: document.Done = {}
+    if WALKED.exists():
+        before, known = pickle.loads(WALKED.read_bytes())
+        done = known if before == mark else {}
+    for problem in document.PROBLEMS:
+        if (problem, document.ARCHITECTURES[-1]) not in done:
+            done |= document.measure(emulator, files, (problem,))
+            WALKED.write_bytes(pickle.dumps((mark, done)))
+        document.DOCUMENT.write_text(document.document(done))
 
 
 def loop_rows(function: sass.Function) -> list[str]:
@@ -114,8 +134,7 @@ def main() -> int:
     if options.operator:
         print_executed(emulator, options)
         return 0
-    files = fat_binaries(sources(), document.ARCHITECTURES)
-    document.DOCUMENT.write_text(document.document(document.measure(emulator, files)))
+    write_document(emulator)
     return 0
 
 

@@ -51,17 +51,12 @@ def _passes(address: np.ndarray, mask: np.ndarray, size: int) -> int:
 
 
 class Traffic:
-    """The traffic of some thread blocks.
+    """The traffic of a thread block."""
 
-    Args:
-        threads: of a thread block, rounded up to whole warps.
-    """
-
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
+    def __init__(self) -> None:
         self.passes = 0  # over the banks of shared memory, and of L1 for loads and stores (128 bytes each)
         self.unknown = 0  # instructions with an unknown address
-        self.loaded: list[np.ndarray] = []  # through L1: the sectors of each thread block
+        self.loaded: list[np.ndarray] = []  # through L1: distinct sectors
         self.copied = 0  # sectors that asynchronous copies read, past L1
         self.written = 0
 
@@ -88,8 +83,7 @@ class Traffic:
             if of.kind == "store":
                 self.written += len(sectors)
             elif addresses[0] is not None:
-                block = (sectors >> np.uint64(48)) * np.uint64(32) // np.uint64(self.threads)
-                self.loaded.append(np.unique(block << np.uint64(48) | sectors & np.uint64(2**48 - 1)))
+                self.loaded.append(np.unique(sectors & np.uint64(2**48 - 1)))
             if len(self.loaded) > 256:
                 self.loaded = [np.unique(np.concatenate(self.loaded))]
 

@@ -29,6 +29,8 @@ _FLOATS = ("I2F", "I2FP", "F2I", "MUFU", "FADD", "FMUL", "FFMA")
 _EVALUATED = ("I2F", "F2I", "BREV", "FLO", "POPC", "MUFU.RCP")
 _EVALUATED_ONCE = ("I2FP", "FADD", "FMUL", "FFMA", "MUFU.RSQ", "MUFU.SQRT")
 
+_MOST = 1_000_000  # blocks of code that a warp executes
+
 Value = np.ndarray | None  # None: unknown
 
 
@@ -133,17 +135,16 @@ def _decoded_operand(text: str) -> tuple:
 
 
 class _SharedMemory:
-    """What is known of the shared memory of each walked thread block, by 4 bytes."""
+    """What is known of the shared memory of a thread block, by 4 bytes."""
 
     WORDS = 60 * 1024
 
-    def __init__(self, blocks: int, threads: int) -> None:
-        self.first = np.repeat(np.arange(blocks) * self.WORDS, threads)
-        self.values = np.zeros(blocks * self.WORDS, np.uint32)
-        self.known = np.zeros(blocks * self.WORDS, bool)
+    def __init__(self) -> None:
+        self.values = np.zeros(self.WORDS, np.uint32)
+        self.known = np.zeros(self.WORDS, bool)
 
     def _words(self, address: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        return self.first[mask] + (address[mask] >> np.uint64(2)).astype(np.int64) % self.WORDS
+        return (address[mask] >> np.uint64(2)).astype(np.int64) % self.WORDS
 
     def write(self, address: np.ndarray, mask: np.ndarray, value: Value) -> None:
         words = self._words(address, mask)
@@ -161,27 +162,26 @@ class _SharedMemory:
 
 
 class _Thread:
-    """Values of all walked threads: registers as uint32 arrays, predicates as bool arrays."""
+    """Values of the threads of a thread block: registers as uint32 arrays, predicates as bool arrays."""
 
-    def __init__(self, function: Function, constants: bytes, grid: int, block: int, chosen: list[int]) -> None:
-        warps = -(-block // 32)
-        self.lanes = len(chosen) * warps * 32
-        self.warps = len(chosen) * warps
-        thread = np.arange(warps * 32)
+    def __init__(self, function: Function, constants: bytes, grid: int, block: int, number: int) -> None:
+        self.warps = -(-block // 32)
+        self.lanes = self.warps * 32
+        thread = np.arange(self.lanes)
         self.special = {
-            "SR_TID.X": np.tile(thread, len(chosen)).astype(np.uint32),
-            "SR_CTAID.X": np.repeat(np.array(chosen), warps * 32).astype(np.uint32),
-            "SR_LANEID": np.tile(thread % 32, len(chosen)).astype(np.uint32),
+            "SR_TID.X": thread.astype(np.uint32),
+            "SR_CTAID.X": np.full(self.lanes, number, np.uint32),
+            "SR_LANEID": (thread % 32).astype(np.uint32),
             "SR_NCTAID.X": np.full(self.lanes, grid, np.uint32),
             "SR_CgaCtaId": np.zeros(self.lanes, np.uint32),
             "SR_SWINHI": np.full(self.lanes, 0x7FFF, np.uint32),  # of generic pointers into shared memory; not null
         }
-        self.exists = np.tile(thread < block, len(chosen))
+        self.exists = thread < block
         self.zero = np.zeros(self.lanes, np.uint32)
         self.true = np.ones(self.lanes, bool)
         self.values: dict[str, Value] = {}
         self.same: dict[int, np.ndarray] = {}
-        self.shared = _SharedMemory(len(chosen), warps * 32)
+        self.shared = _SharedMemory()
         start = _PARAMETERS[function.architecture]
         bank = bytearray(start + len(constants) + 8)
         bank[0:24] = np.array([block, 1, 1, grid, 1, 1], np.uint32).tobytes()
@@ -582,24 +582,41 @@ class Walker:
         return found
 
     def walk(self, arguments: bytes, grid: int, block: int, chosen: list[int]) -> Walk:
-        """Walks the chosen thread blocks.
+        """Walks the chosen thread blocks, one after the other: a value that is unknown for some threads is unknown for
+        all that are walked together, and those of another block may have a counter in the same register.
 
         Args:
             arguments: the bytes of the kernel's parameters.
             grid: thread blocks of the launch.
             block: threads of a thread block.
             chosen: the thread blocks to walk.
+
+        Raises:
+            RuntimeError: if a thread block does not come to its end.
         """
-        t = _Thread(self.function, arguments, grid, block, chosen)
+        walks = [self._walk_block(arguments, grid, block, number) for number in chosen]
+        return Walk(
+            sum(walk.warps for walk in walks),
+            sum((walk.executions for walk in walks), Counter()),
+            sum((walk.unknown_branches for walk in walks), Counter()),
+            sum((walk.traffic for walk in walks), Counter()),
+        )
+
+    def _walk_block(self, arguments: bytes, grid: int, block: int, number: int) -> Walk:
+        t = _Thread(self.function, arguments, grid, block, number)
         end = self.function.instructions[-1].address + 16
         at = np.where(t.exists, next(iter(self.function.blocks)), end).astype(np.int64)
         executions: Counter[int] = Counter()
         unknown: Counter[int] = Counter()
-        moved = traffic.Traffic(t.warps // len(chosen) * 32)
+        moved = traffic.Traffic()
+        steps = 0
         while (address := int(at.min())) < end:
             active = at == address
             warps = int(active.reshape(t.warps, 32).any(axis=1).sum())
             executions[address] += warps
+            steps += warps
+            if steps > _MOST * t.warps:
+                raise RuntimeError(f"{self.function.name}: thread block {number} of {grid} does not end")
             self._execute(address, active, t, moved)
             self._leave(address, active, warps, at, end, t, unknown)
         return Walk(t.warps, executions, unknown, moved.counts())
