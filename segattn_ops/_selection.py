@@ -42,8 +42,8 @@ class use_backend(ContextDecorator):  # used as a function
 
     The selection is of the thread, and of the asyncio task, that enters the block. Other threads have the process's
     default, those that are started within the block too: ``torch.nn.DataParallel`` runs its replicas in such threads,
-    and autograd's threads on CUDA. :func:`set_default_backend` is for them. A task takes over the selection of the code
-    that creates it.
+    and autograd has threads of its own on CUDA. :func:`set_default_backend` is for them. A task takes over the
+    selection of the code that creates it.
 
     Blocks may be left in another order than that in which they were entered: the last of those that are still open
     counts. A backward pass uses the implementation of its forward pass. What ``torch.utils.checkpoint`` computes again

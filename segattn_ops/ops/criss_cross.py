@@ -91,8 +91,7 @@ def criss_cross_attention(
 
     Returns:
         (B, C, H, W), in the inputs' dtype, and in channels_last if query or value is. Accumulated in float32, float64
-        for float64. With ``return_logsumexp`` a
-        pair with (B, num_heads, H, W) in the dtype of accumulation.
+        for float64. With ``return_logsumexp`` a pair with (B, num_heads, H, W) in the dtype of accumulation.
 
     Raises:
         TypeError: for an argument that is not a tensor, for a scale that is not a number, and for a num_heads that is

@@ -118,8 +118,7 @@ def position_attention(
 
     Returns:
         (B, C, *S), in the inputs' dtype, and in channels_last if query or value is. Accumulated in float32, float64 for
-        float64. With ``return_logsumexp`` a pair
-        with (B, num_heads, *S) in the dtype of accumulation.
+        float64. With ``return_logsumexp`` a pair with (B, num_heads, *S) in the dtype of accumulation.
 
     Raises:
         TypeError: for an argument that is not a tensor, for a scale that is not a number, and for a num_heads that is

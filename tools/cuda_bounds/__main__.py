@@ -23,20 +23,20 @@ from ..compilers import ROOT, cuobjdump, nvcc
 from ..cuda_resources import fat_binaries, sources
 from . import document, launches, sass
 
-WALKED = ROOT / "build" / "cuda_bounds.pkl"
+RESULTS = ROOT / "build" / "cuda_bounds.pkl"
 
 
 def write_document(emulator: ModuleType) -> None:
     files = fat_binaries(sources(), document.ARCHITECTURES)
     mark = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     done: document.Done = {}
-    if WALKED.exists():
-        before, known = pickle.loads(WALKED.read_bytes())
+    if RESULTS.exists():
+        before, known = pickle.loads(RESULTS.read_bytes())
         done = known if before == mark else {}
     for problem in document.PROBLEMS:
         if (problem, document.ARCHITECTURES[-1]) not in done:
             done |= document.measure(emulator, files, (problem,))
-            WALKED.write_bytes(pickle.dumps((mark, done)))
+            RESULTS.write_bytes(pickle.dumps((mark, done)))
         document.DOCUMENT.write_text(document.document(done))
 
 
