@@ -1,10 +1,11 @@
 """Instructions and passes over shared memory for each tensor-core instruction of the main kernels, walked in the
-machine code of the built library (tools/cuda_bounds). Needs cuobjdump but no device."""
+machine code of the built library (tools/cuda_bounds). Needs the compiler of docs/cuda_bounds.md but no device: another
+one may take other instructions, and other numbers of them."""
 
 import pytest
 
 from tools import compilers, cuda_resources
-from tools.cuda_bounds import launches
+from tools.cuda_bounds import document, launches
 
 ARCHITECTURE = 90
 # The most instructions and the most passes for each mma in bfloat16 at 64 x 64, B = 1, by operator and kernel. A change
@@ -23,8 +24,10 @@ EVERY_BLOCK = (7, 9)  # height and width at which all thread blocks are walked
 
 @pytest.fixture(scope="module")
 def walkers():
-    if compilers.cuobjdump() is None:
-        pytest.skip("no cuobjdump")
+    if compilers.nvcc() is None or compilers.cuobjdump() is None:
+        pytest.skip("no nvcc or no cuobjdump")
+    if f"with nvcc {cuda_resources.nvcc_release()}," not in document.DOCUMENT.read_text():
+        pytest.skip("not the compiler of docs/cuda_bounds.md")
     if (built := cuda_resources.library()) is None:
         pytest.skip("no CUDA library built in place")
     found = launches.Walkers([built])
