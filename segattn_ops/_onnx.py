@@ -15,6 +15,7 @@ from torch._decomp import register_decomposition
 
 from . import reference
 from ._autocast import without_autocast
+from ._inductor import registering
 from .ops import Operator
 
 # Only backward passes read output_low and logsumexp_low, the rounding errors of results: they are 0 here.
@@ -64,4 +65,4 @@ def register(namespace: str, operators: Iterable[Operator]) -> None:
         overload = getattr(packets, operator.name).default
         register_decomposition(overload)(_decomposition(_DECOMPOSITIONS[operator.name]))
         # Fake tensors of symbolic sizes prefer a decomposition to the registered fake, unless there is a meta function.
-        register_decomposition(overload, type="meta")(operator.fake)
+        register_decomposition(overload, type="meta")(registering(overload, operator.fake))

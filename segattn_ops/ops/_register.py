@@ -12,6 +12,7 @@ from torch.library import Library
 from torch.utils.flop_counter import register_flop_formula
 
 from .._backend import DIRECT
+from .._inductor import registering
 from .._transforms import FUNCTIONS, has_tangent, in_dual_level, under_transform
 from ._direct import direct_backward, direct_forward
 from ._memory_format import like_inputs
@@ -80,7 +81,7 @@ def register(namespace: str, operators: Iterable[Operator]) -> None:
     for operator in operators:
         backward_name = f"{operator.name}_backward"
         forward, backward = getattr(packets, operator.name), getattr(packets, backward_name)
-        torch.library.register_fake(f"{namespace}::{operator.name}", operator.fake)
+        torch.library.register_fake(f"{namespace}::{operator.name}", registering(forward.default, operator.fake))
         torch.library.register_fake(f"{namespace}::{backward_name}", operator.fake_backward)
         rules = _Rules(operator, packets, functions)
         for name, setup_context, rule in (
