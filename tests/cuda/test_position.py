@@ -179,14 +179,28 @@ def test_split_keys(emulator):
 
 
 def test_split_queries(emulator):
-    """grad_value of 64 keys: the queries are split and the partials summed, as for grad_query and grad_key."""
+    """grad_value of 64 keys: the queries are split and the partials summed."""
     tensors = inputs(1, 16, 40, 1100, 64, torch.float16)
     assert_close(tensors, 2e-3)
-    assert len(launches(emulator, "sum_partials_kernel")) == 3
+    (merge,) = launches(emulator, "merge_splits_kernel")
+    assert position_sum(merge["kernel"]) == VALUE_GRADIENT
     emulator.set_device(90, 1)
     emulator.reset()
     assert_close(tensors, 2e-3)
-    assert len(launches(emulator, "sum_partials_kernel")) == 2
+    assert not launches(emulator, "merge_splits_kernel")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_whole_and_split_tiles(emulator, dtype):
+    """On five multiprocessors, bfloat16: two samples of seven query blocks, ten whole tiles and four whose keys are
+    split; two of six key blocks, ten whole tiles and two whose queries are split."""
+    emulator.set_device(90, 5)
+    tensors = inputs(2, 16, 40, 800, 700, dtype)
+    assert_close(tensors, 2e-2 if dtype == torch.bfloat16 else 2e-6, scale=0.25)
+    grids = [launch["grid"][0] for launch in launches(emulator, "weighted_sum_kernel")]
+    if dtype == torch.bfloat16:
+        assert grids[0] == grids[2] == 10 and grids[1] % 4 == 0 and grids[3] % 2 == 0
+    assert len(launches(emulator, "merge_splits_kernel")) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

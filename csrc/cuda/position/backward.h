@@ -163,16 +163,8 @@ bool value_gradient_mma(const BackwardCall& call, const AlignedOperands& operand
   params.streamed = operands.query.operand;
   params.values = operands.grad_output.operand;
   params.logsumexp = float_data(call.logsumexp);
-  if (plan.splits == 1) {
-    params.output = call.grad_value.mutable_data_ptr();
-    launch_weighted_sum<Mma, PositionSum::kValueGradient, Keys::kAll>(params, context.limits, context.stream);
-    return true;
-  }
-  const Tensor partials =
-      allocate(call.grad_value, {plan.splits, sizes.batch, sizes.value_channels, sizes.keys}, ScalarType::Float);
-  params.output = partials.mutable_data_ptr();
-  launch_weighted_sum<Mma, PositionSum::kValueGradient, Keys::kAll>(params, context.limits, context.stream);
-  sum_partials(context, partials, plan.splits, params.owned_positions, 1.0f, call.grad_value);
+  weighted_sum<Mma, PositionSum::kValueGradient, Keys::kAll>(
+      context, plan, params, {call.grad_value, nullptr, nullptr});
   return true;
 }
 

@@ -9,7 +9,7 @@ namespace segattn::cuda {
 
 template <class Mma, PositionSum kSum, Keys kKeys>
 void launch_weighted_sum(const WeightedSumParams& params, const DeviceLimits& limits, cudaStream_t stream) {
-  const int64_t blocks = params.batch * params.splits * params.owned_blocks * params.channel_blocks;
+  const int64_t blocks = static_cast<int64_t>(params.tiles) * params.splits;
   with_weighted_sum_tile<Mma>(params.key_channels, params.value_channels, limits.shared_bytes, [&]<class Traits>() {
     SEGATTN_LAUNCH(
         (weighted_sum_kernel<Traits, kSum, kKeys>), dim3(grid_blocks(blocks)), dim3(Traits::kThreads),

@@ -86,30 +86,40 @@ bool with_weighted_sum_tile(int key_channels, int channels, int shared_limit, co
 struct WeightedSumPlan {
   bool found = false;  // a tensor-core tile fits
   int owned_blocks, channel_blocks;
-  int splits, steps_per_split;
+  int tile_positions, tile_channels;
+  // The first whole_tiles of the output tiles have a block each, the split_tiles after them a block for each split.
+  int64_t whole_tiles, split_tiles;
+  int steps;
+  int splits, steps_per_split;  // of the split tiles
 };
 
-// The number of splits of the streamed positions. Without splits the last wave can run half empty; splits cost float32
+// Divides the tiles. As many as fill the multiprocessors evenly are whole; the others would leave most multiprocessors
+// without work in the last wave, and have their streamed positions split where that is faster. Splits cost float32
 // partials that are written and read. The estimate in cycles: a step of a Wide tile takes about 1,100 at full rate, and
 // the device moves about 2,000 bytes of memory a cycle.
-inline int choose_splits(int64_t blocks, int steps, int64_t output_elements, int multiprocessors) {
+inline void choose_splits(WeightedSumPlan& plan, int64_t tiles, int multiprocessors) {
   constexpr double kCyclesPerStep = 1100, kBytesPerCycle = 2000;
+  const int64_t last = tiles % multiprocessors;
+  const double partial_bytes = 8.0 * plan.tile_positions * plan.tile_channels * last;
   int best = 1;
   double least = 0;
-  for (int splits = 1; splits <= std::min(kMaxSplits, std::max(steps / 4, 1)); ++splits) {
-    const int per_split = ceil_div(steps, splits);
-    if (ceil_div(steps, per_split) != splits) {
+  for (int splits = 1; splits <= std::min(kMaxSplits, std::max(plan.steps / 4, 1)); ++splits) {
+    const int per_split = ceil_div(plan.steps, splits);
+    if (ceil_div(plan.steps, per_split) != splits) {
       continue;  // the last split would be empty
     }
-    const double waves = ceil_div(blocks * splits, multiprocessors);
-    const double cycles = waves * per_split * kCyclesPerStep +
-        (splits > 1 ? static_cast<double>(output_elements) * splits * 8 / kBytesPerCycle : 0);
+    const double waves = ceil_div(last * splits, multiprocessors);
+    const double cycles =
+        waves * per_split * kCyclesPerStep + (splits > 1 ? splits * partial_bytes / kBytesPerCycle : 0);
     if (splits == 1 || cycles < least) {
       best = splits;
       least = cycles;
     }
   }
-  return best;
+  plan.split_tiles = best > 1 ? last : 0;
+  plan.whole_tiles = tiles - plan.split_tiles;
+  plan.splits = best;
+  plan.steps_per_split = ceil_div(plan.steps, best);
 }
 
 template <class Mma>
@@ -120,10 +130,10 @@ WeightedSumPlan plan_weighted_sum(
   plan.found = with_weighted_sum_tile<Mma>(key_channels, channels, limits.shared_bytes, [&]<class Traits>() {
     plan.owned_blocks = ceil_div(owned_positions, Traits::kOwned);
     plan.channel_blocks = ceil_div(channels, Traits::kChannels);
-    const int steps = ceil_div(streamed_positions, Traits::kStreamed);
-    const int64_t blocks = batch * plan.owned_blocks * plan.channel_blocks;
-    plan.splits = choose_splits(blocks, steps, batch * channels * owned_positions, limits.multiprocessors);
-    plan.steps_per_split = ceil_div(steps, plan.splits);
+    plan.tile_positions = Traits::kOwned;
+    plan.tile_channels = Traits::kChannels;
+    plan.steps = ceil_div(streamed_positions, Traits::kStreamed);
+    choose_splits(plan, batch * plan.owned_blocks * plan.channel_blocks, limits.multiprocessors);
   });
   return plan;
 }
