@@ -148,8 +148,8 @@ def test_backward_traffic(traced):
     traced.set_device(90, 1)
     run(*inputs(1, 64, 512, 256, 256, torch.bfloat16))
     (launch,) = launches(traced, "query_key_gradient_kernel")
-    chunks = 2 * 512 * (128 + 128)  # grad_output and value of a tile
-    tiles = 4 * (chunks + 2 * 64 * 128) + 2 * 2 * 64 * 128  # with the key tile; the query tile once for two tiles
+    values, keys, queries = 2 * 512 * 128, 2 * 64 * 128, 2 * (512 + 64) * 128
+    tiles = 4 * (values + keys) + 2 * queries  # query and grad_output once for two tiles
     partials = 4 * 64 * (256 + 3 * 256)  # grad_query written once; grad_key written, read, written
     assert sum(global_bytes(launch).values()) <= 1.25 * (tiles + partials)
 
@@ -211,6 +211,19 @@ def test_gradients_that_do_not_stay_in_registers(emulator, dtype):
     assert_close(inputs(1, 100, 24, 130, 200, dtype), 2e-2 if dtype == torch.bfloat16 else 2e-6, scale=0.1)
     (launch,) = launches(emulator, "query_key_gradient_kernel")
     assert launch["grid"][0] == 1
+
+
+@pytest.mark.parametrize(
+    ("architecture", "channels", "resident"),
+    [(90, 97, True), (90, 96, False), (90, 512, True), (90, 513, False), (80, 250, True), (80, 257, False)],
+)
+def test_resident_grad_output(emulator, architecture, channels, resident):
+    """grad_output of a query block stays in shared memory if its channels fit and fill the ring of four stages. On one
+    multiprocessor, the block replaces it twice."""
+    emulator.set_device(architecture, 1)
+    assert_close(inputs(1, 40, channels, 300, 140, torch.bfloat16), 2e-2, scale=0.2)
+    (launch,) = launches(emulator, "query_key_gradient_kernel")
+    assert launch["grid"][0] == 1 and ("GradOutput)1" in launch["kernel"]) == resident
 
 
 def test_split_keys_with_energies_far_apart(emulator):

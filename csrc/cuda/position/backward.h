@@ -172,7 +172,8 @@ bool value_gradient_mma(const BackwardCall& call, const AlignedOperands& operand
 inline bool rounds_weight_gradients_to_tf32(const LaunchContext& context, const PositionSizes& sizes) {
   return context.arithmetic == Arithmetic::kTf32 &&
       with_query_key_gradient_tile<MmaTf32<1>>(
-             static_cast<int>(sizes.key_channels), context.limits.shared_bytes, []<class Traits>() {});
+             static_cast<int>(sizes.key_channels), static_cast<int>(sizes.value_channels), context.limits.shared_bytes,
+             []<class Traits>() {});
 }
 
 // Returns false if no tile fits. The kernel computes both gradients together; the one that is not needed remains in its

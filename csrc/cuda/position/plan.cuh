@@ -11,13 +11,16 @@
 //                        channels: with 192, its fragments and the sums of a step spilled beside 96 accumulators
 //             NarrowAny   64 positions x 128 channels, any E     384 E + 25,144: E <= 192 at 99 KB, 536 on sm_90
 // and of the query and key gradient, with E rounded up to 64:
-//   16 bits   Deep       128 queries x 128 keys, E <= 64         132,096, four stages
+//   16 bits   Resident   128 queries x 128 keys, E <= 64         99,328 + 256 C: C <= 256 at 163 KB, 512 on sm_90
+//             Deep       128 queries x 128 keys, E <= 64         132,096, four stages
 //             Flat       128 queries x 128 keys, E <= 64          99,328, two stages
 //             Any         64 queries x  64 keys, any E            256 E + 25,088: E <= 256 at 99 KB, 768 on sm_90
 //   TF32      Kept        64 queries x  64 keys, E <= 64          99,328, including 16,896 for P and the sums of dS
 //             Any         64 queries x  64 keys, any E            512 E + 66,560: E <= 64 at 99 KB, 320 on sm_90
 // A chunk of Deep and Flat takes 256 mma, about 410 cycles on an H200 and 1,024 on sm_86. A read from L2 takes longer
 // than that on the former and less on the latter, so devices with shared memory for only two stages need no more.
+// Resident keeps grad_output of a query block in shared memory: with both operands streamed, L2 takes longer than the
+// tensor cores on sm_90. In TF32 one block instead of two would fit in a multiprocessor.
 // Problems that fit no tile run on the SIMT kernel.
 #pragma once
 
@@ -138,9 +141,11 @@ WeightedSumPlan plan_weighted_sum(
   return plan;
 }
 
-// Arguments: queries, keys, warps along the queries and along the keys, stages, where grad_query is accumulated.
+// Arguments: queries, keys, warps along the queries and along the keys, stages, where grad_query is accumulated,
+// whether grad_output is streamed.
 template <class Mma>
 struct QueryKeyGradientTiles {
+  using Resident = QueryKeyGradientTraits<Mma, 128, 128, 2, 4, 4, QueryGradientSums::kRegisters, GradOutput::kResident>;
   using Deep = QueryKeyGradientTraits<Mma, 128, 128, 2, 4, 4, QueryGradientSums::kRegisters>;
   using Flat = QueryKeyGradientTraits<Mma, 128, 128, 2, 4, 2, QueryGradientSums::kRegisters>;
   using Kept = QueryKeyGradientTraits<Mma, 64, 64, 2, 2, 2, QueryGradientSums::kRegisters>;
@@ -148,29 +153,34 @@ struct QueryKeyGradientTiles {
 };
 
 template <class Traits>
-constexpr bool query_key_gradient_fits(int key_channels, int shared_limit) {
+constexpr bool query_key_gradient_fits(int key_channels, int value_channels, int shared_limit) {
   return (!Traits::kKeepsQueryGradient || key_channels <= Traits::kGradientRows) &&
-      Traits::shared_bytes(key_channels) <= shared_limit;
+      value_channels >= Traits::kLeastValueChannels &&
+      Traits::shared_bytes(key_channels, value_channels) <= shared_limit;
 }
 
 // As with_weighted_sum_tile, for the gradients of query and key.
 template <class Mma, class Visit>
-bool with_query_key_gradient_tile(int key_channels, int shared_limit, const Visit& visit) {
+bool with_query_key_gradient_tile(int key_channels, int value_channels, int shared_limit, const Visit& visit) {
   using Tiles = QueryKeyGradientTiles<Mma>;
   if constexpr (sizeof(typename Mma::Element) == 2) {
-    if (query_key_gradient_fits<typename Tiles::Deep>(key_channels, shared_limit)) {
+    if (query_key_gradient_fits<typename Tiles::Resident>(key_channels, value_channels, shared_limit)) {
+      visit.template operator()<typename Tiles::Resident>();
+      return true;
+    }
+    if (query_key_gradient_fits<typename Tiles::Deep>(key_channels, value_channels, shared_limit)) {
       visit.template operator()<typename Tiles::Deep>();
       return true;
     }
-    if (query_key_gradient_fits<typename Tiles::Flat>(key_channels, shared_limit)) {
+    if (query_key_gradient_fits<typename Tiles::Flat>(key_channels, value_channels, shared_limit)) {
       visit.template operator()<typename Tiles::Flat>();
       return true;
     }
-  } else if (query_key_gradient_fits<typename Tiles::Kept>(key_channels, shared_limit)) {
+  } else if (query_key_gradient_fits<typename Tiles::Kept>(key_channels, value_channels, shared_limit)) {
     visit.template operator()<typename Tiles::Kept>();
     return true;
   }
-  if (query_key_gradient_fits<typename Tiles::Any>(key_channels, shared_limit)) {
+  if (query_key_gradient_fits<typename Tiles::Any>(key_channels, value_channels, shared_limit)) {
     visit.template operator()<typename Tiles::Any>();
     return true;
   }
@@ -220,7 +230,7 @@ template <class Mma>
 QueryKeyGradientPlan plan_query_key_gradient(
     int64_t batch, int queries, int keys, int key_channels, int channels, const DeviceLimits& limits) {
   QueryKeyGradientPlan plan;
-  plan.found = with_query_key_gradient_tile<Mma>(key_channels, limits.shared_bytes, [&]<class Traits>() {
+  plan.found = with_query_key_gradient_tile<Mma>(key_channels, channels, limits.shared_bytes, [&]<class Traits>() {
     plan.query_blocks = ceil_div(queries, Traits::kQueries);
     plan.key_blocks = ceil_div(keys, Traits::kKeys);
     plan.padded_queries = plan.query_blocks * Traits::kQueries;
