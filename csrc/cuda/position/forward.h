@@ -147,19 +147,25 @@ void merge_splits(
   params.first_tile = split.first_tile;
   params.tiles = split.tiles;
   params.tile_channels = plan.tile_channels;
-  params.tile_positions = plan.tile_positions;
   params.splits = split.splits;
   params.channels = split.value_channels;
   params.positions = split.owned_positions;
   params.owned_blocks = split.owned_blocks;
   params.channel_blocks = split.channel_blocks;
-  params.blocks_per_tile = plan.tile_channels / merge_channels_of_block(plan.tile_positions);
-  const int64_t blocks = static_cast<int64_t>(params.tiles) * params.blocks_per_tile;
   with_element(context.dtype, [&]<class T>() {
     if constexpr (sizeof(T) < 8) {
-      SEGATTN_LAUNCH(
-          (merge_splits_kernel<T, kSum, kKeys>), dim3(grid_blocks(blocks)), dim3(kRowThreads), 0, context.stream,
-          params);
+      const auto launch = [&]<int kPositions>() {
+        params.blocks_per_tile = plan.tile_channels / kMergeBlockChannels<kPositions>;
+        const int64_t blocks = static_cast<int64_t>(params.tiles) * params.blocks_per_tile;
+        SEGATTN_LAUNCH(
+            (merge_splits_kernel<T, kSum, kKeys, kPositions>), dim3(grid_blocks(blocks)), dim3(kRowThreads), 0,
+            context.stream, params);
+      };
+      if (plan.tile_positions == 64) {
+        launch.template operator()<64>();
+      } else {
+        launch.template operator()<128>();
+      }
     }
   });
 }

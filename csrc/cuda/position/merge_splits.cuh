@@ -16,13 +16,13 @@ namespace segattn::cuda {
 //   output = sum_s exp(logsumexp_s - logsumexp) partials_s, logsumexp = log(sum_s exp(logsumexp_s)).
 // Value gradient: output = sum_s partials_s.
 struct MergeSplitsParams {
-  const float* partials;           // (splits, tiles, tile_channels, tile_positions)
-  const float* partial_logsumexp;  // forward: (splits, tiles, tile_positions)
+  const float* partials;           // (splits, tiles, tile_channels, kPositions)
+  const float* partial_logsumexp;  // forward: (splits, tiles, kPositions)
   void* output;                    // (B, C, N)
   void* output_low;                // forward: (B, C, N), 16-bit types: the output's rounding error; null: not written
   float* logsumexp;                // forward: (B, N)
   int first_tile, tiles;           // in the order of channel blocks, owned blocks, samples
-  int tile_channels, tile_positions;
+  int tile_channels;
   int splits;
   int channels;
   int positions;
@@ -34,26 +34,26 @@ struct MergeSplitsParams {
 
 constexpr int kMergeChannels = 8;  // of a thread
 
-// The channels that a block merges.
-constexpr int merge_channels_of_block(int tile_positions) {
-  return kRowThreads / tile_positions * kMergeChannels;
-}
+// The channels that a block merges of a tile of kPositions.
+template <int kPositions>
+constexpr int kMergeBlockChannels = kRowThreads / kPositions * kMergeChannels;
 
 // A thread merges kMergeChannels channels of one position, so that it computes a split's factor once for all of them.
 // Loads and stores of a warp are adjacent. Without any key (Keys::kKept), the output is 0 and the logsumexp -inf.
-template <class T, PositionSum kSum, Keys kKeys>
+template <class T, PositionSum kSum, Keys kKeys, int kPositions>
 __global__ void __launch_bounds__(kRowThreads) merge_splits_kernel(const MergeSplitsParams p) {
   constexpr bool kForward = kSum == PositionSum::kForward;
-  const int thread = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x);
-  const int partial = block / p.blocks_per_tile;
-  const int channel_in_tile = block % p.blocks_per_tile * merge_channels_of_block(p.tile_positions) +
-      thread / p.tile_positions * kMergeChannels;
-  const int position_in_tile = thread % p.tile_positions;
-  int tile = p.first_tile + partial;
-  const int first_channel = tile % p.channel_blocks * p.tile_channels + channel_in_tile;
-  tile /= p.channel_blocks;
-  const int position = tile % p.owned_blocks * p.tile_positions + position_in_tile;
-  const int64_t sample = tile / p.owned_blocks;
+  const int thread = static_cast<int>(threadIdx.x);
+  const unsigned blocks_per_tile = p.blocks_per_tile, channel_blocks = p.channel_blocks, owned_blocks = p.owned_blocks;
+  const int partial = static_cast<int>(blockIdx.x / blocks_per_tile);
+  const int channel_in_tile = static_cast<int>(blockIdx.x % blocks_per_tile) * kMergeBlockChannels<kPositions> +
+      thread / kPositions * kMergeChannels;
+  const int position_in_tile = thread % kPositions;
+  unsigned tile = p.first_tile + partial;
+  const int first_channel = static_cast<int>(tile % channel_blocks) * p.tile_channels + channel_in_tile;
+  tile /= channel_blocks;
+  const int position = static_cast<int>(tile % owned_blocks) * kPositions + position_in_tile;
+  const int64_t sample = tile / owned_blocks;
   const int channels = min(kMergeChannels, p.channels - first_channel);
   if (position >= p.positions || channels <= 0) {
     return;
@@ -62,8 +62,8 @@ __global__ void __launch_bounds__(kRowThreads) merge_splits_kernel(const MergeSp
   const float* split_logsumexp = nullptr;
   float shift = 0.0f, sum = 1.0f;
   if constexpr (kForward) {
-    split_logsumexp = p.partial_logsumexp + partial * p.tile_positions + position_in_tile;
-    const int stride = p.tiles * p.tile_positions;
+    split_logsumexp = p.partial_logsumexp + partial * kPositions + position_in_tile;
+    const int stride = p.tiles * kPositions;
     float max_logsumexp = -INFINITY;
     for (int s = 0; s < p.splits; ++s) {
       max_logsumexp = fmaxf(max_logsumexp, split_logsumexp[s * stride]);
@@ -82,21 +82,21 @@ __global__ void __launch_bounds__(kRowThreads) merge_splits_kernel(const MergeSp
   }
 
   float values[kMergeChannels] = {};
-  const float* from = p.partials +
-      (static_cast<int64_t>(partial) * p.tile_channels + channel_in_tile) * p.tile_positions + position_in_tile;
+  const float* from =
+      p.partials + (static_cast<int64_t>(partial) * p.tile_channels + channel_in_tile) * kPositions + position_in_tile;
   for (int s = 0; s < p.splits; ++s) {
     float factor = 1.0f;
     if constexpr (kForward) {
       factor = expf(*split_logsumexp - shift);
-      split_logsumexp += p.tiles * p.tile_positions;
+      split_logsumexp += p.tiles * kPositions;
     }
 #pragma unroll
     for (int c = 0; c < kMergeChannels; ++c) {
-      const float value = from[c * p.tile_positions];
+      const float value = from[c * kPositions];
       // The partial of a split whose energies are all -inf is NaN, and its factor 0.
       values[c] = !kForward || factor > 0.0f ? fmaf(factor, value, values[c]) : values[c];
     }
-    from += static_cast<int64_t>(p.tiles) * p.tile_channels * p.tile_positions;
+    from += static_cast<int64_t>(p.tiles) * p.tile_channels * kPositions;
   }
 
   const float scale = 1.0f / sum;
