@@ -148,8 +148,8 @@ def test_backward_traffic(traced):
     traced.set_device(90, 1)
     run(*inputs(1, 64, 512, 256, 256, torch.bfloat16))
     (launch,) = launches(traced, "query_key_gradient_kernel")
-    chunks = 2 * 512 * (128 + 128)  # grad_output and value of a tile
-    tiles = 4 * (chunks + 2 * 64 * 128) + 2 * 2 * 64 * 128  # with the key tile; the query tile once for two tiles
+    values, keys, queries = 2 * 512 * 128, 2 * 64 * 128, 2 * (512 + 64) * 128
+    tiles = 4 * (values + keys) + 2 * queries  # query and grad_output once for two tiles
     partials = 4 * 64 * (256 + 3 * 256)  # grad_query written once; grad_key written, read, written
     assert sum(global_bytes(launch).values()) <= 1.25 * (tiles + partials)
 
@@ -179,14 +179,28 @@ def test_split_keys(emulator):
 
 
 def test_split_queries(emulator):
-    """grad_value of 64 keys: the queries are split and the partials summed, as for grad_query and grad_key."""
+    """grad_value of 64 keys: the queries are split and the partials summed."""
     tensors = inputs(1, 16, 40, 1100, 64, torch.float16)
     assert_close(tensors, 2e-3)
-    assert len(launches(emulator, "sum_partials_kernel")) == 3
+    (merge,) = launches(emulator, "merge_splits_kernel")
+    assert position_sum(merge["kernel"]) == VALUE_GRADIENT
     emulator.set_device(90, 1)
     emulator.reset()
     assert_close(tensors, 2e-3)
-    assert len(launches(emulator, "sum_partials_kernel")) == 2
+    assert not launches(emulator, "merge_splits_kernel")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_whole_and_split_tiles(emulator, dtype):
+    """On five multiprocessors, bfloat16: two samples of seven query blocks, ten whole tiles and four whose keys are
+    split; two of six key blocks, ten whole tiles and two whose queries are split."""
+    emulator.set_device(90, 5)
+    tensors = inputs(2, 16, 40, 800, 700, dtype)
+    assert_close(tensors, 2e-2 if dtype == torch.bfloat16 else 2e-6, scale=0.25)
+    grids = [launch["grid"][0] for launch in launches(emulator, "weighted_sum_kernel")]
+    if dtype == torch.bfloat16:
+        assert grids[0] == grids[2] == 10 and grids[1] % 4 == 0 and grids[3] % 2 == 0
+    assert len(launches(emulator, "merge_splits_kernel")) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -197,6 +211,19 @@ def test_gradients_that_do_not_stay_in_registers(emulator, dtype):
     assert_close(inputs(1, 100, 24, 130, 200, dtype), 2e-2 if dtype == torch.bfloat16 else 2e-6, scale=0.1)
     (launch,) = launches(emulator, "query_key_gradient_kernel")
     assert launch["grid"][0] == 1
+
+
+@pytest.mark.parametrize(
+    ("architecture", "channels", "resident"),
+    [(90, 97, True), (90, 96, False), (90, 512, True), (90, 513, False), (80, 250, True), (80, 257, False)],
+)
+def test_resident_grad_output(emulator, architecture, channels, resident):
+    """grad_output of a query block stays in shared memory if its channels fit and fill the ring of four stages. On one
+    multiprocessor, the block replaces it twice."""
+    emulator.set_device(architecture, 1)
+    assert_close(inputs(1, 40, channels, 300, 140, torch.bfloat16), 2e-2, scale=0.2)
+    (launch,) = launches(emulator, "query_key_gradient_kernel")
+    assert launch["grid"][0] == 1 and ("GradOutput)1" in launch["kernel"]) == resident
 
 
 def test_split_keys_with_energies_far_apart(emulator):

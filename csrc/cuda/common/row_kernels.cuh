@@ -14,7 +14,7 @@ namespace segattn::cuda {
 
 constexpr int kRowThreads = 256;
 
-// Copies (rows, columns) with any row stride to rows of `padded` elements, which start on 16 bytes. Writes zeros to the
+// Copies (rows, columns) with any row stride to rows of `padded` elements, which start on 32 bytes. Writes zeros to the
 // padding. Unpacked rows of 97 x 97 16-bit positions have 18,818 bytes, so they are aligned to 2 bytes only, too few
 // for cp.async.
 struct PackParams {
@@ -25,7 +25,7 @@ struct PackParams {
   int64_t rows_total;  // batch * rows
   int rows;
   int columns;
-  int padded;  // a multiple of 16 bytes
+  int padded;  // a multiple of 32 bytes
   int row_blocks;
 };
 

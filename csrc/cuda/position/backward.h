@@ -163,16 +163,8 @@ bool value_gradient_mma(const BackwardCall& call, const AlignedOperands& operand
   params.streamed = operands.query.operand;
   params.values = operands.grad_output.operand;
   params.logsumexp = float_data(call.logsumexp);
-  if (plan.splits == 1) {
-    params.output = call.grad_value.mutable_data_ptr();
-    launch_weighted_sum<Mma, PositionSum::kValueGradient, Keys::kAll>(params, context.limits, context.stream);
-    return true;
-  }
-  const Tensor partials =
-      allocate(call.grad_value, {plan.splits, sizes.batch, sizes.value_channels, sizes.keys}, ScalarType::Float);
-  params.output = partials.mutable_data_ptr();
-  launch_weighted_sum<Mma, PositionSum::kValueGradient, Keys::kAll>(params, context.limits, context.stream);
-  sum_partials(context, partials, plan.splits, params.owned_positions, 1.0f, call.grad_value);
+  weighted_sum<Mma, PositionSum::kValueGradient, Keys::kAll>(
+      context, plan, params, {call.grad_value, nullptr, nullptr});
   return true;
 }
 
@@ -180,7 +172,8 @@ bool value_gradient_mma(const BackwardCall& call, const AlignedOperands& operand
 inline bool rounds_weight_gradients_to_tf32(const LaunchContext& context, const PositionSizes& sizes) {
   return context.arithmetic == Arithmetic::kTf32 &&
       with_query_key_gradient_tile<MmaTf32<1>>(
-             static_cast<int>(sizes.key_channels), context.limits.shared_bytes, []<class Traits>() {});
+             static_cast<int>(sizes.key_channels), static_cast<int>(sizes.value_channels), context.limits.shared_bytes,
+             []<class Traits>() {});
 }
 
 // Returns false if no tile fits. The kernel computes both gradients together; the one that is not needed remains in its

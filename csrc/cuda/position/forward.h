@@ -1,4 +1,4 @@
-// Host side of the forward pass of position attention: weighted_sum.cuh, then merge_splits.cuh if the keys are split.
+// Host side of the forward pass of position attention: weighted_sum.cuh, then merge_splits.cuh for split tiles.
 // float64, and shapes that no tensor-core tile fits, run on simt.cuh.
 #pragma once
 
@@ -113,7 +113,6 @@ inline void set_base2(WeightedSumParams& params) {
 inline WeightedSumParams weighted_sum_params(
     const WeightedSumPlan& plan, const PositionSizes& sizes, double scale, Owned owned) {
   WeightedSumParams params{};
-  params.batch = sizes.batch;
   params.owned_positions = static_cast<int>(owned == Owned::kQueries ? sizes.queries : sizes.keys);
   params.streamed_positions = static_cast<int>(owned == Owned::kQueries ? sizes.keys : sizes.queries);
   params.key_channels = static_cast<int>(sizes.key_channels);
@@ -122,44 +121,99 @@ inline WeightedSumParams weighted_sum_params(
   set_base2(params);
   params.owned_blocks = plan.owned_blocks;
   params.channel_blocks = plan.channel_blocks;
-  params.splits = plan.splits;
-  params.steps_per_split = plan.steps_per_split;
   return params;
 }
 
-inline void merge_splits(const ForwardCall& call, const WeightedSumParams& split) {
-  MergeSplitsParams params;
+// Where a weighted sum goes. The forward pass writes the last two: float32.
+struct WeightedSumResult {
+  const Tensor& output;     // (B, C, *S)
+  void* output_low;         // 16-bit types, null: not written
+  const Tensor* logsumexp;  // (B, *S)
+};
+
+template <PositionSum kSum, Keys kKeys>
+void merge_splits(
+    const LaunchContext& context, const WeightedSumPlan& plan, const WeightedSumParams& split,
+    const WeightedSumResult& result) {
+  MergeSplitsParams params{};
   params.partials = static_cast<const float*>(split.output);
-  params.partial_logsumexp = split.logsumexp;
-  params.output = call.output.mutable_data_ptr();
-  params.output_low = call.output_low_data();
-  params.logsumexp = float_data(call.logsumexp);
-  params.batch = split.batch;
+  params.output = result.output.mutable_data_ptr();
+  if constexpr (kSum == PositionSum::kForward) {
+    params.partial_logsumexp = split.logsumexp;
+    params.output_low = result.output_low;
+    params.logsumexp = float_data(*result.logsumexp);
+    params.key_counts = split.key_counts;
+  }
+  params.first_tile = split.first_tile;
+  params.tiles = split.tiles;
+  params.tile_channels = plan.tile_channels;
   params.splits = split.splits;
   params.channels = split.value_channels;
   params.positions = split.owned_positions;
-  params.position_blocks = ceil_div(params.positions, kRowThreads);
-  params.channel_blocks = ceil_div(params.channels, kMergeChannels);
-  params.key_counts = call.key_counts;
-  const int64_t blocks = params.batch * params.position_blocks * params.channel_blocks;
-  with_element(call.context.dtype, [&]<class T>() {
+  params.owned_blocks = split.owned_blocks;
+  params.channel_blocks = split.channel_blocks;
+  with_element(context.dtype, [&]<class T>() {
     if constexpr (sizeof(T) < 8) {
-      with_keys(call.key_counts, [&]<Keys kKeys>() {
+      const auto launch = [&]<int kPositions>() {
+        params.blocks_per_tile = plan.tile_channels / kMergeBlockChannels<kPositions>;
+        const int64_t blocks = static_cast<int64_t>(params.tiles) * params.blocks_per_tile;
         SEGATTN_LAUNCH(
-            (merge_splits_kernel<T, kKeys>), dim3(grid_blocks(blocks)), dim3(kRowThreads), 0, call.context.stream,
-            params);
-      });
+            (merge_splits_kernel<T, kSum, kKeys, kPositions>), dim3(grid_blocks(blocks)), dim3(kRowThreads), 0,
+            context.stream, params);
+      };
+      if (plan.tile_positions == 64) {
+        launch.template operator()<64>();
+      } else {
+        launch.template operator()<128>();
+      }
     }
   });
+}
+
+// Launches the whole tiles, then the split tiles and their merge. Of params, the operands and the sizes are set; for
+// the value gradient also logsumexp.
+template <class Mma, PositionSum kSum, Keys kKeys>
+void weighted_sum(
+    const LaunchContext& context, const WeightedSumPlan& plan, WeightedSumParams params,
+    const WeightedSumResult& result) {
+  constexpr bool kForward = kSum == PositionSum::kForward;
+  grid_blocks(plan.whole_tiles + plan.split_tiles);  // tiles are counted in int
+  if (plan.whole_tiles > 0) {
+    params.output = result.output.mutable_data_ptr();
+    if constexpr (kForward) {
+      params.output_low = result.output_low;
+      params.logsumexp = float_data(*result.logsumexp);
+    }
+    params.tiles = static_cast<int>(plan.whole_tiles);
+    params.splits = 1;
+    params.steps_per_split = plan.steps;
+    launch_weighted_sum<Mma, kSum, kKeys>(params, context.limits, context.stream);
+  }
+  if (plan.split_tiles > 0) {
+    const Tensor partials = allocate(
+        result.output, {plan.splits, plan.split_tiles, plan.tile_channels, plan.tile_positions}, ScalarType::Float);
+    const Tensor partial_logsumexp =
+        allocate(result.output, {kForward ? plan.splits : 0, plan.split_tiles, plan.tile_positions}, ScalarType::Float);
+    params.output = partials.mutable_data_ptr();
+    if constexpr (kForward) {
+      params.output_low = nullptr;
+      params.logsumexp = float_data(partial_logsumexp);
+    }
+    params.first_tile = static_cast<int>(plan.whole_tiles);
+    params.tiles = static_cast<int>(plan.split_tiles);
+    params.splits = plan.splits;
+    params.steps_per_split = plan.steps_per_split;
+    launch_weighted_sum<Mma, kSum, kKeys>(params, context.limits, context.stream);
+    merge_splits<kSum, kKeys>(context, plan, params, result);
+  }
 }
 
 // Returns false if no tile fits.
 template <class Mma>
 bool forward_mma(const ForwardCall& call) {
   const PositionSizes& sizes = call.sizes;
-  const DeviceLimits& limits = call.context.limits;
   const cudaStream_t stream = call.context.stream;
-  const WeightedSumPlan plan = weighted_sum_plan<Mma>(sizes, limits, Owned::kQueries);
+  const WeightedSumPlan plan = weighted_sum_plan<Mma>(sizes, call.context.limits, Owned::kQueries);
   if (!plan.found) {
     return false;
   }
@@ -170,25 +224,10 @@ bool forward_mma(const ForwardCall& call) {
   params.streamed = key.operand;
   params.values = value.operand;
   params.key_counts = call.key_counts;
-  const auto launch = [&] {
-    with_keys(call.key_counts, [&]<Keys kKeys>() {
-      launch_weighted_sum<Mma, PositionSum::kForward, kKeys>(params, limits, stream);
-    });
-  };
-  if (plan.splits == 1) {
-    params.output = call.output.mutable_data_ptr();
-    params.output_low = call.output_low_data();
-    params.logsumexp = float_data(call.logsumexp);
-    launch();
-    return true;
-  }
-  const Tensor partials =
-      allocate(call.output, {plan.splits, sizes.batch, sizes.value_channels, sizes.queries}, ScalarType::Float);
-  const Tensor partial_logsumexp = allocate(call.output, {plan.splits, sizes.batch, sizes.queries}, ScalarType::Float);
-  params.output = partials.mutable_data_ptr();
-  params.logsumexp = float_data(partial_logsumexp);
-  launch();
-  merge_splits(call, params);
+  with_keys(call.key_counts, [&]<Keys kKeys>() {
+    weighted_sum<Mma, PositionSum::kForward, kKeys>(
+        call.context, plan, params, {call.output, call.output_low_data(), &call.logsumexp});
+  });
   return true;
 }
 

@@ -9,7 +9,7 @@ namespace segattn::cuda {
 
 template <class Mma, PositionSum kSum, Keys kKeys>
 void launch_weighted_sum(const WeightedSumParams& params, const DeviceLimits& limits, cudaStream_t stream) {
-  const int64_t blocks = params.batch * params.splits * params.owned_blocks * params.channel_blocks;
+  const int64_t blocks = static_cast<int64_t>(params.tiles) * params.splits;
   with_weighted_sum_tile<Mma>(params.key_channels, params.value_channels, limits.shared_bytes, [&]<class Traits>() {
     SEGATTN_LAUNCH(
         (weighted_sum_kernel<Traits, kSum, kKeys>), dim3(grid_blocks(blocks)), dim3(Traits::kThreads),
@@ -20,11 +20,12 @@ void launch_weighted_sum(const WeightedSumParams& params, const DeviceLimits& li
 template <class Mma, Keys kKeys>
 void launch_query_key_gradient(const QueryKeyGradientParams& params, const DeviceLimits& limits, cudaStream_t stream) {
   const int64_t blocks = params.batch * params.groups * params.ranges;
-  with_query_key_gradient_tile<Mma>(params.key_channels, limits.shared_bytes, [&]<class Traits>() {
-    SEGATTN_LAUNCH(
-        (query_key_gradient_kernel<Traits, kKeys>), dim3(grid_blocks(blocks)), dim3(Traits::kThreads),
-        Traits::shared_bytes(params.key_channels), stream, params);
-  });
+  with_query_key_gradient_tile<Mma>(
+      params.key_channels, params.value_channels, limits.shared_bytes, [&]<class Traits>() {
+        SEGATTN_LAUNCH(
+            (query_key_gradient_kernel<Traits, kKeys>), dim3(grid_blocks(blocks)), dim3(Traits::kThreads),
+            Traits::shared_bytes(params.key_channels, params.value_channels), stream, params);
+      });
 }
 
 #define SEGATTN_INSTANTIATE_WEIGHTED_SUM(Mma, kSum, kKeys)                \

@@ -1,4 +1,4 @@
-// Merges the results of split keys. Every split has its own softmax.
+// Merges the results of the output tiles whose streamed positions were split (weighted_sum.cuh).
 #pragma once
 
 #include <cmath>
@@ -12,73 +12,107 @@
 
 namespace segattn::cuda {
 
-// output = sum_s exp(logsumexp_s - logsumexp) partials_s, logsumexp = log(sum_s exp(logsumexp_s)).
+// Forward, where every split has its own softmax:
+//   output = sum_s exp(logsumexp_s - logsumexp) partials_s, logsumexp = log(sum_s exp(logsumexp_s)).
+// Value gradient: output = sum_s partials_s.
 struct MergeSplitsParams {
-  const float* partials;           // (splits, B, C, N)
-  const float* partial_logsumexp;  // (splits, B, N)
+  const float* partials;           // (splits, tiles, tile_channels, kPositions)
+  const float* partial_logsumexp;  // forward: (splits, tiles, kPositions)
   void* output;                    // (B, C, N)
-  void* output_low;                // (B, C, N), 16-bit types: the output's rounding error; null: not written
-  float* logsumexp;                // (B, N)
-  int64_t batch;
+  void* output_low;                // forward: (B, C, N), 16-bit types: the output's rounding error; null: not written
+  float* logsumexp;                // forward: (B, N)
+  int first_tile, tiles;           // in the order of channel blocks, owned blocks, samples
+  int tile_channels;
   int splits;
   int channels;
   int positions;
-  int position_blocks;
-  int channel_blocks;     // of kMergeChannels
+  int owned_blocks;
+  int channel_blocks;
+  int blocks_per_tile;
   const int* key_counts;  // Keys::kKept: (B)
 };
 
-constexpr int kMergeChannels = 32;
+constexpr int kMergeChannels = 8;  // of a thread
 
-// A thread merges kMergeChannels channels of one position with the same factors. Without any key (Keys::kKept), the
-// output is 0 and the logsumexp -inf.
-template <class T, Keys kKeys>
+// The channels that a block merges of a tile of kPositions.
+template <int kPositions>
+constexpr int kMergeBlockChannels = kRowThreads / kPositions * kMergeChannels;
+
+// A thread merges kMergeChannels channels of one position, so that it computes a split's factor once for all of them.
+// Loads and stores of a warp are adjacent. Without any key (Keys::kKept), the output is 0 and the logsumexp -inf.
+template <class T, PositionSum kSum, Keys kKeys, int kPositions>
 __global__ void __launch_bounds__(kRowThreads) merge_splits_kernel(const MergeSplitsParams p) {
-  int64_t block = blockIdx.x;
-  const int position = static_cast<int>(block % p.position_blocks) * kRowThreads + static_cast<int>(threadIdx.x);
-  block /= p.position_blocks;
-  const int channel_block = static_cast<int>(block % p.channel_blocks);
-  const int64_t sample = block / p.channel_blocks;
-  if (position >= p.positions) {
+  constexpr bool kForward = kSum == PositionSum::kForward;
+  const int thread = static_cast<int>(threadIdx.x);
+  const unsigned blocks_per_tile = p.blocks_per_tile, channel_blocks = p.channel_blocks, owned_blocks = p.owned_blocks;
+  const int partial = static_cast<int>(blockIdx.x / blocks_per_tile);
+  const int channel_in_tile = static_cast<int>(blockIdx.x % blocks_per_tile) * kMergeBlockChannels<kPositions> +
+      thread / kPositions * kMergeChannels;
+  const int position_in_tile = thread % kPositions;
+  unsigned tile = p.first_tile + partial;
+  const int first_channel = static_cast<int>(tile % channel_blocks) * p.tile_channels + channel_in_tile;
+  tile /= channel_blocks;
+  const int position = static_cast<int>(tile % owned_blocks) * kPositions + position_in_tile;
+  const int64_t sample = tile / owned_blocks;
+  const int channels = min(kMergeChannels, p.channels - first_channel);
+  if (position >= p.positions || channels <= 0) {
     return;
   }
-  float factors[kMaxSplits];
-  float max_logsumexp = -INFINITY;
-#pragma unroll
-  for (int s = 0; s < kMaxSplits; ++s) {
-    factors[s] = s < p.splits ? p.partial_logsumexp[(s * p.batch + sample) * p.positions + position] : -INFINITY;
-    max_logsumexp = fmaxf(max_logsumexp, factors[s]);
-  }
-  const float shift = max_logsumexp == -INFINITY ? 0.0f : max_logsumexp;
-  float sum = 0.0f;
-#pragma unroll
-  for (int s = 0; s < kMaxSplits; ++s) {
-    factors[s] = expf(factors[s] - shift);
-    sum += factors[s];
-  }
-  if (channel_block == 0) {
-    p.logsumexp[sample * p.positions + position] = max_logsumexp + logf(sum);
-  }
-  if constexpr (kKeys == Keys::kKept) {
-    sum = p.key_counts[sample] == 0 ? 1.0f : sum;
-  }
-  const int first = channel_block * kMergeChannels;
-  for (int c = first; c < min(first + kMergeChannels, p.channels); ++c) {
-    const int64_t sample_elements = static_cast<int64_t>(p.channels) * p.positions;
-    const int64_t element = static_cast<int64_t>(c) * p.positions + position;
-    float value = 0.0f;
-#pragma unroll
-    for (int s = 0; s < kMaxSplits; ++s) {
-      // The partial of a split whose energies are all -inf is NaN, and its factor 0.
-      if (s < p.splits && factors[s] > 0.0f) {
-        value += factors[s] * p.partials[(s * p.batch + sample) * sample_elements + element];
-      }
+
+  const float* split_logsumexp = nullptr;
+  float shift = 0.0f, sum = 1.0f;
+  if constexpr (kForward) {
+    split_logsumexp = p.partial_logsumexp + partial * kPositions + position_in_tile;
+    const int stride = p.tiles * kPositions;
+    float max_logsumexp = -INFINITY;
+    for (int s = 0; s < p.splits; ++s) {
+      max_logsumexp = fmaxf(max_logsumexp, split_logsumexp[s * stride]);
     }
-    const T result = from_accumulator<T>(value / sum);
-    static_cast<T*>(p.output)[sample * sample_elements + element] = result;
-    if (p.output_low != nullptr) {
-      static_cast<T*>(p.output_low)[sample * sample_elements + element] =
-          from_accumulator<T>(value / sum - to_accumulator(result));
+    shift = max_logsumexp == -INFINITY ? 0.0f : max_logsumexp;
+    sum = 0.0f;
+    for (int s = 0; s < p.splits; ++s) {
+      sum += expf(split_logsumexp[s * stride] - shift);
+    }
+    if (first_channel == 0) {
+      p.logsumexp[sample * p.positions + position] = max_logsumexp + logf(sum);
+    }
+    if constexpr (kKeys == Keys::kKept) {
+      sum = p.key_counts[sample] == 0 ? 1.0f : sum;
+    }
+  }
+
+  float values[kMergeChannels] = {};
+  const float* from =
+      p.partials + (static_cast<int64_t>(partial) * p.tile_channels + channel_in_tile) * kPositions + position_in_tile;
+  for (int s = 0; s < p.splits; ++s) {
+    float factor = 1.0f;
+    if constexpr (kForward) {
+      factor = expf(*split_logsumexp - shift);
+      split_logsumexp += p.tiles * kPositions;
+    }
+#pragma unroll
+    for (int c = 0; c < kMergeChannels; ++c) {
+      const float value = from[c * kPositions];
+      // The partial of a split whose energies are all -inf is NaN, and its factor 0.
+      values[c] = !kForward || factor > 0.0f ? fmaf(factor, value, values[c]) : values[c];
+    }
+    from += static_cast<int64_t>(p.tiles) * p.tile_channels * kPositions;
+  }
+
+  const float scale = 1.0f / sum;
+  const int64_t first = (sample * p.channels + first_channel) * p.positions + position;
+#pragma unroll
+  for (int c = 0; c < kMergeChannels; ++c) {
+    if (c < channels) {
+      const float value = values[c] * scale;
+      const T result = from_accumulator<T>(value);
+      static_cast<T*>(p.output)[first + c * static_cast<int64_t>(p.positions)] = result;
+      if constexpr (kForward && sizeof(T) == 2) {
+        if (p.output_low != nullptr) {
+          static_cast<T*>(p.output_low)[first + c * static_cast<int64_t>(p.positions)] =
+              from_accumulator<T>(value - to_accumulator(result));
+        }
+      }
     }
   }
 }

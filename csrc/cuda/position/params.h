@@ -27,11 +27,10 @@ struct WeightedSumParams {
   Operand streamed;  // (B, E, streamed_positions)
   Operand values;    // (B, C, streamed_positions)
   void* output;  // (B, C, owned_positions), contiguous, of the operands' type; with splits > 1, each split's result:
-                 // (splits, B, C, owned_positions), float32
+                 // (splits, tiles, channels of a tile, positions of a tile), float32
   void* output_low;  // forward of 16-bit types, one split: the output's rounding error, like output; null: not written
-  float* logsumexp;  // forward: written, (B, owned_positions), with splits (splits, B, owned_positions);
+  float* logsumexp;  // forward: written, (B, owned_positions), with splits (splits, tiles, positions of a tile);
                      // value gradient: read, (B, streamed_positions)
-  int64_t batch;
   int owned_positions;
   int streamed_positions;
   int key_channels;    // E
@@ -44,6 +43,9 @@ struct WeightedSumParams {
   float ln2, ln2_low;
   int owned_blocks;
   int channel_blocks;
+  // The output tiles of this launch, in the order of channel blocks, owned blocks, samples.
+  int first_tile;
+  int tiles;
   int splits;
   int steps_per_split;    // streamed tiles of a split
   const int* key_counts;  // forward with Keys::kKept: (B)

@@ -11,13 +11,16 @@
 //                        channels: with 192, its fragments and the sums of a step spilled beside 96 accumulators
 //             NarrowAny   64 positions x 128 channels, any E     384 E + 25,144: E <= 192 at 99 KB, 536 on sm_90
 // and of the query and key gradient, with E rounded up to 64:
-//   16 bits   Deep       128 queries x 128 keys, E <= 64         132,096, four stages
+//   16 bits   Resident   128 queries x 128 keys, E <= 64         99,328 + 256 C: C <= 256 at 163 KB, 512 on sm_90
+//             Deep       128 queries x 128 keys, E <= 64         132,096, four stages
 //             Flat       128 queries x 128 keys, E <= 64          99,328, two stages
 //             Any         64 queries x  64 keys, any E            256 E + 25,088: E <= 256 at 99 KB, 768 on sm_90
 //   TF32      Kept        64 queries x  64 keys, E <= 64          99,328, including 16,896 for P and the sums of dS
 //             Any         64 queries x  64 keys, any E            512 E + 66,560: E <= 64 at 99 KB, 320 on sm_90
 // A chunk of Deep and Flat takes 256 mma, about 410 cycles on an H200 and 1,024 on sm_86. A read from L2 takes longer
 // than that on the former and less on the latter, so devices with shared memory for only two stages need no more.
+// Resident keeps grad_output of a query block in shared memory: with both operands streamed, L2 takes longer than the
+// tensor cores on sm_90. In TF32 one block instead of two would fit in a multiprocessor.
 // Problems that fit no tile run on the SIMT kernel.
 #pragma once
 
@@ -86,30 +89,40 @@ bool with_weighted_sum_tile(int key_channels, int channels, int shared_limit, co
 struct WeightedSumPlan {
   bool found = false;  // a tensor-core tile fits
   int owned_blocks, channel_blocks;
-  int splits, steps_per_split;
+  int tile_positions, tile_channels;
+  // The first whole_tiles of the output tiles have a block each, the split_tiles after them a block for each split.
+  int64_t whole_tiles, split_tiles;
+  int steps;
+  int splits, steps_per_split;  // of the split tiles
 };
 
-// The number of splits of the streamed positions. Without splits the last wave can run half empty; splits cost float32
+// Divides the tiles. As many as fill the multiprocessors evenly are whole; the others would leave most multiprocessors
+// without work in the last wave, and have their streamed positions split where that is faster. Splits cost float32
 // partials that are written and read. The estimate in cycles: a step of a Wide tile takes about 1,100 at full rate, and
 // the device moves about 2,000 bytes of memory a cycle.
-inline int choose_splits(int64_t blocks, int steps, int64_t output_elements, int multiprocessors) {
+inline void choose_splits(WeightedSumPlan& plan, int64_t tiles, int multiprocessors) {
   constexpr double kCyclesPerStep = 1100, kBytesPerCycle = 2000;
+  const int64_t last = tiles % multiprocessors;
+  const double partial_bytes = 8.0 * plan.tile_positions * plan.tile_channels * last;
   int best = 1;
   double least = 0;
-  for (int splits = 1; splits <= std::min(kMaxSplits, std::max(steps / 4, 1)); ++splits) {
-    const int per_split = ceil_div(steps, splits);
-    if (ceil_div(steps, per_split) != splits) {
+  for (int splits = 1; splits <= std::min(kMaxSplits, std::max(plan.steps / 4, 1)); ++splits) {
+    const int per_split = ceil_div(plan.steps, splits);
+    if (ceil_div(plan.steps, per_split) != splits) {
       continue;  // the last split would be empty
     }
-    const double waves = ceil_div(blocks * splits, multiprocessors);
-    const double cycles = waves * per_split * kCyclesPerStep +
-        (splits > 1 ? static_cast<double>(output_elements) * splits * 8 / kBytesPerCycle : 0);
+    const double waves = ceil_div(last * splits, multiprocessors);
+    const double cycles =
+        waves * per_split * kCyclesPerStep + (splits > 1 ? splits * partial_bytes / kBytesPerCycle : 0);
     if (splits == 1 || cycles < least) {
       best = splits;
       least = cycles;
     }
   }
-  return best;
+  plan.split_tiles = best > 1 ? last : 0;
+  plan.whole_tiles = tiles - plan.split_tiles;
+  plan.splits = best;
+  plan.steps_per_split = ceil_div(plan.steps, best);
 }
 
 template <class Mma>
@@ -120,17 +133,19 @@ WeightedSumPlan plan_weighted_sum(
   plan.found = with_weighted_sum_tile<Mma>(key_channels, channels, limits.shared_bytes, [&]<class Traits>() {
     plan.owned_blocks = ceil_div(owned_positions, Traits::kOwned);
     plan.channel_blocks = ceil_div(channels, Traits::kChannels);
-    const int steps = ceil_div(streamed_positions, Traits::kStreamed);
-    const int64_t blocks = batch * plan.owned_blocks * plan.channel_blocks;
-    plan.splits = choose_splits(blocks, steps, batch * channels * owned_positions, limits.multiprocessors);
-    plan.steps_per_split = ceil_div(steps, plan.splits);
+    plan.tile_positions = Traits::kOwned;
+    plan.tile_channels = Traits::kChannels;
+    plan.steps = ceil_div(streamed_positions, Traits::kStreamed);
+    choose_splits(plan, batch * plan.owned_blocks * plan.channel_blocks, limits.multiprocessors);
   });
   return plan;
 }
 
-// Arguments: queries, keys, warps along the queries and along the keys, stages, where grad_query is accumulated.
+// Arguments: queries, keys, warps along the queries and along the keys, stages, where grad_query is accumulated,
+// whether grad_output is streamed.
 template <class Mma>
 struct QueryKeyGradientTiles {
+  using Resident = QueryKeyGradientTraits<Mma, 128, 128, 2, 4, 4, QueryGradientSums::kRegisters, GradOutput::kResident>;
   using Deep = QueryKeyGradientTraits<Mma, 128, 128, 2, 4, 4, QueryGradientSums::kRegisters>;
   using Flat = QueryKeyGradientTraits<Mma, 128, 128, 2, 4, 2, QueryGradientSums::kRegisters>;
   using Kept = QueryKeyGradientTraits<Mma, 64, 64, 2, 2, 2, QueryGradientSums::kRegisters>;
@@ -138,29 +153,34 @@ struct QueryKeyGradientTiles {
 };
 
 template <class Traits>
-constexpr bool query_key_gradient_fits(int key_channels, int shared_limit) {
+constexpr bool query_key_gradient_fits(int key_channels, int value_channels, int shared_limit) {
   return (!Traits::kKeepsQueryGradient || key_channels <= Traits::kGradientRows) &&
-      Traits::shared_bytes(key_channels) <= shared_limit;
+      value_channels >= Traits::kLeastValueChannels &&
+      Traits::shared_bytes(key_channels, value_channels) <= shared_limit;
 }
 
 // As with_weighted_sum_tile, for the gradients of query and key.
 template <class Mma, class Visit>
-bool with_query_key_gradient_tile(int key_channels, int shared_limit, const Visit& visit) {
+bool with_query_key_gradient_tile(int key_channels, int value_channels, int shared_limit, const Visit& visit) {
   using Tiles = QueryKeyGradientTiles<Mma>;
   if constexpr (sizeof(typename Mma::Element) == 2) {
-    if (query_key_gradient_fits<typename Tiles::Deep>(key_channels, shared_limit)) {
+    if (query_key_gradient_fits<typename Tiles::Resident>(key_channels, value_channels, shared_limit)) {
+      visit.template operator()<typename Tiles::Resident>();
+      return true;
+    }
+    if (query_key_gradient_fits<typename Tiles::Deep>(key_channels, value_channels, shared_limit)) {
       visit.template operator()<typename Tiles::Deep>();
       return true;
     }
-    if (query_key_gradient_fits<typename Tiles::Flat>(key_channels, shared_limit)) {
+    if (query_key_gradient_fits<typename Tiles::Flat>(key_channels, value_channels, shared_limit)) {
       visit.template operator()<typename Tiles::Flat>();
       return true;
     }
-  } else if (query_key_gradient_fits<typename Tiles::Kept>(key_channels, shared_limit)) {
+  } else if (query_key_gradient_fits<typename Tiles::Kept>(key_channels, value_channels, shared_limit)) {
     visit.template operator()<typename Tiles::Kept>();
     return true;
   }
-  if (query_key_gradient_fits<typename Tiles::Any>(key_channels, shared_limit)) {
+  if (query_key_gradient_fits<typename Tiles::Any>(key_channels, value_channels, shared_limit)) {
     visit.template operator()<typename Tiles::Any>();
     return true;
   }
@@ -210,7 +230,7 @@ template <class Mma>
 QueryKeyGradientPlan plan_query_key_gradient(
     int64_t batch, int queries, int keys, int key_channels, int channels, const DeviceLimits& limits) {
   QueryKeyGradientPlan plan;
-  plan.found = with_query_key_gradient_tile<Mma>(key_channels, limits.shared_bytes, [&]<class Traits>() {
+  plan.found = with_query_key_gradient_tile<Mma>(key_channels, channels, limits.shared_bytes, [&]<class Traits>() {
     plan.query_blocks = ceil_div(queries, Traits::kQueries);
     plan.key_blocks = ceil_div(keys, Traits::kKeys);
     plan.padded_queries = plan.query_blocks * Traits::kQueries;

@@ -3,7 +3,8 @@
 //
 // A block processes kQueries x kKeys tiles of the attention map: the outer loop is over the query blocks of its range,
 // the inner loop over the key blocks of its group. For each tile it computes
-//   1. dP, contracted over C, with grad_output and value in chunks of 32 channels through a ring of kStages,
+//   1. dP, contracted over C, with grad_output and value in chunks of 32 channels through a ring of kStages; where
+//      shared memory has room for all channels of a query block, its grad_output is read once and stays there,
 //   2. the energies from the query and key tiles, P = exp(energy - logsumexp), and dS, which goes to shared memory,
 //   3. grad_query^T (E x kQueries) += key dS^T and grad_key^T (E x kKeys) += query dS.
 // For E <= 64 grad_query stays in registers during the inner loop. The other sums, grad_key and for larger E
@@ -36,8 +37,12 @@ namespace segattn::cuda {
 // Where a block accumulates grad_query: in registers, for E <= kGradientRows, or in global memory, for any E.
 enum class QueryGradientSums { kRegisters, kGlobalMemory };
 
+// Whether grad_output passes through the ring for every tile, or stays in shared memory for all tiles of a query block.
+enum class GradOutput { kStreamed, kResident };
+
 template <
-    class Mma_, int kQueries_, int kKeys_, int kQueryWarps_, int kKeyWarps_, int kStages_, QueryGradientSums kSums_>
+    class Mma_, int kQueries_, int kKeys_, int kQueryWarps_, int kKeyWarps_, int kStages_, QueryGradientSums kSums_,
+    GradOutput kGradOutput_ = GradOutput::kStreamed>
 struct QueryKeyGradientTraits {
   using Mma = Mma_;
   using Element = typename Mma::Element;
@@ -45,6 +50,7 @@ struct QueryKeyGradientTraits {
   static constexpr int kKeys = kKeys_;
   static constexpr int kStages = kStages_;
   static constexpr bool kKeepsQueryGradient = kSums_ == QueryGradientSums::kRegisters;
+  static constexpr bool kKeepsGradOutput = kGradOutput_ == GradOutput::kResident;
   static constexpr int kQueryWarps = kQueryWarps_;  // of the tile of the attention map
   static constexpr int kKeyWarps = kKeyWarps_;
   static constexpr int kWarps = kQueryWarps * kKeyWarps;
@@ -71,13 +77,21 @@ struct QueryKeyGradientTraits {
     return kKeepsQueryGradient ? kGradientRows : round_up(key_channels, kGradientRows);
   }
   static constexpr int kKeptRows = kKeepsQueryGradient ? kGradientRows : 0;  // key_channel_rows where it is a constant
-  static constexpr int kStageBytes = QueryTile::bytes(kChunk) + KeyTile::bytes(kChunk);
+  // A stage: grad_output unless it is resident, then value.
+  static constexpr int kStageValue = kKeepsGradOutput ? 0 : QueryTile::bytes(kChunk);
+  static constexpr int kStageBytes = kStageValue + KeyTile::bytes(kChunk);
+  static constexpr __host__ __device__ int resident_bytes(int value_channels) {
+    return kKeepsGradOutput ? QueryTile::bytes(round_up(value_channels, kChunk)) : 0;
+  }
+  // A chunk of the next query block's grad_output is copied kStages - 1 chunks ahead, and must not meet its
+  // predecessor in the same place before that has been read.
+  static constexpr int kLeastValueChannels = kKeepsGradOutput ? (kStages - 1) * kChunk + 1 : 0;
   static constexpr int kGradientBytes = KeyTile::bytes(kQueries);  // dS, [query][key]
   // P, laid out like dS, and each key warp's partial of grad_sum
   static constexpr int kCorrectionBytes = kCorrectsQueryGradient ? kGradientBytes + 4 * kKeyWarps * kQueries : 0;
-  static constexpr __host__ __device__ int shared_bytes(int key_channels) {
+  static constexpr __host__ __device__ int shared_bytes(int key_channels, int value_channels) {
     return QueryTile::bytes(key_channel_rows(key_channels)) + KeyTile::bytes(key_channel_rows(key_channels)) +
-        kStages * kStageBytes + kGradientBytes + kCorrectionBytes + 2 * kQueries * 4;
+        kStages * kStageBytes + kGradientBytes + kCorrectionBytes + 2 * kQueries * 4 + resident_bytes(value_channels);
   }
 };
 
@@ -103,6 +117,7 @@ struct QueryKeyGradient {
   float* grad_sum_shared;          // kCorrectsQueryGradient: [kKeyWarps][kQueries]
   float* logsumexp_shared;         // [kQueries]
   float* delta_shared;             // [kQueries]
+  unsigned char* resident_shared;  // kKeepsGradOutput: grad_output of the query block, all channels
   int64_t sample;
   int group, range;
   int key_channel_rows, chunks;
@@ -162,12 +177,15 @@ struct QueryKeyGradient {
     if (copy_query_block < end_query_block) {
       const int channels_left = p.value_channels - copy_channel;
       unsigned char* stage = ring_shared + copy_stage;
+      if (!Traits::kKeepsGradOutput || copy_key_block == first_key_block) {
+        copy_share_async<Traits::kThreads, Traits::kChunk>(
+            QueryTile(Traits::kKeepsGradOutput ? resident_shared + QueryTile::bytes(copy_channel) : stage),
+            next_grad_output, p.grad_output.row_stride, Traits::kChunk, channels_left,
+            p.queries - copy_query_block * Traits::kQueries);
+      }
       copy_share_async<Traits::kThreads, Traits::kChunk>(
-          QueryTile(stage), next_grad_output, p.grad_output.row_stride, Traits::kChunk, channels_left,
-          p.queries - copy_query_block * Traits::kQueries);
-      copy_share_async<Traits::kThreads, Traits::kChunk>(
-          KeyTile(stage + QueryTile::bytes(Traits::kChunk)), next_value, p.value.row_stride, Traits::kChunk,
-          channels_left, keys() - copy_key_block * Traits::kKeys);
+          KeyTile(stage + Traits::kStageValue), next_value, p.value.row_stride, Traits::kChunk, channels_left,
+          keys() - copy_key_block * Traits::kKeys);
       copy_stage = next_stage(copy_stage);
       copy_channel += Traits::kChunk;
       next_grad_output += Traits::kChunk * p.grad_output.row_stride;
@@ -388,6 +406,7 @@ struct QueryKeyGradient {
         reinterpret_cast<float*>(weight_shared + (Traits::kCorrectsQueryGradient ? Traits::kGradientBytes : 0));
     logsumexp_shared = reinterpret_cast<float*>(gradient_shared + Traits::kGradientBytes + Traits::kCorrectionBytes);
     delta_shared = logsumexp_shared + Traits::kQueries;
+    resident_shared = reinterpret_cast<unsigned char*>(delta_shared + Traits::kQueries);
   }
 
   __device__ __forceinline__ void run() {
@@ -442,8 +461,11 @@ struct QueryKeyGradient {
           copy_next_chunk();
           ptx::cp_async_commit();
           multiply_tiles<Mma, Major::kColumn, Major::kRow, 2>(
-              weight_gradients, QueryTile(ring_shared + stage), warp_query(),
-              KeyTile(ring_shared + stage + QueryTile::bytes(Traits::kChunk)), warp_key(), 0, Traits::kChunk);
+              weight_gradients,
+              QueryTile(
+                  Traits::kKeepsGradOutput ? resident_shared + chunk * QueryTile::bytes(Traits::kChunk)
+                                           : ring_shared + stage),
+              warp_query(), KeyTile(ring_shared + stage + Traits::kStageValue), warp_key(), 0, Traits::kChunk);
           stage = next_stage(stage);
         }
         if (chunks < Traits::kStages) {  // no wait above has covered the group of query and key

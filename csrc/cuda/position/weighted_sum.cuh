@@ -140,7 +140,9 @@ struct WeightedSum : WeightedSumSoftmax<Traits_, kSum, kKeys> {
   // first energies are all masked, which leaves a logsumexp of -inf, and its output is 0.
   __device__ __forceinline__ void normalize() {
     const int lane = lane_index(), first_owned = block_shared->first_owned;
-    float* logsumexp = p.logsumexp + (block_shared->split * p.batch + block_shared->sample) * p.owned_positions;
+    float* logsumexp = p.logsumexp +
+        (p.splits > 1 ? static_cast<int64_t>(block_shared->partial) * Traits::kOwned
+                      : block_shared->sample * p.owned_positions + first_owned);
     __syncthreads();  // every warp has read the factors of the last step
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -149,8 +151,8 @@ struct WeightedSum : WeightedSumSoftmax<Traits_, kSum, kKeys> {
       const int row = 16 * warp_index() + lane / 4 + 8 * h;
       if (lane % 4 == 0) {
         factors[row] = kKeys == Keys::kAll || first_step < end_step ? 1.0f / divisor : 0.0f;
-        if (block_shared->channel_block == 0 && first_owned + row < p.owned_positions) {
-          logsumexp[first_owned + row] = __fmaf_rn(row_max[h], p.ln2, __fmaf_rn(row_max[h], p.ln2_low, logf(sum)));
+        if (p.splits > 1 || (block_shared->channel_block == 0 && first_owned + row < p.owned_positions)) {
+          logsumexp[row] = __fmaf_rn(row_max[h], p.ln2, __fmaf_rn(row_max[h], p.ln2_low, logf(sum)));
         }
       }
     }
@@ -173,18 +175,17 @@ struct WeightedSum : WeightedSumSoftmax<Traits_, kSum, kKeys> {
   }
 
   __device__ __forceinline__ void run() {
-    // Channel blocks first, then owned blocks: blocks that run together read the same streamed positions.
-    int64_t index = blockIdx.x;
-    const int channel_block = static_cast<int>(index % p.channel_blocks);
-    index /= p.channel_blocks;
-    const int owned_block = static_cast<int>(index % p.owned_blocks);
-    index /= p.owned_blocks;
-    const int split = static_cast<int>(index % p.splits);
-    const int64_t sample = index / p.splits;
+    // Blocks that run together read the same streamed positions: of one split and mostly of one sample.
+    const int split = static_cast<int>(blockIdx.x) / p.tiles;
+    int tile = p.first_tile + static_cast<int>(blockIdx.x) % p.tiles;
+    const int channel_block = tile % p.channel_blocks;
+    tile /= p.channel_blocks;
+    const int owned_block = tile % p.owned_blocks;
+    const int64_t sample = tile / p.owned_blocks;
 
     const int first_owned = owned_block * Traits::kOwned, first_channel = channel_block * Traits::kChannels;
     if (threadIdx.x == 0) {
-      *block_shared = {sample, split, channel_block, first_owned, first_channel};
+      *block_shared = {sample, static_cast<int>(blockIdx.x), channel_block, first_owned, first_channel};
     }
     __syncthreads();
     streamed_logsumexp = p.logsumexp + sample * p.streamed_positions;
@@ -296,8 +297,7 @@ struct WeightedSum : WeightedSumSoftmax<Traits_, kSum, kKeys> {
     const WeightedSumBlock block = *block_shared;
     const int64_t sample_elements = static_cast<int64_t>(p.value_channels) * p.owned_positions;
     if (p.splits > 1) {
-      store_sums<Traits>(
-          static_cast<float*>(p.output) + (block.split * p.batch + block.sample) * sample_elements, sums, p, block);
+      store_partial<Traits>(static_cast<float*>(p.output), sums, block);
     } else if constexpr (sizeof(Element) == 2) {
       store_sums_by_rows<Traits, SumPart::kRounded>(
           static_cast<Element*>(p.output) + block.sample * sample_elements, owned_shared, sums, p, block);

@@ -12,11 +12,33 @@
 
 namespace segattn::cuda {
 
-// output: the sample's, (C, owned_positions). Stores straight from the accumulators, 8 positions of a channel at a
-// time: for float32 these are whole sectors.
-template <class Traits, class Out>
+// Stores a split's result, a tile of (kChannels, kOwned), 8 positions of a channel at a time: whole sectors. Without
+// edges and with rows of constant size it needs no other addresses than the first.
+template <class Traits>
+__device__ __forceinline__ void store_partial(
+    float* partials, const WeightedSumAccumulators<Traits>& sums, const WeightedSumBlock& block) {
+  const int lane = lane_index();
+  float* corner = partials +
+      (static_cast<int64_t>(block.partial) * Traits::kChannels + Traits::warp_first_channel() + lane / 4) *
+          Traits::kOwned +
+      Traits::warp_first_owned() + lane % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < Traits::kChannelTiles; ++i) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int j = 0; j < Traits::kOwnedTiles; ++j) {
+        store_pair(corner + (16 * i + 8 * h) * Traits::kOwned + 8 * j, sums[i][j][2 * h], sums[i][j][2 * h + 1]);
+      }
+    }
+  }
+}
+
+// float32. output: the sample's, (C, owned_positions). Stores straight from the accumulators, 8 positions of a channel
+// at a time.
+template <class Traits>
 __device__ __forceinline__ void store_sums(
-    Out* output, const WeightedSumAccumulators<Traits>& sums, const WeightedSumParams& p,
+    float* output, const WeightedSumAccumulators<Traits>& sums, const WeightedSumParams& p,
     const WeightedSumBlock& block) {
   const int lane = lane_index();
 #pragma unroll
@@ -25,20 +47,20 @@ __device__ __forceinline__ void store_sums(
     for (int h = 0; h < 2; ++h) {
       const int channel = block.first_channel + Traits::warp_first_channel() + 16 * i + lane / 4 + 8 * h;
       if (channel < p.value_channels) {
-        Out* row = output + static_cast<int64_t>(channel) * p.owned_positions;
+        float* row = output + static_cast<int64_t>(channel) * p.owned_positions;
 #pragma unroll
         for (int j = 0; j < Traits::kOwnedTiles; ++j) {
           const int position = block.first_owned + Traits::warp_first_owned() + 8 * j + lane % 4 * 2;
           const float low = sums[i][j][2 * h], high = sums[i][j][2 * h + 1];
           const bool both = position + 1 < p.owned_positions;
-          if (both && reinterpret_cast<uintptr_t>(row + position) % (2 * sizeof(Out)) == 0) {
+          if (both && reinterpret_cast<uintptr_t>(row + position) % sizeof(float2) == 0) {
             store_pair(row + position, low, high);
           } else {
             if (position < p.owned_positions) {
-              row[position] = from_accumulator<Out>(low);
+              row[position] = low;
             }
             if (both) {
-              row[position + 1] = from_accumulator<Out>(high);
+              row[position + 1] = high;
             }
           }
         }

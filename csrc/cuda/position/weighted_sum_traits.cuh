@@ -15,7 +15,7 @@ namespace segattn::cuda {
 // The work of a block. It stays in shared memory until the end of the kernel, to save registers.
 struct WeightedSumBlock {
   int64_t sample;
-  int split;
+  int partial;  // of the results of splits
   int channel_block;
   int first_owned;
   int first_channel;
