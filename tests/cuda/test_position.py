@@ -390,6 +390,25 @@ def test_nan_survives_the_rounding_to_tf32(emulator, bits, tf32):
         assert not affected.isfinite().any()
 
 
+@pytest.mark.parametrize("queries", [33, 128, 130])
+@pytest.mark.parametrize("precision", ["float16", "bfloat16", "tf32"])
+def test_keys_of_minus_infinity(emulator, precision, queries):
+    """Energies of -inf: weights of 0 and gradients of 0, also where a tile extends past the last query. Queries are 0
+    there, and 0 times -inf is NaN. (3xTF32 makes every product with an infinity NaN.)"""
+    OPERATORS._set_allow_tf32(precision == "tf32")
+    dtype = torch.float32 if precision == "tf32" else getattr(torch, precision)
+    query, key, value, grad_output = inputs(1, 8, 24, queries, 150, dtype)
+    query = query.abs() + 0.25
+    dropped, kept = [3, 90, 149], [i for i in range(150) if i not in (3, 90, 149)]
+    key[:, :, dropped] = -math.inf
+    output, logsumexp, _, grad_key, grad_value = run(query, key, value, grad_output)
+    expected = exact(query, key[:, :, kept], value[:, :, kept], grad_output)
+    got = output, logsumexp, grad_key[:, :, kept], grad_value[:, :, kept]
+    for ours, theirs in zip(got, (*expected[:2], *expected[3:]), strict=True):
+        assert relative_error(ours, theirs) < 2e-2
+    assert not grad_key[:, :, dropped].any() and not grad_value[:, :, dropped].any()
+
+
 def rounded_to_tf32(t):
     bits = t.float().view(torch.int32)
     return ((bits + 0x1000) & ~0x1FFF).view(torch.float32).double()

@@ -253,8 +253,7 @@ struct QueryKeyGradient {
     return warp_index() % Traits::kColumnWarps * (columns / Traits::kColumnWarps);
   }
 
-  // logsumexp and delta of a query block. Both are 0 past the end, where the energies are 0 too: weights stay finite
-  // there and are not used.
+  // logsumexp and delta of a query block, 0 past the end.
   __device__ __forceinline__ void load_statistics(int query_block) {
     for (int i = static_cast<int>(threadIdx.x); i < Traits::kQueries; i += Traits::kThreads) {
       const int position = query_block * Traits::kQueries + i;
@@ -269,11 +268,10 @@ struct QueryKeyGradient {
     }
   }
 
-  // Turns q.k (`energies`) and dP into dS and stores it in shared memory. Queries past the end have grad_output and
-  // delta 0, hence dS 0; keys past the end get a weight of 0, since the one computed from their energy of 0 can be
-  // infinite.
+  // Turns q.k (`energies`) and dP into dS and stores it in shared memory. Queries and keys past the end get a weight of
+  // 0. The one computed from q.k can be NaN for a query, 0 times a key of -inf, and infinite for a key.
   __device__ __forceinline__ void store_energy_gradient(
-      float (&energies)[kM][kN][4], const float (&weight_gradients)[kM][kN][4], int key_block) {
+      float (&energies)[kM][kN][4], const float (&weight_gradients)[kM][kN][4], int query_block, int key_block) {
     const int lane = lane_index(), first_row = warp_query() + lane / 4, first_column = warp_key() + lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < kM; ++i) {
@@ -289,15 +287,17 @@ struct QueryKeyGradient {
         }
       }
     }
+    const int queries_left = p.queries - query_block * Traits::kQueries;
     const int keys_left = keys() - key_block * Traits::kKeys;
-    if (keys_left < Traits::kKeys) {
+    if (queries_left < Traits::kQueries || keys_left < Traits::kKeys) {
 #pragma unroll
       for (int j = 0; j < kN; ++j) {
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-          if (first_column + 8 * j + c % 2 >= keys_left) {
+          const bool inside = first_column + 8 * j + c % 2 < keys_left;
 #pragma unroll
-            for (int i = 0; i < kM; ++i) {
+          for (int i = 0; i < kM; ++i) {
+            if (!inside || first_row + 16 * i + c / 2 * 8 >= queries_left) {
               energies[i][j][c] = 0.0f;
             }
           }
@@ -478,7 +478,7 @@ struct QueryKeyGradient {
         multiply_tiles<Mma, Major::kColumn, Major::kRow, 1>(
             energies, QueryTile(query_shared), warp_query(), KeyTile(key_shared), warp_key(), 0,
             round_up(p.key_channels, Mma::kStep));
-        store_energy_gradient(energies, weight_gradients, key_block);
+        store_energy_gradient(energies, weight_gradients, query_block, key_block);
         __syncthreads();
         add_gradients(query_block, key_block);
       }
