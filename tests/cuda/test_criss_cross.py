@@ -367,6 +367,22 @@ def test_offsets_beyond_int32(emulator):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dim", [1, 2, 3])
+def test_strides_beyond_the_kernels_are_copied(emulator, dim):
+    """Channels, rows or columns 2^29 elements apart, with untouched memory in between."""
+    if os.environ.get("SEGATTN_EMULATOR_VARIANT") == "asan":
+        pytest.skip("the sanitizer's shadow memory would touch the memory in between")
+    tensors = inputs(3, 3, 4, 3, torch.bfloat16)
+    far = []
+    for t in tensors:
+        strides = list(t.stride())
+        strides[dim] = 2**29
+        view = torch.empty(2**29 * t.shape[dim] + t.numel(), dtype=t.dtype).as_strided(t.shape, strides)
+        far.append(view.copy_(t))
+    for a, b in zip(run(*tensors), run(*far), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_float64_gradients(emulator):
     leaves = [t.requires_grad_() for t in inputs(3, 5, 4, 7, torch.float64)[:3]]
     assert torch.autograd.gradcheck(lambda *t: OPERATORS.criss_cross_attention(*t, 0.7)[0], leaves, fast_mode=True)
