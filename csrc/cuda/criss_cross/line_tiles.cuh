@@ -60,12 +60,13 @@ __device__ __forceinline__ int rematerialize(int x) {
   return x;
 }
 
-// Channel `channel`, position 0 of the block's first line. Products of 32-bit numbers: one instruction each.
+// The element of a channel, a line of the block and a position. Products of 32-bit numbers take one instruction.
 template <class T>
-__device__ __forceinline__ T* line_data(const LineFeatures& f, const LineWindow& window, int channel) {
-  return static_cast<T*>(f.data) + rematerialize(window.sample) * f.batch_stride +
-      static_cast<int64_t>(channel) * f.channel_stride +
-      static_cast<int64_t>(rematerialize(window.first_line)) * f.line_stride;
+__device__ __forceinline__ T* element_at(
+    const LineFeatures& f, const LineWindow& window, int channel, int line, int position) {
+  return static_cast<T*>(f.data) + window.sample * f.batch_stride + static_cast<int64_t>(channel) * f.channel_stride +
+      static_cast<int64_t>(rematerialize(window.first_line) + line) * f.line_stride +
+      static_cast<int64_t>(position) * f.position_stride;
 }
 
 // Whether neighbouring lines, not positions, are adjacent in memory: true for columns of a contiguous tensor.
@@ -81,13 +82,13 @@ struct TileItem {
   static constexpr int kChannelStep = kLines * kPositions;
   int line, position, channel;
 
-  // bits: the block has 2^bits lines
-  __device__ __forceinline__ TileItem(const LineFeatures& f, int bits) {
-    constexpr int kPerLine = Shape::kTile / kPositions;
-    const int thread = rematerialize(static_cast<int>(threadIdx.x));
-    const int group_bits = bits - (kLines == 2), item = thread & ((kPerLine << group_bits) - 1);
+  // bits: the block has 2^bits lines. Unsigned, because divisions are then shifts.
+  __device__ __forceinline__ TileItem(const LineFeatures& f, unsigned bits) {
+    constexpr unsigned kPerLine = Shape::kTile / kPositions;
+    const unsigned thread = rematerialize(static_cast<int>(threadIdx.x));
+    const unsigned group_bits = bits - (kLines == 2), item = thread & ((kPerLine << group_bits) - 1);
     const bool by_line = kPositions == 1 && lines_innermost(f);
-    line = kLines * (by_line ? item & ((1 << group_bits) - 1) : item / kPerLine);
+    line = kLines * (by_line ? item & ((1u << group_bits) - 1) : item / kPerLine);
     position = kPositions * (by_line ? item >> group_bits : item % kPerLine);
     channel = kChannelStep == 1 ? 0 : (thread >> group_bits) / kPerLine;
   }
@@ -101,7 +102,7 @@ constexpr int kElementPitch = Shape::kPitch * kLinesPerPlane<T>;
 template <class T>
 __host__ __device__ __forceinline__ int tile_offset(int line, int position, int words_per_plane) {
   constexpr int kLines = kLinesPerPlane<T>;
-  return (line / kLines * words_per_plane + position) * kLines + line % kLines;
+  return ((line >> (kLines - 1)) * words_per_plane + position) * kLines + (line & (kLines - 1));
 }
 
 // target[i * kPitch] = source[i * step] as words of type Word, for i < kCount; zero from `existing` on.
@@ -109,6 +110,7 @@ template <class Word, int kCount, int kPitch, class T>
 __device__ __forceinline__ void copy_channels(Word* target, const T* source, int step, int existing) {
   constexpr int kBatch = kCount < 8 ? kCount : 8;  // loads in flight
   static_assert(kCount % kBatch == 0);
+  step = rematerialize(step);
   if (existing >= kCount) {
 #pragma unroll
     for (int c = 0; c < kCount; c += kBatch) {
@@ -151,7 +153,7 @@ struct RowWords {
       elements[1][0] = even[1];
       elements[1][1] = odd[1];
     }
-    return {elements[0][0] | elements[0][1] << 16, elements[1][0] | elements[1][1] << 16};
+    return {__byte_perm(elements[0][0], elements[0][1], 0x5410), __byte_perm(elements[1][0], elements[1][1], 0x5410)};
   }
 };
 
@@ -160,8 +162,9 @@ template <int kCount, int kPitch>
 __device__ __forceinline__ void copy_row_words(uint32_t* target, RowWords words, int step, int existing) {
   const auto copy = [&](int i, bool exists) {
     *reinterpret_cast<uint2*>(target + i * kPitch) = exists ? words.load() : uint2{};
-    words.even += step;
-    words.odd += step;
+    const int next = rematerialize(step);
+    words.even += next;
+    words.odd += next;
   };
   if (existing >= kCount) {
 #pragma unroll
@@ -191,16 +194,14 @@ __device__ __forceinline__ void load_line_tile(
   const int bits = window.plane_bits + (kLines == 2), positions = position_end - first_position;
   const int last_line = window.line_end - 1 - rematerialize(window.first_line);
   const auto at = [&](int channel, int line, int position) {
-    return line_data<T>(f, window, first_channel + channel) +
-        static_cast<int64_t>(min(line, last_line)) * f.line_stride +
-        static_cast<int64_t>(first_position + position) * f.position_stride;
+    return element_at<T>(f, window, first_channel + channel, min(line, last_line), first_position + position);
   };
   if constexpr (kLines == 2) {
     if (f.paired) {
       const TileItem<Shape, 2, 1> item(f, bits);
       const int channels = item.position < positions ? f.channels - first_channel - item.channel : 0;
       copy_channels<uint32_t, kChannels / 2, 2 * Shape::kPitch>(
-          tile + item.line / 2 * words_per_plane + item.channel * Shape::kPitch + item.position,
+          tile + (item.line >> 1) * words_per_plane + item.channel * Shape::kPitch + item.position,
           at(item.channel, min(item.line, last_line & ~1), item.position), 2 * f.channel_stride, (channels + 1) / 2);
       return;
     }
@@ -209,7 +210,7 @@ __device__ __forceinline__ void load_line_tile(
       const T* even = at(item.channel, item.line, item.position);
       const T* odd = at(item.channel, item.line + 1, item.position);
       copy_row_words<kChannels / 4, 4 * Shape::kPitch>(
-          tile + item.line / 2 * words_per_plane + item.channel * Shape::kPitch + item.position,
+          tile + (item.line >> 1) * words_per_plane + item.channel * Shape::kPitch + item.position,
           {reinterpret_cast<const uint16_t*>(even), reinterpret_cast<const uint16_t*>(odd), item.position < positions,
            item.position + 1 < positions},
           4 * f.channel_stride, (f.channels - first_channel - item.channel + 3) / 4);
@@ -257,6 +258,7 @@ __device__ __forceinline__ void store_channels(
     }
     *reinterpret_cast<Word*>(to) = word;
   };
+  step = rematerialize(step);
   if (existing >= kCount) {
     constexpr int kBatch = sizeof(T) == 4 ? 2 : 4;  // loads in flight; four spill registers with TF32 on sm_80
     static_assert(kCount % kBatch == 0);
@@ -300,9 +302,7 @@ __device__ __forceinline__ void store_line_tile(
         rematerialize(window.first_line) + item.line >= window.line_end) {
       return;
     }
-    T* target = line_data<T>(f, window, first_channel + item.channel) +
-        static_cast<int64_t>(item.line) * f.line_stride +
-        static_cast<int64_t>(first_position + item.position) * f.position_stride;
+    T* target = element_at<T>(f, window, first_channel + item.channel, item.line, first_position + item.position);
     const int existing = (channel_end - first_channel - item.channel + kStep - 1) / kStep;
     Accumulator<T> factors[kElements<T, Word>] = {};
     if (!merge.accumulate) {
@@ -319,7 +319,7 @@ __device__ __forceinline__ void store_line_tile(
     if (f.paired) {
       const TileItem<Shape, 2, 1> item(f, bits);
       store.template operator()<uint32_t, kChannels / 2, 2 * Shape::kPitch>(
-          item, tile + item.line / 2 * words_per_plane + item.channel * Shape::kPitch + item.position);
+          item, tile + (item.line >> 1) * words_per_plane + item.channel * Shape::kPitch + item.position);
       return;
     }
   }
