@@ -160,8 +160,9 @@ struct RowWords {
 // target[i * kPitch] = the words of the thread's i-th channel for i < kCount; zero from `existing` on.
 template <int kCount, int kPitch>
 __device__ __forceinline__ void copy_row_words(uint32_t* target, RowWords words, int step, int existing) {
-  const auto copy = [&](int i, bool exists) {
-    *reinterpret_cast<uint2*>(target + i * kPitch) = exists ? words.load() : uint2{};
+  const auto copy = [&](int i) {
+    __syncwarp();  // lanes beyond the edges stay converged, so that the others' accesses remain one instruction
+    *reinterpret_cast<uint2*>(target + i * kPitch) = words.load();
     const int next = rematerialize(step);
     words.even += next;
     words.odd += next;
@@ -169,13 +170,15 @@ __device__ __forceinline__ void copy_row_words(uint32_t* target, RowWords words,
   if (existing >= kCount) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      copy(i, true);
+      copy(i);
     }
     return;
   }
 #pragma unroll 1
   for (int i = 0; i < kCount; ++i) {
-    copy(i, i < existing);
+    words.has_first &= i < existing;
+    words.has_second &= i < existing;
+    copy(i);
   }
 }
 
