@@ -276,8 +276,10 @@ def _dump(file: Path, architecture: int | None, *options: str) -> str:
 
 def kernels(file: Path) -> dict[tuple[int, str], str]:
     """The mangled names of a file's kernels, by architecture and readable name."""
-    found = []
-    for part in re.split(r"^arch = sm_", _dump(file, None, "-res-usage"), flags=re.MULTILINE)[1:]:
+    found, usage = [], _dump(file, None, "-res-usage")
+    if "arch = sm_" not in usage:  # of a cubin, whose architecture is printed with the code alone
+        usage = f"arch = {re.search(r'code for (sm_[0-9]+)', _dump(file, None, '-sass'))[1]}\n{usage}"
+    for part in re.split(r"^arch = sm_", usage, flags=re.MULTILINE)[1:]:
         found += [(int(re.match(r"\d+", part)[0]), name) for name in re.findall(r"Function (\S+):", part)]
     names = readable(sorted({mangled for _, mangled in found}))
     return {(architecture, names[mangled]): mangled for architecture, mangled in found}

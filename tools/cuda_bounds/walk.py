@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 
 import numpy as np
 
@@ -407,11 +407,12 @@ def _evaluate(i: Instruction, t: _Thread) -> list[tuple[str, Value]]:
         return [(target, (shifted >> _32 if "HI" in parts else shifted).astype(np.uint32))]
     if base == "SEL":
         return [(target, np.where(ins[0], values[0], values[1]))]
-    if base in ("VIMNMX", "IMNMX", "VIADDMNMX"):
+    if base in ("VIMNMX", "VIMNMX3", "IMNMX", "VIADDMNMX"):
         if base == "VIADDMNMX":
             values = [values[0] + values[1], values[2]]
-        a, b = values if "U32" in parts else (_signed(v) for v in values)
-        return [(target, np.where(ins[0], np.minimum(a, b), np.maximum(a, b)).astype(np.uint32))]
+        numbers = values if "U32" in parts else [_signed(v) for v in values]
+        least, largest = reduce(np.minimum, numbers), reduce(np.maximum, numbers)
+        return [(target, np.where(ins[0], least, largest).astype(np.uint32))]
     if base == "IABS":
         return [(target, np.abs(values[0].view(np.int32)).view(np.uint32))]
     if base == "PRMT":

@@ -25,14 +25,27 @@ namespace {
 using Pair = std::tuple<Tensor, Tensor>;
 using Triple = std::tuple<Tensor, Tensor, Tensor>;
 
-// tensor (B, channels, H, W) as rows or as columns
+// `tensor` (B, channels, H, W), copied where a stride within a sample is longer than the kernels allow.
+Tensor with_short_strides(const LaunchContext& context, const char* name, const Tensor& tensor) {
+  if (tensor.stride(1) <= kMaxLineStride && tensor.stride(2) <= kMaxLineStride && tensor.stride(3) <= kMaxLineStride) {
+    return tensor;
+  }
+  const int64_t positions = tensor.size(2) * tensor.size(3);
+  if (positions > kMaxLineStride) {
+    fail(context.op, name, " must have fewer than 2^29 positions (got ", positions, ")");
+  }
+  return torch::stable::contiguous(tensor);
+}
+
+// tensor (B, channels, H, W) as rows or as columns, with short strides
 LineFeatures features(const Tensor& tensor, Direction direction) {
+  const auto stride = [&](int64_t dim) { return static_cast<int>(tensor.stride(dim)); };
   LineFeatures f{
       const_cast<void*>(tensor.const_data_ptr()),
       tensor.stride(0),
-      tensor.stride(1),
-      tensor.stride(direction == Direction::kColumns ? 3 : 2),
-      tensor.stride(direction == Direction::kColumns ? 2 : 3),
+      stride(1),
+      stride(direction == Direction::kColumns ? 3 : 2),
+      stride(direction == Direction::kColumns ? 2 : 3),
       static_cast<int>(tensor.size(1)),
       false};
   f.paired = f.line_stride == 1 && tensor.size(direction == Direction::kColumns ? 3 : 2) % 2 == 0 &&
@@ -43,9 +56,14 @@ LineFeatures features(const Tensor& tensor, Direction direction) {
 
 // tensor (B, H + W - 1, H, W)
 LineAffinity line_affinity(const Tensor& tensor, Direction direction) {
-  const LineFeatures f = features(tensor, direction);
-  return {f.data,        f.batch_stride,    f.channel_stride,
-          f.line_stride, f.position_stride, direction == Direction::kColumns ? static_cast<int>(tensor.size(3)) : 0};
+  const bool columns = direction == Direction::kColumns;
+  return {
+      const_cast<void*>(tensor.const_data_ptr()),
+      tensor.stride(0),
+      tensor.stride(1),
+      tensor.stride(columns ? 3 : 2),
+      tensor.stride(columns ? 2 : 3),
+      columns ? static_cast<int>(tensor.size(3)) : 0};
 }
 
 // tensor (B, H, W)
@@ -142,9 +160,11 @@ void sum_with_given_weights(const Call& call, const Tensor& weights, const Tenso
   });
 }
 
-Tensor criss_cross_affinity(const Tensor& query, const Tensor& key) {
-  const CrissCrossSizes sizes = check_criss_cross_affinity(query, key);
-  const LaunchContext context("criss_cross_affinity", query);
+Tensor criss_cross_affinity(const Tensor& given_query, const Tensor& given_key) {
+  const CrissCrossSizes sizes = check_criss_cross_affinity(given_query, given_key);
+  const LaunchContext context("criss_cross_affinity", given_query);
+  const Tensor query = with_short_strides(context, "query", given_query);
+  const Tensor key = with_short_strides(context, "key", given_key);
   const Call call{context, sizes};
   const Tensor affinity = allocate(query, {sizes.batch, sizes.reach(), sizes.height, sizes.width}, query.scalar_type());
   products(call, query, key, affinity);
@@ -152,9 +172,13 @@ Tensor criss_cross_affinity(const Tensor& query, const Tensor& key) {
 }
 
 Pair criss_cross_affinity_backward(
-    const Tensor& grad_affinity, const Tensor& query, const Tensor& key, const std::vector<bool>& needs_input_grad) {
-  const CrissCrossSizes sizes = check_criss_cross_affinity_backward(grad_affinity, query, key, needs_input_grad);
-  const LaunchContext context("criss_cross_affinity_backward", query);
+    const Tensor& grad_affinity, const Tensor& given_query, const Tensor& given_key,
+    const std::vector<bool>& needs_input_grad) {
+  const CrissCrossSizes sizes =
+      check_criss_cross_affinity_backward(grad_affinity, given_query, given_key, needs_input_grad);
+  const LaunchContext context("criss_cross_affinity_backward", given_query);
+  const Tensor query = with_short_strides(context, "query", given_query);
+  const Tensor key = with_short_strides(context, "key", given_key);
   const Call call{context, sizes};
   const Tensor grad_query = allocate_gradient(query, needs_input_grad[0]);
   const Tensor grad_key = allocate_gradient(key, needs_input_grad[1]);
@@ -167,9 +191,10 @@ Pair criss_cross_affinity_backward(
   return {grad_query, grad_key};
 }
 
-Tensor criss_cross_aggregation(const Tensor& attention, const Tensor& value) {
-  const CrissCrossSizes sizes = check_criss_cross_aggregation(attention, value);
-  const LaunchContext context("criss_cross_aggregation", value);
+Tensor criss_cross_aggregation(const Tensor& attention, const Tensor& given_value) {
+  const CrissCrossSizes sizes = check_criss_cross_aggregation(attention, given_value);
+  const LaunchContext context("criss_cross_aggregation", given_value);
+  const Tensor value = with_short_strides(context, "value", given_value);
   const Call call{context, sizes};
   const Tensor output = allocate_like(value);
   sum_with_given_weights<LineOwner::kQueries>(call, attention, value, output);
@@ -177,10 +202,13 @@ Tensor criss_cross_aggregation(const Tensor& attention, const Tensor& value) {
 }
 
 Pair criss_cross_aggregation_backward(
-    const Tensor& grad_output, const Tensor& attention, const Tensor& value,
+    const Tensor& given_grad_output, const Tensor& attention, const Tensor& given_value,
     const std::vector<bool>& needs_input_grad) {
-  const CrissCrossSizes sizes = check_criss_cross_aggregation_backward(grad_output, attention, value, needs_input_grad);
-  const LaunchContext context("criss_cross_aggregation_backward", value);
+  const CrissCrossSizes sizes =
+      check_criss_cross_aggregation_backward(given_grad_output, attention, given_value, needs_input_grad);
+  const LaunchContext context("criss_cross_aggregation_backward", given_value);
+  const Tensor grad_output = with_short_strides(context, "grad_output", given_grad_output);
+  const Tensor value = with_short_strides(context, "value", given_value);
   const Call call{context, sizes};
   const Tensor grad_attention = allocate_gradient(attention, needs_input_grad[0]);
   const Tensor grad_value = allocate_gradient(value, needs_input_grad[1]);
@@ -256,9 +284,13 @@ void attend_in_passes(
   });
 }
 
-Triple criss_cross_attention(const Tensor& query, const Tensor& key, const Tensor& value, double scale) {
-  const CrissCrossSizes sizes = check_criss_cross_attention(query, key, value, scale);
-  const LaunchContext context("criss_cross_attention", query);
+Triple criss_cross_attention(
+    const Tensor& given_query, const Tensor& given_key, const Tensor& given_value, double scale) {
+  const CrissCrossSizes sizes = check_criss_cross_attention(given_query, given_key, given_value, scale);
+  const LaunchContext context("criss_cross_attention", given_query);
+  const Tensor query = with_short_strides(context, "query", given_query);
+  const Tensor key = with_short_strides(context, "key", given_key);
+  const Tensor value = with_short_strides(context, "value", given_value);
   const Call call{context, sizes};
   const Tensor output = allocate_like(value);
   const Tensor logsumexp =
@@ -296,12 +328,17 @@ void correct_query_gradient(
 }
 
 Triple criss_cross_attention_backward(
-    const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output,
-    const Tensor& logsumexp, double scale, const std::optional<Tensor>& logsumexp_low,
+    const Tensor& given_grad_output, const Tensor& given_query, const Tensor& given_key, const Tensor& given_value,
+    const Tensor& output, const Tensor& logsumexp, double scale, const std::optional<Tensor>& logsumexp_low,
     const std::optional<Tensor>& grad_logsumexp, const std::vector<bool>& needs_input_grad, bool keys_complete) {
   const CrissCrossSizes sizes = check_criss_cross_attention_backward(
-      grad_output, query, key, value, output, logsumexp, scale, logsumexp_low, grad_logsumexp, needs_input_grad);
-  const LaunchContext context("criss_cross_attention_backward", query);
+      given_grad_output, given_query, given_key, given_value, output, logsumexp, scale, logsumexp_low, grad_logsumexp,
+      needs_input_grad);
+  const LaunchContext context("criss_cross_attention_backward", given_query);
+  const Tensor grad_output = with_short_strides(context, "grad_output", given_grad_output);
+  const Tensor query = with_short_strides(context, "query", given_query);
+  const Tensor key = with_short_strides(context, "key", given_key);
+  const Tensor value = with_short_strides(context, "value", given_value);
   const Call call{context, sizes};
   const bool needs_query = needs_input_grad[0], needs_key = needs_input_grad[1], needs_value = needs_input_grad[2];
   const Tensor grad_query = allocate_gradient(query, needs_query), grad_key = allocate_gradient(key, needs_key);

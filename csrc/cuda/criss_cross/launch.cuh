@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 
 #include "cuda/criss_cross/backward.cuh"
 #include "cuda/criss_cross/forward.cuh"
@@ -13,12 +14,27 @@
 namespace segattn::cuda {
 
 // Splits the output channels into groups of one block each. Every group recomputes the weights, which costs as much as
-// summing `recompute_cost` channels.
-inline void split_channels(LineSumParams& params, int64_t groups, int recompute_cost) {
+// summing `recompute_cost` channels. Takes the split whose busiest multiprocessor has the least work: the turns of
+// blocks it needs, times the work of a block. Fewer than kBusyWarps warps take as long as that many.
+inline void split_channels(
+    LineSumParams& params, int64_t blocks, unsigned warps, int recompute_cost, const DeviceLimits& limits) {
+  constexpr int64_t kBusyWarps = 8;
   const int channels = params.values.channels;
-  groups = std::clamp<int64_t>(groups, 1, std::max(1, channels / recompute_cost));
-  params.channels_per_group = ceil_div(ceil_div(channels, groups), kLineChannels) * kLineChannels;
-  params.channel_groups = ceil_div(channels, params.channels_per_group);
+  const auto divide = [&](int64_t groups) {
+    params.channels_per_group = ceil_div(ceil_div(channels, groups), kLineChannels) * kLineChannels;
+    params.channel_groups = ceil_div(channels, params.channels_per_group);
+  };
+  int64_t best = 1, least = std::numeric_limits<int64_t>::max();
+  for (int64_t groups = 1; groups <= ceil_div(channels, kLineChannels); ++groups) {
+    divide(groups);
+    const int64_t turns = ceil_div(blocks * params.channel_groups, limits.multiprocessors);
+    const int64_t work = std::max<int64_t>(turns * warps, kBusyWarps) * (recompute_cost + params.channels_per_group);
+    if (work < least) {
+      best = groups;
+      least = work;
+    }
+  }
+  divide(best);
 }
 
 // Rows: one pair, for as many blocks as possible. Columns: as many neighbours as a block can have, to read longer runs
@@ -47,8 +63,18 @@ inline int64_t partition_lines(Lines& lines, int pairs, int owned) {
 }
 
 template <class Shape>
+unsigned line_warps(const Lines& lines) {
+  return Shape::kWarps * lines.pairs;
+}
+template <class Shape>
 dim3 line_threads(const Lines& lines) {
-  return dim3(32 * Shape::kWarps * lines.pairs);
+  return dim3(32 * line_warps<Shape>(lines));
+}
+
+// The cost of computing the weights as channels of the sum (split_channels). By counted instructions a channel of the
+// energies with its share of the softmax is two channels of the sum.
+inline int weights_cost(const LineSumParams& params) {
+  return 2 * std::max(params.query.channels, kLineChannels / 2);
 }
 
 template <class Arithmetic>
@@ -121,16 +147,17 @@ template <class Arithmetic, LineWeight kWeight, LineOwner kOwner>
 void launch_line_sum(LineSumParams params, const DeviceLimits& limits, cudaStream_t stream) {
   Lines& lines = params.lines;
   int64_t blocks = partition_sums<Arithmetic, kOwner>(params, limits);
-  const int64_t target_blocks = 2 * limits.multiprocessors;
-  if (kWeight == LineWeight::kGradient) {
+  if constexpr (kWeight == LineWeight::kGradient) {
     // Nearly all of the work is computing the weights, which every channel group would repeat: split owned positions.
-    while (blocks < target_blocks && lines.owned >= 32) {
+    while (blocks < 2 * limits.multiprocessors && lines.owned >= 32) {
       blocks = partition_lines(lines, lines.pairs, lines.owned / 2);
     }
+    params.channel_groups = 1;
+    params.channels_per_group = params.values.channels;
+  } else {
+    const int recompute_cost = kWeight == LineWeight::kSoftmax ? weights_cost(params) : kLineChannels;
+    split_channels(params, blocks, line_warps<StripShape>(lines), recompute_cost, limits);
   }
-  const int recompute_cost =
-      kWeight == LineWeight::kSoftmax ? std::max(params.query.channels, kLineChannels) : kLineChannels;
-  split_channels(params, kWeight == LineWeight::kGradient ? 1 : ceil_div(target_blocks, blocks), recompute_cost);
   params.weight_rows = kOwner == LineOwner::kKeys ? params.positions_per_pass : lines.owned;
   params.weight_columns = round_up(kOwner == LineOwner::kKeys ? lines.owned : params.positions_per_pass, 16);
   SEGATTN_LAUNCH(
@@ -163,27 +190,25 @@ bool line_attention_fits(Lines lines, const LineFeatures& output, const DeviceLi
   return partition_attention<Arithmetic>(lines, output, limits) > 0;
 }
 
-// At 97 x 97, rows in wide tiles read query and key once. A block of 256 threads then takes the registers of a whole
-// multiprocessor, so the target is one block per multiprocessor instead of two.
+// At 97 x 97, rows in wide tiles read query and key once.
 template <class Arithmetic>
 void launch_line_attention(LineAttentionParams params, const DeviceLimits& limits, cudaStream_t stream) {
   Lines& lines = params.lines;
   const int64_t blocks = partition_attention<Arithmetic>(lines, params.output, limits);
-  const int recompute_cost = std::max(params.query.channels, kLineChannels);
   params.positions_per_pass = lines.length;
   params.weight_rows = lines.owned;
   params.weight_columns = round_up(lines.length, 16);
   if constexpr (kSupportsWideTiles<Arithmetic>) {
     const size_t bytes = LineAttention<Arithmetic, WideShape>::shared_bytes(1, lines.length, lines.length);
     if (fit_one_wide_tile(lines) && bytes <= static_cast<size_t>(limits.shared_bytes)) {
-      split_channels(params, limits.multiprocessors / blocks, recompute_cost);
+      split_channels(params, blocks, line_warps<WideShape>(lines), weights_cost(params), limits);
       SEGATTN_LAUNCH(
           (line_attention_kernel<Arithmetic, WideShape>), dim3(grid_blocks(blocks * params.channel_groups)),
           line_threads<WideShape>(lines), bytes, stream, params);
       return;
     }
   }
-  split_channels(params, ceil_div(2 * limits.multiprocessors, blocks), recompute_cost);
+  split_channels(params, blocks, line_warps<StripShape>(lines), weights_cost(params), limits);
   SEGATTN_LAUNCH(
       (line_attention_kernel<Arithmetic, StripShape>), dim3(grid_blocks(blocks * params.channel_groups)),
       line_threads<StripShape>(lines),

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include <cuda_runtime.h>
 
@@ -59,10 +60,13 @@ __device__ __forceinline__ int rematerialize(int x) {
   return x;
 }
 
+// The element of a channel, a line of the block and a position. Products of 32-bit numbers take one instruction.
 template <class T>
-__device__ __forceinline__ T* line_data(const LineFeatures& f, const LineWindow& window, int channel) {
-  return static_cast<T*>(f.data) + rematerialize(window.sample) * f.batch_stride + channel * f.channel_stride +
-      rematerialize(window.first_line) * f.line_stride;
+__device__ __forceinline__ T* element_at(
+    const LineFeatures& f, const LineWindow& window, int channel, int line, int position) {
+  return static_cast<T*>(f.data) + window.sample * f.batch_stride + static_cast<int64_t>(channel) * f.channel_stride +
+      static_cast<int64_t>(rematerialize(window.first_line) + line) * f.line_stride +
+      static_cast<int64_t>(position) * f.position_stride;
 }
 
 // Whether neighbouring lines, not positions, are adjacent in memory: true for columns of a contiguous tensor.
@@ -71,194 +75,156 @@ __host__ __device__ __forceinline__ bool lines_innermost(const Strided& strided)
   return strided.line_stride < strided.position_stride;
 }
 
-// The words of a tile that a thread copies: one plane and position, and every kLinesPerPlane-th channel. A block has
-// one thread per line and position: one per plane and position in 32- and 64-bit types, two in 16-bit types.
-// Neighbouring threads access neighbouring addresses in global memory.
-template <class T, class Shape>
-struct WordIndex {
-  int plane, position, line, channel;
+// What a thread copies of a tile: items of kLines lines and kPositions positions, and every kChannelStep-th channel.
+// A block has one thread per line and position. Neighbouring threads access neighbouring addresses in global memory.
+template <class Shape, int kLines, int kPositions>
+struct TileItem {
+  static constexpr int kChannelStep = kLines * kPositions;
+  int line, position, channel;
 
-  __device__ __forceinline__ WordIndex(const LineFeatures& f, const LineWindow& window) {
-    const int thread = rematerialize(static_cast<int>(threadIdx.x)), planes = 1 << window.plane_bits;
-    const int word = thread & (planes * Shape::kTile - 1);
-    plane = lines_innermost(f) ? word & (planes - 1) : word / Shape::kTile;
-    position = lines_innermost(f) ? word >> window.plane_bits : word % Shape::kTile;
-    line = plane * kLinesPerPlane<T>;
-    channel = kLinesPerPlane<T> == 1 ? 0 : (thread >> window.plane_bits) / Shape::kTile;
+  // bits: the block has 2^bits lines. Unsigned, because divisions are then shifts.
+  __device__ __forceinline__ TileItem(const LineFeatures& f, unsigned bits) {
+    constexpr unsigned kPerLine = Shape::kTile / kPositions;
+    const unsigned thread = rematerialize(static_cast<int>(threadIdx.x));
+    const unsigned group_bits = bits - (kLines == 2), item = thread & ((kPerLine << group_bits) - 1);
+    const bool by_line = kPositions == 1 && lines_innermost(f);
+    line = kLines * (by_line ? item & ((1u << group_bits) - 1) : item / kPerLine);
+    position = kPositions * (by_line ? item >> group_bits : item % kPerLine);
+    channel = kChannelStep == 1 ? 0 : (thread >> group_bits) / kPerLine;
   }
 };
 
-// The elements of a tile that a thread copies: one line and position, and every channel.
-template <class T, class Shape>
-struct ElementIndex {
-  int line, position;
-
-  __device__ __forceinline__ ElementIndex(const LineFeatures& f, const LineWindow& window) {
-    const int thread = rematerialize(static_cast<int>(threadIdx.x));
-    const int bits = window.plane_bits + (kLinesPerPlane<T> == 2);  // the block has 2^bits lines
-    line = lines_innermost(f) ? thread & ((1 << bits) - 1) : thread / Shape::kTile;
-    position = lines_innermost(f) ? thread >> bits : thread % Shape::kTile;
-  }
-
-  // The offset of the line's position 0 in the tile's first channel. The next channel is kElementPitch<T, Shape>
-  // elements further.
-  __device__ __forceinline__ int offset(int words_per_plane) const {
-    return line / kLinesPerPlane<T> * words_per_plane * kLinesPerPlane<T> + line % kLinesPerPlane<T>;
-  }
-};
+// Words between two channels of a tile, in elements of type T.
 template <class T, class Shape>
 constexpr int kElementPitch = Shape::kPitch * kLinesPerPlane<T>;
 
-// Loads words of two 16-bit elements, one from each line of a plane; zero for lines and positions beyond the edges.
+// The element of a tile for a line and position, in the tile's first channel.
 template <class T>
-struct WordLoad {
-  const uint16_t* data;
-  int64_t step;  // between the thread's channels: an offset per channel would take two registers each
-  int64_t line_stride;
-  bool has_even, has_odd;  // which of the two lines exist
-  bool paired;             // both exist or neither: one load
+__host__ __device__ __forceinline__ int tile_offset(int line, int position, int words_per_plane) {
+  constexpr int kLines = kLinesPerPlane<T>;
+  return ((line >> (kLines - 1)) * words_per_plane + position) * kLines + (line & (kLines - 1));
+}
 
-  template <class Shape>
-  __device__ __forceinline__ WordLoad(
-      const LineFeatures& f, const LineWindow& window, const WordIndex<T, Shape>& index, int first_channel,
-      int position, bool inside) {
-    data = line_data<uint16_t>(f, window, first_channel + index.channel) + index.line * f.line_stride +
-        position * f.position_stride;
-    step = kLinesPerPlane<T> * f.channel_stride;
-    line_stride = f.line_stride;
-    const int lines = window.line_end - rematerialize(window.first_line) - index.line;
-    has_even = inside && lines > 0;
-    has_odd = inside && lines > 1;
-    paired = f.paired;
-  }
-
-  // target[i * pitch] = the words of the thread's next kCount channels, which exist, as do both lines or neither.
-  template <int kCount>
-  __device__ __forceinline__ void copy(uint32_t* target, int pitch) {
-    constexpr int kBatch = 4;
-    static_assert(kCount % kBatch == 0);
-    if (!has_even) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        target[i * pitch] = 0;
-      }
-      return;
-    }
-    const uint16_t* odd_data = data + line_stride;
+// target[i * kPitch] = source[i * step] as words of type Word, for i < kCount; zero from `existing` on.
+template <class Word, int kCount, int kPitch, class T>
+__device__ __forceinline__ void copy_channels(Word* target, const T* source, int step, int existing) {
+  constexpr int kBatch = kCount < 8 ? kCount : 8;  // loads in flight
+  static_assert(kCount % kBatch == 0);
+  step = rematerialize(step);
+  if (existing >= kCount) {
 #pragma unroll
     for (int c = 0; c < kCount; c += kBatch) {
-      uint32_t words[kBatch];
-      if (paired) {
+      Word words[kBatch];
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i, data += step) {
-          words[i] = *reinterpret_cast<const uint32_t*>(data);
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i, data += step, odd_data += step) {
-          words[i] = *data | static_cast<uint32_t>(*odd_data) << 16;
-        }
+      for (int i = 0; i < kBatch; ++i, source += step) {
+        words[i] = *reinterpret_cast<const Word*>(source);
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        target[(c + i) * pitch] = words[i];
+        target[(c + i) * kPitch] = words[i];
       }
     }
+  } else if (existing <= 0) {
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) {
+      target[c * kPitch] = Word{};
+    }
+  } else {
+#pragma unroll 1
+    for (int c = 0; c < kCount; ++c, source += step, target += kPitch) {
+      *target = c < existing ? *reinterpret_cast<const Word*>(source) : Word{};
+    }
   }
+}
 
-  // The word of the thread's next channel; zero unless channel_exists.
-  __device__ __forceinline__ uint32_t next(bool channel_exists) {
-    const uint16_t* at = data;
-    data += step;
-    if (!channel_exists) {
-      return 0;
+// The words of two neighbouring positions of a pair of 16-bit rows.
+struct RowWords {
+  const uint16_t* even;  // of the even line
+  const uint16_t* odd;
+  bool has_first, has_second;  // which of the two positions exist
+
+  __device__ __forceinline__ uint2 load() const {
+    uint32_t elements[2][2] = {};
+    if (has_first) {
+      elements[0][0] = even[0];
+      elements[0][1] = odd[0];
     }
-    if (paired) {
-      return has_even ? *reinterpret_cast<const uint32_t*>(at) : 0;
+    if (has_second) {
+      elements[1][0] = even[1];
+      elements[1][1] = odd[1];
     }
-    const uint32_t even = has_even ? at[0] : 0;
-    const uint32_t odd = has_odd ? at[line_stride] : 0;
-    return even | odd << 16;
+    return {__byte_perm(elements[0][0], elements[0][1], 0x5410), __byte_perm(elements[1][0], elements[1][1], 0x5410)};
   }
 };
 
-// tile[plane][c][p] = f(first_channel + c, first_position + p) for c < kChannels, p < kTile; zeros beyond the edges.
-// The loads of a warp are contiguous in global memory. A thread loads both lines of a word at once where they are
-// paired, one after the other for rows, and single elements for columns that are not paired (odd width).
-template <class T, class Shape, int kChannels>
-__device__ __forceinline__ void load_line_tile(
-    LineWord<T>* tile, const LineFeatures& f, const LineWindow& window, int first_channel, int first_position,
-    int position_end) {
-  constexpr int kBatch = 8;  // loads in flight
-  first_channel = rematerialize(first_channel);
-  first_position = rematerialize(first_position);
-  const int words_per_plane = plane_words<Shape>(window.plane_bits, kChannels);
-  if constexpr (kLinesPerPlane<T> == 2) {
-    if (f.paired || !lines_innermost(f)) {
-      constexpr int kWords = kBatch / 2;
-      static_assert(kChannels % (2 * kWords) == 0);
-      const WordIndex<T, Shape> index(f, window);
-      const int position = first_position + index.position;
-      WordLoad<T> load(f, window, index, first_channel, position, position < position_end);
-      LineWord<T>* target = tile + index.plane * words_per_plane + index.channel * Shape::kPitch + index.position;
-      const int channels = f.channels - first_channel - index.channel;  // from the thread's first channel on
-      if (f.channels - first_channel >= kChannels && (load.has_odd || !load.has_even)) {
-        load.template copy<kChannels / 2>(target, 2 * Shape::kPitch);
-        return;
-      }
-#pragma unroll 1
-      for (int c = 0; c < kChannels; c += 2 * kWords) {
-        LineWord<T> words[kWords];
+// target[i * kPitch] = the words of the thread's i-th channel for i < kCount; zero from `existing` on.
+template <int kCount, int kPitch>
+__device__ __forceinline__ void copy_row_words(uint32_t* target, RowWords words, int step, int existing) {
+  const auto copy = [&](int i) {
+    __syncwarp();  // lanes beyond the edges stay converged, so that the others' accesses remain one instruction
+    *reinterpret_cast<uint2*>(target + i * kPitch) = words.load();
+    const int next = rematerialize(step);
+    words.even += next;
+    words.odd += next;
+  };
+  if (existing >= kCount) {
 #pragma unroll
-        for (int i = 0; i < kWords; ++i) {
-          words[i] = load.next(c + 2 * i < channels);
-        }
-#pragma unroll
-        for (int i = 0; i < kWords; ++i) {
-          target[2 * i * Shape::kPitch] = words[i];
-        }
-        target += 2 * kWords * Shape::kPitch;
-      }
-      return;
-    }
-  }
-  static_assert(kChannels % kBatch == 0);
-  const ElementIndex<T, Shape> index(f, window);
-  const int position = first_position + index.position;
-  const T* source = line_data<T>(f, window, first_channel) + index.line * f.line_stride + position * f.position_stride;
-  T* target = reinterpret_cast<T*>(tile) + index.offset(words_per_plane) + index.position * kLinesPerPlane<T>;
-  const int64_t step = f.channel_stride;
-  const bool inside = position < position_end && rematerialize(window.first_line) + index.line < window.line_end;
-  const int channels = inside ? f.channels - first_channel : 0;
-  if (channels >= kChannels) {
-#pragma unroll
-    for (int c = 0; c < kChannels; c += kBatch) {
-      T elements[kBatch];
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i, source += step) {
-        elements[i] = *source;
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        target[(c + i) * kElementPitch<T, Shape>] = elements[i];
-      }
+    for (int i = 0; i < kCount; ++i) {
+      copy(i);
     }
     return;
   }
 #pragma unroll 1
-  for (int c = 0; c < kChannels; c += kBatch) {
-    T elements[kBatch];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      elements[i] = c + i < channels ? *source : from_accumulator<T>(0);
-      source += step;
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      target[i * kElementPitch<T, Shape>] = elements[i];
-    }
-    target += kBatch * kElementPitch<T, Shape>;
+  for (int i = 0; i < kCount; ++i) {
+    words.has_first &= i < existing;
+    words.has_second &= i < existing;
+    copy(i);
   }
+}
+
+// tile[plane][c][p] = f(first_channel + c, first_position + p) for c < kChannels, p < kTile; zeros for channels and
+// positions beyond the edges. Lines beyond the edge repeat the last line: their sums are not stored. The loads of a
+// warp are contiguous in global memory. In 16-bit types a thread loads words of two lines where they are paired, two
+// neighbouring positions of two lines for rows, and elements otherwise (columns of an odd width).
+template <class T, class Shape, int kChannels>
+__device__ __forceinline__ void load_line_tile(
+    LineWord<T>* tile, const LineFeatures& f, const LineWindow& window, int first_channel, int first_position,
+    int position_end) {
+  constexpr int kLines = kLinesPerPlane<T>;
+  first_channel = rematerialize(first_channel);
+  first_position = rematerialize(first_position);
+  const int words_per_plane = plane_words<Shape>(window.plane_bits, kChannels);
+  const int bits = window.plane_bits + (kLines == 2), positions = position_end - first_position;
+  const int last_line = window.line_end - 1 - rematerialize(window.first_line);
+  const auto at = [&](int channel, int line, int position) {
+    return element_at<T>(f, window, first_channel + channel, min(line, last_line), first_position + position);
+  };
+  if constexpr (kLines == 2) {
+    if (f.paired) {
+      const TileItem<Shape, 2, 1> item(f, bits);
+      const int channels = item.position < positions ? f.channels - first_channel - item.channel : 0;
+      copy_channels<uint32_t, kChannels / 2, 2 * Shape::kPitch>(
+          tile + (item.line >> 1) * words_per_plane + item.channel * Shape::kPitch + item.position,
+          at(item.channel, min(item.line, last_line & ~1), item.position), 2 * f.channel_stride, (channels + 1) / 2);
+      return;
+    }
+    if (f.position_stride == 1) {
+      const TileItem<Shape, 2, 2> item(f, bits);
+      const T* even = at(item.channel, item.line, item.position);
+      const T* odd = at(item.channel, item.line + 1, item.position);
+      copy_row_words<kChannels / 4, 4 * Shape::kPitch>(
+          tile + (item.line >> 1) * words_per_plane + item.channel * Shape::kPitch + item.position,
+          {reinterpret_cast<const uint16_t*>(even), reinterpret_cast<const uint16_t*>(odd), item.position < positions,
+           item.position + 1 < positions},
+          4 * f.channel_stride, (f.channels - first_channel - item.channel + 3) / 4);
+      return;
+    }
+  }
+  const TileItem<Shape, 1, 1> item(f, bits);
+  const int channels = item.position < positions ? f.channels - first_channel : 0;
+  copy_channels<T, kChannels, kElementPitch<T, Shape>>(
+      reinterpret_cast<T*>(tile) + tile_offset<T>(item.line, item.position, words_per_plane),
+      at(0, item.line, item.position), f.channel_stride, channels);
 }
 
 // How new results combine with the elements an output already holds: overwrite them, or add to them, scaled by a factor
@@ -273,10 +239,55 @@ struct LineMerge {
   __device__ __forceinline__ Real factor(int line, int position) const {
     return factors == nullptr ? Real(1) : factors[line * pitch + position];
   }
-  static __device__ __forceinline__ T merged(Real factor, T old, T value) {
-    return from_accumulator<T>(factor * to_accumulator(old) + to_accumulator(value));
-  }
 };
+
+// The elements of a word, which holds one element or those of two lines.
+template <class T, class Word>
+constexpr int kElements = sizeof(Word) / sizeof(T);
+
+// target[i * step] = source[i * kPitch] as words of type Word, for i < min(kCount, existing). With kAccumulate, plus
+// factors times what the target holds.
+template <bool kAccumulate, class Word, int kCount, int kPitch, class T>
+__device__ __forceinline__ void store_channels(
+    T* target, const Word* source, int step, int existing, const Accumulator<T> (&factors)[kElements<T, Word>]) {
+  const auto store = [&](T* to, Word word, Word old) {
+    if constexpr (kAccumulate) {
+      T* now = reinterpret_cast<T*>(&word);
+      const T* before = reinterpret_cast<const T*>(&old);
+#pragma unroll
+      for (int e = 0; e < kElements<T, Word>; ++e) {
+        now[e] = from_accumulator<T>(factors[e] * to_accumulator(before[e]) + to_accumulator(now[e]));
+      }
+    }
+    *reinterpret_cast<Word*>(to) = word;
+  };
+  step = rematerialize(step);
+  if (existing >= kCount) {
+    constexpr int kBatch = sizeof(T) == 4 ? 2 : 4;  // loads in flight; four spill registers with TF32 on sm_80
+    static_assert(kCount % kBatch == 0);
+#pragma unroll
+    for (int c = 0; c < kCount; c += kBatch) {
+      T* targets[kBatch];
+      Word old[kBatch] = {};
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i, target += step) {
+        targets[i] = target;
+        if constexpr (kAccumulate) {
+          old[i] = *reinterpret_cast<const Word*>(target);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        store(targets[i], source[(c + i) * kPitch], old[i]);
+      }
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int c = 0; c < existing; ++c, target += step, source += kPitch) {
+    store(target, *source, kAccumulate ? *reinterpret_cast<const Word*>(target) : Word{});
+  }
+}
 
 // The inverse of load_line_tile: f(first_channel + c, first_position + p) = tile[plane][c][p] for c < kChannels, merged
 // with the elements that f holds. first_position is position merge_position of `merge`.
@@ -284,124 +295,40 @@ template <class T, class Shape, int kChannels>
 __device__ __forceinline__ void store_line_tile(
     const LineWord<T>* tile, const LineFeatures& f, const LineWindow& window, int first_channel, int channel_end,
     int first_position, int position_end, const LineMerge<T>& merge, int merge_position) {
-  constexpr int kBatch = sizeof(T) == 4 ? 2 : 4;  // loads in flight; four spill registers with TF32 on sm_80
+  constexpr int kLines = kLinesPerPlane<T>;
   first_position = rematerialize(first_position);
   const int words_per_plane = plane_words<Shape>(window.plane_bits, kChannels);
-  const int channels = min(channel_end - first_channel, kChannels), positions = position_end - first_position;
-  if constexpr (kLinesPerPlane<T> == 2) {
+  const int bits = window.plane_bits + (kLines == 2);
+  const auto store = [&]<class Word, int kCount, int kPitch>(const auto& item, const Word* source) {
+    constexpr int kStep = std::decay_t<decltype(item)>::kChannelStep;
+    if (first_position + item.position >= position_end ||
+        rematerialize(window.first_line) + item.line >= window.line_end) {
+      return;
+    }
+    T* target = element_at<T>(f, window, first_channel + item.channel, item.line, first_position + item.position);
+    const int existing = (channel_end - first_channel - item.channel + kStep - 1) / kStep;
+    Accumulator<T> factors[kElements<T, Word>] = {};
+    if (!merge.accumulate) {
+      store_channels<false, Word, kCount, kPitch>(target, source, kStep * f.channel_stride, existing, factors);
+      return;
+    }
+#pragma unroll
+    for (int e = 0; e < kElements<T, Word>; ++e) {
+      factors[e] = merge.factor(item.line + e, merge_position + item.position);
+    }
+    store_channels<true, Word, kCount, kPitch>(target, source, kStep * f.channel_stride, existing, factors);
+  };
+  if constexpr (kLines == 2) {
     if (f.paired) {
-      const WordIndex<T, Shape> index(f, window);
-      if (index.position >= positions || rematerialize(window.first_line) + index.line >= window.line_end) {
-        return;
-      }
-      const LineWord<T>* source = tile + index.plane * words_per_plane + index.position;
-      T* target = line_data<T>(f, window, first_channel + index.channel) + index.line +
-          (first_position + index.position) * f.position_stride;
-      const int64_t step = 2 * f.channel_stride;
-      Accumulator<T> factors[2];
-#pragma unroll
-      for (int line = 0; line < 2; ++line) {
-        factors[line] = merge.accumulate ? merge.factor(index.line + line, merge_position + index.position) : 0;
-      }
-#pragma unroll 1
-      for (int c = index.channel; c < channels; c += 2 * kBatch) {
-        uint32_t old[kBatch] = {};
-        if (merge.accumulate) {
-#pragma unroll
-          for (int i = 0; i < kBatch; ++i) {
-            if (c + 2 * i < channels) {
-              old[i] = *reinterpret_cast<const uint32_t*>(target + i * step);
-            }
-          }
-        }
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          if (c + 2 * i < channels) {
-            uint32_t word = source[(c + 2 * i) * Shape::kPitch];
-            if (merge.accumulate) {
-              const T* before = reinterpret_cast<const T*>(&old[i]);
-              T* now = reinterpret_cast<T*>(&word);
-#pragma unroll
-              for (int line = 0; line < 2; ++line) {
-                now[line] = merge.merged(factors[line], before[line], now[line]);
-              }
-            }
-            *reinterpret_cast<uint32_t*>(target + i * step) = word;
-          }
-        }
-        target += kBatch * step;
-      }
+      const TileItem<Shape, 2, 1> item(f, bits);
+      store.template operator()<uint32_t, kChannels / 2, 2 * Shape::kPitch>(
+          item, tile + (item.line >> 1) * words_per_plane + item.channel * Shape::kPitch + item.position);
       return;
     }
   }
-  const ElementIndex<T, Shape> index(f, window);
-  const int end = rematerialize(window.first_line) + index.line < window.line_end ? positions : 0;
-  const T* source = reinterpret_cast<const T*>(tile) + index.offset(words_per_plane);
-  // the thread's own position of the next channel
-  T* own = line_data<T>(f, window, first_channel) + index.line * f.line_stride +
-      (first_position + index.position) * f.position_stride;
-  if (f.position_stride != 1) {
-    if (index.position >= end) {
-      return;
-    }
-    source += index.position * kLinesPerPlane<T>;
-    const Accumulator<T> factor = merge.accumulate ? merge.factor(index.line, merge_position + index.position) : 0;
-#pragma unroll 1
-    for (int c = 0; c < channels; c += kBatch) {
-      T old[kBatch];
-      T* at = own;
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i, at += f.channel_stride) {
-        if (merge.accumulate && c + i < channels) {
-          old[i] = *at;
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i, own += f.channel_stride) {
-        if (c + i < channels) {
-          const T value = source[i * kElementPitch<T, Shape>];
-          *own = merge.accumulate ? merge.merged(factor, old[i], value) : value;
-        }
-      }
-      source += kBatch * kElementPitch<T, Shape>;
-    }
-    return;
-  }
-  // A row can start anywhere in a sector, at a different offset in every channel. The threads rotate over the positions
-  // so that each warp accesses whole sectors.
-  constexpr unsigned kSector = 32 / static_cast<unsigned>(sizeof(T));
-#pragma unroll 1
-  for (int c = 0; c < channels; c += kBatch) {
-    T old[kBatch];
-    T* at[kBatch];
-    int position[kBatch];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const unsigned start = static_cast<unsigned>(reinterpret_cast<uintptr_t>(own) / sizeof(T)) - index.position;
-      position[i] = static_cast<int>((index.position - (start & (kSector - 1))) & (Shape::kTile - 1));
-      at[i] = own + (position[i] - index.position);
-      own += f.channel_stride;
-      if (c + i >= channels) {
-        position[i] = end;
-      }
-      __syncwarp();  // lanes beyond the edges stay converged, so that the others' accesses remain one instruction
-      if (merge.accumulate && position[i] < end) {
-        old[i] = *at[i];
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      __syncwarp();
-      if (position[i] < end) {
-        T value = source[i * kElementPitch<T, Shape> + position[i] * kLinesPerPlane<T>];
-        if (merge.accumulate) {
-          value = merge.merged(merge.factor(index.line, merge_position + position[i]), old[i], value);
-        }
-        *at[i] = value;
-      }
-    }
-    source += kBatch * kElementPitch<T, Shape>;
-  }
+  const TileItem<Shape, 1, 1> item(f, bits);
+  store.template operator()<T, kChannels, kElementPitch<T, Shape>>(
+      item, reinterpret_cast<const T*>(tile) + tile_offset<T>(item.line, item.position, words_per_plane));
 }
 
 __device__ __forceinline__ void store_pair(double* pair, double low, double high) {

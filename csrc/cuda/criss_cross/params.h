@@ -10,13 +10,16 @@ namespace segattn::cuda {
 
 enum class Direction { kRows, kColumns };
 
+// The largest stride within a sample, in elements: the kernels multiply it by up to 4 in 32 bits.
+constexpr int64_t kMaxLineStride = (int64_t(1) << 29) - 1;
+
 // (B, channels, lines, positions)
 struct LineFeatures {
   void* data;
   int64_t batch_stride;
-  int64_t channel_stride;
-  int64_t line_stride;
-  int64_t position_stride;
+  int channel_stride;  // up to kMaxLineStride, as are the next two
+  int line_stride;
+  int position_stride;
   int channels;
   bool paired;  // 16-bit types: lines 2i and 2i + 1 both exist and share an aligned 32-bit word
 };
