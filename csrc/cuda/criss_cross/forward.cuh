@@ -22,16 +22,17 @@ struct LineAttention {
   }
 
   static constexpr size_t shared_bytes(int pairs, int queries, int keys) {
-    return Weights::shared_bytes(pairs, queries, keys) + 2 * sizeof(Real) * 2 * pairs * queries;
+    return Weights::shared_bytes(pairs, queries, keys) + Weights::factor_bytes(pairs, queries);
   }
 
-  // visit(line, half, query, index into the factors) for those of the lane's queries that the block owns, in missing
+  // visit(line, half, query, index into the factors) for those of the lane's queries that have factors, in missing
   // lines too: store_sums reads the factors of every line of the block.
   template <class Visit>
-  __device__ __forceinline__ void for_owned_queries(int query0, const Visit& visit) const {
+  __device__ __forceinline__ void for_factors(int query0, const Visit& visit) const {
     weights.for_queries(query0, [&](int line, int q, int half) {
-      if (q < weights.block.owned_end()) {
-        visit(line, half, q, (2 * weights.block.pair() + line) * p.weight_rows + q - weights.first_query);
+      const int row = q - weights.first_query;
+      if (row < weights.factor_pitch()) {
+        visit(line, half, q, (2 * weights.block.pair() + line) * weights.factor_pitch() + row);
       }
     });
   }
@@ -46,14 +47,14 @@ struct LineAttention {
       block.multiply_features(d, p.query, p.key, query0, key0);
       LineSoftmax<Arithmetic, Shape> softmax(block, static_cast<Real>(p.scale));
       if (key0 > 0) {
-        for_owned_queries(query0, [&](int line, int half, int, int at) {
+        for_factors(query0, [&](int line, int half, int, int at) {
           softmax.max_energy[line][half] = weights.own_factors()[at];
-          softmax.sum[line][half] = rematerialize(lane_index()) % 4 == 0 ? weights.other_factors()[at] : Real(0);
+          softmax.sum[line][half] = Weights::Block::lane_column() == 0 ? weights.other_factors()[at] : Real(0);
         });
       }
       // A lane rescales only weights that it stored itself, and no other lane reads them yet: no barrier.
       softmax.update(d, query0, key0, [&](int line, int half, Real factor) {
-        for (int k = 2 * (rematerialize(lane_index()) % 4); k < key0; k += 8) {
+        for (int k = 2 * Weights::Block::lane_column(); k < key0; k += 8) {
           if (T* element = weights.weight_at(line, softmax.query(query0, half), k)) {
             store_pair(element, to_accumulator(element[0]) * factor, to_accumulator(element[1]) * factor);
           }
@@ -66,14 +67,14 @@ struct LineAttention {
       });
       softmax.reduce_lanes();
       __syncwarp();  // all four lanes of a query have read what its first lane overwrites
-      if (rematerialize(lane_index()) % 4 == 0) {
-        for_owned_queries(query0, [&](int line, int half, int q, int at) {
+      if (Weights::Block::lane_column() == 0) {
+        for_factors(query0, [&](int line, int half, int q, int at) {
           if (key0 + Shape::kTile < p.lines.length) {
             weights.own_factors()[at] = softmax.max_energy[line][half];
             weights.other_factors()[at] = softmax.sum[line][half];
             return;
           }
-          if (!weights.query_exists(line, q)) {
+          if (!weights.query_exists(line, q) || q >= block.owned_end()) {
             weights.own_factors()[at] = weights.other_factors()[at] = 0;
             return;
           }

@@ -79,7 +79,7 @@ struct LineBlock {
   __device__ __forceinline__ LineBlock(const Lines& lines_, Word* staging_, int channel_groups)
       : lines(lines_), staging(staging_) {
     int block = static_cast<int>(blockIdx.x) / channel_groups;
-    owned_begin = block % lines.owned_blocks * lines.owned;
+    owned_begin = rematerialize(block % lines.owned_blocks * lines.owned);
     block /= lines.owned_blocks;
     window.first_line = block % lines.line_blocks * 2 * lines.pairs;
     window.line_end = lines.count;
@@ -88,8 +88,12 @@ struct LineBlock {
   }
 
   // the warp's pair of lines, and its rank among the warps of that pair
-  static __device__ __forceinline__ int pair() { return rematerialize(warp_index()) / Shape::kWarps; }
-  static __device__ __forceinline__ int rank() { return rematerialize(warp_index()) % Shape::kWarps; }
+  static __device__ __forceinline__ int pair() { return hidden(warp_index()) / Shape::kWarps; }
+  static __device__ __forceinline__ int rank() { return hidden(warp_index()) % Shape::kWarps; }
+  static __device__ __forceinline__ int lane() { return hidden(lane_index()) % 32; }
+  // g and t of line_mma.cuh
+  static __device__ __forceinline__ int lane_row() { return hidden(lane_index()) / 4; }
+  static __device__ __forceinline__ int lane_column() { return hidden(lane_index()) % 4; }
   __device__ __forceinline__ int owned_end() const {
     return min(rematerialize(owned_begin) + lines.owned, lines.length);
   }
@@ -187,6 +191,10 @@ struct LineBlock {
     const bool exists = q < lines.length && first_line() + line < window.line_end;
     return {exists ? lines.length : 0, lines.skips_self ? q : -1};
   }
+
+ private:
+  // x >= 0, rematerialized. Unsigned: dividing an int by a power of two takes three instructions more.
+  static __device__ __forceinline__ unsigned hidden(int x) { return static_cast<unsigned>(rematerialize(x)); }
 };
 
 }  // namespace segattn::cuda

@@ -43,7 +43,7 @@ struct LineSoftmax {
   }
 
   __device__ __forceinline__ int query(int first_query, int half) const {
-    return first_query + 16 * block.rank() + rematerialize(lane_index()) / 4 + 8 * half;
+    return first_query + 16 * block.rank() + block.lane_row() + 8 * half;
   }
 
   // Adds a tile of products of query and key. d becomes exp(scale * d - max_energy), or 0 where the query does not
@@ -52,7 +52,7 @@ struct LineSoftmax {
   template <class Rescale>
   __device__ __forceinline__ void update(
       typename Block::Products& d, int first_query, int first_key, const Rescale& rescale) {
-    const int t = rematerialize(lane_index()) % 4;
+    const int t = block.lane_column();
 #pragma unroll
     for (int line = 0; line < 2; ++line) {
 #pragma unroll
