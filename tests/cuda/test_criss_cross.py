@@ -153,10 +153,10 @@ def backward_accesses(key_channels, value_channels):
 def scalar_traffic(backward, side):
     """Bytes and bytes of sectors of logsumexp, logsumexp_low, delta and grad_sum, by launch.
 
-    Forward: one thread per query; columns write logsumexp and logsumexp_low, rows read and write them. Backward: the
-    four threads of a query read both and delta, columns once for each of two tiles of keys. The mean key reads both
-    once per tile in both directions. A thread of its own writes a query's grad_sum in columns, of two columns at a time,
-    and adds to it in rows, of 16 positions at a time."""
+    Forward: one thread per query, of two columns or 16 positions of a row at a time; columns write logsumexp and
+    logsumexp_low, rows read and write them. Backward: the four threads of a query read both and delta, columns once for
+    each of two tiles of keys. The mean key reads both once per tile in both directions. One thread per query writes
+    grad_sum in columns and adds to it in rows, as many queries at a time as in the forward."""
     positions, row = side * side, sectors_of_scalars(side, 8)
     if backward:
         return {
@@ -165,7 +165,10 @@ def scalar_traffic(backward, side):
             "mean key, rows": (64 * positions, 2 * 2 * row),
             "rows": ((48 + 2 * 4) * positions, 3 * row + 2 * sectors_of_scalars(side, 16)),
         }
-    return {"columns": (8 * positions, 2 * 32 * positions), "rows": (16 * positions, 4 * row)}
+    return {
+        "columns": (8 * positions, 2 * sectors_of_scalars(side, 2)),
+        "rows": (16 * positions, 4 * sectors_of_scalars(side, 16)),
+    }
 
 
 def sectors_of_scalars(side, run):

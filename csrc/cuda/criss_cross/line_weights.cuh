@@ -70,14 +70,6 @@ struct LineWeights {
   __device__ __forceinline__ Real* own_factors() const { return factors(0); }
   __device__ __forceinline__ Real* other_factors() const { return factors(1); }
 
-  // The weights of query q for keys k and k + 1 in the given line of the warp's pair; null if not in shared memory.
-  __device__ __forceinline__ T* weight_at(int line, int q, int k) const {
-    const int row = q - first_query, column = k - first_key;
-    return row < p.weight_rows && column < p.weight_columns
-        ? weights_of(2 * block.pair() + line) + row * pitch() + column
-        : nullptr;
-  }
-
   // visit(line, query, half) for the lane's queries among the warp's 16 from query0 + 16 rank on
   template <class Visit>
   __device__ __forceinline__ void for_queries(int query0, const Visit& visit) const {
@@ -98,16 +90,16 @@ struct LineWeights {
   // visit(pair of weights, 8-key tile, first key) for the lane's pairs of keys whose weights are in shared memory
   template <class Visit>
   __device__ __forceinline__ void for_keys(int line, int q, int key0, const Visit& visit) const {
-    const int k = key0 + 2 * Block::lane_column();
-    T* const elements = weight_at(line, q, k);
-    if (elements == nullptr) {
+    const int row = q - first_query, column = 2 * Block::lane_column();
+    if (row >= p.weight_rows) {
       return;
     }
-    const int tiles = (p.weight_columns - (k - first_key) + 7) / 8;
+    T* const elements = weights_of(2 * block.pair() + line) + row * pitch() + key0 - first_key + column;
+    const int columns = p.weight_columns - (key0 - first_key);
 #pragma unroll
     for (int j = 0; j < kTile / 8; ++j) {
-      if (j < tiles) {
-        visit(elements + 8 * j, j, k + 8 * j);
+      if (8 * j < columns) {
+        visit(elements + 8 * j, j, key0 + column + 8 * j);
       }
     }
   }
