@@ -171,23 +171,27 @@ def backward_accesses(key_channels, value_channels):
 def scalar_traffic(backward, side):
     """Bytes and bytes of sectors of logsumexp, logsumexp_low, delta and grad_sum, by launch.
 
-    Forward: one thread per query; columns write logsumexp and logsumexp_low, rows read and write them. Backward: the
-    four threads of a query read both and delta, columns once for each of two tiles of keys. The mean key reads both
-    once per tile in both directions. One of the four threads writes grad_sum in columns and adds to it in rows."""
-    positions, row = side * side, sectors_of_scalars(side)
+    Forward: one thread per query, of two columns or 16 positions of a row at a time; columns write logsumexp and
+    logsumexp_low, rows read and write them. Backward: the four threads of a query read both and delta, columns once for
+    each of two tiles of keys. The mean key reads both once per tile in both directions. One thread per query writes
+    grad_sum in columns and adds to it in rows, as many queries at a time as in the forward."""
+    positions, row = side * side, sectors_of_scalars(side, 8)
     if backward:
         return {
             "mean key, columns": (64 * positions, 2 * 2 * 32 * positions),
-            "columns": ((96 + 4) * positions, (2 * 3 + 1) * 32 * positions),
+            "columns": ((96 + 4) * positions, 2 * 3 * 32 * positions + sectors_of_scalars(side, 2)),
             "mean key, rows": (64 * positions, 2 * 2 * row),
-            "rows": ((48 + 2 * 4) * positions, (3 + 2) * row),
+            "rows": ((48 + 2 * 4) * positions, 3 * row + 2 * sectors_of_scalars(side, 16)),
         }
-    return {"columns": (8 * positions, 2 * 32 * positions), "rows": (16 * positions, 4 * row)}
+    return {
+        "columns": (8 * positions, 2 * sectors_of_scalars(side, 2)),
+        "rows": (16 * positions, 4 * sectors_of_scalars(side, 16)),
+    }
 
 
-def sectors_of_scalars(side):
-    """Bytes of sectors of one float32 per position, read in rows of eight at a time."""
-    pieces = [(y * side + x, y * side + min(x + 8, side) - 1) for y in range(side) for x in range(0, side, 8)]
+def sectors_of_scalars(side, run):
+    """Bytes of sectors of one float32 per position, accessed in rows of `run` at a time."""
+    pieces = [(y * side + x, y * side + min(x + run, side) - 1) for y in range(side) for x in range(0, side, run)]
     return sum(32 * (4 * last // 32 - 4 * first // 32 + 1) for first, last in pieces)
 
 

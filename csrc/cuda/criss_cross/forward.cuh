@@ -22,18 +22,7 @@ struct LineAttention {
   }
 
   static constexpr size_t shared_bytes(int pairs, int queries, int keys) {
-    return Weights::shared_bytes(pairs, queries, keys) + 2 * sizeof(Real) * 2 * pairs * queries;
-  }
-
-  // visit(line, half, query, index into the factors) for those of the lane's queries that the block owns, in missing
-  // lines too: store_sums reads the factors of every line of the block.
-  template <class Visit>
-  __device__ __forceinline__ void for_owned_queries(int query0, const Visit& visit) const {
-    weights.for_queries(query0, [&](int line, int q, int half) {
-      if (q < weights.block.owned_end()) {
-        visit(line, half, q, (2 * weights.block.pair() + line) * p.weight_rows + q - weights.first_query);
-      }
-    });
+    return Weights::shared_bytes(pairs, queries, keys) + Weights::factor_bytes(pairs, queries);
   }
 
   // For the warp's queries from query0 on: the weights exp(energy - max_energy), the factors of their sums, and
@@ -46,16 +35,23 @@ struct LineAttention {
       block.multiply_features(d, p.query, p.key, query0, key0);
       LineSoftmax<Arithmetic, Shape> softmax(block, static_cast<Real>(p.scale));
       if (key0 > 0) {
-        for_owned_queries(query0, [&](int line, int half, int, int at) {
-          softmax.max_energy[line][half] = weights.own_factors()[at];
-          softmax.sum[line][half] = rematerialize(lane_index()) % 4 == 0 ? weights.other_factors()[at] : Real(0);
+        weights.for_queries(query0, [&](int line, int q, int half) {
+          const int row = q - weights.first_query;
+          if (row < weights.factor_pitch()) {
+            const int at = (2 * block.pair() + line) * weights.factor_pitch() + row;
+            softmax.max_energy[line][half] = weights.own_factors()[at];
+            softmax.sum[line][half] = Weights::Block::lane_column() == 0 ? weights.other_factors()[at] : Real(0);
+          }
         });
       }
       // A lane rescales only weights that it stored itself, and no other lane reads them yet: no barrier.
       softmax.update(d, query0, key0, [&](int line, int half, Real factor) {
-        for (int k = 2 * (rematerialize(lane_index()) % 4); k < key0; k += 8) {
-          if (T* element = weights.weight_at(line, softmax.query(query0, half), k)) {
-            store_pair(element, to_accumulator(element[0]) * factor, to_accumulator(element[1]) * factor);
+        const int row = softmax.query(query0, half) - weights.first_query, column = 2 * Weights::Block::lane_column();
+        if (row < p.weight_rows) {
+          T* const elements = weights.weights_of(2 * block.pair() + line) + row * weights.pitch();
+          for (int k = column; k < key0; k += 8) {
+            T* const pair = elements + k;
+            store_pair(pair, to_accumulator(pair[0]) * factor, to_accumulator(pair[1]) * factor);
           }
         }
       });
@@ -65,26 +61,27 @@ struct LineAttention {
         });
       });
       softmax.reduce_lanes();
-      __syncwarp();  // all four lanes of a query have read what its first lane overwrites
-      if (rematerialize(lane_index()) % 4 == 0) {
-        for_owned_queries(query0, [&](int line, int half, int q, int at) {
-          if (key0 + Shape::kTile < p.lines.length) {
-            weights.own_factors()[at] = softmax.max_energy[line][half];
-            weights.other_factors()[at] = softmax.sum[line][half];
-            return;
-          }
-          if (!weights.query_exists(line, q)) {
-            weights.own_factors()[at] = weights.other_factors()[at] = 0;
-            return;
-          }
+      __syncwarp();  // all four lanes of a query have read what one of them overwrites
+      const int line = softmax.own_line(), q = softmax.query(query0, softmax.own_half());
+      const int row = q - weights.first_query;
+      if (row < weights.factor_pitch()) {
+        const int at = (2 * block.pair() + line) * weights.factor_pitch() + row;
+        Real& factor = weights.own_factors()[at];
+        Real& other_factor = weights.other_factors()[at];
+        if (key0 + Shape::kTile < p.lines.length) {
+          factor = softmax.own(softmax.max_energy);
+          other_factor = softmax.own(softmax.sum);
+        } else if (!weights.query_exists(line, q) || q >= block.owned_end()) {  // store_sums reads these factors, too
+          factor = other_factor = 0;
+        } else {
           const auto other = p.accumulate ? block.logsumexp(p.other_logsumexp, line, q) : Logsumexp<Real>{};
-          const auto merged = softmax.merge(line, half, !p.accumulate, other);
-          weights.own_factors()[at] = merged.factor;
-          weights.other_factors()[at] = merged.other_factor;
+          const auto merged = softmax.merge(!p.accumulate, other);
+          factor = merged.factor;
+          other_factor = merged.other_factor;
           if (weights.channel_group() == 0) {
             block.store_logsumexp(p.logsumexp, line, q, merged.logsumexp);
           }
-        });
+        }
       }
     }
   }

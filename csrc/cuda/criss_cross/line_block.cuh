@@ -79,7 +79,7 @@ struct LineBlock {
   __device__ __forceinline__ LineBlock(const Lines& lines_, Word* staging_, int channel_groups)
       : lines(lines_), staging(staging_) {
     int block = static_cast<int>(blockIdx.x) / channel_groups;
-    owned_begin = block % lines.owned_blocks * lines.owned;
+    owned_begin = rematerialize(block % lines.owned_blocks * lines.owned);
     block /= lines.owned_blocks;
     window.first_line = block % lines.line_blocks * 2 * lines.pairs;
     window.line_end = lines.count;
@@ -88,8 +88,12 @@ struct LineBlock {
   }
 
   // the warp's pair of lines, and its rank among the warps of that pair
-  static __device__ __forceinline__ int pair() { return rematerialize(warp_index()) / Shape::kWarps; }
-  static __device__ __forceinline__ int rank() { return rematerialize(warp_index()) % Shape::kWarps; }
+  static __device__ __forceinline__ int pair() { return hidden(warp_index()) / Shape::kWarps; }
+  static __device__ __forceinline__ int rank() { return hidden(warp_index()) % Shape::kWarps; }
+  static __device__ __forceinline__ int lane() { return hidden(lane_index()) % 32; }
+  // g and t of line_mma.cuh
+  static __device__ __forceinline__ int lane_row() { return hidden(lane_index()) / 4; }
+  static __device__ __forceinline__ int lane_column() { return hidden(lane_index()) % 4; }
   __device__ __forceinline__ int owned_end() const {
     return min(rematerialize(owned_begin) + lines.owned, lines.length);
   }
@@ -157,6 +161,27 @@ struct LineBlock {
     }
   }
 
+  // Sets the elements of the keys that a query does not attend to: those past the end, and its own where it does not
+  // count. d: as from multiply_features. Queries that do not exist are not told apart.
+  __device__ __forceinline__ void mask(Products& d, int first_query, int first_key, Real value) const {
+    const int column = 2 * lane_column();
+    if (first_key + kTile > lines.length) {
+      const int left = lines.length - first_key - column;
+      for_elements([&](int line, int j, int half, int e) {
+        Real& x = d[line][j][2 * half + e];
+        x = 8 * j + e < left ? x : value;
+      });
+    }
+    const int first_own = first_query + 16 * rank() - first_key;  // the first query's own position, in the tile
+    if (lines.skips_self && first_own > -16 && first_own < kTile) {
+      const int own = first_own + lane_row() - column;
+      for_elements([&](int line, int j, int half, int e) {
+        Real& x = d[line][j][2 * half + e];
+        x = own == 8 * (j - half) + e ? value : x;
+      });
+    }
+  }
+
   __device__ __forceinline__ int64_t scalar_offset(const LineScalars& s, int line, int position) const {
     return window.sample * s.batch_stride + (first_line() + line) * s.line_stride + position * s.position_stride;
   }
@@ -187,6 +212,19 @@ struct LineBlock {
     const bool exists = q < lines.length && first_line() + line < window.line_end;
     return {exists ? lines.length : 0, lines.skips_self ? q : -1};
   }
+
+ private:
+  // visit(line, 8 keys, half, element) for all elements of a lane's products
+  template <class Visit>
+  static __device__ __forceinline__ void for_elements(const Visit& visit) {
+#pragma unroll
+    for (int i = 0; i < kTile; ++i) {
+      visit(i % 2, i / 8, i / 2 % 2, i / 4 % 2);
+    }
+  }
+
+  // x >= 0, rematerialized. Unsigned: dividing an int by a power of two takes three instructions more.
+  static __device__ __forceinline__ unsigned hidden(int x) { return static_cast<unsigned>(rematerialize(x)); }
 };
 
 }  // namespace segattn::cuda

@@ -48,6 +48,10 @@ struct PairTile {
   __device__ __forceinline__ const LineWord<T>* at(int line, int channel, int position) const {
     return words + (kLinesPerPlane<T> == 1 ? line * plane_words : 0) + channel * kPitch + position;
   }
+  // the tile from the given channel and position on
+  __device__ __forceinline__ PairTile from(int channel, int position) const {
+    return {at(0, channel, position), plane_words};
+  }
 };
 
 // Tensor cores, T = __half or __nv_bfloat16.
@@ -70,13 +74,16 @@ struct LineMma16 {
     odd = __byte_perm(first, second, 0x7632);
   }
 
-  // rows: 16 channels from c; contraction: positions from k
+  // rows: 16 channels from c; contraction: the first positions of `lane_tile`, from a_channels
   template <class Tile>
-  static __device__ __forceinline__ void load_a_channels(A (&a)[2], const Tile& tile, int c, int k) {
-    const int g = lane_index() / 4, t = lane_index() % 4;
+  static __device__ __forceinline__ Tile a_channels(const Tile& tile, int lane) {
+    return tile.from(lane / 4, lane % 4 * 2);
+  }
+  template <class Tile>
+  static __device__ __forceinline__ void load_a_channels(A (&a)[2], const Tile& lane_tile, int c) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint2 w = *reinterpret_cast<const uint2*>(tile.at(0, c + g + i % 2 * 8, k + 2 * t + i / 2 * 8));
+      const uint2 w = *reinterpret_cast<const uint2*>(lane_tile.at(0, c + i % 2 * 8, i / 2 * 8));
       split(w.x, w.y, a[0].r[i], a[1].r[i]);
     }
   }
@@ -103,18 +110,26 @@ struct LineMma16 {
     }
   }
 
-  // contraction: keys (columns of the weights) from k; columns of the product: 16 queries from q, clamped to last_query
-  static __device__ __forceinline__ void load_b_queries(
-      B& b, const T* weights, int pitch, int k, int q, int last_query) {
-    const int lane = lane_index();
-    ptx::ldmatrix_x4(b.r, weights + min(q + lane % 8 + lane / 16 * 8, last_query) * pitch + k + lane / 8 % 2 * 8);
+  // The lane's elements of a line's weights: kWeightRows offsets, computed once for several fragments.
+  static constexpr int kWeightRows = 1;
+
+  // columns of the product: 16 queries from q, clamped to last_query; contraction: the first keys of `weights`
+  static __device__ __forceinline__ void query_rows(
+      int (&rows)[kWeightRows], int lane, int pitch, int q, int last_query) {
+    rows[0] = min(q + lane % 8 + lane / 16 * 8, last_query) * pitch + lane / 8 % 2 * 8;
+  }
+  static __device__ __forceinline__ void load_b_queries(B& b, const T* weights, const int (&rows)[kWeightRows]) {
+    ptx::ldmatrix_x4(b.r, weights + rows[0]);
   }
 
-  // contraction: queries (rows of the weights) from q, clamped to last_query: the values of those past it are zero;
-  // columns of the product: 16 keys from k
-  static __device__ __forceinline__ void load_b_keys(B& b, const T* weights, int pitch, int q, int k, int last_query) {
-    const int lane = lane_index();
-    ptx::ldmatrix_x4_trans(b.r, weights + min(q + lane % 16, last_query) * pitch + k + lane / 16 * 8);
+  // contraction: queries from q, clamped to last_query: the values of those past it are zero; columns of the product:
+  // the first 16 keys of `weights`
+  static __device__ __forceinline__ void key_rows(
+      int (&rows)[kWeightRows], int lane, int pitch, int q, int last_query) {
+    rows[0] = min(q + lane % 16, last_query) * pitch + lane / 16 * 8;
+  }
+  static __device__ __forceinline__ void load_b_keys(B& b, const T* weights, const int (&rows)[kWeightRows]) {
+    ptx::ldmatrix_x4_trans(b.r, weights + rows[0]);
   }
 
   static __device__ __forceinline__ void multiply(float (&d)[4], const A& a, const B& b, int half) {
@@ -136,12 +151,15 @@ struct LineTf32 {
   using B = typename Mma::B;
 
   template <class Tile>
-  static __device__ __forceinline__ void load_a_channels(A (&a)[2], const Tile& tile, int c, int k) {
-    const int g = lane_index() / 4, t = lane_index() % 4;
+  static __device__ __forceinline__ Tile a_channels(const Tile& tile, int lane) {
+    return tile.from(lane / 4, lane % 4 * 2);
+  }
+  template <class Tile>
+  static __device__ __forceinline__ void load_a_channels(A (&a)[2], const Tile& lane_tile, int c) {
 #pragma unroll
     for (int line = 0; line < 2; ++line) {
-      const float2 upper = *reinterpret_cast<const float2*>(tile.at(line, c + g, k + 2 * t));
-      const float2 lower = *reinterpret_cast<const float2*>(tile.at(line, c + g + 8, k + 2 * t));
+      const float2 upper = *reinterpret_cast<const float2*>(lane_tile.at(line, c, 0));
+      const float2 lower = *reinterpret_cast<const float2*>(lane_tile.at(line, c + 8, 0));
       const uint32_t words[4] = {
           __float_as_uint(upper.x), __float_as_uint(lower.x), __float_as_uint(upper.y), __float_as_uint(lower.y)};
       Mma::split(a[line].r, words);
@@ -176,23 +194,33 @@ struct LineTf32 {
     }
   }
 
-  static __device__ __forceinline__ void load_b_queries(
-      B& b, const float* weights, int pitch, int k, int q, int last_query) {
-    const int g = lane_index() / 4, t = lane_index() % 4;
-    const float2 left = *reinterpret_cast<const float2*>(weights + min(q + g, last_query) * pitch + k + 2 * t);
-    const float2 right = *reinterpret_cast<const float2*>(weights + min(q + g + 8, last_query) * pitch + k + 2 * t);
+  static constexpr int kWeightRows = 2;
+
+  static __device__ __forceinline__ void query_rows(
+      int (&rows)[kWeightRows], int lane, int pitch, int q, int last_query) {
+    const int g = lane / 4, t = lane % 4;
+    rows[0] = min(q + g, last_query) * pitch + 2 * t;
+    rows[1] = min(q + g + 8, last_query) * pitch + 2 * t;
+  }
+  static __device__ __forceinline__ void load_b_queries(B& b, const float* weights, const int (&rows)[kWeightRows]) {
+    const float2 left = *reinterpret_cast<const float2*>(weights + rows[0]);
+    const float2 right = *reinterpret_cast<const float2*>(weights + rows[1]);
     const uint32_t words[4] = {
         __float_as_uint(left.x), __float_as_uint(left.y), __float_as_uint(right.x), __float_as_uint(right.y)};
     Mma::split(b.r, words);
   }
 
-  static __device__ __forceinline__ void load_b_keys(
-      B& b, const float* weights, int pitch, int q, int k, int last_query) {
-    const int g = lane_index() / 4, t = lane_index() % 4;
+  static __device__ __forceinline__ void key_rows(
+      int (&rows)[kWeightRows], int lane, int pitch, int q, int last_query) {
+    const int g = lane / 4, t = lane % 4;
+    rows[0] = min(q + 2 * t, last_query) * pitch + g;
+    rows[1] = min(q + 2 * t + 1, last_query) * pitch + g;
+  }
+  static __device__ __forceinline__ void load_b_keys(B& b, const float* weights, const int (&rows)[kWeightRows]) {
     uint32_t words[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      words[i] = __float_as_uint(weights[min(q + 2 * t + i % 2, last_query) * pitch + k + g + i / 2 * 8]);
+      words[i] = __float_as_uint(weights[rows[i % 2] + i / 2 * 8]);
     }
     Mma::split(b.r, words);
   }
@@ -226,13 +254,16 @@ struct LineSimt {
   }
 
   template <class Tile>
-  static __device__ __forceinline__ void load_a_channels(A (&a)[2], const Tile& tile, int c, int k) {
-    const int g = lane_index() / 4;
+  static __device__ __forceinline__ Tile a_channels(const Tile& tile, int lane) {
+    return tile.from(lane / 4, 0);
+  }
+  template <class Tile>
+  static __device__ __forceinline__ void load_a_channels(A (&a)[2], const Tile& lane_tile, int c) {
 #pragma unroll
     for (int line = 0; line < 2; ++line) {
 #pragma unroll
       for (int i = 0; i < 2 * kStep; ++i) {
-        a[line].r[i / kStep][i % kStep] = element(tile.at(line, c + g + i / kStep * 8, k + i % kStep), line);
+        a[line].r[i / kStep][i % kStep] = element(lane_tile.at(line, c + i / kStep * 8, i % kStep), line);
       }
     }
   }
@@ -265,27 +296,40 @@ struct LineSimt {
     }
   }
 
-  static __device__ __forceinline__ void load_b_queries(
-      B& b, const T* weights, int pitch, int k, int q, int last_query) {
-    const int t = lane_index() % 4;
+  static constexpr int kWeightRows = 4;
+
+  static __device__ __forceinline__ void query_rows(
+      int (&rows)[kWeightRows], int lane, int pitch, int q, int last_query) {
+    const int t = lane % 4;
 #pragma unroll
     for (int column = 0; column < 4; ++column) {
-      const T* row = weights + min(q + 2 * t + column % 2 + column / 2 * 8, last_query) * pitch + k;
+      rows[column] = min(q + 2 * t + column % 2 + column / 2 * 8, last_query) * pitch;
+    }
+  }
+  static __device__ __forceinline__ void load_b_queries(B& b, const T* weights, const int (&rows)[kWeightRows]) {
+#pragma unroll
+    for (int column = 0; column < 4; ++column) {
 #pragma unroll
       for (int i = 0; i < kStep; ++i) {
-        b.r[column / 2][column % 2][i] = to_accumulator(row[i]);
+        b.r[column / 2][column % 2][i] = to_accumulator(weights[rows[column] + i]);
       }
     }
   }
 
-  static __device__ __forceinline__ void load_b_keys(B& b, const T* weights, int pitch, int q, int k, int last_query) {
-    const int t = lane_index() % 4;
+  static __device__ __forceinline__ void key_rows(
+      int (&rows)[kWeightRows], int lane, int pitch, int q, int last_query) {
+    const int t = lane % 4;
+#pragma unroll
+    for (int i = 0; i < kStep; ++i) {
+      rows[i] = min(q + i, last_query) * pitch + 2 * t;
+    }
+  }
+  static __device__ __forceinline__ void load_b_keys(B& b, const T* weights, const int (&rows)[kWeightRows]) {
 #pragma unroll
     for (int column = 0; column < 4; ++column) {
 #pragma unroll
       for (int i = 0; i < kStep; ++i) {
-        b.r[column / 2][column % 2][i] =
-            to_accumulator(weights[min(q + i, last_query) * pitch + k + 2 * t + column % 2 + column / 2 * 8]);
+        b.r[column / 2][column % 2][i] = to_accumulator(weights[rows[i] + column % 2 + column / 2 * 8]);
       }
     }
   }

@@ -61,22 +61,19 @@ struct LineWeights {
     return reinterpret_cast<T*>(weights) + line * p.weight_rows * pitch();
   }
   // MergeScale::kFactors: two factors per query, for the query's own sum and for the other direction's result. Both are
-  // [2 * pairs lines][p.weight_rows queries], after the weights of all lines.
+  // [2 * pairs lines][factor_pitch() queries], after the weights of all lines. A warp's columns are 16: factors of
+  // queries that the block does not own fill the last of them.
+  static constexpr size_t factor_bytes(int pairs, int queries) {
+    return 2 * sizeof(Real) * 2 * pairs * round_up(queries, 16);
+  }
+  __device__ __forceinline__ int factor_pitch() const { return round_up(p.weight_rows, 16); }
   __device__ __forceinline__ Real* own_factors() const { return factors(0); }
   __device__ __forceinline__ Real* other_factors() const { return factors(1); }
-
-  // The weights of query q for keys k and k + 1 in the given line of the warp's pair; null if not in shared memory.
-  __device__ __forceinline__ T* weight_at(int line, int q, int k) const {
-    const int row = q - first_query, column = k - first_key;
-    return row < p.weight_rows && column < p.weight_columns
-        ? weights_of(2 * block.pair() + line) + row * pitch() + column
-        : nullptr;
-  }
 
   // visit(line, query, half) for the lane's queries among the warp's 16 from query0 + 16 rank on
   template <class Visit>
   __device__ __forceinline__ void for_queries(int query0, const Visit& visit) const {
-    const int g = rematerialize(lane_index()) / 4;
+    const int g = Block::lane_row();
 #pragma unroll
     for (int line = 0; line < 2; ++line) {
 #pragma unroll
@@ -93,16 +90,16 @@ struct LineWeights {
   // visit(pair of weights, 8-key tile, first key) for the lane's pairs of keys whose weights are in shared memory
   template <class Visit>
   __device__ __forceinline__ void for_keys(int line, int q, int key0, const Visit& visit) const {
-    const int k = key0 + 2 * (rematerialize(lane_index()) % 4);
-    T* const elements = weight_at(line, q, k);
-    if (elements == nullptr) {
+    const int row = q - first_query, column = 2 * Block::lane_column();
+    if (row >= p.weight_rows) {
       return;
     }
-    const int tiles = (p.weight_columns - (k - first_key) + 7) / 8;
+    T* const elements = weights_of(2 * block.pair() + line) + row * pitch() + key0 - first_key + column;
+    const int columns = p.weight_columns - (key0 - first_key);
 #pragma unroll
     for (int j = 0; j < kTile / 8; ++j) {
-      if (j < tiles) {
-        visit(elements + 8 * j, j, k + 8 * j);
+      if (8 * j < columns) {
+        visit(elements + 8 * j, j, key0 + column + 8 * j);
       }
     }
   }
@@ -154,25 +151,31 @@ struct LineWeights {
   }
 
   // grad_sum (+)= the energy gradients of each query, summed over the keys in shared memory. Reads the rounded
-  // gradients, as the products do; the warp has stored them itself. This is a separate pass because the computation of
-  // the gradients leaves no registers for the sums.
+  // gradients, as the products do; the warp has stored them itself. A lane sums a whole row of either line: this is a
+  // separate pass because the computation of the gradients leaves no registers for the sums.
   __device__ __forceinline__ void sum_energy_gradients(const LineScalars& grad_sum, bool accumulate) const {
-    const int t = rematerialize(lane_index()) % 4;
-    for (int row = 0; row < p.weight_rows; row += kTile) {
-      for_queries(first_query + row, [&](int line, int q, int) {
-        Real sum = 0;
-        for (int k = first_key + 2 * t; k < first_key + p.weight_columns; k += 8) {
-          if (const T* element = weight_at(line, q, k)) {
-            sum += to_accumulator(element[0]) + to_accumulator(element[1]);
-          }
+    constexpr int kElements = sizeof(uint4) / sizeof(T);
+    __syncwarp();
+    const int lane = Block::lane(), line = lane / 16;
+    for (int row = 16 * block.rank() + lane % 16; row < p.weight_rows; row += kTile) {
+      const int q = first_query + row;
+      if (!query_exists(line, q) || q >= block.owned_end()) {
+        return;
+      }
+      const T* gradients = weights_of(2 * block.pair() + line) + row * pitch();
+      Real sums[4] = {};
+#pragma unroll 2
+      for (int k = 0; k < p.weight_columns; k += kElements) {
+        const uint4 words = *reinterpret_cast<const uint4*>(gradients + k);
+        const T* elements = reinterpret_cast<const T*>(&words);
+#pragma unroll
+        for (int e = 0; e < kElements; ++e) {
+          sums[e % 4] += to_accumulator(elements[e]);
         }
-        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        if (t == 0 && query_exists(line, q) && q < block.owned_end()) {
-          Real* total = block.scalar(grad_sum, line, q);
-          *total = accumulate ? *total + sum : sum;
-        }
-      });
+      }
+      const Real sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+      Real* total = block.scalar(grad_sum, line, q);
+      *total = accumulate ? *total + sum : sum;
     }
   }
 
@@ -218,27 +221,43 @@ struct LineWeights {
   // the weights.
   template <LineOwner kOwner, int kRows, int kTiles>
   __device__ __forceinline__ void add_staged(Real (&sums)[2][kRows][2 * kTiles][4], int offset, int positions) {
-    const auto values = block.tile(block.staging, 16 * kRows);
-    const int owned = block.owned_end() - block.owned_begin;
-    const int steps = min(round_up(positions, 16), kTile);
+    const int columns = kOwner == LineOwner::kKeys ? p.weight_columns : p.weight_rows, column = 16 * block.rank();
+    if (column >= columns) {
+      return;
+    }
+    const int lane = Block::lane();
+    auto values = Arithmetic::a_channels(block.tile(block.staging, 16 * kRows), lane);
+    const T* weights = weights_of(2 * block.pair()) + (kOwner == LineOwner::kKeys ? column : offset);
+    const int other_line = rematerialize(p.weight_rows) * pitch();
+    int rows[kTiles][Arithmetic::kWeightRows];
+    if constexpr (kOwner == LineOwner::kQueries) {
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+        Arithmetic::query_rows(rows[i], lane, pitch(), column + kTile * i, p.weight_rows - 1);
+      }
+    }
+    const int steps = min(positions, kTile);
+#pragma unroll 1
     for (int j = 0; j < steps; j += Arithmetic::kStep) {
       typename Arithmetic::A a[kRows][2];
 #pragma unroll
       for (int m = 0; m < kRows; ++m) {
-        Arithmetic::load_a_channels(a[m], values, 16 * m, j);
+        Arithmetic::load_a_channels(a[m], values, 16 * m);
+      }
+      values = values.from(0, Arithmetic::kStep);
+      if constexpr (kOwner == LineOwner::kKeys) {
+        Arithmetic::key_rows(rows[0], lane, pitch(), offset + j, p.weight_rows - 1);
       }
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
-        const int column = 16 * (block.rank() + Shape::kWarps * i);
-        if (column < owned) {
+        if (column + kTile * i < rematerialize(columns)) {
 #pragma unroll
           for (int line = 0; line < 2; ++line) {
             typename Arithmetic::B b;
-            const T* weights = weights_of(2 * block.pair() + line);
             if constexpr (kOwner == LineOwner::kKeys) {
-              Arithmetic::load_b_keys(b, weights, pitch(), offset + j, column, p.weight_rows - 1);
+              Arithmetic::load_b_keys(b, weights + line * other_line + kTile * i, rows[0]);
             } else {
-              Arithmetic::load_b_queries(b, weights, pitch(), offset + j, column, owned - 1);
+              Arithmetic::load_b_queries(b, weights + line * other_line + j, rows[i]);
             }
 #pragma unroll
             for (int m = 0; m < kRows; ++m) {
@@ -251,48 +270,53 @@ struct LineWeights {
     }
   }
 
+  struct alignas(2 * sizeof(Real)) FactorPair {
+    Real left, right;
+  };
+
   // output(:, owned) (+)= sums, scaled by the factors for MergeScale::kFactors. The sums go through the staging memory
   // so that neighbouring threads write neighbouring elements.
   template <MergeScale kScale, int kRows, int kTiles>
   __device__ __forceinline__ void store_sums(
       const Real (&sums)[2][kRows][2 * kTiles][4], const LineFeatures& output, int channel, int channel_end,
       bool accumulate) {
-    const int lane = rematerialize(lane_index()), g = lane / 4, t = lane % 4;
-    const int owned = block.owned_end() - block.owned_begin;
+    const int g = Block::lane_row(), t = Block::lane_column();
+    const int column = 16 * block.rank() + 2 * t;  // the lane's first
     const int pitch = plane_words<Shape>(block.window.plane_bits, 16 * kRows);
+    Word* const target = block.staging + block.plane() * pitch + g * Shape::kPitch + column;
+    const FactorPair* const scales =
+        reinterpret_cast<const FactorPair*>(own_factors() + 2 * block.pair() * factor_pitch() + column);
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
       const int first = i * kTile;
-      if (first >= owned) {
+      if (first >= p.lines.owned) {
         break;
       }
       __syncthreads();
+      if (first + column < round_up(p.lines.owned, 16)) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {  // left and right columns of a 16 x 16 tile
-        const int column = 16 * block.rank() + 8 * half + 2 * t;
-        Real scale[2][2] = {{1, 1}, {1, 1}};
-        if constexpr (kScale == MergeScale::kFactors) {
-          const Real* factor = own_factors() + 2 * block.pair() * p.weight_rows;
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            scale[e / 2][e % 2] = factor[e / 2 * p.weight_rows + min(first + column + e % 2, owned - 1)];
+        for (int half = 0; half < 2; ++half) {  // left and right columns of a 16 x 16 tile
+          FactorPair scale[2] = {{1, 1}, {1, 1}};
+          if constexpr (kScale == MergeScale::kFactors) {
+            scale[0] = scales[(first + 8 * half) / 2];
+            scale[1] = scales[(first + 8 * half + factor_pitch()) / 2];
           }
-        }
 #pragma unroll
-        for (int m = 0; m < kRows; ++m) {
+          for (int m = 0; m < kRows; ++m) {
 #pragma unroll
-          for (int e = 0; e < 4; e += 2) {  // rows g and g + 8
-            const Real(&low)[4] = sums[0][m][2 * i + half];
-            const Real(&high)[4] = sums[1][m][2 * i + half];
-            const Real values[2][2] = {
-                {scale[0][0] * low[e], scale[0][1] * low[e + 1]}, {scale[1][0] * high[e], scale[1][1] * high[e + 1]}};
-            store_results<T>(
-                block.staging, block.plane(), pitch, (16 * m + g + e * 4) * Shape::kPitch + column, values);
+            for (int e = 0; e < 4; e += 2) {  // rows g and g + 8
+              const Real(&low)[4] = sums[0][m][2 * i + half];
+              const Real(&high)[4] = sums[1][m][2 * i + half];
+              const Real values[2][2] = {
+                  {scale[0].left * low[e], scale[0].right * low[e + 1]},
+                  {scale[1].left * high[e], scale[1].right * high[e + 1]}};
+              store_results<T>(target, 0, pitch, (16 * m + e * 4) * Shape::kPitch + 8 * half, values);
+            }
           }
         }
       }
       __syncthreads();
-      const LineMerge<T> merge{accumulate, kScale == MergeScale::kFactors ? other_factors() : nullptr, p.weight_rows};
+      const LineMerge<T> merge{accumulate, kScale == MergeScale::kFactors ? other_factors() : nullptr, factor_pitch()};
       store_line_tile<T, Shape, 16 * kRows>(
           block.staging, output, block.window, channel, channel_end, block.owned_begin + first, block.owned_end(),
           merge, first);
@@ -320,18 +344,23 @@ struct LineWeights {
   template <LineOwner kOwner, MergeScale kScale = MergeScale::kNone>
   __device__ __forceinline__ void sum_values(
       const LineFeatures& values, const LineFeatures& output, int first, int end, bool accumulate) {
-    for (int channel = channel_group() * p.channels_per_group; channel < channel_end(values);
-         channel += kLineChannels) {
+    int channel = channel_group() * p.channels_per_group, last = 0;
+    do {
       ChannelSums sums = {};
       add_values<kOwner>(sums, values, channel, first, end);
-      store_sums<kScale, kSumRows, kOwnedTiles>(sums, output, channel, channel_end(values), accumulate);
-    }
+      last = channel_end(values);  // not earlier: a division, but add_values has no register for it
+      store_sums<kScale, kSumRows, kOwnedTiles>(sums, output, channel, last, accumulate);
+      channel += kLineChannels;
+    } while (channel < last);
   }
 
  private:
   __device__ __forceinline__ Real* factors(int index) const {
-    const int lines = 2 * rematerialize(p.lines.pairs);
-    return reinterpret_cast<Real*>(weights_of(lines)) + index * lines * p.weight_rows;
+    const int lines = 2 * p.lines.pairs;
+    const int offset = staging_bytes(block.window.plane_bits) +
+        static_cast<int>(sizeof(T)) * lines * p.weight_rows * pitch() +
+        static_cast<int>(sizeof(Real)) * index * lines * factor_pitch();
+    return reinterpret_cast<Real*>(reinterpret_cast<unsigned char*>(block.staging) + rematerialize(offset));
   }
 };
 

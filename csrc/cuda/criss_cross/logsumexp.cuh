@@ -17,14 +17,11 @@ __device__ __forceinline__ void line_statistics(
     softmax.update(d, block.owned_begin, first_key);
   }
   softmax.reduce_lanes();
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int line = i / 2, half = i % 2, query = softmax.query(block.owned_begin, half);
-    if (lane_index() % 4 == 0 && query < block.owned_end() && block.first_line() + line < block.window.line_end) {
-      const auto other =
-          p.accumulate ? block.logsumexp(p.logsumexp, line, query) : Logsumexp<typename Arithmetic::Real>{};
-      block.store_logsumexp(p.logsumexp, line, query, softmax.merge(line, half, !p.accumulate, other).logsumexp);
-    }
+  const int line = softmax.own_line(), query = softmax.query(block.owned_begin, softmax.own_half());
+  if (query < block.owned_end() && block.first_line() + line < block.window.line_end) {
+    const auto other =
+        p.accumulate ? block.logsumexp(p.logsumexp, line, query) : Logsumexp<typename Arithmetic::Real>{};
+    block.store_logsumexp(p.logsumexp, line, query, softmax.merge(!p.accumulate, other).logsumexp);
   }
 }
 

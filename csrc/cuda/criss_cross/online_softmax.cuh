@@ -43,7 +43,7 @@ struct LineSoftmax {
   }
 
   __device__ __forceinline__ int query(int first_query, int half) const {
-    return first_query + 16 * block.rank() + rematerialize(lane_index()) / 4 + 8 * half;
+    return first_query + 16 * block.rank() + block.lane_row() + 8 * half;
   }
 
   // Adds a tile of products of query and key. d becomes exp(scale * d - max_energy), or 0 where the query does not
@@ -52,22 +52,24 @@ struct LineSoftmax {
   template <class Rescale>
   __device__ __forceinline__ void update(
       typename Block::Products& d, int first_query, int first_key, const Rescale& rescale) {
-    const int t = rematerialize(lane_index()) % 4;
+    block.mask(d, first_query, first_key, excluded);
 #pragma unroll
     for (int line = 0; line < 2; ++line) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        Real new_max = max_energy[line][half];
-        const auto keys = block.attended(line, query(first_query, half));
+        Real product = excluded;  // the one of the largest energy
+        if (scale > 0) {
 #pragma unroll
-        for (int j = 0; j < Shape::kTile / 8; ++j) {
+          for (int j = 0; j < Shape::kTile / 8; ++j) {
+            product = fmax(product, fmax(d[line][j][2 * half], d[line][j][2 * half + 1]));
+          }
+        } else {
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            Real& x = d[line][j][2 * half + e];
-            x = keys.contain(first_key + 8 * j + 2 * t + e) ? x : excluded;
-            new_max = fmax(new_max, x * scale);
+          for (int j = 0; j < Shape::kTile / 8; ++j) {
+            product = fmin(product, fmin(d[line][j][2 * half], d[line][j][2 * half + 1]));
           }
         }
+        Real new_max = fmax(max_energy[line][half], product * scale);
         new_max = fmax(new_max, __shfl_xor_sync(0xffffffffu, new_max, 1));
         new_max = fmax(new_max, __shfl_xor_sync(0xffffffffu, new_max, 2));
         const Real shift = new_max == kMinusInfinity ? Real(0) : new_max;
@@ -105,9 +107,19 @@ struct LineSoftmax {
     }
   }
 
+  // After reduce_lanes each of the four lanes that have the same queries continues with one of the four: own_half() of
+  // own_line().
+  __device__ __forceinline__ int own_line() const { return block.lane_column() / 2; }
+  __device__ __forceinline__ int own_half() const { return block.lane_column() % 2; }
+  __device__ __forceinline__ Real own(const Real (&values)[2][2]) const {
+    const Real of_line[2] = {
+        own_half() == 0 ? values[0][0] : values[0][1], own_half() == 0 ? values[1][0] : values[1][1]};
+    return own_line() == 0 ? of_line[0] : of_line[1];
+  }
+
   // other: of the other direction, unless this is the first
-  __device__ __forceinline__ MergeFactors<Real> merge(int line, int half, bool is_first, Logsumexp<Real> other) const {
-    const Real own_max = max_energy[line][half], own_sum = sum[line][half];
+  __device__ __forceinline__ MergeFactors<Real> merge(bool is_first, Logsumexp<Real> other) const {
+    const Real own_max = own(max_energy), own_sum = own(sum);
     if (is_first) {
       // Energies of -inf throughout a column do not count if the row has others.
       const bool no_column = own_sum == 0 && block.lines.skips_self;

@@ -11,8 +11,9 @@ namespace segattn::cuda {
 template <class Arithmetic, LineOwner kOwner>
 __device__ __forceinline__ void line_sum_given(LineWeights<Arithmetic, StripShape>& weights, const LineSumParams& p) {
   using Weights = LineWeights<Arithmetic, StripShape>;
-  const int first_channel = weights.channel_group() * p.channels_per_group, channel_end = weights.channel_end(p.values);
-  for (int channel = first_channel; channel < channel_end; channel += kLineChannels) {
+  const int first_channel = weights.channel_group() * p.channels_per_group;
+  int channel = first_channel, channel_end = 0;
+  do {
     typename Weights::ChannelSums sums = {};
     for (int first = 0; first < p.lines.length; first += p.positions_per_pass) {
       if (channel == first_channel || p.positions_per_pass < p.lines.length) {
@@ -22,9 +23,11 @@ __device__ __forceinline__ void line_sum_given(LineWeights<Arithmetic, StripShap
       weights.template add_values<kOwner>(
           sums, p.values, channel, first, min(first + p.positions_per_pass, p.lines.length));
     }
+    channel_end = weights.channel_end(p.values);
     weights.template store_sums<MergeScale::kNone, Weights::kSumRows, Weights::kOwnedTiles>(
         sums, p.output, channel, channel_end, p.accumulate);
-  }
+    channel += kLineChannels;
+  } while (channel < channel_end);
 }
 
 // Computed weights: a pass adds to the output of the passes before it. The products of the weights leave no registers
