@@ -94,7 +94,7 @@ struct TileItem {
   }
 };
 
-// Words between two channels of a tile, in elements of type T.
+// The distance of two channels of a tile in elements of type T.
 template <class T, class Shape>
 constexpr int kElementPitch = Shape::kPitch * kLinesPerPlane<T>;
 
@@ -335,19 +335,19 @@ __device__ __forceinline__ void store_pair(double* pair, double low, double high
   *reinterpret_cast<double2*>(pair) = make_double2(low, high);
 }
 
-// Stores values[line][position] of two neighbouring positions of a pair of lines.
+// Stores values[line][position] of two neighbouring positions of a pair of lines, whose planes are plane_words apart.
 template <class T>
 __device__ __forceinline__ void store_results(
-    LineWord<T>* words, int plane, int pitch, int at, const Accumulator<T> (&values)[2][2]) {
+    LineWord<T>* words, int plane_words, const Accumulator<T> (&values)[2][2]) {
   if constexpr (kLinesPerPlane<T> == 2) {
     uint2 pair;
     store_pair(reinterpret_cast<T*>(&pair.x), values[0][0], values[1][0]);
     store_pair(reinterpret_cast<T*>(&pair.y), values[0][1], values[1][1]);
-    *reinterpret_cast<uint2*>(words + plane * pitch + at) = pair;
+    *reinterpret_cast<uint2*>(words) = pair;
   } else {
 #pragma unroll
     for (int line = 0; line < 2; ++line) {
-      store_pair(words + (plane + line) * pitch + at, values[line][0], values[line][1]);
+      store_pair(words + line * plane_words, values[line][0], values[line][1]);
     }
   }
 }

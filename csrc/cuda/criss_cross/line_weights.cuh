@@ -310,7 +310,7 @@ struct LineWeights {
               const Real values[2][2] = {
                   {scale[0].left * low[e], scale[0].right * low[e + 1]},
                   {scale[1].left * high[e], scale[1].right * high[e + 1]}};
-              store_results<T>(target, 0, pitch, (16 * m + e * 4) * Shape::kPitch + 8 * half, values);
+              store_results<T>(target + (16 * m + e * 4) * Shape::kPitch + 8 * half, pitch, values);
             }
           }
         }
