@@ -23,6 +23,20 @@ SEGATTN_LIBRARY(SEGATTN_NAMESPACE, m) {
       " Tensor logsumexp, float scale, Tensor? output_low=None, Tensor? grad_logsumexp=None,"
       " bool[3] needs_input_grad=[True, True, True], Tensor? key_padding_mask=None, bool keys_complete=False)"
       " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+  // Attention over a part of the keys, perhaps none, for merging with that over others: output (B, C, *S), logsumexp
+  // (B, *S) and its rounding error logsumexp_low (B, *S), all in the dtype of accumulation. Of a query without keys, or
+  // whose energies are all -inf, output is 0, logsumexp -inf and logsumexp_low 0.
+  m.def(
+      "position_attention_partial(Tensor query, Tensor key, Tensor value, float scale,"
+      " Tensor? key_padding_mask=None) -> (Tensor output, Tensor logsumexp, Tensor logsumexp_low)");
+  // The call's part of the gradients, in the dtype of accumulation. grad_output (B, C, *S) has the dtype of query;
+  // logsumexp + logsumexp_low (B, *S) is over all keys, those of other calls too; delta (B, *S) is
+  // sum_c grad_output output - grad_logsumexp with the output over all keys.
+  m.def(
+      "position_attention_partial_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value,"
+      " Tensor logsumexp, Tensor logsumexp_low, Tensor delta, float scale,"
+      " bool[3] needs_input_grad=[True, True, True], Tensor? key_padding_mask=None)"
+      " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
 
   // query (B, C, *S), key (B, K, *S), value (B, K, *T) -> output (B, C, *T), logsumexp (B, C)
   m.def(
@@ -40,6 +54,25 @@ SEGATTN_LIBRARY(SEGATTN_NAMESPACE, m) {
       "channel_self_attention_backward(Tensor grad_output, Tensor input, float scale, Tensor? gamma=None,"
       " bool[2] needs_input_grad=[True, True])"
       " -> (Tensor grad_input, Tensor grad_gamma)");
+  // The two halves of channel attention. query (B, C, *S), key (B, K, *S), perhaps without positions -> energy
+  // (B, C, K), sum_n query_cn key_kn, in the dtype of accumulation. Without key it is query, and half is computed.
+  m.def("channel_energy(Tensor query, Tensor? key=None) -> Tensor energy");
+  // grad_energy (B, C, K). Without key, grad_query has both parts, and grad_key is not wanted.
+  m.def(
+      "channel_energy_backward(Tensor grad_energy, Tensor query, Tensor? key=None,"
+      " bool[2] needs_input_grad=[True, True])"
+      " -> (Tensor grad_query, Tensor grad_key)");
+  // energy (B, C, K), value (B, K, *T) -> output (B, C, *T) = softmax_k(scale * energy) value, logsumexp (B, C). With
+  // gamma (B, C), in energy's dtype: output = gamma * attention + value, for K = C.
+  m.def(
+      "channel_apply(Tensor energy, Tensor value, float scale, Tensor? gamma=None)"
+      " -> (Tensor output, Tensor logsumexp)");
+  // grad_output (B, C, *T) -> grad_energy (B, C, K), grad_value (B, K, *T), grad_gamma (B, C); grad_gamma is computed
+  // without a gamma too
+  m.def(
+      "channel_apply_backward(Tensor grad_output, Tensor energy, Tensor value, float scale, Tensor? gamma=None,"
+      " bool[3] needs_input_grad=[True, True, True])"
+      " -> (Tensor grad_energy, Tensor grad_value, Tensor grad_gamma)");
 
   // query (B, E, H, W), key (B, E, H, W) -> affinity (B, H + W - 1, H, W)
   m.def("criss_cross_affinity(Tensor query, Tensor key) -> Tensor affinity");
@@ -63,5 +96,21 @@ SEGATTN_LIBRARY(SEGATTN_NAMESPACE, m) {
       "criss_cross_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output,"
       " Tensor logsumexp, float scale, Tensor? logsumexp_low=None, Tensor? grad_logsumexp=None,"
       " bool[3] needs_input_grad=[True, True, True], bool keys_complete=False)"
+      " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+  // The two parts of criss-cross attention: over the row, self included, and over the column, self left out. Results
+  // and backward as of position_attention_partial, with logsumexp, logsumexp_low and delta (B, H, W).
+  m.def(
+      "criss_cross_rows(Tensor query, Tensor key, Tensor value, float scale)"
+      " -> (Tensor output, Tensor logsumexp, Tensor logsumexp_low)");
+  m.def(
+      "criss_cross_rows_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor logsumexp,"
+      " Tensor logsumexp_low, Tensor delta, float scale, bool[3] needs_input_grad=[True, True, True])"
+      " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+  m.def(
+      "criss_cross_columns(Tensor query, Tensor key, Tensor value, float scale)"
+      " -> (Tensor output, Tensor logsumexp, Tensor logsumexp_low)");
+  m.def(
+      "criss_cross_columns_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor logsumexp,"
+      " Tensor logsumexp_low, Tensor delta, float scale, bool[3] needs_input_grad=[True, True, True])"
       " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
 }

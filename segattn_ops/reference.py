@@ -45,6 +45,49 @@ def position_weights(query: Tensor, key: Tensor, scale: float, padding: Tensor |
     return weights, energy.logsumexp(2).masked_fill(only_padding.squeeze(2), -torch.inf)
 
 
+def position_attention_partial(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, key_padding_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Position attention over a part of the keys, perhaps none, for merging with that over others.
+
+    query (B, E, *S), key (B, E, *T), value (B, C, *T), key_padding_mask (B, *T), True for padding
+    -> output (B, C, *S), logsumexp (B, *S), its rounding error (B, *S), in the dtype of accumulation.
+    """
+    q, k, v = _upcast(query.flatten(2), key.flatten(2), value.flatten(2))
+    padding = None if key_padding_mask is None else key_padding_mask.flatten(1).unsqueeze(1)  # (B, 1, M)
+    if padding is not None:
+        k, v = k.masked_fill(padding, 0), v.masked_fill(padding, 0)
+    energy = scale * (q.transpose(1, 2) @ k)
+    if padding is not None:
+        energy = energy.masked_fill(padding, -torch.inf)
+    weights, logsumexp, low = partial_softmax(energy)
+    spatial = query.shape[2:]
+    return (
+        (v @ weights.transpose(1, 2)).unflatten(2, spatial),
+        logsumexp.unflatten(1, spatial),
+        low.unflatten(1, spatial),
+    )
+
+
+def partial_softmax(energy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The softmax over the last dimension, its logsumexp, and the rounding error of that. Without entries, or where all
+    are -inf, the weights are 0, the logsumexp is -inf and its rounding error 0."""
+    if energy.shape[-1] == 0:
+        none = energy.sum(-1)
+        return energy, none - torch.inf, none
+    maximum = energy.amax(-1, keepdim=True)
+    shift = maximum.masked_fill(maximum == -torch.inf, 0).detach()
+    exponentials = (energy - shift).exp()
+    total = exponentials.sum(-1, keepdim=True)
+    is_empty = total == 0
+    weights = exponentials / total.masked_fill(is_empty, 1)
+    log = total.masked_fill(is_empty, 1).log().squeeze(-1)
+    shift = shift.squeeze(-1)
+    logsumexp = (shift + log).masked_fill(is_empty.squeeze(-1), -torch.inf)
+    low = ((shift - logsumexp) + log).masked_fill(~logsumexp.isfinite(), 0).detach()
+    return weights, logsumexp, low
+
+
 def channel_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Fu et al. (2019), equations 3 and 4, without beta; the authors' code has scale = -1: softmax(max - E).
 
@@ -67,6 +110,24 @@ def channel_self_attention(x: Tensor, scale: float, gamma: Tensor | None = None)
     attended, logsumexp = channel_attention(upcast, upcast, upcast, scale)
     factors = gamma.to(upcast.dtype).reshape(*x.shape[:2], *[1] * (x.dim() - 2))
     return (factors * attended + upcast).to(x.dtype), logsumexp
+
+
+def channel_energy(query: Tensor, key: Tensor | None = None) -> Tensor:
+    """The energies of channel attention without their scale, in the dtype of accumulation: query (B, C, *S), key
+    (B, K, *S), query if None -> (B, C, K)."""
+    q, k = _upcast(query.flatten(2), (query if key is None else key).flatten(2))
+    return q @ k.transpose(1, 2)
+
+
+def channel_apply(energy: Tensor, value: Tensor, scale: float, gamma: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The second half of channel attention: energy (B, C, K), value (B, K, *T), gamma (B, C), for K = C
+    -> output (B, C, *T), logsumexp (B, C)."""
+    (v,) = _upcast(value.flatten(2))
+    scaled = scale * energy
+    output = scaled.softmax(2) @ v
+    if gamma is not None:
+        output = gamma.unsqueeze(2) * output + v
+    return output.unflatten(2, value.shape[2:]).to(value.dtype), scaled.logsumexp(2)
 
 
 def criss_cross_affinity(query: Tensor, key: Tensor) -> Tensor:
@@ -107,6 +168,25 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor, scale: floa
     energy = torch.cat([scale * row, column], 3)  # (B, H, W, W + H)
     weights = energy.softmax(3)
     return _weighted_sums(weights[..., :width], weights[..., width:], v).to(value.dtype), energy.logsumexp(3)
+
+
+def criss_cross_rows(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The part of criss-cross attention over the row, self included, for merging with :func:`criss_cross_columns`.
+
+    query, key (B, E, H, W), value (B, C, H, W) -> output (B, C, H, W), logsumexp (B, H, W), its rounding error, in the
+    dtype of accumulation.
+    """
+    q, k, v = (t.permute(0, 2, 1, 3) for t in _upcast(query, key, value))  # (B, H, channels, W)
+    weights, logsumexp, low = partial_softmax(scale * (q.transpose(2, 3) @ k))
+    return (v @ weights.transpose(2, 3)).permute(0, 2, 1, 3), logsumexp, low
+
+
+def criss_cross_columns(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The part over the column, self left out: without any key if H = 1. Shapes as of :func:`criss_cross_rows`."""
+    q, k, v = (t.permute(0, 3, 1, 2) for t in _upcast(query, key, value))  # (B, W, channels, H)
+    is_self = torch.eye(q.shape[3], dtype=torch.bool, device=q.device)
+    weights, logsumexp, low = partial_softmax((scale * (q.transpose(2, 3) @ k)).masked_fill(is_self, -torch.inf))
+    return (v @ weights.transpose(2, 3)).permute(0, 2, 3, 1), logsumexp.transpose(1, 2), low.transpose(1, 2)
 
 
 def _products(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:

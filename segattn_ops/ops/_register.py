@@ -28,12 +28,14 @@ class Operator:
         fake_backward: the same for ``<name>_backward``.
         setup_context: saves for the backward pass, as ``torch.library.register_autograd`` takes it.
         backward: the gradients, from the operator ``<name>_backward``, the context and the gradient of each result.
-        jvp: the tangents of the results, from a namespace of operators, the arguments and the tangent of each.
-        backward_jvp: the same for ``<name>_backward``.
-        double_backward: the gradients for the arguments of ``<name>_backward``, from a namespace of operators, these
-            arguments, the gradient of each result, and which are wanted.
         flops: FLOP of a call, two for a multiply-add, from the shapes of its tensor arguments in order.
         flops_backward: the same for ``<name>_backward``, with its ``needs_input_grad`` by keyword.
+        jvp: the tangents of the results, from a namespace of operators, the arguments and the tangent of each. Without
+            it, forward mode is refused.
+        backward_jvp: the same for ``<name>_backward``.
+        double_backward: the gradients for the arguments of ``<name>_backward``, from a namespace of operators, these
+            arguments, the gradient of each result, and which are wanted. Without it, a gradient of the gradient is
+            refused.
         adjust_vmap: from the arguments with the mapped dimensions folded into the batch, those of the call. None if
             they are the same.
     """
@@ -43,11 +45,11 @@ class Operator:
     fake_backward: Callable[..., Any]
     setup_context: Callable[[Any, Any, Any], None]
     backward: Callable[..., tuple[Tensor | None, ...]]
-    jvp: Callable[..., Any]
-    backward_jvp: Callable[..., list[Tensor | None]]
-    double_backward: Callable[..., tuple[Tensor | None, ...]]
     flops: Callable[..., int]
     flops_backward: Callable[..., int]
+    jvp: Callable[..., Any] | None = None
+    backward_jvp: Callable[..., list[Tensor | None]] | None = None
+    double_backward: Callable[..., tuple[Tensor | None, ...]] | None = None
     adjust_vmap: Callable[..., tuple[Any, ...]] | None = None
 
 
@@ -140,6 +142,8 @@ class _Rules:
         if all(g is None for g in gradients):
             return (None,) * len(ctx.constants)
         arguments = _merged(ctx.saved_tensors, ctx.constants)
+        if self._operator.double_backward is None:
+            raise NotImplementedError(f"{self._operator.name}_backward: the operator has no second derivative")
         return self._operator.double_backward(self._current(), arguments, gradients, ctx.needs_input_grad)
 
     def function(self, packet: Any) -> Any:
@@ -164,6 +168,8 @@ class _Rules:
 
             @staticmethod
             def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+                if operator.jvp is None:
+                    raise NotImplementedError(f"{operator.name}: the operator has no forward-mode derivative")
                 with forward_ad._set_fwd_grad_enabled(True):
                     return operator.jvp(rules._current(), _primals(ctx), tangents)
 
@@ -193,6 +199,8 @@ class _Rules:
 
             @staticmethod
             def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+                if operator.backward_jvp is None:
+                    raise NotImplementedError(f"{operator.name}_backward: the operator has no forward-mode derivative")
                 with forward_ad._set_fwd_grad_enabled(True):
                     return tuple(operator.backward_jvp(rules._current(), _primals(ctx), tangents))
 
