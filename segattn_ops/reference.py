@@ -69,6 +69,50 @@ def position_attention_partial(
     )
 
 
+def position_attention_partial_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    logsumexp: Tensor,
+    logsumexp_low: Tensor,
+    delta: Tensor,
+    scale: float,
+    key_padding_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The part of the gradients of position attention that comes from these keys: grad_output (B, C, *S), logsumexp,
+    its rounding error and delta (B, *S) over all keys -> gradients of query, key and value, in the dtype of
+    accumulation."""
+    q, k, v, g = _upcast(query.flatten(2), key.flatten(2), value.flatten(2), grad_output.flatten(2))
+    padding = None if key_padding_mask is None else key_padding_mask.flatten(1).unsqueeze(1)  # (B, 1, M)
+    if padding is not None:
+        k, v = k.masked_fill(padding, 0), v.masked_fill(padding, 0)
+    lse, low, d = (t.flatten(1) for t in (logsumexp, logsumexp_low, delta))
+    gradients = _partial_gradients(g, q, k, v, lse, low, d, scale, padding)
+    return tuple(g.unflatten(2, t.shape[2:]) for g, t in zip(gradients, (query, key, value), strict=True))
+
+
+def _partial_gradients(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    logsumexp: Tensor,
+    logsumexp_low: Tensor,
+    delta: Tensor,
+    scale: float,
+    excluded: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """grad_output (..., C, N), query (..., E, N), key (..., E, M), value (..., C, M), statistics (..., N), excluded
+    (..., N, M) or broadcast to it."""
+    energy = scale * (query.transpose(-1, -2) @ key)
+    weights = ((energy - logsumexp.unsqueeze(-1)) - logsumexp_low.unsqueeze(-1)).exp()
+    without_keys = (logsumexp == -torch.inf).unsqueeze(-1)
+    weights = weights.masked_fill(without_keys if excluded is None else without_keys | excluded, 0)
+    grad_energy = scale * weights * (grad_output.transpose(-1, -2) @ value - delta.unsqueeze(-1))
+    return key @ grad_energy.transpose(-1, -2), query @ grad_energy, grad_output @ weights
+
+
 def partial_softmax(energy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The softmax over the last dimension, its logsumexp, and the rounding error of that. Without entries, or where all
     are -inf, the weights are 0, the logsumexp is -inf and its rounding error 0."""
@@ -187,6 +231,41 @@ def criss_cross_columns(query: Tensor, key: Tensor, value: Tensor, scale: float)
     is_self = torch.eye(q.shape[3], dtype=torch.bool, device=q.device)
     weights, logsumexp, low = partial_softmax((scale * (q.transpose(2, 3) @ k)).masked_fill(is_self, -torch.inf))
     return (v @ weights.transpose(2, 3)).permute(0, 2, 3, 1), logsumexp.transpose(1, 2), low.transpose(1, 2)
+
+
+def criss_cross_rows_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    logsumexp: Tensor,
+    logsumexp_low: Tensor,
+    delta: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The part of the gradients that comes from the rows, in the dtype of accumulation: grad_output (B, C, H, W),
+    logsumexp, its rounding error and delta (B, H, W) over row and column."""
+    g, q, k, v = (t.transpose(1, 2) for t in _upcast(grad_output, query, key, value))  # (B, H, channels, W)
+    gradients = _partial_gradients(g, q, k, v, logsumexp, logsumexp_low, delta, scale, None)
+    return tuple(t.transpose(1, 2) for t in gradients)  # type: ignore[return-value]
+
+
+def criss_cross_columns_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    logsumexp: Tensor,
+    logsumexp_low: Tensor,
+    delta: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The part that comes from the columns, self left out. Shapes as of :func:`criss_cross_rows_backward`."""
+    g, q, k, v = (t.permute(0, 3, 1, 2) for t in _upcast(grad_output, query, key, value))  # (B, W, channels, H)
+    is_self = torch.eye(q.shape[3], dtype=torch.bool, device=q.device)
+    lse, low, d = (t.transpose(1, 2) for t in (logsumexp, logsumexp_low, delta))
+    gradients = _partial_gradients(g, q, k, v, lse, low, d, scale, is_self)
+    return tuple(t.permute(0, 2, 3, 1) for t in gradients)  # type: ignore[return-value]
 
 
 def _products(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:

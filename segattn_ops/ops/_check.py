@@ -118,13 +118,13 @@ def check_feature_map(op: str, argument: Argument) -> None:
         fail(op, f"{argument.name} {rule} (got shape {shape_of(argument.tensor)})")
 
 
-def check_image(op: str, argument: Argument) -> None:
-    """(batch, channels, height, width), neither height nor width zero."""
+def check_image(op: str, argument: Argument, may_be_empty: bool = False) -> None:
+    """(batch, channels, height, width), neither height nor width zero, unless it may be empty."""
     tensor = argument.tensor
     if tensor.dim() != 4:
         rule = "must have 4 dimensions, (batch, channels, height, width)"
         fail(op, f"{argument.name} {rule} (got shape {shape_of(tensor)})")
-    if tensor.shape[2] < 1 or tensor.shape[3] < 1:
+    if not may_be_empty and (tensor.shape[2] < 1 or tensor.shape[3] < 1):
         fail(op, f"{argument.name} must have a height and a width of at least 1 (got shape {shape_of(tensor)})")
 
 

@@ -114,7 +114,7 @@ def residual_channel_attention(input: Tensor, gamma: Tensor | float, scale: floa
         scale = number("residual_channel_attention", "scale", scale)
     if not (input.dtype in SUPPORTED and input.dim() >= 3 and input.numel() > 0 and -math.inf < scale < math.inf):
         check_channel_self_attention(input, scale, None, "residual_channel_attention")
-    factors = _factors(input, gamma)
+    factors = channel_factors("residual_channel_attention", input, gamma)
     (converted,) = autocast(input)
     if converted.dtype != input.dtype:
         attended = _self_attention(converted, scale)
@@ -124,9 +124,8 @@ def residual_channel_attention(input: Tensor, gamma: Tensor | float, scale: floa
     return like_inputs(output, input)
 
 
-def _factors(x: Tensor, gamma: Tensor | float) -> Tensor:
-    """gamma as the operator takes it: (B, C), in the dtype of accumulation."""
-    op = "residual_channel_attention"
+def channel_factors(op: str, x: Tensor, gamma: Tensor | float) -> Tensor:
+    """gamma as the operators take it: (B, C), in the dtype of accumulation."""
     dtype = accumulation_dtype(x.dtype)
     if not isinstance(gamma, Tensor):
         if isinstance(gamma, bool) or not isinstance(gamma, numbers.Real):
@@ -158,7 +157,12 @@ def _self_attention(x: Tensor, scale: float, gamma: Tensor | None = None) -> Ten
 
 
 def check_channel_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, op: str = "channel_attention"
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    op: str = "channel_attention",
+    positions_may_be_empty: bool = False,
 ) -> None:
     """query (B, C, *S), key (B, K, *S), value (B, K, *T)."""
     q, k, v = Argument("query", query), Argument("key", key), Argument("value", value)
@@ -174,7 +178,8 @@ def check_channel_attention(
     check_batch(op, v, q)
     check_spatial(op, k, q)
     check_channels(op, v, k)
-    check_has_positions(op, q)
+    if not positions_may_be_empty:
+        check_has_positions(op, q)
     check_scale(op, scale)
 
 
@@ -194,14 +199,19 @@ def check_channel_attention_backward(
 
 
 def check_channel_self_attention(
-    input: Tensor, scale: float, gamma: Tensor | None, op: str = "channel_self_attention"
+    input: Tensor,
+    scale: float,
+    gamma: Tensor | None,
+    op: str = "channel_self_attention",
+    positions_may_be_empty: bool = False,
 ) -> None:
     """input (B, C, *S), gamma (B, C)."""
     x = Argument("input", input)
     check_dtype(op, x)
     check_feature_map(op, x)
     check_has_channels(op, x)
-    check_has_positions(op, x)
+    if not positions_may_be_empty:
+        check_has_positions(op, x)
     check_scale(op, scale)
     if gamma is not None:
         g = Argument("gamma", gamma)

@@ -300,13 +300,15 @@ def check_reach(op: str, argument: Argument, like: Argument) -> None:
         fail(op, f"{argument.name} must have H + W - 1 = {expected} channels (got {got})")
 
 
-def check_criss_cross_affinity(query: Tensor, key: Tensor, op: str = "criss_cross_affinity") -> None:
+def check_criss_cross_affinity(
+    query: Tensor, key: Tensor, op: str = "criss_cross_affinity", may_be_empty: bool = False
+) -> None:
     """query (B, E, H, W), key (B, E, H, W)."""
     q, k = Argument("query", query), Argument("key", key)
     check_dtype(op, q)
     check_like(op, k, q)
-    check_image(op, q)
-    check_image(op, k)
+    check_image(op, q, may_be_empty)
+    check_image(op, k, may_be_empty)
     check_has_channels(op, q)
     check_batch(op, k, q)
     check_channels(op, k, q)
@@ -353,13 +355,18 @@ def check_criss_cross_aggregation_backward(
 
 
 def check_criss_cross_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, op: str = "criss_cross_attention"
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    op: str = "criss_cross_attention",
+    may_be_empty: bool = False,
 ) -> None:
     """query (B, E, H, W), key (B, E, H, W), value (B, C, H, W)."""
-    check_criss_cross_affinity(query, key, op)
+    check_criss_cross_affinity(query, key, op, may_be_empty)
     q, v = Argument("query", query), Argument("value", value)
     check_like(op, v, q)
-    check_image(op, v)
+    check_image(op, v, may_be_empty)
     check_has_channels(op, v)
     check_batch(op, v, q)
     check_spatial(op, v, q)

@@ -245,6 +245,7 @@ def check_position_attention(
     scale: float,
     key_padding_mask: Tensor | None,
     op: str = "position_attention",
+    keys_may_be_empty: bool = False,
 ) -> None:
     """query (B, E, *S), key (B, E, *T), value (B, C, *T), key_padding_mask (B, *T)."""
     q, k, v = Argument("query", query), Argument("key", key), Argument("value", value)
@@ -260,7 +261,8 @@ def check_position_attention(
     check_batch(op, v, q)
     check_channels(op, k, q)
     check_spatial(op, v, k)
-    check_has_positions(op, k)
+    if not keys_may_be_empty:
+        check_has_positions(op, k)
     check_scale(op, scale)
     if key_padding_mask is not None:
         mask = Argument("key_padding_mask", key_padding_mask)

@@ -1,0 +1,7 @@
+"""Exact attention of feature maps that are sharded over the ranks of a mesh."""
+
+from .channel import channel_attention, residual_channel_attention
+from .criss_cross import criss_cross_attention
+from .position import position_attention
+
+__all__ = ["channel_attention", "criss_cross_attention", "position_attention", "residual_channel_attention"]

@@ -1,0 +1,149 @@
+"""What the ranks tell each other before an op communicates: shapes, dtypes, options, or an error.
+
+A rank whose arguments are wrong takes part too, and says so: every rank then raises, where the others would wait for it
+until the timeout.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._dynamo import constant_in_graphs
+from ..ops._check import name_of
+from ._collectives import all_gather_bytes
+from ._mesh import Group, Space, cache
+
+_SIZE = 4096  # bytes that a rank sends
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+class Described(NamedTuple):
+    """An argument, by constants that torch.compile passes on."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    device: str
+    requires_grad: bool
+
+
+def describe(**tensors: Tensor | None) -> tuple[Described, ...]:
+    """The arguments that are given. A gradient is required only where gradients are enabled."""
+    enabled = torch.is_grad_enabled()
+    return tuple(
+        Described(name, tuple(map(int, t.shape)), name_of(t.dtype), str(t.device), enabled and t.requires_grad)
+        for name, t in tensors.items()
+        if t is not None
+    )
+
+
+@constant_in_graphs
+def agree(
+    op: str,
+    space: Space,
+    arguments: tuple[Described, ...],
+    options: tuple[tuple[str, Any], ...],
+    check: Callable[..., None],
+) -> tuple[Shapes, ...]:
+    """Exchanges the descriptions of a call.
+
+    Args:
+        op: named in errors.
+        space: of the mesh.
+        arguments: of this rank.
+        options: what must be the same on each rank.
+        check: of the arguments of one rank, as tensors of device meta by name, and of the options.
+
+    Returns:
+        The shapes of the arguments on each rank, in the order of ``space.whole``.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: what the check raises; on the other ranks a RuntimeError with its message.
+        RuntimeError: if dtype, batch, channels, options or what requires a gradient is another on some rank, and if an
+            earlier call on this mesh failed on this rank between its messages.
+    """
+    group = space.whole
+    if group.name in cache().failed:
+        raise RuntimeError(
+            f"{op}: an earlier call on this mesh failed on rank {group.ranks[group.index]} between its messages "
+            f"({cache().failed[group.name]}), so its ranks are out of step; make the process groups again"
+        )
+    error = _error_of(op, arguments, options, check)
+    own = {"op": op, "arguments": arguments, "options": options, "error": None if error is None else str(error)}
+    device = torch.device(arguments[0].device)
+    with in_step(op, group):
+        received = all_gather_bytes(op, group, _encoded(own, device))
+    everyone = [json.loads(bytes(data.cpu().tolist()).rstrip(b"\0")) for data in received]
+    if error is not None:
+        raise error
+    for rank, other in zip(group.ranks, everyone, strict=True):
+        if other["error"] is not None:
+            raise RuntimeError(f"{op}: rank {rank} raised an error: {other['error']}")
+    first = _compared(everyone[0])
+    for rank, other in zip(group.ranks, everyone, strict=True):
+        if _compared(other) != first:
+            raise RuntimeError(
+                f"{op}: the calls of the ranks must be of the same op and options, with tensors of the same dtypes, "
+                "batch and channels, of which the same require a gradient (got on rank "
+                f"{group.ranks[0]} {_readable(everyone[0])}; on rank {rank} {_readable(other)})"
+            )
+    return tuple(tuple(tuple(argument[1]) for argument in other["arguments"]) for other in everyone)
+
+
+def _error_of(
+    op: str, arguments: Sequence[Described], options: Sequence[tuple[str, Any]], check: Callable[..., None]
+) -> Exception | None:
+    device = arguments[0].device
+    for argument in arguments[1:]:
+        if argument.device != device:
+            rule = f"{argument.name} must be on device {device} like {arguments[0].name}"
+            return RuntimeError(f"{op}: {rule} (got {argument.device})")
+    tensors = {a.name: torch.empty(a.shape, dtype=getattr(torch, a.dtype), device="meta") for a in arguments}
+    try:
+        check(**tensors, **dict(options))
+    except (RuntimeError, TypeError, ValueError) as error:
+        return error
+    return None
+
+
+def _encoded(description: dict[str, Any], device: torch.device) -> Tensor:
+    text = json.dumps(description).encode()
+    if len(text) > _SIZE:
+        text = json.dumps({**description, "error": str(description["error"])[: _SIZE // 4]}).encode()[:_SIZE]
+    return torch.frombuffer(bytearray(text.ljust(_SIZE, b"\0")), dtype=torch.uint8).to(device)
+
+
+def _compared(description: dict[str, Any]) -> Any:
+    arguments = [
+        (name, len(shape), shape[:2] if len(shape) > 2 else [], dtype, requires_grad)
+        for name, shape, dtype, _, requires_grad in description["arguments"]
+    ]
+    return description["op"], arguments, description["options"]
+
+
+def _readable(description: dict[str, Any]) -> str:
+    arguments = [
+        f"{name} {shape} {dtype}{', which requires a gradient' if requires_grad else ''}"
+        for name, shape, dtype, _, requires_grad in description["arguments"]
+    ]
+    options = [f"{name}={value!r}" for name, value in description["options"]]
+    return f"{description['op']}: {'; '.join([*arguments, *options])}"
+
+
+@contextmanager
+def in_step(op: str, group: Group) -> Iterator[None]:
+    """Around the messages of a call. After a failure among them, messages of this rank could be taken for those of
+    another call, so later calls on the group are refused."""
+    if torch.compiler.is_compiling():
+        yield
+        return
+    try:
+        yield
+    except BaseException as error:
+        cache().failed[group.name] = f"{op}: {type(error).__name__}"
+        raise

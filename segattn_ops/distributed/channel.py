@@ -1,0 +1,119 @@
+"""Channel attention of a sharded feature map: the energies are sums over positions, so the ranks add up theirs, C x K
+numbers a sample. Backward, they add up the gradients of the energies."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from .._autocast import autocast
+from ..ops._check import check_tensors, number
+from ..ops._memory_format import like_inputs
+from ..ops.channel import (
+    channel_apply,
+    channel_energy,
+    channel_factors,
+    check_channel_attention,
+    check_channel_self_attention,
+)
+from ._agreement import agree, describe, in_step
+from ._collectives import all_reduce
+from ._mesh import Group, space_of
+from ._tensors import local_shards
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Each rank uses the sum, so the gradient for its own part is the sum of the ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, op: str, group: Group) -> Tensor:
+        ctx.op, ctx.group = op, group
+        with in_step(op, group):
+            return all_reduce(op, group, tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        with in_step(ctx.op, ctx.group):
+            return all_reduce(ctx.op, ctx.group, gradient), None, None
+
+
+def channel_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, mesh: DeviceMesh | None = None, scale: float = -1.0
+) -> Tensor:
+    r""":func:`segattn_ops.channel_attention` of a feature map whose positions are sharded over the ranks of a mesh.
+
+    Every rank of the mesh calls it with its own positions and gets their results. The ranks add up their energies; no
+    feature map is sent.
+
+    Args:
+        query: (B, C, *S), the rank's own positions; float16, bfloat16, float32 or float64. Or a DTensor, as key and
+            value then are. A rank may have none: a size of 0.
+        key: (B, K, *S).
+        value: (B, K, *T), the rank's own positions.
+        mesh: of one dimension, or of two; each rank of it holds a part. Not needed with DTensors.
+        scale: multiplies the energies.
+
+    Returns:
+        (B, C, *T), the rank's own part.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`segattn_ops.channel_attention` and
+            :func:`segattn_ops.distributed.position_attention`.
+    """
+    op = "distributed.channel_attention"
+    check_tensors(op, query=query, key=key, value=value)
+    scale = number(op, "scale", scale)
+    is_self = query is key and key is value
+    mesh, local, wrap = local_shards(op, mesh, query=query, key=key, value=value)
+    query, key, value = autocast(*local.values())
+    space = space_of(op, mesh, query.device.type)
+    agree(op, space, describe(query=query, key=key, value=value), (("scale", scale),), _check)
+    energy = _SumOverRanks.apply(channel_energy(query, None if is_self else key), op, space.whole)
+    return wrap(like_inputs(channel_apply(energy, query if is_self else value, scale), *local.values()))
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+    check_channel_attention(query, key, value, scale, "distributed.channel_attention", positions_may_be_empty=True)
+
+
+def residual_channel_attention(
+    input: Tensor, gamma: Tensor | float, *, mesh: DeviceMesh | None = None, scale: float = -1.0
+) -> Tensor:
+    r""":func:`segattn_ops.residual_channel_attention` of a feature map whose positions are sharded over the ranks.
+
+    Args:
+        input: (B, C, *S), the rank's own positions, or a DTensor. A rank may have none.
+        gamma: the factor, the same on each rank: a number, or a plain tensor that broadcasts to (B, C). Its gradient is
+            the rank's own part, as that of any parameter of a sharded model; the ranks' sum is that of one process.
+        mesh, scale: as of :func:`channel_attention`.
+
+    Returns:
+        (B, C, *S), the rank's own part.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`segattn_ops.residual_channel_attention` and
+            :func:`segattn_ops.distributed.position_attention`.
+    """
+    op = "distributed.residual_channel_attention"
+    check_tensors(op, input=input)
+    scale = number(op, "scale", scale)
+    mesh, local, wrap = local_shards(op, mesh, input=input)
+    input = local["input"]
+    (converted,) = autocast(input)
+    space = space_of(op, mesh, input.device.type)
+    agree(op, space, describe(input=input), (("scale", scale),), _check_self)
+    factors = channel_factors(op, input, gamma)
+    energy = _SumOverRanks.apply(channel_energy(converted), op, space.whole)
+    if converted.dtype != input.dtype:
+        attended = channel_apply(energy, converted, scale)
+        output = (factors.reshape(*factors.shape, *[1] * (input.dim() - 2)) * attended + input).to(input.dtype)
+    else:
+        output = channel_apply(energy, input, scale, factors)
+    return wrap(like_inputs(output, input))
+
+
+def _check_self(input: Tensor, scale: float) -> None:
+    check_channel_self_attention(
+        input, scale, None, "distributed.residual_channel_attention", positions_may_be_empty=True
+    )
