@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from .._dynamo import constant_in_graphs
-from ..ops._check import name_of
 from ._collectives import all_gather_bytes
-from ._mesh import Group, Space, cache
+from ._mesh import Group, Space, cache, space_of
 
 _SIZE = 4096  # bytes that a rank sends
 
@@ -35,38 +35,42 @@ class Described(NamedTuple):
 def describe(**tensors: Tensor | None) -> tuple[Described, ...]:
     """The arguments that are given. A gradient is required only where gradients are enabled."""
     enabled = torch.is_grad_enabled()
-    return tuple(
-        Described(name, tuple(map(int, t.shape)), name_of(t.dtype), str(t.device), enabled and t.requires_grad)
-        for name, t in tensors.items()
-        if t is not None
-    )
+    described = []
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            shape = tuple(int(size) for size in tensor.shape)
+            described.append(Described(name, shape, dtype, str(tensor.device), enabled and tensor.requires_grad))
+    return tuple(described)
 
 
 @constant_in_graphs
 def agree(
     op: str,
-    space: Space,
+    mesh: DeviceMesh,
     arguments: tuple[Described, ...],
     options: tuple[tuple[str, Any], ...],
     check: Callable[..., None],
-) -> tuple[Shapes, ...]:
-    """Exchanges the descriptions of a call.
+) -> tuple[Space, tuple[Shapes, ...]]:
+    """Exchanges the descriptions of a call. A compiled graph contains the outcome of its compilation.
 
     Args:
         op: named in errors.
-        space: of the mesh.
+        mesh: as the op got it.
         arguments: of this rank.
         options: what must be the same on each rank.
         check: of the arguments of one rank, as tensors of device meta by name, and of the options.
 
     Returns:
-        The shapes of the arguments on each rank, in the order of ``space.whole``.
+        The space, and the shapes of the arguments on each rank in the order of ``space.whole``.
 
     Raises:
+        TypeError, ValueError, RuntimeError: as `space_of`.
         RuntimeError, TypeError, ValueError: what the check raises; on the other ranks a RuntimeError with its message.
         RuntimeError: if dtype, batch, channels, options or what requires a gradient is another on some rank, and if an
             earlier call on this mesh failed on this rank between its messages.
     """
+    space = space_of(op, mesh, torch.device(arguments[0].device).type)
     group = space.whole
     if group.name in cache().failed:
         raise RuntimeError(
@@ -92,7 +96,8 @@ def agree(
                 "batch and channels, of which the same require a gradient (got on rank "
                 f"{group.ranks[0]} {_readable(everyone[0])}; on rank {rank} {_readable(other)})"
             )
-    return tuple(tuple(tuple(argument[1]) for argument in other["arguments"]) for other in everyone)
+    shapes = tuple(tuple(tuple(argument[1]) for argument in other["arguments"]) for other in everyone)
+    return space, shapes
 
 
 def _error_of(

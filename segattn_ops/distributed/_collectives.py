@@ -28,18 +28,19 @@ class Spec:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
-    @property
-    def size(self) -> int:
-        """Bytes, padded."""
-        return -(-math.prod(self.shape) * self.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
-
 
 def spec_of(tensor: Tensor) -> Spec:
     return Spec(tuple(tensor.shape), tensor.dtype)
 
 
+def _length(spec: Spec) -> int:
+    """Bytes without padding."""
+    return math.prod(spec.shape) * spec.dtype.itemsize
+
+
 def size_of(specs: Sequence[Spec]) -> int:
-    return sum(spec.size for spec in specs)
+    """Bytes of a message."""
+    return sum(-(-_length(spec) // _ALIGNMENT) * _ALIGNMENT for spec in specs)
 
 
 def pack(messages: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -61,9 +62,8 @@ def unpack(packed: Tensor, specs: Sequence[Spec]) -> list[Tensor]:
     """The tensors of one message: views of it."""
     tensors, start = [], 0
     for spec in specs:
-        length = math.prod(spec.shape) * spec.dtype.itemsize
-        tensors.append(packed[start : start + length].view(spec.dtype).view(spec.shape))
-        start += spec.size
+        tensors.append(packed[start : start + _length(spec)].view(spec.dtype).view(spec.shape))
+        start += size_of([spec])
     return tensors
 
 

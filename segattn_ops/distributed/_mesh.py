@@ -7,8 +7,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from .._dynamo import constant_in_graphs
-
 
 @dataclass(frozen=True)
 class Group:
@@ -17,18 +15,16 @@ class Group:
     Attributes:
         name: of the process group.
         index: of this process.
+        size: how many they are.
         ranks: the global rank of each.
         order: each one's rank in the process group, which is another number if the mesh permutes the ranks.
     """
 
     name: str
     index: int
+    size: int
     ranks: tuple[int, ...]
     order: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        return len(self.ranks)
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,6 @@ def cache() -> _Cache:
     return _cache
 
 
-@constant_in_graphs
 def space_of(op: str, mesh: DeviceMesh, device_type: str) -> Space:
     """
     Raises:
@@ -134,4 +129,4 @@ def _whole_group(mesh: DeviceMesh, ranks: tuple[int, ...]) -> Any:
 
 def _group(group: Any, ranks: tuple[int, ...], index: int) -> Group:
     in_group = dist.get_process_group_ranks(group)
-    return Group(group.group_name, index, ranks, tuple(in_group.index(rank) for rank in ranks))
+    return Group(group.group_name, index, len(ranks), ranks, tuple(in_group.index(rank) for rank in ranks))

@@ -19,7 +19,7 @@ from ..ops.channel import (
 )
 from ._agreement import agree, describe, in_step
 from ._collectives import all_reduce
-from ._mesh import Group, space_of
+from ._mesh import Group
 from ._tensors import local_shards
 
 
@@ -67,8 +67,7 @@ def channel_attention(
     is_self = query is key and key is value
     mesh, local, wrap = local_shards(op, mesh, query=query, key=key, value=value)
     query, key, value = autocast(*local.values())
-    space = space_of(op, mesh, query.device.type)
-    agree(op, space, describe(query=query, key=key, value=value), (("scale", scale),), _check)
+    space, _ = agree(op, mesh, describe(query=query, key=key, value=value), (("scale", scale),), _check)
     energy = _SumOverRanks.apply(channel_energy(query, None if is_self else key), op, space.whole)
     return wrap(like_inputs(channel_apply(energy, query if is_self else value, scale), *local.values()))
 
@@ -101,8 +100,7 @@ def residual_channel_attention(
     mesh, local, wrap = local_shards(op, mesh, input=input)
     input = local["input"]
     (converted,) = autocast(input)
-    space = space_of(op, mesh, input.device.type)
-    agree(op, space, describe(input=input), (("scale", scale),), _check_self)
+    space, _ = agree(op, mesh, describe(input=input), (("scale", scale),), _check_self)
     factors = channel_factors(op, input, gamma)
     energy = _SumOverRanks.apply(channel_energy(converted), op, space.whole)
     if converted.dtype != input.dtype:

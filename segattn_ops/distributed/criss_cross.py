@@ -25,7 +25,7 @@ from . import _parts
 from ._agreement import agree, describe, in_step
 from ._collectives import Arriving, Spec, exchange
 from ._merge import delta_of, merge, without_any_key_is_nan
-from ._mesh import Group, Space, space_of
+from ._mesh import Group, Space
 from ._tensors import local_shards
 
 _OP = "distributed.criss_cross_attention"
@@ -90,9 +90,8 @@ def criss_cross_attention(
     scale = number(_OP, "scale", scale)
     mesh, local, wrap = local_shards(_OP, mesh, query=query, key=key, value=value)
     query, key, value = autocast(*local.values())
-    space = space_of(_OP, mesh, query.device.type)
     options = (("scale", scale), ("num_heads", num_heads), ("return_logsumexp", return_logsumexp))
-    shapes = agree(_OP, space, describe(query=query, key=key, value=value), options, _check)
+    space, shapes = agree(_OP, mesh, describe(query=query, key=key, value=value), options, _check)
     heights, widths = extents(_OP, space, [of_rank[0][2:] for of_rank in shapes])
     heads = (split_heads(t, num_heads) for t in (query, key, value))
     output, logsumexp = _CrissCrossAttention.apply(*heads, scale, space, heights, widths)

@@ -24,7 +24,7 @@ from . import _parts
 from ._agreement import agree, describe, in_step
 from ._collectives import Arriving, Spec, exchange, gather, shift, spec_of
 from ._merge import Partial, delta_of, merge, without_any_key_is_nan
-from ._mesh import Group, space_of
+from ._mesh import Group
 from ._tensors import local_shards
 
 _OP = "distributed.position_attention"
@@ -111,10 +111,9 @@ def position_attention(
         mask = mask.squeeze(1)
     query, key, value = (local[name] for name in ("query", "key", "value"))
     query, key, value = autocast(query, key, value)
-    space = space_of(_OP, mesh, query.device.type)
     options = (("scale", scale), ("num_heads", num_heads), ("method", method), ("return_logsumexp", return_logsumexp))
     arguments = describe(query=query, key=key, value=value, key_padding_mask=mask)
-    shapes = agree(_OP, space, arguments, options, _check)
+    space, shapes = agree(_OP, mesh, arguments, options, _check)
     spatial = query.shape[2:]
     query, key, value = (split_heads(t.flatten(2), num_heads) for t in (query, key, value))
     if mask is not None:

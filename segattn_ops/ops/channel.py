@@ -347,3 +347,11 @@ OPERATORS = (
         flops_backward=_flops_self_backward,
     ),
 )
+
+
+def channel_energy(query, key=None):
+    return reference.channel_energy(query, key)
+
+
+def channel_apply(energy, value, scale, gamma=None):
+    return reference.channel_apply(energy, value, scale, gamma)[0]
