@@ -124,8 +124,9 @@ def _encoded(description: dict[str, Any], device: torch.device) -> Tensor:
 
 
 def _compared(description: dict[str, Any]) -> Any:
+    """All that must be the same: of the sizes batch and channels; a mask has no channels."""
     arguments = [
-        (name, len(shape), shape[:2] if len(shape) > 2 else [], dtype, requires_grad)
+        (name, len(shape), shape[: 1 if dtype == "bool" else 2], dtype, requires_grad)
         for name, shape, dtype, _, requires_grad in description["arguments"]
     ]
     return description["op"], arguments, description["options"]

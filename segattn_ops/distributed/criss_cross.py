@@ -24,7 +24,7 @@ from ..ops.criss_cross import check_criss_cross_attention
 from . import _parts
 from ._agreement import agree, describe, in_step
 from ._collectives import Arriving, Spec, exchange
-from ._merge import delta_of, merge, without_any_key_is_nan
+from ._merge import Partial, delta_of, merge, without_any_key_is_nan
 from ._mesh import Group, Space
 from ._tensors import local_shards
 
@@ -192,7 +192,8 @@ class _CrissCrossAttention(torch.autograd.Function):
         operands = [query, key, value]
         with in_step(_OP, space.whole):
             arriving = [None if lines is None else lines.start_to_lines(operands) for lines in ctx.lines]
-            parts, whole = [], []
+            parts: list[Partial] = []
+            whole: list[Tensor] = []
             for name, lines, under_way in zip(_OPERATORS, ctx.lines, arriving, strict=True):
                 own = operands if under_way is None else lines.finish_to_lines(under_way)
                 part = _attend(ctx, name, own)
@@ -245,7 +246,7 @@ def _directions(space: Space, heights: tuple[int, ...], widths: tuple[int, ...])
     )
 
 
-def _attend(ctx: Any, name: str, operands: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _attend(ctx: Any, name: str, operands: Sequence[Tensor]) -> Partial:
     """The lines of one direction; perhaps none."""
     query, key, value = operands
     if query.shape[2:].numel() == 0:

@@ -19,6 +19,7 @@ from .. import _backend
 from .._autocast import autocast
 from ..ops._check import check_tensors, number
 from ..ops._heads import check_heads, logsumexp_of_heads, merge_heads, split_heads
+from ..ops._memory_format import like_inputs
 from ..ops.position import check_position_attention
 from . import _parts
 from ._agreement import agree, describe, in_step
@@ -114,7 +115,7 @@ def position_attention(
     options = (("scale", scale), ("num_heads", num_heads), ("method", method), ("return_logsumexp", return_logsumexp))
     arguments = describe(query=query, key=key, value=value, key_padding_mask=mask)
     space, shapes = agree(_OP, mesh, arguments, options, _check)
-    spatial = query.shape[2:]
+    feature_maps, spatial = (query, value), query.shape[2:]
     query, key, value = (split_heads(t.flatten(2), num_heads) for t in (query, key, value))
     if mask is not None:
         mask = mask.flatten(1).repeat_interleave(num_heads, 0)
@@ -123,7 +124,7 @@ def position_attention(
         raise RuntimeError(f"{_OP}: key must have at least 1 position on some rank (got {list(key_counts)})")
     gathers = method == "gather" or (method == "auto" and _gather_fits(shapes, query.dtype.itemsize))
     output, logsumexp = _PositionAttention.apply(query, key, value, mask, scale, space.whole, key_counts, gathers)
-    output = wrap(merge_heads(output, num_heads).unflatten(2, spatial))
+    output = wrap(like_inputs(merge_heads(output, num_heads).unflatten(2, spatial), *feature_maps))
     if return_logsumexp:
         return output, wrap(logsumexp_of_heads(logsumexp, num_heads).unflatten(2, spatial))
     return output
