@@ -34,8 +34,7 @@ class _SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        with in_step(ctx.op, ctx.group):
-            return all_reduce(ctx.op, ctx.group, gradient), None, None
+        return _SumOverRanks.apply(gradient, ctx.op, ctx.group), None, None
 
 
 def channel_attention(

@@ -12,7 +12,6 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import _backend
@@ -26,6 +25,7 @@ from ._agreement import agree, describe, in_step
 from ._collectives import Arriving, Spec, exchange
 from ._merge import Partial, delta_of, merge, without_any_key_is_nan
 from ._mesh import Group, Space
+from ._once import differentiable_once
 from ._tensors import local_shards
 
 _OP = "distributed.criss_cross_attention"
@@ -210,7 +210,7 @@ class _CrissCrossAttention(torch.autograd.Function):
         return output.to(query.dtype), logsumexp
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once(_OP)
     def backward(ctx: Any, grad_output: Tensor | None, grad_logsumexp: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, output, logsumexp, low, *whole = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])

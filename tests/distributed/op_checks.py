@@ -368,10 +368,25 @@ def wrong_arguments(mesh: DeviceMesh) -> None:
 
 
 def second_derivatives_are_refused(mesh: DeviceMesh) -> None:
+    """Also where the gradient that arrives is a constant."""
     parts = [part_of(t, mesh).requires_grad_() for t in drawn(6, 6, 10)]
-    output = distributed.position_attention(*parts, mesh=mesh)
-    (gradient,) = torch.autograd.grad(output.sum(), parts[0], create_graph=True)
-    assert_raises(RuntimeError, "once_differentiable", lambda: gradient.sum().backward())
+    for attention in (distributed.position_attention, distributed.criss_cross_attention):
+        output = attention(*parts, mesh=mesh)
+        (gradient,) = torch.autograd.grad(output.sum(), parts[0], create_graph=True)
+        assert_raises(NotImplementedError, "the op has no second derivative", gradient.sum().backward)
+
+
+def second_derivatives_of_channel_attention(mesh: DeviceMesh) -> None:
+    (whole,) = drawn(6)
+    part = part_of(whole, mesh).requires_grad_()
+    whole.requires_grad_()
+    for x, op in (
+        (whole, segattn_ops.residual_channel_attention),
+        (part, functools.partial(distributed.residual_channel_attention, mesh=mesh)),
+    ):
+        (gradient,) = torch.autograd.grad(op(x, 0.7, scale=-0.1).square().sum(), x, create_graph=True)
+        gradient.square().sum().backward()
+    torch.testing.assert_close(part.grad, part_of(whole.grad, mesh), rtol=1e-10, atol=1e-10)
 
 
 def a_mesh_of_one(mesh: DeviceMesh) -> None:
@@ -412,6 +427,7 @@ def checks(shape: Sequence[int]) -> dict[str, Check]:
         parts_that_form_no_map,
         wrong_arguments,
         second_derivatives_are_refused,
+        second_derivatives_of_channel_attention,
         a_mesh_of_one,
     ):
         found[check.__name__.replace("_", " ")] = check
