@@ -10,8 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..ops._check import check_tensors
 from ._agreement import agree, describe, in_step
 from ._collectives import Spec, gather
+from ._functions import differentiable_once
 from ._mesh import Space, space_of
-from ._once import differentiable_once
 from .criss_cross import extents
 
 

@@ -19,6 +19,7 @@ from ..ops.channel import (
 )
 from ._agreement import agree, describe, in_step
 from ._collectives import all_reduce
+from ._functions import result
 from ._mesh import Group
 from ._tensors import local_shards
 
@@ -30,7 +31,7 @@ class _SumOverRanks(torch.autograd.Function):
     def forward(ctx: Any, tensor: Tensor, op: str, group: Group) -> Tensor:
         ctx.op, ctx.group = op, group
         with in_step(op, group):
-            return all_reduce(op, group, tensor)
+            return result(all_reduce(op, group, tensor))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

@@ -23,9 +23,9 @@ from ..ops.criss_cross import check_criss_cross_attention
 from . import _parts
 from ._agreement import agree, describe, in_step
 from ._collectives import Arriving, Spec, exchange
+from ._functions import differentiable_once, result
 from ._merge import Partial, delta_of, merge, without_any_key_is_nan
 from ._mesh import Group, Space
-from ._once import differentiable_once
 from ._tensors import local_shards
 
 _OP = "distributed.criss_cross_attention"
@@ -207,7 +207,7 @@ class _CrissCrossAttention(torch.autograd.Function):
         without_any_key_is_nan(output, logsumexp)
         ctx.save_for_backward(query, key, value, output, logsumexp, low, *whole)
         ctx.set_materialize_grads(False)
-        return output.to(query.dtype), logsumexp
+        return result(output.to(query.dtype)), result(logsumexp)
 
     @staticmethod
     @differentiable_once(_OP)

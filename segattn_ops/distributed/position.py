@@ -23,9 +23,9 @@ from ..ops.position import check_position_attention
 from . import _parts
 from ._agreement import agree, describe, in_step
 from ._collectives import Arriving, Spec, exchange, gather, shift, spec_of
+from ._functions import differentiable_once, result
 from ._merge import Partial, delta_of, merge, without_any_key_is_nan
 from ._mesh import Group
-from ._once import differentiable_once
 from ._tensors import local_shards
 
 _OP = "distributed.position_attention"
@@ -184,7 +184,7 @@ class _PositionAttention(torch.autograd.Function):
             without_any_key_is_nan(output, logsumexp)
         ctx.save_for_backward(query, key, value, mask, output, logsumexp, low)
         ctx.set_materialize_grads(False)
-        return output.to(query.dtype), logsumexp
+        return result(output.to(query.dtype)), result(logsumexp)
 
     @staticmethod
     @differentiable_once(_OP)
@@ -241,16 +241,16 @@ def _attend(ctx: Any, query: Tensor, keys: Sequence[Tensor]) -> Partial:
 
 def _attend_in_ring(ctx: Any, query: Tensor, keys: _Keys) -> Partial:
     held = keys.own
-    result: Partial | None = None
+    merged: Partial | None = None
     for step in range(keys.group.size):
         arriving = keys.start_shift(held, step)
-        if result is None or held[0].shape[-1] > 0:
+        if merged is None or held[0].shape[-1] > 0:
             part = _attend(ctx, query, held)
-            result = part if result is None else merge(result, part)
+            merged = part if merged is None else merge(merged, part)
         if arriving is not None:
             held = keys.finish_shift(arriving)
-    assert result is not None
-    return result
+    assert merged is not None
+    return merged
 
 
 def _differentiate(

@@ -1,4 +1,4 @@
-"""Backward passes that cannot be differentiated again."""
+"""What the Functions of this package share: results, and backward passes that cannot be differentiated again."""
 
 import functools
 from collections.abc import Callable
@@ -8,6 +8,12 @@ import torch
 from torch import Tensor
 
 Gradients = tuple[Tensor | None, ...]
+
+
+def result(tensor: Tensor) -> Tensor:
+    """A tensor that a Function returns. In a graph it is a copy: Dynamo of torch 2.11 drops the gradient of a tensor
+    that was written in place, as one that arrives by a collective is."""
+    return tensor.clone() if torch.compiler.is_compiling() else tensor
 
 
 class _Refusal(torch.autograd.Function):
