@@ -58,6 +58,15 @@ _CHANNEL = {"query": "BCs", "key": "BKs", "value": "BKt"}
 _PAIR = {"query": "BEs", "key": "BEs"}
 _CRISS_CROSS = {**_PAIR, "value": "BCs"}
 
+_CRISS_CROSS_PART = Rules(_CRISS_CROSS, ("BCs", "Bs", "Bs"), "BC")
+_CRISS_CROSS_PART_BACKWARD = Rules(
+    {"grad_output": "BCs", **_CRISS_CROSS, "logsumexp": "Bs", "logsumexp_low": "Bs", "delta": "Bs"},
+    ("BEs", "BEs", "BCs"),
+    "BC",
+    summed="C",
+    added=frozenset({"delta"}),
+)
+
 # The gradient of the energies, P (dP - delta + grad_logsumexp), is linear in dP and delta, which are sums over C, and
 # the sums that keys_complete allows for hold for each part: shards of C give parts of grad_query and grad_key.
 RULES = {
@@ -102,6 +111,10 @@ RULES = {
         summed="C",
         added=frozenset({"grad_logsumexp"}),
     ),
+    "criss_cross_rows": _CRISS_CROSS_PART,
+    "criss_cross_rows_backward": _CRISS_CROSS_PART_BACKWARD,
+    "criss_cross_columns": _CRISS_CROSS_PART,
+    "criss_cross_columns_backward": _CRISS_CROSS_PART_BACKWARD,
 }
 
 

@@ -45,6 +45,8 @@ _DECOMPOSITIONS: dict[str, Callable[..., Any]] = {
     "criss_cross_affinity": reference.criss_cross_affinity,
     "criss_cross_aggregation": reference.criss_cross_aggregation,
     "criss_cross_attention": _criss_cross_attention,
+    "criss_cross_rows": reference.criss_cross_rows,
+    "criss_cross_columns": reference.criss_cross_columns,
 }
 
 

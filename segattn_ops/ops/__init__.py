@@ -9,6 +9,8 @@ from .criss_cross import (
     criss_cross_aggregation,
     criss_cross_attention,
     criss_cross_attention_map,
+    criss_cross_columns,
+    criss_cross_rows,
 )
 from .position import position_attention, position_attention_map
 
@@ -22,6 +24,8 @@ __all__ = [
     "criss_cross_aggregation",
     "criss_cross_attention",
     "criss_cross_attention_map",
+    "criss_cross_columns",
+    "criss_cross_rows",
     "position_attention",
     "position_attention_map",
     "register",

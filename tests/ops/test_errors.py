@@ -131,6 +131,15 @@ CRISS_CROSS_BACKWARD = {
     "needs_input_grad": [True, True, True],
     "keys_complete": False,
 }
+CRISS_CROSS_PART_BACKWARD = {
+    "grad_output": t(2, 6, 5, 7),
+    **{name: CRISS_CROSS[name] for name in TENSORS},
+    "logsumexp": t(2, 5, 7),
+    "logsumexp_low": t(2, 5, 7),
+    "delta": t(2, 5, 7),
+    "scale": 1.0,
+    "needs_input_grad": [True, True, True],
+}
 
 
 def bad(op, good, changes):
@@ -264,6 +273,48 @@ BAD_OPERATORS = [
             ({"needs_input_grad": [True] * 4}, "needs_input_grad must have 3 entries (got 4)"),
             ({"scale": -math.inf}, "scale must be finite (got -inf)"),
         ],
+    ),
+    *(
+        case
+        for op in ("criss_cross_rows", "criss_cross_columns")
+        for case in bad(
+            op,
+            CRISS_CROSS,
+            [
+                ({"query": t(2, 8, 35)}, "query must have 4 dimensions"),
+                ({"key": t(2, 9, 5, 7)}, "key must have 8 channels like query (got 9)"),
+                ({"value": t(2, 6, 5, 6)}, "value must have spatial size [5, 7] like query"),
+                ({"value": t(2, 6, 5, 7).half()}, "value must be float32 like query (got float16)"),
+                ({"scale": math.nan}, "scale must be finite (got nan)"),
+            ],
+        )
+    ),
+    *(
+        case
+        for op in ("criss_cross_rows_backward", "criss_cross_columns_backward")
+        for case in bad(
+            op,
+            CRISS_CROSS_PART_BACKWARD,
+            [
+                (
+                    {"grad_output": t(2, 6, 7, 5)},
+                    "grad_output must have shape [2, 6, 5, 7] like value (got [2, 6, 7, 5])",
+                ),
+                ({"grad_output": t(2, 6, 5, 7).double()}, "grad_output must be float32 like value (got float64)"),
+                ({"key": t(2, 9, 5, 7)}, "key must have 8 channels like query (got 9)"),
+                ({"logsumexp": t(2, 7, 5)}, "logsumexp must have shape [2, 5, 7] (got [2, 7, 5])"),
+                ({"logsumexp": t(2, 5, 7).double()}, "logsumexp must be float32 for these inputs (got float64)"),
+                (
+                    {"logsumexp_low": t(2, 7, 5)},
+                    "logsumexp_low must have shape [2, 5, 7] like logsumexp (got [2, 7, 5])",
+                ),
+                ({"logsumexp_low": t(2, 5, 7).half()}, "logsumexp_low must be float32 like logsumexp (got float16)"),
+                ({"delta": t(2, 5, 6)}, "delta must have shape [2, 5, 7] like logsumexp (got [2, 5, 6])"),
+                ({"delta": t(2, 5, 7).double()}, "delta must be float32 like logsumexp (got float64)"),
+                ({"needs_input_grad": [True]}, "needs_input_grad must have 3 entries (got 1)"),
+                ({"scale": math.inf}, "scale must be finite (got inf)"),
+            ],
+        )
     ),
 ]
 

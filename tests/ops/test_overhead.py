@@ -21,6 +21,8 @@ CALLS = {
     "criss_cross_affinity": lambda f, x: f.criss_cross_affinity(x, x),
     "criss_cross_aggregation": lambda f, x: f.criss_cross_aggregation(torch.cat([x, x], 1)[:, :5], x),
     "criss_cross_attention": lambda f, x: f.criss_cross_attention(x, x, x, 0.5)[0],
+    "criss_cross_rows": lambda f, x: f.criss_cross_rows(x, x, x, 0.5)[0],
+    "criss_cross_columns": lambda f, x: f.criss_cross_columns(x, x, x, 0.5)[0],
 }
 PUBLIC = {
     "position_attention": lambda x: segattn_ops.position_attention(x, x, x),
