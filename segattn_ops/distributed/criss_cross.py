@@ -234,16 +234,15 @@ class _CrissCrossAttention(torch.autograd.Function):
         return *rounded, None, None, None, None
 
 
-def _directions(space: Space, heights: tuple[int, ...], widths: tuple[int, ...]) -> tuple[_Lines | None, _Lines]:
-    """The exchanges for the rows and for the columns; None if the rows are whole."""
+def _directions(space: Space, heights: tuple[int, ...], widths: tuple[int, ...]) -> list[_Lines | None]:
+    """The exchanges for the rows and for the columns; None where the lines are whole."""
     columns = space.along[0]
-    if len(space.shape) == 1:
-        return None, _Lines(columns, 2, heights, widths[0])
-    rows = space.along[1]
-    return (
-        _Lines(rows, 3, widths, heights[columns.index]),
-        _Lines(columns, 2, heights, widths[rows.index]),
-    )
+    rows = space.along[1] if len(space.shape) == 2 else None
+    width = widths[0 if rows is None else rows.index]
+    return [
+        None if rows is None or rows.size == 1 else _Lines(rows, 3, widths, heights[columns.index]),
+        None if columns.size == 1 else _Lines(columns, 2, heights, width),
+    ]
 
 
 def _attend(ctx: Any, name: str, operands: Sequence[Tensor]) -> Partial:

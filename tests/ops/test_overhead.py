@@ -56,9 +56,9 @@ def served_directly(x):
 
 
 def test_every_operator_has_a_direct_call():
-    assert (
-        set(vars(_backend.DIRECT["segattn"])) == {operator.name for operator in segattn_ops.ops.OPERATORS} == set(CALLS)
-    )
+    names = {operator.name for operator in segattn_ops.ops.OPERATORS}
+    assert set(vars(_backend.DIRECT["segattn"])) == names | {f"{name}_backward" for name in names}
+    assert set(CALLS) == names
 
 
 @pytest.mark.parametrize("name", CALLS)
