@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -65,3 +67,19 @@ def test_other_ranks_end_with_an_error(faults, op, fault, where):
         assert "of this rank alone" in faulty[0] and "an earlier call on this mesh failed" in faulty[0]
     else:
         assert "communication failed" in faulty[0]
+
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text()
+SCRIPTS = re.findall(r'^```python\n("""torchrun (.*?)""".*?)^```', DOCUMENT, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("script, arguments", SCRIPTS, ids=[arguments.split()[-1] for _, arguments in SCRIPTS])
+def test_documented_scripts(script, arguments, tmp_path):
+    """As their first line says."""
+    *options, name = arguments.split()
+    (tmp_path / name).write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *options, str(tmp_path / name)]
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
