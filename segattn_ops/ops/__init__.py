@@ -10,7 +10,12 @@ from .criss_cross import (
     criss_cross_attention,
     criss_cross_attention_map,
 )
-from .position import position_attention, position_attention_map
+from .position import (
+    position_attention,
+    position_attention_map,
+    position_attention_partial,
+    position_attention_partial_backward,
+)
 
 OPERATORS = (*position.OPERATORS, *channel.OPERATORS, *criss_cross.OPERATORS)
 
@@ -24,6 +29,8 @@ __all__ = [
     "criss_cross_attention_map",
     "position_attention",
     "position_attention_map",
+    "position_attention_partial",
+    "position_attention_partial_backward",
     "register",
     "residual_channel_attention",
 ]

@@ -100,6 +100,7 @@ def register(namespace: str, operators: Iterable[Operator]) -> None:
         gradient = direct_backward(backward.default, getattr(functions, backward_name))
         rule = _rule_of(operator, gradient)
         setattr(direct, operator.name, direct_forward(forward.default, operator.setup_context, rule))
+        setattr(direct, backward_name, gradient)
 
 
 def _rule_of(operator: Operator, gradient: Any) -> Callable[..., tuple[Tensor | None, ...]]:
