@@ -40,6 +40,7 @@ def _criss_cross_attention(query: Tensor, key: Tensor, value: Tensor, scale: flo
 
 _DECOMPOSITIONS: dict[str, Callable[..., Any]] = {
     "position_attention": _position_attention,
+    "position_attention_partial": reference.position_attention_partial,
     "channel_attention": reference.channel_attention,
     "channel_self_attention": reference.channel_self_attention,
     "criss_cross_affinity": reference.criss_cross_affinity,

@@ -140,7 +140,7 @@ def _check(
     return_logsumexp: bool,
     key_padding_mask: Tensor | None = None,
 ) -> None:
-    check_position_attention(query, key, value, scale, key_padding_mask, _OP, keys_may_be_empty=True)
+    check_position_attention(query, key, value, scale, key_padding_mask, _OP, is_part=True)
     check_heads(_OP, num_heads, query=query, key=key, value=value)
 
 

@@ -12,7 +12,12 @@ from .criss_cross import (
     criss_cross_columns,
     criss_cross_rows,
 )
-from .position import position_attention, position_attention_map
+from .position import (
+    position_attention,
+    position_attention_map,
+    position_attention_partial,
+    position_attention_partial_backward,
+)
 
 OPERATORS = (*position.OPERATORS, *channel.OPERATORS, *criss_cross.OPERATORS)
 
@@ -28,6 +33,8 @@ __all__ = [
     "criss_cross_rows",
     "position_attention",
     "position_attention_map",
+    "position_attention_partial",
+    "position_attention_partial_backward",
     "register",
     "residual_channel_attention",
 ]

@@ -116,6 +116,17 @@ POSITION_BACKWARD = {
     "key_padding_mask": PADDING,
     "keys_complete": False,
 }
+PARTIAL = {**POSITION, "key_padding_mask": PADDING}
+PARTIAL_BACKWARD = {
+    "grad_output": t(2, 6, 5, 7),
+    **{name: POSITION[name] for name in TENSORS},
+    "logsumexp": t(2, 5, 7),
+    "logsumexp_low": t(2, 5, 7),
+    "delta": t(2, 5, 7),
+    "scale": 1.0,
+    "needs_input_grad": [True, True, True],
+    "key_padding_mask": PADDING,
+}
 CHANNEL_BACKWARD = {"grad_output": t(2, 8, 3), **CHANNEL, "needs_input_grad": [True, True, True]}
 SELF_BACKWARD = {"grad_output": t(2, 8, 5, 7), **SELF, "needs_input_grad": [True, True]}
 AFFINITY_BACKWARD = {"grad_affinity": t(2, 11, 5, 7), **AFFINITY, "needs_input_grad": [True, True]}
@@ -182,6 +193,43 @@ BAD_OPERATORS = [
             ({"grad_logsumexp": t(2, 5, 7).double()}, "grad_logsumexp must be float32 like logsumexp (got float64)"),
             ({"needs_input_grad": [True, True]}, "needs_input_grad must have 3 entries (got 2)"),
             ({"key_padding_mask": t(2, 3, 4)}, "key_padding_mask must be bool with True for padding (got float32)"),
+            ({"key_padding_mask": PADDING.mT}, "key_padding_mask must have shape [2, 3, 4] (got [2, 4, 3])"),
+        ],
+    ),
+    *bad(
+        "position_attention_partial",
+        PARTIAL,
+        [
+            ({"query": t(2, 8)}, "query must have at least 3 dimensions"),
+            ({"key": t(2, 32, 3, 4)}, "key must have 8 channels like query (got 32)"),
+            ({"value": t(2, 6, 4, 3)}, "value must have spatial size [3, 4] like key (got [4, 3])"),
+            ({"value": t(2, 6, 3, 4).double()}, "value must be float32 like query (got float64)"),
+            ({"scale": math.inf}, "scale must be finite (got inf)"),
+            ({"key_padding_mask": PADDING.byte()}, "key_padding_mask must be bool with True for padding (got uint8)"),
+            ({"key_padding_mask": PADDING.mT}, "key_padding_mask must have shape [2, 3, 4] (got [2, 4, 3])"),
+        ],
+    ),
+    *bad(
+        "position_attention_partial_backward",
+        PARTIAL_BACKWARD,
+        [
+            ({"key": t(2, 32, 3, 4)}, "key must have 8 channels like query (got 32)"),
+            ({"grad_output": t(2, 6, 5, 7).double()}, "grad_output must be float32 like query (got float64)"),
+            (
+                {"grad_output": t(2, 6)},
+                "grad_output must have at least 3 dimensions, (batch, channels, *spatial) (got shape [2, 6])",
+            ),
+            ({"grad_output": t(1, 6, 5, 7)}, "grad_output must have batch size 2 like query (got 1)"),
+            ({"grad_output": t(2, 7, 5, 7)}, "grad_output must have 6 channels like value (got 7)"),
+            ({"grad_output": t(2, 6, 7, 5)}, "grad_output must have spatial size [5, 7] like query (got [7, 5])"),
+            ({"logsumexp": t(2, 5, 6)}, "logsumexp must have shape [2, 5, 7] (got [2, 5, 6])"),
+            ({"logsumexp": t(2, 5, 7).half()}, "logsumexp must be float32 for these inputs (got float16)"),
+            ({"logsumexp_low": t(2, 5, 7).double()}, "logsumexp_low must be float32 like logsumexp (got float64)"),
+            ({"logsumexp_low": t(2, 5)}, "logsumexp_low must have shape [2, 5, 7] like logsumexp (got [2, 5])"),
+            ({"delta": t(2, 5, 7).half()}, "delta must be float32 like logsumexp (got float16)"),
+            ({"delta": t(1, 5, 7)}, "delta must have shape [2, 5, 7] like logsumexp (got [1, 5, 7])"),
+            ({"scale": math.nan}, "scale must be finite (got nan)"),
+            ({"needs_input_grad": [True, True]}, "needs_input_grad must have 3 entries (got 2)"),
             ({"key_padding_mask": PADDING.mT}, "key_padding_mask must have shape [2, 3, 4] (got [2, 4, 3])"),
         ],
     ),
