@@ -102,8 +102,8 @@ def test_energy_as_exact_as_eager(backend, case, dtype):
     got, eager = (with_gradients(f, inputs, gradient) for f in functions)
     exact = with_gradients(functions[1], [t.double() for t in inputs], gradient.to(got[0].dtype))
     assert got[0].dtype == accumulation_dtype(dtype)
-    if key is None and backend.namespace is not None:
-        assert torch.equal(got[0], got[0].mT)
+    if key is None and (backend.name == "cpu" or backend.namespace is not None and dtype.itemsize == 2):
+        assert torch.equal(got[0], got[0].mT)  # by our kernels: cuBLAS computes the other products on CUDA
     compare(["energy", "grad_query", "grad_key"][: len(got)], got, eager, exact)
 
 
@@ -415,7 +415,7 @@ def test_the_same_bits_every_time(kernels, case, dtype):
     threads = torch.get_num_threads()
     first = run()
     try:
-        torch.set_num_threads(3)
+        torch.set_num_threads(3 if kernels.name == "cpu" else threads)  # the emulator's bmm is PyTorch's on the CPU
         second = run()
     finally:
         torch.set_num_threads(threads)
