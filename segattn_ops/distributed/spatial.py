@@ -59,8 +59,8 @@ def spatially_parallel(model: Model, mesh: DeviceMesh) -> Model:
     for name, module in model.named_modules():
         if isinstance(module, nn.SyncBatchNorm):
             raise NotImplementedError(
-                f"{_OP}: {name or 'the model'} is a SyncBatchNorm, which knows no parts of maps; use BatchNorm2d, whose "
-                "statistics are those of all ranks of the mesh"
+                f"{_OP}: {name or 'the model'} is a SyncBatchNorm, which knows no parts of maps; use BatchNorm2d, "
+                "whose statistics are those of all ranks of the mesh"
             )
     for hooks, with_kwargs in (
         (model._forward_pre_hooks, model._forward_pre_hooks_with_kwargs),
@@ -102,9 +102,7 @@ class _Enter(_Hook):
         described = describe(**{f"input {number}": t for number, t in enumerate(maps)})
         options = (("training", model.training), ("grad_enabled", torch.is_grad_enabled()))
         space, shapes = agree(_OP, self.mesh, described, options, _no_check)
-        parts = [
-            extents(_OP, space, [of_rank[number][2:] for of_rank in shapes]) for number in range(len(maps))
-        ]
+        parts = [extents(_OP, space, [of_rank[number][2:] for of_rank in shapes]) for number in range(len(maps))]
         lineage = Lineage(self.mesh, space, model)
         of_map = {id(t): lineage.add(p) for t, p in zip(maps, parts, strict=True)}
 
@@ -173,7 +171,7 @@ def reduce_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     for name, gradient in gradients.items():
         if is_dtensor(gradient):
-            raise TypeError(f"{op}: the gradient of {name} must be a plain tensor (got a DTensor); FSDP2 reduces its own")
+            raise TypeError(f"{op}: the gradient of {name} must not be a DTensor; FSDP2 reduces its own")
     device = next(iter(gradients.values())).device if gradients else torch.device(mesh.device_type)
     sizes = [0] + [g.numel() for g in gradients.values()]
     summary = torch.tensor([len(gradients), sum(sizes), sum(i * n for i, n in enumerate(sizes))], device=device)

@@ -23,7 +23,7 @@ def _check(name: str, *tensors: Any) -> None:
     for tensor in tensors:
         fits = isinstance(tensor, SpatialMap) and tensor.dims in ((-2, -1), (-1,))
         if not fits or len(own_shape(tensor)) != 2 + len(tensor.dims):
-            raise refusal(name, maps_in(*tensors), "its arguments must all be maps (B, channels, H, W), so it has no rule")
+            raise refusal(name, maps_in(*tensors), "its arguments must be maps (B, channels, H, W), so it has no rule")
 
 
 def _like(query: SpatialMap, made: Any) -> Any:
@@ -54,7 +54,8 @@ def _position_attention(
         _check("position_attention", query)
     if key_padding_mask is not None:
         if not (isinstance(key_padding_mask, SpatialMap) and key_padding_mask.dims == key.dims):
-            raise refusal("position_attention", [query, key, value], "its key_padding_mask must be one, so it has no rule")
+            why = "its key_padding_mask must be one, so it has no rule"
+            raise refusal("position_attention", [query, key, value], why)
         options["key_padding_mask"] = part_of(key_padding_mask)
     operands = part_of(query), part_of(key), part_of(value)
     return _like(query, position_attention(*operands, mesh=key.lineage.mesh, scale=scale, **options))

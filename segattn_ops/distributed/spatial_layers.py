@@ -390,11 +390,9 @@ def _neighbours(places: Sequence[float], length: int) -> list[tuple[int, int, fl
     return found
 
 
-def _blended(
-    rows: Tensor, dim: int, sources: Sequence[tuple[int, int, float]], ranges: Sequence[Range]
-) -> Tensor:
+def _blended(rows: Tensor, dim: int, sources: Sequence[tuple[int, int, float]], ranges: Sequence[Range]) -> Tensor:
     place = {index: at for at, index in enumerate(i for r in ranges for i in range(*r))}
-    low, high, weights = ([list(c) for c in zip(*sources, strict=True)] if sources else ([], [], []))  # type: ignore[misc]
+    low, high, weights = [list(c) for c in zip(*sources, strict=True)] if sources else ([], [], [])  # type: ignore[misc]
     if [place[i] for i in low] == list(range(rows.shape[dim])) and not any(weights):
         return rows
 

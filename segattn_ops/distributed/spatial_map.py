@@ -145,8 +145,8 @@ class SpatialMap(Tensor):
 
 def _no_gradient(_: Tensor) -> None:
     raise NotImplementedError(
-        "distributed.spatially_parallel: a torch.autograd.Function of the model took a feature map that is sharded over "
-        "the ranks; write it with functions of PyTorch"
+        "distributed.spatially_parallel: a torch.autograd.Function of the model took a feature map that is sharded "
+        "over the ranks; write it with functions of PyTorch"
     )
 
 

@@ -1,4 +1,4 @@
-"""Rules of functions that are the same at each position: pointwise ones, those along channels, and changes of layout."""
+"""Rules of functions that are the same at each position: pointwise ones, those along channels, changes of layout."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -25,8 +25,8 @@ from .spatial_map import (
 )
 from .spatial_rows import fetch, own_range
 
-_UNARY = """abs absolute acos acosh asin asinh atan atanh arctan ceil celu clamp clamp_max clamp_min clip cos cosh deg2rad
-digamma elu erf erfc erfinv exp exp2 expm1 expit fix floor frac gelu hardshrink hardsigmoid hardswish hardtanh isfinite
+_UNARY = """abs absolute acos acosh asin asinh atan atanh arctan ceil celu clamp clamp_max clamp_min clip cos cosh
+deg2rad digamma elu erf erfc erfinv exp exp2 expm1 expit fix floor frac gelu hardshrink hardsigmoid hardswish hardtanh isfinite
 isinf isnan isneginf isposinf leaky_relu lgamma log log10 log1p log2 logical_not logit logsigmoid mish nan_to_num neg
 negative positive rad2deg reciprocal relu relu6 round rsqrt selu sgn sigmoid sign signbit silu sin sinc sinh softplus
 softshrink softsign sqrt square tan tanh tanhshrink threshold trunc zeros_like ones_like empty_like full_like zero fill
@@ -59,9 +59,8 @@ def _named(names: str) -> list[Any]:
 
 def _special(names: str) -> list[Any]:
     methods = [f"__{name}__" for name in names.split()]
-    return [
-        getattr(place, method) for method in methods for place in (Tensor, torch._C.TensorBase) if hasattr(place, method)
-    ]
+    places = (Tensor, torch._C.TensorBase)
+    return [getattr(place, method) for method in methods for place in places if hasattr(place, method)]
 
 
 OWN_FUNCTIONS.update(getattr(Tensor, name) for name in _OWN.split() if hasattr(Tensor, name))
