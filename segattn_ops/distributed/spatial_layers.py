@@ -51,7 +51,8 @@ def _result(input: SpatialMap, local: Tensor, parts: Sequence[Parts]) -> Spatial
 def _empty(shape: Sequence[int], tensors: Sequence[Tensor | None]) -> Tensor:
     """A part without positions, computed from the tensors: backward, they get zeros, as on ranks that have some."""
     total: Any = sum(t.sum() for t in tensors if t is not None)
-    return (total * 0).expand(shape)
+    nothing: Tensor = (total * 0).expand(shape)
+    return nothing
 
 
 class _Windows:
@@ -119,7 +120,7 @@ def _size(ranges: Sequence[Range]) -> list[int]:
 def _conv2d(
     func: Any, input: Any, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
     dilation: Any = 1, groups: int = 1,
-) -> SpatialMap:  # fmt: skip
+) -> Any:  # fmt: skip
     """Output i belongs to the rank that holds the proportional part of the input."""
     _check("conv2d", input, weight, bias)
     if not input.is_sharded:
@@ -148,7 +149,7 @@ def _conv2d(
 def _conv_transpose2d(
     func: Any, input: Any, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
     output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
-) -> SpatialMap:  # fmt: skip
+) -> Any:  # fmt: skip
     """Input i reaches outputs i * stride - padding + dilation * j."""
     _check("conv_transpose2d", input, weight, bias)
     if not input.is_sharded:
@@ -185,7 +186,7 @@ def _conv_transpose2d(
 def _max_pool2d(
     func: Any, input: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
     ceil_mode: bool = False, return_indices: bool = False,
-) -> SpatialMap:  # fmt: skip
+) -> Any:  # fmt: skip
     if return_indices:
         raise refusal("max_pool2d with return_indices", maps_in(input))
     _check("max_pool2d", input)
@@ -212,7 +213,7 @@ def _check_padding(function: str, kernels: Sequence[int], paddings: Sequence[int
 def _avg_pool2d(
     func: Any, input: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
     count_include_pad: bool = True, divisor_override: int | None = None,
-) -> SpatialMap:  # fmt: skip
+) -> Any:  # fmt: skip
     _check("avg_pool2d", input)
     if not input.is_sharded:
         arguments = (input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
@@ -330,7 +331,7 @@ def _coordinates(
 def _interpolate(
     func: Any, input: Any, size: Any = None, scale_factor: Any = None, mode: str = "nearest",
     align_corners: bool | None = None, recompute_scale_factor: bool | None = None, antialias: bool = False,
-) -> SpatialMap:  # fmt: skip
+) -> Any:  # fmt: skip
     """Output rows belong to the ranks that hold the rows of another map of that height, or the proportional ones."""
     _check("interpolate", input)
     options = {"mode": mode, "align_corners": align_corners, "antialias": antialias}
@@ -392,7 +393,7 @@ def _neighbours(places: Sequence[float], length: int) -> list[tuple[int, int, fl
 
 def _blended(rows: Tensor, dim: int, sources: Sequence[tuple[int, int, float]], ranges: Sequence[Range]) -> Tensor:
     place = {index: at for at, index in enumerate(i for r in ranges for i in range(*r))}
-    low, high, weights = [list(c) for c in zip(*sources, strict=True)] if sources else ([], [], [])  # type: ignore[misc]
+    low, high, weights = [list(c) for c in zip(*sources, strict=True)] if sources else ([], [], [])
     if [place[i] for i in low] == list(range(rows.shape[dim])) and not any(weights):
         return rows
 
@@ -412,7 +413,7 @@ def _blended(rows: Tensor, dim: int, sources: Sequence[tuple[int, int, float]], 
 
 def _adaptive(
     name: str, func: Any, input: Any, output_size: Any, pooled: Callable[[SpatialMap, Sequence[int | None]], Tensor]
-) -> SpatialMap:
+) -> Any:
     _check(name, input)
     if not input.is_sharded:
         return on_replicated(func, (input, output_size), {})
@@ -460,7 +461,7 @@ def _own_cells(input: SpatialMap, sizes: Sequence[int | None]) -> list[list[tupl
 
 
 @handles(F.adaptive_avg_pool2d, torch._C._nn.adaptive_avg_pool2d)
-def _adaptive_avg_pool2d(func: Any, input: Any, output_size: Any) -> SpatialMap:
+def _adaptive_avg_pool2d(func: Any, input: Any, output_size: Any) -> Any:
     return _adaptive("adaptive_avg_pool2d", F.adaptive_avg_pool2d, input, output_size, _cell_means)
 
 
@@ -478,7 +479,7 @@ def _cell_means(input: SpatialMap, sizes: Sequence[int | None]) -> Tensor:
 
 
 @handles(F.adaptive_max_pool2d)
-def _adaptive_max_pool2d(func: Any, input: Any, output_size: Any, return_indices: bool = False) -> SpatialMap:
+def _adaptive_max_pool2d(func: Any, input: Any, output_size: Any, return_indices: bool = False) -> Any:
     if return_indices:
         raise refusal("adaptive_max_pool2d with return_indices", maps_in(input))
     return _adaptive("adaptive_max_pool2d", F.adaptive_max_pool2d, input, output_size, _cell_maxima)
@@ -565,7 +566,7 @@ def _amax(func: Any, input: Any, dim: Any = (), keepdim: bool = False) -> Any:
             shape = [1 if d - part.dim() in dims else n for d, n in enumerate(part.shape)]
             made = part.sum() * 0 + part.new_full(shape, -math.inf)
             return made if keep else made.squeeze(tuple(dims))
-        return torch.amax(part, dims, keep)
+        return torch.amax(part, tuple(dims), keep)
 
     if not input.is_sharded:
         return on_replicated(func, (input, dim, keepdim), {})
@@ -573,7 +574,7 @@ def _amax(func: Any, input: Any, dim: Any = (), keepdim: bool = False) -> Any:
 
 
 @handles(F.pixel_shuffle, torch.pixel_shuffle)
-def _pixel_shuffle(func: Any, input: Any, upscale_factor: int) -> SpatialMap:
+def _pixel_shuffle(func: Any, input: Any, upscale_factor: int) -> Any:
     _check("pixel_shuffle", input)
     if not input.is_sharded:
         return on_replicated(func, (input, upscale_factor), {})

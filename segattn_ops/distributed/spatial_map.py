@@ -87,7 +87,7 @@ class SpatialMap(Tensor):
         for dim, size in zip(dims, sizes if len(dims) == 2 else [sizes[0] * sizes[1]], strict=False):
             shape[dim] = size
         with torch._C.DisableTorchFunctionSubclass():
-            made: SpatialMap = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            made: SpatialMap = Tensor._make_wrapper_subclass(
                 cls, shape, dtype=local.dtype, device=local.device, layout=local.layout
             )
             made.local, made.lineage, made.parts, made.dims = local, lineage, parts, dims
@@ -100,7 +100,7 @@ class SpatialMap(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if self.local.requires_grad and not self.requires_grad:
                 self.requires_grad_()
-                self.register_hook(_no_gradient)
+                self.register_hook(_no_gradient)  # type: ignore[no-untyped-call]
 
     @property
     def is_sharded(self) -> bool:
@@ -135,7 +135,7 @@ class SpatialMap(Tensor):
         return on_replicated(func, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.aten.detach.default:  # torch.utils.checkpoint and hooks look at the map, not into it
@@ -153,7 +153,7 @@ def _no_gradient(_: Tensor) -> None:
 pytree.register_pytree_node(
     SpatialMap,
     lambda sharded: ([sharded.local], (sharded.lineage, sharded.parts, sharded.dims)),
-    lambda children, context: SpatialMap(children[0], *context) if isinstance(children[0], Tensor) else children[0],
+    lambda children, context: SpatialMap(local, *context) if isinstance(local := [*children][0], Tensor) else local,
 )
 
 

@@ -29,6 +29,7 @@ class _Standardize(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, dims: Sequence[int], counts: Sequence[int], eps: float, group: Group
     ) -> tuple[Tensor, Tensor, Tensor]:
+        dims = tuple(dims)
         shape = [1 if d in dims else n for d, n in enumerate(x.shape)]
         if counts[group.index] == 0:
             mean, squares = x.new_zeros(shape), x.new_zeros(shape)
@@ -93,7 +94,7 @@ def _affine(standard: Tensor, weight: Tensor | None, bias: Tensor | None, dtype:
 def _batch_norm(
     func: Any, input: Any, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
     bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
-) -> SpatialMap:  # fmt: skip
+) -> Any:  # fmt: skip
     _check("batch_norm", input, running_mean, running_var, weight, bias)
     if not input.is_sharded:
         return on_replicated(func, (input, running_mean, running_var, weight, bias, training, momentum, eps), {})
@@ -125,7 +126,7 @@ def _batch_norm(
 @handles(F.group_norm, torch.group_norm)
 def _group_norm(
     func: Any, input: Any, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
-) -> SpatialMap:
+) -> Any:
     _check("group_norm", input, weight, bias)
     if not input.is_sharded:
         return on_replicated(func, (input, num_groups, weight, bias, eps), {})
@@ -143,7 +144,7 @@ def _instance_norm(
     func: Any, input: Any, running_mean: Tensor | None = None, running_var: Tensor | None = None,
     weight: Tensor | None = None, bias: Tensor | None = None, use_input_stats: bool = True, momentum: float = 0.1,
     eps: float = 1e-5,
-) -> SpatialMap:  # fmt: skip
+) -> Any:  # fmt: skip
     if not use_input_stats:
         return _batch_norm(F.batch_norm, input, running_mean, running_var, weight, bias, False, momentum, eps)
     if running_mean is not None:

@@ -1,14 +1,14 @@
 """Rules of functions that are the same at each position: pointwise ones, those along channels, changes of layout."""
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .channel import _SumOverRanks
+from ._agreement import in_step
+from ._collectives import all_reduce
 from .spatial_map import (
     HANDLERS,
     OWN_FUNCTIONS,
@@ -26,9 +26,9 @@ from .spatial_map import (
 from .spatial_rows import fetch, own_range
 
 _UNARY = """abs absolute acos acosh asin asinh atan atanh arctan ceil celu clamp clamp_max clamp_min clip cos cosh
-deg2rad digamma elu erf erfc erfinv exp exp2 expm1 expit fix floor frac gelu hardshrink hardsigmoid hardswish hardtanh isfinite
-isinf isnan isneginf isposinf leaky_relu lgamma log log10 log1p log2 logical_not logit logsigmoid mish nan_to_num neg
-negative positive rad2deg reciprocal relu relu6 round rsqrt selu sgn sigmoid sign signbit silu sin sinc sinh softplus
+deg2rad digamma elu erf erfc erfinv exp exp2 expm1 expit fix floor frac gelu hardshrink hardsigmoid hardswish hardtanh
+isfinite isinf isnan isneginf isposinf leaky_relu lgamma log log10 log1p log2 logical_not logit logsigmoid mish nan_to_num
+neg negative positive rad2deg reciprocal relu relu6 round rsqrt selu sgn sigmoid sign signbit silu sin sinc sinh softplus
 softshrink softsign sqrt square tan tanh tanhshrink threshold trunc zeros_like ones_like empty_like full_like zero fill
 bitwise_not invert"""
 _BINARY = """add addcdiv addcmul atan2 bitwise_and bitwise_or bitwise_xor copysign div divide eq equal_ float_power
@@ -40,7 +40,7 @@ neg or pos pow radd rand rdiv rfloordiv rmod rmul ror rpow rsub rtruediv sub tru
 _AS_IS = """contiguous clone detach to type double float half bfloat16 int long bool cpu cuda requires_grad_ type_as
 detach_ to_dense"""
 _OWN = """size dim ndimension numel nelement is_floating_point is_complex is_signed is_contiguous stride element_size
-register_hook __hash__ __len__ get_device is_same_size storage_offset"""
+register_hook __hash__ __format__ __len__ get_device is_same_size storage_offset"""
 _OWN_PROPERTIES = """shape ndim dtype device layout requires_grad is_cuda is_cpu is_leaf is_sparse is_quantized is_meta
 is_mps is_xpu is_nested is_mkldnn names itemsize grad_fn _backward_hooks output_nr is_mkldnn"""
 
@@ -74,6 +74,8 @@ OWN_FUNCTIONS.add(torch.numel)
 @handles(*_named(_UNARY), *_named(_BINARY), *_special(_SPECIAL))
 def _pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
     maps = maps_in(*args, kwargs)
+    if name_of(func) == "where" and len(args) + len(kwargs) == 1:  # the indices of what is not 0
+        return on_replicated(func, args, kwargs)
     sharded = [m for m in maps if m.is_sharded]
     if not sharded:
         return on_replicated(func, args, kwargs)
@@ -138,7 +140,7 @@ def cut(func: Any, whole: Tensor, like: SpatialMap, dims: int) -> Tensor:
     return whole
 
 
-@handles(*_named(_AS_IS), Tensor.__deepcopy__, Tensor.requires_grad_)
+@handles(*_named(_AS_IS), Tensor.requires_grad_)
 def _as_is(func: Any, *args: Any, **kwargs: Any) -> Any:
     maps = maps_in(*args, kwargs)
     first = maps[0]
@@ -165,14 +167,21 @@ def _drop(func: Any, input: SpatialMap, shape: Sequence[int], p: float, training
     """Drops the same on each rank: the first one's draw."""
     if not training or p == 0:
         return input
-    local, group = part_of(input), input.lineage.space.whole
+    local = part_of(input)
     factors = func(torch.ones(shape, dtype=local.dtype, device=local.device), p, True)
-    drawn = factors if group.index == 0 else torch.zeros_like(factors)
-    factors = _SumOverRanks.apply(drawn, "distributed.spatially_parallel", group)
+    factors = _of_first_rank(factors, input)
     if inplace:
         local.mul_(factors)
         return input
     return input.with_local(local * factors)
+
+
+def _of_first_rank(drawn: Tensor, like: SpatialMap) -> Tensor:
+    group = like.lineage.space.whole
+    with in_step("distributed.spatially_parallel", group):
+        return all_reduce(
+            "distributed.spatially_parallel", group, drawn if group.index == 0 else torch.zeros_like(drawn)
+        )
 
 
 @handles(F.prelu, torch.prelu, Tensor.prelu)
@@ -191,14 +200,14 @@ def _dimension(map_: SpatialMap, dim: int, extra: int = 0) -> int:
     return dim if dim < 0 else dim - count
 
 
-def _along(names: str, position: int, default: int | None, change: str = "same") -> None:
+def _along(names: str, position: int, default: int | None, adds: bool = False) -> None:
     """Registers functions with an argument dim.
 
     Args:
         names: of the functions.
         position: of the argument.
         default: of it; None if it must be given.
-        change: what becomes of the dimension: "same" is kept, "removed", "reduced" is removed without keepdim, "added".
+        adds: whether the dimension is a new one; else it is kept or removed.
     """
 
     def rule(func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -210,8 +219,8 @@ def _along(names: str, position: int, default: int | None, change: str = "same")
         like = sharded[0]
         if not isinstance(given, int) or isinstance(given, bool):
             raise refusal(name_of(func), sharded, "it is not along channels, so it has no rule")
-        dim = _dimension(like, given, change == "added")
-        if dim in like.dims and change != "added":
+        dim = _dimension(like, given, adds)
+        if dim in like.dims and not adds:
             raise refusal(name_of(func), sharded, "it is along height or width, so it has no rule")
         aligned = {id(m): align(func, m, like) for m in sharded}
 
@@ -225,16 +234,17 @@ def _along(names: str, position: int, default: int | None, change: str = "same")
             return _spread(func, argument, like)
 
         args, kwargs = mapped(of, args), mapped(of, kwargs)
-        dims = like.dims
-        keepdim = kwargs.get("keepdim", args[position + 1] if len(args) > position + 1 else False)
-        if change == "removed" or (change == "reduced" and not keepdim):
-            dims = tuple(d + 1 if d < dim else d for d in dims)
-        elif change == "added":
-            dims = tuple(d - 1 if d <= dim else d for d in dims)
         kwargs = {k: dim if k in ("dim", "axis") else v for k, v in kwargs.items()}
         if len(args) > position:
             args = (*args[:position], dim, *args[position + 1 :])
-        return run_on([], lambda local: SpatialMap(local, like.lineage, like.parts, dims), func, args, kwargs)
+
+        def wrapped(local: Tensor) -> SpatialMap:
+            more = local.dim() - len(own_shape(like))
+            before = [d <= dim if adds else d < dim for d in like.dims]  # what stands there has another place
+            dims = tuple(d - more * b for d, b in zip(like.dims, before, strict=True))
+            return SpatialMap(local, like.lineage, like.parts, dims)
+
+        return run_on([], wrapped, func, args, kwargs)
 
     for name in names.split():
         for place in (torch, F, Tensor, torch.special, torch.linalg):
@@ -257,12 +267,13 @@ def _spread(func: Any, whole: Tensor, like: SpatialMap) -> Tensor:
     return whole
 
 
-_along("softmax log_softmax cumsum cumprod cat concat concatenate index_select glu logcumsumexp", 1, 0)
-_along("softmin normalize chunk split tensor_split narrow flip", 2, 1)
-_along("argmax argmin amax amin max min prod all any logsumexp std var median count_nonzero", 1, None, "reduced")
-_along("norm vector_norm topk", 2, None, "reduced")
-_along("unbind select squeeze", 1, 0, "removed")
-_along("unsqueeze stack", 1, 0, "added")
+_along("softmax log_softmax softmin cumsum cumprod logcumsumexp index_select squeeze", 1, None)
+_along("argmax argmin amin max min prod all any logsumexp std var median count_nonzero", 1, None)
+_along("cat concat concatenate unbind", 1, 0)
+_along("glu", 1, -1)
+_along("topk", 2, None)
+_along("unsqueeze", 1, None, adds=True)
+_along("stack", 1, 0, adds=True)
 
 
 def _chunks(func: Any, tensor: SpatialMap, sizes: Any, dim: int = 0) -> Any:
@@ -349,7 +360,8 @@ def _getitem(func: Any, input: Any, index: Any) -> Any:
     else:
         entries += rest
     spatial = [len(shape) + dim for dim in input.dims]
-    source, places = 0, []  # places in the result of the dimensions of the map
+    source = 0
+    places: list[int | None] = []  # places in the result of the dimensions of the map
     for place, entry in enumerate(entries):
         if entry is None:
             places.append(None)
@@ -372,7 +384,8 @@ def _permuted(input: SpatialMap, order: Sequence[int]) -> SpatialMap:
     count = len(own_shape(input))
     order = [d % count for d in order]
     dims = tuple(order.index(d % count) - count for d in input.dims)
-    return input.with_local(part_of(input).permute(order), dims)
+    local: Tensor = part_of(input).permute(order)
+    return input.with_local(local, dims)
 
 
 @handles(torch.permute, Tensor.permute)
@@ -484,17 +497,25 @@ def _expand(func: Any, input: Any, *sizes: Any) -> Any:
 
 
 @handles(Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full, Tensor.new_tensor)
-def _new(func: Any, input: SpatialMap, *args: Any, **kwargs: Any) -> Any:
-    return func(part_of(input), *args, **kwargs)
+def _new(func: Any, input: SpatialMap, *args: Any, **kwargs: Any) -> SpatialMap:
+    return input.replicated(func(part_of(input), *args, **kwargs))
+
+
+@handles(Tensor.bernoulli_, Tensor.uniform_, Tensor.normal_, Tensor.exponential_)
+def _drawn(func: Any, input: SpatialMap, *args: Any, **kwargs: Any) -> SpatialMap:
+    """The same on each rank where the tensor is."""
+    local = func(part_of(input), *args, **kwargs)
+    if not input.is_sharded:
+        local.copy_(_of_first_rank(local.detach(), input))
+    return input
+
+
+@handles(torch.rand_like, torch.randn_like, torch.bernoulli, Tensor.bernoulli)
+def _drawn_like(func: Any, input: SpatialMap, *args: Any, **kwargs: Any) -> SpatialMap:
+    local = func(part_of(input), *args, **kwargs)
+    return input.with_local(local if input.is_sharded else _of_first_rank(local, input))
 
 
 @handles(torch.broadcast_tensors)
 def _broadcast(func: Any, *tensors: Any) -> Any:
     raise refusal("broadcast_tensors", maps_in(*tensors))
-
-
-def bound(function: Callable[..., Any], args: Sequence[Any], kwargs: Any) -> dict[str, Any]:
-    """The arguments by name, with defaults."""
-    arguments = inspect.signature(function).bind(*args, **kwargs)
-    arguments.apply_defaults()
-    return dict(arguments.arguments)
