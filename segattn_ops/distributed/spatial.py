@@ -12,7 +12,7 @@ from ._agreement import agree, describe, in_step
 from ._collectives import all_reduce
 from ._tensors import is_dtensor
 from .criss_cross import extents
-from .spatial_map import Lineage, SpatialMap, mapped, maps_in, part_of
+from .spatial_map import Lineage, SpatialMap, mapped, maps_in, part_of, refuse_compilation
 
 # Rules register themselves.
 from . import spatial_attention, spatial_layers, spatial_norms, spatial_pointwise  # noqa: F401  isort: skip
@@ -87,11 +87,7 @@ class _Enter(_Hook):
     def __call__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                f"{_OP}: torch.compile cannot compile a spatially parallel model (call it without torch.compile; the "
-                "functions of segattn_ops.distributed and the attention blocks with mesh can be compiled)"
-            )
+        refuse_compilation()
         if maps_in(*args, kwargs):  # within another spatially parallel model
             return None
         tensors: list[Tensor] = []

@@ -48,11 +48,9 @@ def _result(input: SpatialMap, local: Tensor, parts: Sequence[Parts]) -> Spatial
     return SpatialMap(local, input.lineage, (parts[0], parts[1]), (-2, -1))
 
 
-def _empty(shape: Sequence[int], tensors: Sequence[Tensor | None]) -> Tensor:
-    """A part without positions, computed from the tensors: backward, they get zeros, as on ranks that have some."""
-    total: Any = sum(t.sum() for t in tensors if t is not None)
-    nothing: Tensor = (total * 0).expand(shape)
-    return nothing
+def _empty(shape: Sequence[int], part: Tensor) -> Tensor:
+    """A result without positions, in the graph behind the part."""
+    return (part.sum() * 0).expand(shape)
 
 
 class _Windows:
@@ -87,7 +85,7 @@ def _windowed(
     function: str, input: SpatialMap, windows: Sequence[_Windows], counts: Sequence[int], fill: float
 ) -> tuple[Tensor, tuple[Parts, Parts], tuple[Range, Range]]:
     """What this rank's outputs read, filled up beyond the borders of the map; the parts of the outputs, and those of
-    this rank. Without outputs: of any size."""
+    this rank. Without outputs: what one would read, since PyTorch's layers refuse to have none."""
     local, lineage = part_of(input), input.lineage
     parts, own, around = [], [], []
     for axis, (window, count) in enumerate(zip(windows, counts, strict=True)):
@@ -102,8 +100,9 @@ def _windowed(
         total, index = sum(held), lineage.index(axis)
         wanted = [[_within(r, total)] for r in ranges]
         local = fetch(local, 2 + axis, lineage.group(axis), held, wanted)
-        before = min(max(-ranges[index][0], 0), ranges[index][1] - ranges[index][0])
-        behind = ranges[index][1] - ranges[index][0] - before - local.shape[2 + axis]
+        start, stop = ranges[index]
+        before = min(max(-start, 0), stop - start)
+        behind = max(stop - start, window.reach) - before - local.shape[2 + axis]
         around.append((before, behind))
         parts.append(made)
         own.append(own_range(made, index))
@@ -112,8 +111,12 @@ def _windowed(
     return local, (parts[0], parts[1]), (own[0], own[1])
 
 
-def _size(ranges: Sequence[Range]) -> list[int]:
-    return [stop - start for start, stop in ranges]
+def _without(made: Tensor, own: Sequence[Range]) -> Tensor:
+    """The outputs of this rank, perhaps none."""
+    for dim, (start, stop) in enumerate(own, 2):
+        if start == stop:
+            made = made.narrow(dim, 0, 0)
+    return made
 
 
 @handles(F.conv2d, torch.conv2d)
@@ -137,12 +140,8 @@ def _conv2d(
     windows = [_Windows(k, s, p, d) for k, s, p, d in zip(weight.shape[2:], strides, before, dilations, strict=True)]
     counts = [w.count(size, behind) for w, size, behind in zip(windows, own_shape(input)[2:], after, strict=True)]
     local, parts, own = _windowed("conv2d", input, windows, counts, 0.0)
-    size = _size(own)
-    if 0 in size:
-        made = _empty((local.shape[0], weight.shape[0], *size), (local, weight, bias))
-    else:
-        made = F.conv2d(local, weight, bias, strides, 0, dilations, groups)
-    return _result(input, made, parts)
+    made = F.conv2d(local, weight, bias, strides, 0, dilations, groups)
+    return _result(input, _without(made, own), parts)
 
 
 @handles(F.conv_transpose2d, torch.conv_transpose2d)
@@ -169,13 +168,12 @@ def _conv_transpose2d(
         index = lineage.index(axis)
         local = fetch(local, 2 + axis, lineage.group(axis), held, wanted)
         start, stop = own_range(made, index)
-        crops.append((start - wanted[index][0][0] * s + p, stop - start))
+        crops.append((start - wanted[index][0][0] * s + p if stop > start else 0, stop - start))
         added.append(max(e, s - 1 - reach))
         parts.append(made)
-    size = [length for _, length in crops]
-    if 0 in size:
-        shape = (local.shape[0], weight.shape[1] * groups, *size)
-        return _result(input, _empty(shape, (local, weight, bias)), parts)
+    none = [int(n == 0) for n in local.shape[2:]]
+    if any(none):  # the part has no positions
+        local = F.pad(local, (0, none[1], 0, none[0]))
     whole = F.conv_transpose2d(local, weight, bias, strides, 0, tuple(added), groups, dilations)
     for axis, (start, length) in enumerate(crops):
         whole = whole.narrow(2 + axis, start, length)
@@ -198,10 +196,7 @@ def _max_pool2d(
     windows = [_Windows(*w) for w in zip(kernels, strides, paddings, dilations, strict=True)]
     counts = [w.count(size, None, ceil_mode) for w, size in zip(windows, own_shape(input)[2:], strict=True)]
     local, parts, own = _windowed("max_pool2d", input, windows, counts, -math.inf)
-    size = _size(own)
-    if 0 in size:
-        return _result(input, _empty((*local.shape[:2], *size), (local,)), parts)
-    return _result(input, F.max_pool2d(local, kernels, strides, 0, dilations), parts)
+    return _result(input, _without(F.max_pool2d(local, kernels, strides, 0, dilations), own), parts)
 
 
 def _check_padding(function: str, kernels: Sequence[int], paddings: Sequence[int]) -> None:
@@ -225,23 +220,20 @@ def _avg_pool2d(
     lengths = own_shape(input)[2:]
     counts = [w.count(size, None, ceil_mode) for w, size in zip(windows, lengths, strict=True)]
     local, parts, own = _windowed("avg_pool2d", input, windows, counts, 0.0)
-    size = _size(own)
-    if 0 in size:
-        return _result(input, _empty((*local.shape[:2], *size), (local,)), parts)
     if divisor_override is not None:
-        return _result(input, F.avg_pool2d(local, kernels, strides, 0, divisor_override=divisor_override), parts)
+        pooled = F.avg_pool2d(local, kernels, strides, 0, divisor_override=divisor_override)
+        return _result(input, _without(pooled, own), parts)
     divisors = []
     for window, padding, length, outputs in zip(windows, paddings, lengths, own, strict=True):
         first, last = (-padding, length + padding) if count_include_pad else (0, length)
         reads = [window.inputs((i, i + 1)) for i in range(*outputs)]
         divisors.append([min(stop, last) - max(start, first) for start, stop in reads])
-    dtype = accumulation_dtype(local.dtype)
-    rows, columns = (torch.tensor(d, dtype=dtype, device=local.device) for d in divisors)
-    full = kernels[0] * kernels[1]
     if all(d == [k] * len(d) for d, k in zip(divisors, kernels, strict=True)):
-        return _result(input, F.avg_pool2d(local, kernels, strides, 0, divisor_override=full), parts)
-    mean = F.avg_pool2d(local.to(dtype), kernels, strides, 0, divisor_override=1) / (rows[:, None] * columns)
-    return _result(input, mean.to(local.dtype), parts)
+        return _result(input, _without(F.avg_pool2d(local, kernels, strides, 0), own), parts)
+    dtype = accumulation_dtype(local.dtype)
+    sums = _without(F.avg_pool2d(local.to(dtype), kernels, strides, 0, divisor_override=1), own)
+    rows, columns = (torch.tensor(d, dtype=dtype, device=local.device) for d in divisors)
+    return _result(input, (sums / (rows[:, None] * columns)).to(local.dtype), parts)
 
 
 @handles(F.pad, torch._C._nn.pad)
@@ -436,7 +428,7 @@ def _local_adaptive(func: Any, local: Tensor, sizes: Sequence[int | None]) -> Te
     if sizes[1] is None:
         return local
     if height == 0:
-        return _empty((*local.shape[:3], sizes[1]), (local,))
+        return _empty((*local.shape[:3], sizes[1]), local)
     made: Tensor = func(local, (height, sizes[1]))
     return made
 
@@ -587,5 +579,5 @@ def _pixel_shuffle(func: Any, input: Any, upscale_factor: int) -> Any:
         parts.append(made)
     if local.numel() == 0:
         size = [n * upscale_factor for n in local.shape[2:]]
-        return _result(input, _empty((local.shape[0], local.shape[1] // upscale_factor**2, *size), (local,)), parts)
+        return _result(input, _empty((local.shape[0], local.shape[1] // upscale_factor**2, *size), local), parts)
     return _result(input, F.pixel_shuffle(local, upscale_factor), parts)

@@ -8,6 +8,7 @@ any other is refused, so that no function can take a part for the whole. Autogra
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,6 +64,7 @@ class Lineage:
         return known[size]
 
 
+@dataclass(init=False, repr=False, eq=False)  # FSDP2 puts its hooks on the tensors in a dataclass: on the part
 class SpatialMap(Tensor):
     """
     Attributes:
@@ -126,6 +128,7 @@ class SpatialMap(Tensor):
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        refuse_compilation()
         if func in OWN_FUNCTIONS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -143,6 +146,18 @@ class SpatialMap(Tensor):
         raise refusal(str(func), [a for a in args if isinstance(a, SpatialMap)])
 
 
+def refuse_compilation() -> None:
+    """
+    Raises:
+        RuntimeError: within torch.compile, also where it fell back to eager mode.
+    """
+    if torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False):
+        raise RuntimeError(
+            "distributed.spatially_parallel: torch.compile cannot compile a spatially parallel model; call it without "
+            "(attention blocks with mesh, and the functions of segattn_ops.distributed, can be compiled)"
+        )
+
+
 def _no_gradient(_: Tensor) -> None:
     raise NotImplementedError(
         "distributed.spatially_parallel: a torch.autograd.Function of the model took a feature map that is sharded "
@@ -155,6 +170,16 @@ pytree.register_pytree_node(
     lambda sharded: ([sharded.local], (sharded.lineage, sharded.parts, sharded.dims)),
     lambda children, context: SpatialMap(local, *context) if isinstance(local := [*children][0], Tensor) else local,
 )
+
+
+def _requires_grad(func: Any, sharded: SpatialMap) -> bool:
+    if sys._getframe(2).f_globals.get("__name__", "").startswith("torch.distributed.fsdp"):
+        return False  # it shall look into the dataclass
+    with torch._C.DisableTorchFunctionSubclass():
+        return sharded.requires_grad
+
+
+HANDLERS[Tensor.requires_grad.__get__] = _requires_grad  # type: ignore[attr-defined]
 
 
 def own_shape(sharded: Tensor) -> torch.Size:

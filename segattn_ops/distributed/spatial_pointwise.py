@@ -27,10 +27,10 @@ from .spatial_rows import fetch, own_range
 
 _UNARY = """abs absolute acos acosh asin asinh atan atanh arctan ceil celu clamp clamp_max clamp_min clip cos cosh
 deg2rad digamma elu erf erfc erfinv exp exp2 expm1 expit fix floor frac gelu hardshrink hardsigmoid hardswish hardtanh
-isfinite isinf isnan isneginf isposinf leaky_relu lgamma log log10 log1p log2 logical_not logit logsigmoid mish nan_to_num
-neg negative positive rad2deg reciprocal relu relu6 round rsqrt selu sgn sigmoid sign signbit silu sin sinc sinh softplus
-softshrink softsign sqrt square tan tanh tanhshrink threshold trunc zeros_like ones_like empty_like full_like zero fill
-bitwise_not invert"""
+isfinite isinf isnan isneginf isposinf leaky_relu lgamma log log10 log1p log2 logical_not logit logsigmoid mish
+nan_to_num neg negative positive rad2deg reciprocal relu relu6 round rsqrt selu sgn sigmoid sign signbit silu sin sinc
+sinh softplus softshrink softsign sqrt square tan tanh tanhshrink threshold trunc zeros_like ones_like empty_like
+full_like zero fill bitwise_not"""
 _BINARY = """add addcdiv addcmul atan2 bitwise_and bitwise_or bitwise_xor copysign div divide eq equal_ float_power
 floor_divide fmax fmin fmod ge greater greater_equal gt hypot le lerp less less_equal logaddexp logical_and logical_or
 logical_xor lt masked_fill maximum minimum mul multiply ne not_equal pow remainder rsub sub subtract true_divide where
@@ -41,7 +41,7 @@ _AS_IS = """contiguous clone detach to type double float half bfloat16 int long 
 detach_ to_dense"""
 _OWN = """size dim ndimension numel nelement is_floating_point is_complex is_signed is_contiguous stride element_size
 register_hook __hash__ __format__ __len__ get_device is_same_size storage_offset"""
-_OWN_PROPERTIES = """shape ndim dtype device layout requires_grad is_cuda is_cpu is_leaf is_sparse is_quantized is_meta
+_OWN_PROPERTIES = """shape ndim dtype device layout is_cuda is_cpu is_leaf is_sparse is_quantized is_meta
 is_mps is_xpu is_nested is_mkldnn names itemsize grad_fn _backward_hooks output_nr is_mkldnn"""
 
 
@@ -432,7 +432,8 @@ def _reshaped(func: Any, input: SpatialMap, shape: Sequence[int]) -> SpatialMap:
     if dims is None:
         raise refusal(name_of(func), [input], f"a reshape to {new} mixes its positions with others, so it has no rule")
     leading = new[: len(new) - len(tail)]
-    return input.with_local(local.reshape(*leading, *tail), dims)
+    reshaped: Tensor = local.reshape(*leading, *tail)
+    return input.with_local(reshaped, dims)
 
 
 def own_shape_of(input: SpatialMap) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import nn
 from torch.fx import Proxy
+from torch.nn.functional import pad
 from torch.overrides import has_torch_function
 
 if TYPE_CHECKING:
@@ -96,6 +97,17 @@ def is_pointwise(layer: nn.Module) -> bool:
         and layer.stride == (1, 1)
         and layer.padding in ((0, 0), "valid", "same")
     )
+
+
+def of_part(layer: nn.Module, part: torch.Tensor) -> torch.Tensor:
+    """A pointwise layer of a rank's part of a feature map, which may have no positions: PyTorch's convolutions refuse
+    it."""
+    height, width = part.shape[2:]
+    if height > 0 and width > 0:
+        projected: torch.Tensor = layer(part)
+    else:
+        projected = layer(pad(part, (0, int(width == 0), 0, int(height == 0))))[:, :, :height, :width]
+    return projected
 
 
 class _Shared:

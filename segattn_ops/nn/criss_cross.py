@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.criss_cross import criss_cross_attention
-from ._checks import ScalarShapes, feature_map, finite_float, positive_int, reduced_channels
+from ._checks import ScalarShapes, feature_map, finite_float, of_part, positive_int, reduced_channels
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -57,13 +57,15 @@ class CrissCrossAttention(ScalarShapes):
 
     def _attend(self, x: Tensor) -> Tensor:
         """One pass: x (B, C, H, W) -> (B, C, H, W)."""
-        mesh = self._mesh_for(x, self.query_conv, self.key_conv, self.value_conv)
-        query, key, value = self.query_conv(x), self.key_conv(x), self.value_conv(x)
+        projections = self.query_conv, self.key_conv, self.value_conv
+        mesh = self._mesh_for(x, *projections)
         if mesh is None:
+            query, key, value = (project(x) for project in projections)
             attended = criss_cross_attention(query, key, value, self.scale)
         else:
             from .. import distributed
 
+            query, key, value = (of_part(project, x) for project in projections)
             attended = distributed.criss_cross_attention(query, key, value, mesh=mesh, scale=self.scale)
         return self.gamma * attended + x
 

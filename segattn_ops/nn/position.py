@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.position import position_attention
-from ._checks import ScalarShapes, feature_map, finite_float, positive_int, reduced_channels
+from ._checks import ScalarShapes, feature_map, finite_float, of_part, positive_int, reduced_channels
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -57,13 +57,15 @@ class PositionAttention(ScalarShapes):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> gamma * attention + x, of the same shape."""
         feature_map("PositionAttention", "input", x, self.in_channels)
-        mesh = self._mesh_for(x, self.query_conv, self.key_conv, self.value_conv)
-        query, key, value = self.query_conv(x), self.key_conv(x), self.value_conv(x)
+        projections = self.query_conv, self.key_conv, self.value_conv
+        mesh = self._mesh_for(x, *projections)
         if mesh is None:
+            query, key, value = (project(x) for project in projections)
             attended = position_attention(query, key, value, self.scale)
         else:
             from .. import distributed
 
+            query, key, value = (of_part(project, x) for project in projections)
             attended = distributed.position_attention(query, key, value, mesh=mesh, scale=self.scale)
         return self.gamma * attended + x
 
