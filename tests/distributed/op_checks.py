@@ -399,6 +399,19 @@ def a_mesh_of_one(mesh: DeviceMesh) -> None:
         torch.testing.assert_close(got, OPS[name].whole(*inputs), rtol=0, atol=1e-13)
 
 
+def a_plane_beside_replicas(mesh: DeviceMesh) -> None:
+    """Two replicas, each on a mesh of two dimensions, which needs a process group of its own."""
+    dims = ("data", "height", "width")
+    plane = DeviceMesh("cpu", torch.arange(4).reshape(2, 1, 2), mesh_dim_names=dims)["height", "width"]
+    inputs = drawn(6, 6, 10, seed=dist.get_rank() // 2)
+    parts = [t.split(WIDTHS[2], 3)[dist.get_rank() % 2].contiguous() for t in inputs]
+    for name in ("position, ring", "criss-cross", "channel"):
+        operands = (inputs[0], inputs[1], inputs[1]) if name == "channel" else inputs
+        got = OPS[name].parts(*((parts[0], parts[1], parts[1]) if name == "channel" else parts), mesh=plane)
+        expected = OPS[name].whole(*operands).split(WIDTHS[2], 3)[dist.get_rank() % 2]
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
 def checks(shape: Sequence[int]) -> dict[str, Check]:
     found: dict[str, Check] = {}
     for name in OPS:
@@ -431,10 +444,13 @@ def checks(shape: Sequence[int]) -> dict[str, Check]:
         a_mesh_of_one,
     ):
         found[check.__name__.replace("_", " ")] = check
-    for name in ("position, ring", "position, gather", "criss-cross", "channel"):
-        found[f"{name}, compiled"] = functools.partial(compiled, name, "aot_eager")
     if tuple(shape) == (2,):
-        found["criss-cross, inductor"] = functools.partial(compiled, "criss-cross", "inductor")
+        for name in ("position, ring", "position, gather", "channel"):
+            found[f"{name}, compiled"] = functools.partial(compiled, name, "aot_eager")
+        found["channel, inductor"] = functools.partial(compiled, "channel", "inductor")
+    if tuple(shape) == (2, 2):
+        found["a plane beside replicas"] = a_plane_beside_replicas
+        found["criss-cross, compiled"] = functools.partial(compiled, "criss-cross", "aot_eager")
     return found
 
 
