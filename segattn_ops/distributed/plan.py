@@ -433,44 +433,49 @@ def _position_moments(layout: Layout, rank: int) -> tuple[list[_Moment], list[_M
         forward = [((ranks + 1) * keys, 0), (ranks * keys, every), (0, every + part)]
         backward = [(messages, computed + statistic) for messages, computed in forward[:2]]
         backward.append((0, every + query + every_gradient + statistic))
-        backward.append((every_gradient + ranks * own, every_gradient + query + own + statistic))
+        backward.append((every_gradient + ranks * own, every_gradient + query + statistic))
         return forward, backward
-    # A shard is held, sent and received at once from the second step on; in the last step it is only held.
-    in_flight = 3 * keys if ranks > 2 else 2 * keys
-    forward = [(2 * keys, part), (in_flight if ranks > 2 else keys, merging)]
-    # The gradients of the shard before arrive, were sent, and are added to those of this one, which leave.
-    held = 3 * keys if ranks > 2 else keys
-    backward = [(held + 4 * gradients, 2 * gradients + 2 * query + statistic)]
-    return forward, backward
+    # A shard is held, sent and received at once; the first one is among the operands, the last one is only held.
+    if ranks == 2:
+        forward = [(2 * keys, part), (keys, merging)]
+        backward = [(2 * keys + 2 * gradients, gradients + query), (keys + 2 * gradients, gradients + 2 * query)]
+    else:
+        forward = [(3 * keys, merging)]
+        backward = [(3 * keys + 2 * gradients, gradients + 2 * query)]
+    return forward, [(messages, computed + statistic) for messages, computed in backward]
 
 
 def _criss_cross_moments(layout: Layout, rank: int) -> tuple[list[_Moment], list[_Moment]]:
-    """See `_position_moments`. The buffers of both exchanges to lines are held until the end of the pass."""
+    """See `_position_moments`."""
     positions = layout.part(rank)
     directions = _directions(layout, rank)
-    sharded = [d for d in directions if d.is_sharded]
     part, own_gradients = _partial(layout, positions), _gradients(layout, positions)
     statistic = _bytes(layout, positions, accumulation_dtype(layout.dtype), 1)
     operands, incoming = _operands(layout, positions), _incoming(layout, positions)
-    messages = sum(operands + _operands(layout, d.whole) for d in sharded)
-    messages_back = sum(incoming + _incoming(layout, d.whole) for d in sharded)
+    to_lines = [operands + _operands(layout, d.whole) if d.is_sharded else 0 for d in directions]
+    to_lines_back = [incoming + _incoming(layout, d.whole) if d.is_sharded else 0 for d in directions]
     forward: list[_Moment] = []
     backward: list[_Moment] = []
-    whole = done = 0  # bytes of whole lines; directions done
-    for direction in directions:
-        results, found = done * part, min(done, 1) * own_gradients + statistic
+    whole = 0  # of lines, in bytes
+    for index, direction in enumerate(directions):
+        results, found = index * part, index * own_gradients + statistic
+        under_way, under_way_back = sum(to_lines[index:]), sum(to_lines_back[index:])
+        later, later_back = under_way - to_lines[index], under_way_back - to_lines_back[index]
         if direction.is_sharded:
             lines, in_lines = _partial(layout, direction.whole), _gradients(layout, direction.whole)
+            received = _incoming(layout, direction.whole)
             whole += _operands(layout, direction.whole)
-            forward.append((messages, whole + results + lines))
-            forward.append((messages + lines + part, whole + results + lines + part))
-            backward.append((messages_back, found + _incoming(layout, direction.whole) + in_lines))
-            backward.append((messages_back + in_lines + own_gradients, found + in_lines + own_gradients))
+            forward.append((under_way, whole + results))
+            forward.append((later + lines + part, whole + results + lines))
+            forward.append((later + part, whole + results + lines + part))
+            backward.append((under_way_back, found + received))
+            backward.append((later_back, found + received + in_lines))
+            backward.append((later_back + in_lines + own_gradients, found + received + in_lines))
+            backward.append((later_back + own_gradients, found + received + in_lines + own_gradients))
         else:
-            forward.append((messages, whole + results + part))
-            backward.append((messages_back, found + own_gradients))
-        done += 1
-    forward.append((messages, whole + 2 * part + _STATISTICS * statistic))
+            forward.append((later, whole + results + part))
+            backward.append((later_back, found + own_gradients))
+    forward.append((0, whole + 2 * part + _STATISTICS * statistic))
     return forward, backward
 
 
@@ -491,7 +496,7 @@ class Passes:
 
 def flop(layout: Layout, rank: int) -> Passes:
     """Two for a multiply-add, as the operators count them; without those of merging."""
-    found = [of_part for of_part in _flop_of_parts(layout, rank)]
+    found = list(_flop_of_parts(layout, rank))
     return Passes(sum(f.forward for f in found), sum(f.backward for f in found))
 
 
@@ -511,8 +516,7 @@ def _flop_of_parts(layout: Layout, rank: int) -> Iterator[Passes]:
             ("criss_cross_rows", (_rows(layout, rank), width)),
             ("criss_cross_columns", (height, _columns(layout, rank))),
         ):
-            key, value = (batch, key_channels, *size), (batch, channels, *size)
-            yield _operator_flop(name, key, key, value)
+            yield _operator_flop(name, *[(batch, c, *size) for c in (key_channels, key_channels, channels)])
 
 
 def _operator_flop(name: str, *shapes: Sequence[int]) -> Passes:
@@ -521,9 +525,12 @@ def _operator_flop(name: str, *shapes: Sequence[int]) -> Passes:
 
 
 def seconds(layout: Layout, rank: int, on: Machine) -> Passes:
-    """A lower bound of the time of a rank. What the code overlaps takes the longer of both: the steps of a ring with the
-    next shard on its way, the rows of criss-cross attention with the columns on theirs. The ranks' agreement is not
-    overlapped. A message costs the latency: R - 1 in an exchange, 2 log2 R in a sum."""
+    """A lower bound of the time of a rank.
+
+    What the code overlaps takes the longer of both: the steps of a ring with the next shard on its way, the rows of
+    criss-cross attention with the columns on theirs. The ranks' agreement is not overlapped. A message costs the
+    latency: R - 1 in an exchange, 2 log2 R in a sum.
+    """
     rate = on.flops[str(layout.dtype).removeprefix("torch.")]
     computed = [Passes(f.forward / rate, f.backward / rate) for f in _flop_of_parts(layout, rank)]
     others = layout.ranks - 1
@@ -646,6 +653,8 @@ class Plan:
         height, width, channels, key_channels, batch, ranks, dtype: as given.
         machine: the rates.
         estimates: of all layouts, those of an op from the best to the worst: first those that fit, then by time.
+        enough_ranks: for an op of which no layout fits, the least power of two of ranks of which one does; None if that
+            is more than 65536.
     """
 
     height: int
@@ -657,6 +666,7 @@ class Plan:
     dtype: str
     machine: Machine
     estimates: tuple[Estimate, ...]
+    enough_ranks: dict[str, int | None]
 
     def best(self, op: str) -> Estimate:
         """Of the layouts of an op."""
@@ -670,20 +680,20 @@ class Plan:
         """Why the best layout is the best."""
         of_op = [e for e in self.estimates if e.op == op]
         best, fitting = of_op[0], [e for e in of_op if e.fits]
-        limit = self.machine.memory
+        limit = "" if self.machine.memory is None else f"{self.machine.memory / 2**30:.3g} GiB"
         if not fitting:
-            assert limit is not None
-            need = f"needs {best.memory.peak / 2**30:.2f} GiB of {limit / 2**30:.1f}"
-            return f"no layout fits; the smallest {need}"
-        fits = "memory is not limited" if limit is None else f"fits in {limit / 2**30:.1f} GiB"
-        kinds = len({e.costs() for e in fitting})
-        if kinds == 1:
-            return fits if len(of_op) == len(fitting) else f"the only layout that {fits}"
-        other = min((e for e in fitting if e.costs() != best.costs()), key=lambda e: e.seconds.total)
+            enough = self.enough_ranks[op]
+            found = "65536 ranks are not enough" if enough is None else f"{enough} ranks are enough"
+            return f"no layout fits in {limit}: the smallest needs {best.memory.peak / 2**30:.3g} GiB; {found}"
+        fits = f"fits in {limit}" if limit else "memory is not limited"
+        kinds = {e.costs(): e for e in fitting}.values()
+        if len(kinds) == 1:
+            return fits if len(of_op) == len(fitting) else f"the only one that {fits}"
+        other = min((e for e in kinds if e.costs() != best.costs()), key=lambda e: e.seconds.total)
         ratio = other.seconds.total / best.seconds.total
         if ratio < 1.01:
-            return f"{fits}; of the fastest, which differ by less than 1%, that of least memory"
-        return f"{fits}, the fastest; the next takes {ratio:.2f} times as long"
+            return f"{fits}; least memory of those within 1% of the fastest"
+        return f"{fits}; the fastest, the next takes {ratio:.2f} times as long"
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -765,7 +775,30 @@ def plan(
         str(found).removeprefix("torch."),
         on,
         tuple(estimates),
+        {
+            e.op: _enough_ranks(e.op, height, width, channels, key_channels, found, batch, on.memory)
+            for e in estimates
+            if not e.fits and e == next(first for first in estimates if first.op == e.op)
+        },
     )
+
+
+def _enough_ranks(
+    op: str,
+    height: int,
+    width: int,
+    channels: int,
+    key_channels: int,
+    dtype: torch.dtype,
+    batch: int,
+    limit: int | None,
+) -> int | None:
+    for ranks in [1 << exponent for exponent in range(17)]:
+        for mesh in meshes(ranks):
+            layout = even_layout(op, "ring", mesh, height, width, channels, key_channels, dtype, batch)
+            if limit is None or memory(layout, 0).peak <= limit:  # no rank has a larger part
+                return ranks
+    return None
 
 
 def _ordered(estimates: Sequence[Estimate]) -> list[Estimate]:

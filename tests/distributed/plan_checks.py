@@ -1,7 +1,8 @@
-"""Checks of the plan against what the ops do: ``python -m tests.distributed.plan_checks 3`` or ``2x2`` (see
-processes.py)."""
+"""Checks of the plan against what the ops do: ``python -m tests.distributed.plan_checks 3`` (see processes.py). With
+``weak`` it prints the memory of a rank for a map that grows with the number of ranks."""
 
-import functools
+import json
+import math
 import sys
 import weakref
 from collections.abc import Callable, Sequence
@@ -10,21 +11,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from segattn_ops import distributed
 from segattn_ops.distributed import plan
 
-from .processes import Check, main
+from .processes import Check, fork, main
 
 DTYPES = (torch.float32, torch.bfloat16)
 METHODS = {"position": ("ring", "gather"), "criss_cross": ("",), "channel": ("",)}
 CASES = [(op, method) for op in METHODS for method in METHODS[op]]
 # The parts of a dimension of the mesh, by its size: uneven, one of them empty.
 UNEVEN = {1: (5,), 2: (4, 1), 3: (3, 0, 2), 4: (1, 4, 0, 3)}
-TOLERANCE = 0.03  # of the memory
+TOLERANCE = 0.02  # of the memory: vectors of a number a position are estimated
+RUNS = 3
 
 
 class PeakMemory(TorchDispatchMode):
@@ -35,12 +37,12 @@ class PeakMemory(TorchDispatchMode):
         self.current = self.peak = 0
         self._known: set[int] = set()
         for tensor in tensors:
-            self._add(tensor)
+            self.add(tensor)
 
     def reset(self) -> None:
         self.peak = self.current
 
-    def _add(self, tensor: Tensor) -> None:
+    def add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage._cdata not in self._known:
             self._known.add(storage._cdata)
@@ -56,7 +58,7 @@ class PeakMemory(TorchDispatchMode):
         results = func(*args, **(kwargs or {}))
         for result in tree_leaves(results):
             if isinstance(result, Tensor) and result.device.type == "cpu":
-                self._add(result)
+                self.add(result)
         return results
 
 
@@ -93,38 +95,72 @@ def bytes_sent(op: str, method: str, dtype: torch.dtype, mesh: DeviceMesh) -> No
         assert backward.bytes == expected.backward, (backward, expected)
 
 
-def peak(layout: plan.Layout, mesh: DeviceMesh) -> tuple[int, int]:
-    """Of the forward and the backward."""
+def peaks(layout: plan.Layout, mesh: DeviceMesh) -> tuple[int, int]:
+    """Of the forward and of the backward. The least of some runs: gloo's threads release a message a moment after it
+    arrived."""
+    found = [_peaks(layout, mesh) for _ in range(RUNS)]
+    return min(forward for forward, _ in found), min(backward for _, backward in found)
+
+
+def _peaks(layout: plan.Layout, mesh: DeviceMesh) -> tuple[int, int]:
     operands = operands_of(layout, dist.get_rank())
     gradient = torch.ones(layout.batch, layout.channels, *operands[0].shape[2:], dtype=layout.dtype)
     with PeakMemory(operands) as memory:
         output = attend(layout, operands, mesh)
         forward = memory.peak
-        memory._add(gradient)
+        memory.add(gradient)
         memory.reset()
         output.backward(gradient)
     return forward, memory.peak
 
 
 def peak_memory(op: str, method: str, dtype: torch.dtype, mesh: DeviceMesh) -> None:
-    shape = tuple(mesh.shape)
-    layout = plan.even_layout(op, method, shape, 48, 48, 64, 16, dtype)
-    expected = plan.memory(layout, dist.get_rank())
-    got = peak(layout, mesh)
-    print(shape, op, method, dtype, got, (expected.forward, expected.backward), [round(g/e,3) for g,e in zip(got,(expected.forward, expected.backward))], file=sys.stderr)
-    for measured, planned in zip(got, (expected.forward, expected.backward), strict=True):
-        assert abs(measured - planned) <= TOLERANCE * planned, (got, expected)
+    """Of maps of 48 x 48, whose columns and rows are divided evenly: all messages of a ring are of one size."""
+    layout = plan.even_layout(op, method, tuple(mesh.shape), 48, 48, 64, 16, dtype)
+    planned = plan.memory(layout, dist.get_rank())
+    for name, got, expected in zip(
+        ("forward", "backward"), peaks(layout, mesh), (planned.forward, planned.backward), strict=True
+    ):
+        assert abs(got - expected) <= TOLERANCE * expected, f"{name}: {got} (planned {expected}, {planned})"
+
+
+def of_meshes(check: Callable[..., None], shapes: Sequence[tuple[int, ...]], *arguments: Any) -> Check:
+    """A check on all meshes of these ranks."""
+
+    def run(mesh: DeviceMesh) -> None:
+        for shape in shapes:
+            check(*arguments, mesh=init_device_mesh("cpu", shape))
+
+    return run
 
 
 def checks(shape: tuple[int, ...]) -> dict[str, Check]:
-    found: dict[str, Callable[..., None]] = {}
+    shapes = plan.meshes(math.prod(shape))
+    found: dict[str, Check] = {}
     for op, method in CASES:
         for dtype in DTYPES:
             name = f"{op} {method} {str(dtype).removeprefix('torch.')}"
-            found[f"bytes sent, {name}"] = functools.partial(bytes_sent, op, method, dtype)
-            found[f"memory, {name}"] = functools.partial(peak_memory, op, method, dtype)
+            found[f"bytes sent, {name}"] = of_meshes(bytes_sent, shapes, op, method, dtype)
+            if op != "channel":
+                found[f"memory, {name}"] = of_meshes(peak_memory, shapes, op, method, dtype)
     return found
 
 
+def of_growing_map(op: str, method: str) -> int:
+    """The peak of this rank for a map that grows with the number of ranks."""
+    ranks = dist.get_world_size()
+    layout = plan.even_layout(op, method, (ranks,), 8 * ranks, 48, 64, 16, torch.float32)
+    return max(peaks(layout, init_device_mesh("cpu", (ranks,))))
+
+
+def weak_scaling() -> dict[str, list[int]]:
+    """The largest peak of a rank among three and among six; of two, a ring has no shard that is passed on."""
+    cases = [case for case in CASES if case[1] != "gather" and case[0] != "channel"]
+    return {op: [max(fork(ranks, of_growing_map, (op, method))) for ranks in (3, 6)] for op, method in cases}
+
+
 if __name__ == "__main__":
-    main(checks, sys.argv[1])
+    if sys.argv[1:] == ["weak"]:
+        print(json.dumps(weak_scaling()))
+    else:
+        main(checks, sys.argv[1])
