@@ -82,7 +82,7 @@ def agree(
     device = torch.device(arguments[0].device)
     with in_step(op, group):
         received = all_gather_bytes(op, group, _encoded(own, device))
-    everyone = [json.loads(bytes(data.cpu().tolist()).rstrip(b"\0")) for data in received]
+    everyone = [json.loads(bytes(data.cpu().numpy()).rstrip(b"\0")) for data in received]
     if error is not None:
         raise error
     for rank, other in zip(group.ranks, everyone, strict=True):
