@@ -402,7 +402,7 @@ def report(result: dict, options: argparse.Namespace, console: Console) -> None:
     console.print("MiB: peak of what was added to the process; process: its peak in all.")
     console.print(
         f"{options.check[0]} x {options.check[1]} pixels in one process: logits differ by at most "
-        f"{result['difference']:.1e} (of {result['largest']:.2g}), {result["equal_labels"]:.2%} of the labels equal",
+        f"{result['difference']:.1e} (of {result['largest']:.2g}), {result['equal_labels']:.2%} of the labels equal",
         soft_wrap=True,
     )
     for name, prefix in (("whole scene", ""), ("in tiles", "tiled_")):
