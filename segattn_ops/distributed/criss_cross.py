@@ -191,11 +191,11 @@ class _CrissCrossAttention(torch.autograd.Function):
         ctx.lines = _directions(space, heights, widths)
         operands = [query, key, value]
         with in_step(_OP, space.whole):
-            arriving = [None if lines is None else lines.start_to_lines(operands) for lines in ctx.lines]
+            arriving = [lines.start_to_lines(operands) for lines in ctx.lines if lines is not None]
             parts: list[Partial] = []
             whole: list[Tensor] = []
-            for name, lines, under_way in zip(_OPERATORS, ctx.lines, arriving, strict=True):
-                own = operands if under_way is None else lines.finish_to_lines(under_way)
+            for name, lines in zip(_OPERATORS, ctx.lines, strict=True):
+                own = operands if lines is None else lines.finish_to_lines(arriving.pop(0))
                 part = _attend(ctx, name, own)
                 if lines is not None:
                     whole += own
@@ -219,14 +219,15 @@ class _CrissCrossAttention(torch.autograd.Function):
         delta = delta_of(grad_output, output, grad_logsumexp)
         sent = [grad_output.contiguous(), *(t.unsqueeze(1) for t in (logsumexp, low, delta))]
         with in_step(_OP, ctx.group):
-            arriving = [None if lines is None else lines.start_to_lines(sent) for lines in ctx.lines]
+            arriving = [lines.start_to_lines(sent) for lines in ctx.lines if lines is not None]
             total: list[Tensor] | None = None
-            for name, lines, under_way in zip(_OPERATORS, ctx.lines, arriving, strict=True):
+            for name, lines in zip(_OPERATORS, ctx.lines, strict=True):
                 if lines is None:
                     found = _differentiate(ctx, name, sent, [query, key, value], needs)
                 else:
                     own, whole = whole[:3], whole[3:]
-                    found = lines.to_parts(_differentiate(ctx, name, lines.finish_to_lines(under_way), own, needs))
+                    incoming = lines.finish_to_lines(arriving.pop(0))
+                    found = lines.to_parts(_differentiate(ctx, name, incoming, own, needs))
                 total = found if total is None else [t.add_(f) for t, f in zip(total, found, strict=True)]
         assert total is not None
         gradients = iter(total)

@@ -247,8 +247,10 @@ def _attend_in_ring(ctx: Any, query: Tensor, keys: _Keys) -> Partial:
         if merged is None or held[0].shape[-1] > 0:
             part = _attend(ctx, query, held)
             merged = part if merged is None else merge(merged, part)
+            del part  # memory
         if arriving is not None:
             held = keys.finish_shift(arriving)
+            arriving = None
     assert merged is not None
     return merged
 
@@ -308,7 +310,6 @@ def _differentiate_in_ring(
     """A shard's gradients follow it a step behind: they leave when this rank has added its part, and arrive while the
     next shard's are computed."""
     grad_query: Tensor | None = None
-    travelling: list[Tensor] = []
     arriving_gradients: Arriving | None = None
     held = keys.own
     for step in range(keys.group.size):
@@ -316,16 +317,22 @@ def _differentiate_in_ring(
         part_of_query, *parts = _differentiate(ctx, grad_output, query, held, statistics, needs)
         if part_of_query is not None:
             grad_query = part_of_query if grad_query is None else grad_query.add_(part_of_query)
+            del part_of_query  # memory
         travelling = [g for g in parts if g is not None]
+        del parts
         if arriving_gradients is not None:
             arrived = keys.finish_shift(arriving_gradients)
-            travelling = [a + g for a, g in zip(arrived, travelling, strict=True)]
+            travelling = [g.add_(a) for g, a in zip(travelling, arrived, strict=True)]
+            arriving_gradients = None
+            del arrived
         if travelling and keys.group.size > 1:
             counts = keys.counts[keys.before(step + 1)]
             specs = [Spec((*g.shape[:-1], counts), g.dtype) for g in travelling]
             arriving_gradients = shift(_OP, keys.group, travelling, specs)
+            travelling.clear()
         if arriving is not None:
             held = keys.finish_shift(arriving)
+            arriving = None
     if arriving_gradients is not None:
         travelling = keys.finish_shift(arriving_gradients)
     found = iter(travelling)
