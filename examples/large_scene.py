@@ -14,7 +14,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ import matplotlib
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -248,7 +248,8 @@ def in_tiles(head: Head, statistics: Tensor, side: int) -> Tensor:
 
 
 class Measured:
-    """Seconds and the peak of this process's memory of what runs within ``with``."""
+    """Of what runs within ``with``: seconds, and the peak of this process's memory in MiB, what was added and in all;
+    None where it cannot be measured."""
 
     def __enter__(self) -> "Measured":
         self._memory = measure.HostMemory() if measure.host_memory_is_measurable() else None
@@ -257,7 +258,10 @@ class Measured:
 
     def __exit__(self, *exception: object) -> None:
         self.seconds = time.perf_counter() - self._begin
-        self.mib = None if self._memory is None else self._memory.peak() / MIB
+        self.added = self.in_all = None
+        if self._memory is not None:
+            added = self._memory.peak()
+            self.added, self.in_all = added / MIB, (self._memory.before + added) / MIB
 
 
 def compare(head: Head, options: argparse.Namespace, mesh: DeviceMesh) -> dict[str, float]:
@@ -310,10 +314,9 @@ def run_rank(options: argparse.Namespace) -> dict[str, object]:
         dist.all_reduce(correct)
         own = {
             "rows": len(part.rows),
-            "mib": [drawing.mib, attending.mib],
+            "mib": [drawing.added, attending.added, attending.in_all],
             "seconds": [drawing.seconds, attending.seconds, tiling.seconds],
             "sent_mib": sent.bytes / MIB,
-            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
         everyone: list[dict[str, object]] = [{}] * ranks
         dist.all_gather_object(everyone, own)
@@ -343,8 +346,10 @@ def draw(colours: Tensor, labels: Tensor, logits: Tensor, tiled: Tensor, options
             axis.imshow(panel, vmin=-0.2, vmax=1.2, cmap="viridis")
             axis.set_title(title)
             axis.set_axis_off()
-    figure.savefig(options.out / "large_scene.png", dpi=90)
+    path = options.out / "large_scene.png"
+    figure.savefig(path, dpi=90)
     plt.close(figure)
+    Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
 
 
 # Starting the ranks
@@ -391,15 +396,16 @@ def report(result: dict, options: argparse.Namespace, console: Console) -> None:
     height, width = options.size
     positions = (height // STRIDE) * (width // STRIDE)
     table = Table(title=f"{height} x {width} pixels, {positions} positions, {len(result['ranks'])} ranks")
-    names = ("rank", "rows", "draw, s", "MiB", "head, s", "MiB", "sent, MiB", "in tiles, s", "process, MiB")
+    names = ("rank", "rows", "draw, s", "MiB", "head, s", "MiB", "process, MiB", "sent, MiB", "in tiles, s")
     for column in names:
         table.add_column(column, justify="right")
     for rank, own in enumerate(result["ranks"]):
-        (drawing, attending, tiling), mib = own["seconds"], ["-" if m is None else f"{m:.0f}" for m in own["mib"]]
-        figures = [f"{drawing:.1f}", mib[0], f"{attending:.1f}", mib[1], f"{own['sent_mib']:.0f}", f"{tiling:.1f}"]
-        table.add_row(f"{rank}", f"{own['rows']}", *figures, f"{own['peak_mib']:.0f}")
+        drawing, attending, tiling = (f"{seconds:.1f}" for seconds in own["seconds"])
+        drawn, added, in_all = ("-" if mib is None else f"{mib:.0f}" for mib in own["mib"])
+        sent = f"{own['sent_mib']:.0f}"
+        table.add_row(f"{rank}", f"{own['rows']}", drawing, drawn, attending, added, in_all, sent, tiling)
     console.print(table)
-    console.print("MiB: peak of what was added to the process; process: its peak in all.")
+    console.print("MiB: what was added to the process, at its peak. process: the peak of all of it, in the head.")
     console.print(
         f"{options.check[0]} x {options.check[1]} pixels in one process: logits differ by at most "
         f"{result['difference']:.1e} (of {result['largest']:.2g}), {result['equal_labels']:.2%} of the labels equal",
