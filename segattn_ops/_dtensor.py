@@ -105,6 +105,12 @@ RULES = {
     "channel_attention_backward": Rules({"grad_output": "BCt", **_CHANNEL}, ("BCs", "BKs", "BKt"), "BCt", summed="Ct"),
     "channel_self_attention": Rules({"input": "BCs", "gamma": "BC"}, ("BCs", "BC"), "B"),
     "channel_self_attention_backward": Rules({"grad_output": "BCs", "input": "BCs", "gamma": "BC"}, ("BCs", "BC"), "B"),
+    "channel_energy": Rules({"query": "BCs", "key": "BKs"}, ("BCK",), "Bs", summed="s"),
+    "channel_energy_backward": Rules({"grad_energy": "BCK", "query": "BCs", "key": "BKs"}, ("BCs", "BKs"), "Bs"),
+    "channel_apply": Rules({"energy": "BCK", "value": "BKt", "gamma": "BC"}, ("BCt", "BC"), "Bt"),
+    "channel_apply_backward": Rules(
+        {"grad_output": "BCt", "energy": "BCK", "value": "BKt", "gamma": "BC"}, ("BCK", "BKt", "BC"), "Bt", summed="t"
+    ),
     "criss_cross_affinity": Rules(_PAIR, ("BRs",), "BE", summed="E"),
     "criss_cross_affinity_backward": Rules({"grad_affinity": "BRs", **_PAIR}, ("BEs", "BEs"), "BE"),
     "criss_cross_aggregation": Rules({"attention": "BRs", "value": "BCs"}, ("BCs",), "BC"),

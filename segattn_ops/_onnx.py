@@ -43,6 +43,8 @@ _DECOMPOSITIONS: dict[str, Callable[..., Any]] = {
     "position_attention_partial": reference.position_attention_partial,
     "channel_attention": reference.channel_attention,
     "channel_self_attention": reference.channel_self_attention,
+    "channel_energy": reference.channel_energy,
+    "channel_apply": reference.channel_apply,
     "criss_cross_affinity": reference.criss_cross_affinity,
     "criss_cross_aggregation": reference.criss_cross_aggregation,
     "criss_cross_attention": _criss_cross_attention,

@@ -117,9 +117,11 @@ def _error_of(
 
 
 def _encoded(description: dict[str, Any], device: torch.device) -> Tensor:
-    text = json.dumps(description).encode()
+    text = json.dumps(description, default=str).encode()
     if len(text) > _SIZE:
-        text = json.dumps({**description, "error": str(description["error"])[: _SIZE // 4]}).encode()[:_SIZE]
+        text = json.dumps({**description, "error": str(description["error"])[: _SIZE // 4]}, default=str).encode()[
+            :_SIZE
+        ]
     return torch.frombuffer(bytearray(text.ljust(_SIZE, b"\0")), dtype=torch.uint8).to(device)
 
 

@@ -2,11 +2,16 @@
 
 import math
 import numbers
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
 from torch.fx import Proxy
+from torch.nn.functional import pad
+from torch.overrides import has_torch_function
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def positive_int(module: str, name: str, value: Any) -> int:
@@ -94,8 +99,93 @@ def is_pointwise(layer: nn.Module) -> bool:
     )
 
 
+def of_part(layer: nn.Module, part: torch.Tensor) -> torch.Tensor:
+    """A pointwise layer of a rank's part of a feature map, which may have no positions: PyTorch's convolutions refuse
+    it."""
+    height, width = part.shape[2:]
+    if height > 0 and width > 0:
+        projected: torch.Tensor = layer(part)
+    else:
+        projected = layer(pad(part, (0, int(width == 0), 0, int(height == 0))))[:, :, :height, :width]
+    return projected
+
+
+class _Shared:
+    """A mesh, which the copies of a block share."""
+
+    def __init__(self, mesh: "DeviceMesh | None") -> None:
+        self.mesh = mesh
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Shared":
+        return self
+
+
 class Unscripted(nn.Module):
-    """A module whose forward TorchScript cannot compile: it calls the public functions, which dispatch in Python."""
+    """A module whose forward TorchScript cannot compile: it calls the public functions, which dispatch in Python.
+
+    Attributes:
+        mesh: whose ranks hold the parts of its feature maps; None for whole maps. It is not part of the state dict.
+    """
+
+    _shared_mesh = _Shared(None)
+
+    @property
+    def mesh(self) -> "DeviceMesh | None":
+        return self._shared_mesh.mesh
+
+    def _set_mesh(self, mesh: "DeviceMesh | None", refused: str | None = None, calls_ops: bool = False) -> None:
+        """Sets the mesh, at the end of the constructor.
+
+        Args:
+            mesh: None to leave it.
+            refused: what of the block has no exact form on parts of maps.
+            calls_ops: whether the forward pass calls segattn_ops.distributed by itself; else the block becomes
+                spatially parallel as a whole.
+
+        Raises:
+            TypeError, ValueError: for what is no mesh of one or two dimensions.
+            NotImplementedError: for a block with `refused`.
+        """
+        if mesh is None:
+            return
+        name = type(self).__name__
+        from torch.distributed.device_mesh import DeviceMesh
+
+        if not isinstance(mesh, DeviceMesh):
+            raise TypeError(f"{name}: mesh must be a torch.distributed.DeviceMesh (got {type(mesh).__name__})")
+        if mesh.ndim not in (1, 2):
+            raise ValueError(f"{name}: mesh must have 1 or 2 dimensions (got {mesh.ndim}: {list(mesh.shape)})")
+        if refused is not None:
+            raise NotImplementedError(f"{name}: {refused} has no exact form on parts of feature maps, for a mesh")
+        self._shared_mesh = _Shared(mesh)
+        if not calls_ops:
+            from ..distributed import spatially_parallel
+
+            spatially_parallel(self, mesh)
+
+    def _mesh_for(self, x: torch.Tensor, *projections: nn.Module) -> "DeviceMesh | None":
+        """The mesh, for a forward pass that calls segattn_ops.distributed by itself; None within a spatially parallel
+        model, whose maps know their own.
+
+        Raises:
+            NotImplementedError: for a projection that is not the same at each position.
+        """
+        mesh = self.mesh
+        if mesh is None or has_torch_function((x,)):
+            return None
+        for projection in projections:
+            if not is_pointwise(projection):
+                raise NotImplementedError(
+                    f"{type(self).__name__}: the projections must be 1 x 1 convolutions where mesh is set (got "
+                    f"{projection}); use segattn_ops.distributed.spatially_parallel instead of mesh"
+                )
+        return mesh
+
+    def _mesh_repr(self) -> str:
+        return "" if self.mesh is None else f", mesh={' x '.join(str(size) for size in self.mesh.shape)}"
+
+    def extra_repr(self) -> str:
+        return self._mesh_repr().removeprefix(", ")
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise RuntimeError(

@@ -10,6 +10,9 @@ from ..ops.position import position_attention
 from ._checks import Unscripted, feature_map, is_pointwise, is_recorded, positive_int, probability
 from ._pooling import adaptive_avg_pool2d
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 NormLayer = Callable[[int], nn.Module]
 
 
@@ -61,6 +64,8 @@ class AsymmetricAttention(Unscripted):
         shared: use f_key for the queries as well, as APNB does (``f_query`` and ``f_key`` are then one module under
             two names).
         norm_layer: makes a norm layer from its number of channels.
+        mesh: of one dimension or two, whose ranks hold the parts of the feature maps: the forward pass then takes and
+            returns this rank's part. See :mod:`segattn_ops.distributed`.
     """
 
     def __init__(
@@ -73,6 +78,8 @@ class AsymmetricAttention(Unscripted):
         pool_sizes: Sequence[int] = (1, 3, 6, 8),
         shared: bool = False,
         norm_layer: NormLayer = nn.BatchNorm2d,
+        *,
+        mesh: "DeviceMesh | None" = None,
     ) -> None:
         super().__init__()
         if shared and low_channels != high_channels:
@@ -93,6 +100,7 @@ class AsymmetricAttention(Unscripted):
         self.psp = PyramidPooling(pool_sizes)
         for parameter in self.W.parameters():
             nn.init.zeros_(parameter)
+        self._set_mesh(mesh)
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
         """low (B, low_channels, H', W'), high (B, high_channels, H, W) -> (B, out_channels, H, W)."""
@@ -133,6 +141,8 @@ class APNB(Unscripted):
         sizes: ones, as many as there are stages; their results are added.
         pool_sizes: grids that keys and values are pooled to.
         norm_layer: makes a norm layer from its number of channels.
+        mesh: of one dimension or two, whose ranks hold the parts of the feature maps: the forward pass then takes and
+            returns this rank's part. See :mod:`segattn_ops.distributed`.
 
     Shape:
         x (B, in_channels, H, W) -> (B, out_channels, H, W).
@@ -152,6 +162,8 @@ class APNB(Unscripted):
         sizes: Sequence[int] = (1,),
         pool_sizes: Sequence[int] = (1, 3, 6, 8),
         norm_layer: NormLayer = nn.BatchNorm2d,
+        *,
+        mesh: "DeviceMesh | None" = None,
     ) -> None:
         super().__init__()
         self.in_channels = positive_int("APNB", "in_channels", in_channels)
@@ -169,6 +181,7 @@ class APNB(Unscripted):
             nn.Sequential(norm_layer(out_channels), nn.ReLU()),
             nn.Dropout2d(probability("APNB", "dropout", dropout)),
         )
+        self._set_mesh(mesh)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, in_channels, H, W) -> (B, out_channels, H, W)."""
@@ -194,7 +207,7 @@ class AFNB(Unscripted):
     Args:
         low_channels: channels of the low-level feature map (keys and values).
         high_channels: channels of the high-level feature map (queries).
-        out_channels, key_channels, value_channels, dropout, sizes, pool_sizes, norm_layer: as in :class:`APNB`.
+        out_channels, key_channels, value_channels, dropout, sizes, pool_sizes, norm_layer, mesh: as in :class:`APNB`.
 
     Shape:
         low (B, low_channels, H', W'), high (B, high_channels, H, W) -> (B, out_channels, H, W); the two sizes may
@@ -216,6 +229,8 @@ class AFNB(Unscripted):
         sizes: Sequence[int] = (1,),
         pool_sizes: Sequence[int] = (1, 3, 6, 8),
         norm_layer: NormLayer = nn.BatchNorm2d,
+        *,
+        mesh: "DeviceMesh | None" = None,
     ) -> None:
         super().__init__()
         self.low_channels = positive_int("AFNB", "low_channels", low_channels)
@@ -234,6 +249,7 @@ class AFNB(Unscripted):
             norm_layer(out_channels),
             nn.Dropout2d(probability("AFNB", "dropout", dropout)),
         )
+        self._set_mesh(mesh)
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
         """low (B, low_channels, H', W'), high (B, high_channels, H, W) -> (B, out_channels, H, W)."""

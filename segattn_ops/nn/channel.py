@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from ..ops.channel import residual_channel_attention
 from ._checks import ScalarShapes, feature_map, finite_float, positive_int
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 
 class ChannelAttention(ScalarShapes):
     r"""DANet's channel attention module (CAM) on the fused op.
@@ -21,6 +24,8 @@ class ChannelAttention(ScalarShapes):
     Args:
         in_channels: C, which the input must have; any number of channels if None. No parameter depends on it.
         scale: factor on the energies before the softmax; -1 in DANet's code, +1 as its paper prints it.
+        mesh: of one dimension or two, whose ranks hold the parts of the feature maps: the forward pass then takes and
+            returns this rank's part. See :mod:`segattn_ops.distributed`.
 
     Shape:
         x (B, C, H, W) -> (B, C, H, W), same dtype. The energies are accumulated in float32 (float64 for float64).
@@ -30,20 +35,28 @@ class ChannelAttention(ScalarShapes):
         ValueError: for arguments out of range, or an input of the wrong rank, dtype or number of channels.
     """
 
-    def __init__(self, in_channels: int | None = None, scale: float = -1.0) -> None:
+    def __init__(
+        self, in_channels: int | None = None, scale: float = -1.0, *, mesh: "DeviceMesh | None" = None
+    ) -> None:
         super().__init__()
         self.in_channels = None if in_channels is None else positive_int("ChannelAttention", "in_channels", in_channels)
         self.scale = finite_float("ChannelAttention", "scale", scale)
         self.gamma = nn.Parameter(torch.zeros(1))
+        self._set_mesh(mesh, calls_ops=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> gamma * attention + x, of the same shape."""
         feature_map("ChannelAttention", "input", x, self.in_channels)
-        return residual_channel_attention(x, self.gamma, self.scale)
+        mesh = self._mesh_for(x)
+        if mesh is None:
+            return residual_channel_attention(x, self.gamma, self.scale)
+        from .. import distributed
+
+        return distributed.residual_channel_attention(x, self.gamma, mesh=mesh, scale=self.scale)
 
     if TYPE_CHECKING:
 
         def __call__(self, x: Tensor) -> Tensor: ...
 
     def extra_repr(self) -> str:
-        return f"in_channels={self.in_channels}, scale={self.scale:g}"
+        return f"in_channels={self.in_channels}, scale={self.scale:g}{self._mesh_repr()}"

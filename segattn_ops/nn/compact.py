@@ -12,6 +12,9 @@ from ..ops.position import position_attention
 from ._checks import ScalarShapes, Unscripted, feature_map, is_recorded, positive_int, same_size
 from ._pooling import adaptive_avg_pool2d
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 NormLayer = Callable[[int], nn.Module]
 
 
@@ -25,6 +28,8 @@ class CompactPositionEncoder(Unscripted):
     Args:
         in_channels: channels of the feature map and of the tokens.
         norm_layer: makes a norm layer from its number of channels.
+        mesh: of one dimension or two, whose ranks hold the parts of the feature map: the forward pass then takes this
+            rank's part, and returns the tokens, the same on each rank. See :mod:`segattn_ops.distributed`.
 
     Shape:
         x (B, C, H, W) -> tokens (B, 50, C).
@@ -32,7 +37,9 @@ class CompactPositionEncoder(Unscripted):
 
     sizes = (1, 2, 3, 6)
 
-    def __init__(self, in_channels: int, norm_layer: NormLayer = nn.BatchNorm2d) -> None:
+    def __init__(
+        self, in_channels: int, norm_layer: NormLayer = nn.BatchNorm2d, *, mesh: "DeviceMesh | None" = None
+    ) -> None:
         super().__init__()
         self.in_channels = positive_int("CompactPositionEncoder", "in_channels", in_channels)
 
@@ -40,6 +47,7 @@ class CompactPositionEncoder(Unscripted):
             return nn.Sequential(nn.Conv2d(in_channels, in_channels, 1, bias=False), norm_layer(in_channels), nn.ReLU())
 
         self.conv1, self.conv2, self.conv3, self.conv4 = (block() for _ in self.sizes)
+        self._set_mesh(mesh)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, 50, C)."""
@@ -63,6 +71,9 @@ class CompactPositionAttention(ScalarShapes):
 
     Args:
         in_channels: C, channels of the feature map and of the tokens, at least 4; queries and keys have ``C // 4``.
+        mesh: of one dimension or two, whose ranks hold the parts of the feature maps: the forward pass then takes and
+            returns this rank's part. The tokens are the same on each rank. See
+            :mod:`segattn_ops.distributed`.
 
     Shape:
         x (B, C, H, W), tokens (B, K, C) -> (B, C, H, W).
@@ -72,7 +83,7 @@ class CompactPositionAttention(ScalarShapes):
         ValueError: for arguments out of range, or inputs of the wrong rank, dtype, batch size or number of channels.
     """
 
-    def __init__(self, in_channels: int) -> None:
+    def __init__(self, in_channels: int, *, mesh: "DeviceMesh | None" = None) -> None:
         super().__init__()
         self.in_channels = positive_int("CompactPositionAttention", "in_channels", in_channels)
         if in_channels < 4:
@@ -81,6 +92,7 @@ class CompactPositionAttention(ScalarShapes):
         self.conv_key = nn.Linear(in_channels, in_channels // 4)
         self.conv_value = nn.Linear(in_channels, in_channels)
         self.scale = nn.Parameter(torch.zeros(1))
+        self._set_mesh(mesh)
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         """x (B, C, H, W), tokens (B, K, C) -> (B, C, H, W)."""
@@ -112,6 +124,10 @@ class CompactChannelAttention(ScalarShapes):
 
     Source: Fu et al., TNNLS 2020, section III-C. Names are the authors' (``CCAMDec``): ``scale`` (1,).
 
+    Args:
+        mesh: of one dimension or two, whose ranks hold the parts of the feature maps: the forward pass then takes and
+            returns this rank's part. See :mod:`segattn_ops.distributed`.
+
     Shape:
         x (B, C, H, W), gathered (B, K, H, W) -> (B, C, H, W).
 
@@ -120,9 +136,10 @@ class CompactChannelAttention(ScalarShapes):
         ValueError: for inputs of the wrong rank or dtype, or of different batch or spatial sizes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, mesh: "DeviceMesh | None" = None) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.zeros(1))
+        self._set_mesh(mesh)
 
     def forward(self, x: Tensor, gathered: Tensor) -> Tensor:
         """x (B, C, H, W), gathered (B, K, H, W) -> (B, C, H, W)."""
@@ -150,6 +167,8 @@ class CrossLevelGatingDecoder(ScalarShapes):
         out_channels: channels of the result.
         norm_layer: makes a norm layer from its number of channels.
         align_corners: of the bilinear upsampling; True as the authors have it.
+        mesh: of one dimension or two, whose ranks hold the parts of the feature maps: the forward pass then takes and
+            returns this rank's part. See :mod:`segattn_ops.distributed`.
 
     Shape:
         low (B, C, H, W), high (B, C, H', W') -> (B, out_channels, H, W).
@@ -163,6 +182,8 @@ class CrossLevelGatingDecoder(ScalarShapes):
         out_channels: int,
         norm_layer: NormLayer = nn.BatchNorm2d,
         align_corners: bool = True,
+        *,
+        mesh: "DeviceMesh | None" = None,
     ) -> None:
         super().__init__()
         self.in_channels = positive_int("CrossLevelGatingDecoder", "in_channels", in_channels)
@@ -178,6 +199,7 @@ class CrossLevelGatingDecoder(ScalarShapes):
         self.conv_att = nn.Sequential(nn.Conv2d(joined, 1, 1), nn.Sigmoid())
         self.conv_out = block(in_channels, out_channels)
         self.gamma = nn.Parameter(torch.ones(1))
+        self._set_mesh(mesh)
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
         """low (B, C, H, W), high (B, C, H', W') -> (B, out_channels, H, W)."""

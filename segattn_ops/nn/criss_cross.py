@@ -6,7 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.criss_cross import criss_cross_attention
-from ._checks import ScalarShapes, feature_map, finite_float, positive_int, reduced_channels
+from ._checks import ScalarShapes, feature_map, finite_float, of_part, positive_int, reduced_channels
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class CrissCrossAttention(ScalarShapes):
@@ -22,6 +25,8 @@ class CrissCrossAttention(ScalarShapes):
         in_channels: C, channels of the feature map.
         key_channels: E, channels of query and key; ``in_channels // 8`` if None.
         scale: factor on the energies before the softmax; 1 in CCNet.
+        mesh: of one dimension or two, whose ranks hold the parts of the feature maps: the forward pass then takes and
+            returns this rank's part. See :mod:`segattn_ops.distributed`.
 
     Shape:
         x (B, C, H, W) -> (B, C, H, W), same dtype. H = 1 and W = 1 are valid.
@@ -31,7 +36,14 @@ class CrissCrossAttention(ScalarShapes):
         ValueError: for arguments out of range, or an input of the wrong rank, dtype or number of channels.
     """
 
-    def __init__(self, in_channels: int, key_channels: int | None = None, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        key_channels: int | None = None,
+        scale: float = 1.0,
+        *,
+        mesh: "DeviceMesh | None" = None,
+    ) -> None:
         super().__init__()
         name = type(self).__name__
         self.in_channels = positive_int(name, "in_channels", in_channels)
@@ -41,10 +53,20 @@ class CrissCrossAttention(ScalarShapes):
         self.key_conv = nn.Conv2d(self.in_channels, self.key_channels, 1)
         self.value_conv = nn.Conv2d(self.in_channels, self.in_channels, 1)
         self.gamma = nn.Parameter(torch.zeros(1))
+        self._set_mesh(mesh, calls_ops=True)
 
     def _attend(self, x: Tensor) -> Tensor:
         """One pass: x (B, C, H, W) -> (B, C, H, W)."""
-        attended = criss_cross_attention(self.query_conv(x), self.key_conv(x), self.value_conv(x), self.scale)
+        projections = self.query_conv, self.key_conv, self.value_conv
+        mesh = self._mesh_for(x, *projections)
+        if mesh is None:
+            query, key, value = (project(x) for project in projections)
+            attended = criss_cross_attention(query, key, value, self.scale)
+        else:
+            from .. import distributed
+
+            query, key, value = (of_part(project, x) for project in projections)
+            attended = distributed.criss_cross_attention(query, key, value, mesh=mesh, scale=self.scale)
         return self.gamma * attended + x
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,7 +79,8 @@ class CrissCrossAttention(ScalarShapes):
         def __call__(self, x: Tensor) -> Tensor: ...
 
     def extra_repr(self) -> str:
-        return f"in_channels={self.in_channels}, key_channels={self.key_channels}, scale={self.scale:g}"
+        sizes = f"in_channels={self.in_channels}, key_channels={self.key_channels}, scale={self.scale:g}"
+        return f"{sizes}{self._mesh_repr()}"
 
 
 class RecurrentCrissCrossAttention(CrissCrossAttention):
@@ -71,6 +94,8 @@ class RecurrentCrissCrossAttention(CrissCrossAttention):
         recurrence: number of passes; 2 in CCNet.
         key_channels: E, channels of query and key; ``in_channels // 8`` if None.
         scale: factor on the energies before the softmax; 1 in CCNet.
+        mesh: of one dimension or two, whose ranks hold the parts of the feature maps: the forward pass then takes and
+            returns this rank's part. See :mod:`segattn_ops.distributed`.
 
     Raises:
         TypeError: as :class:`CrissCrossAttention`.
@@ -78,9 +103,15 @@ class RecurrentCrissCrossAttention(CrissCrossAttention):
     """
 
     def __init__(
-        self, in_channels: int, recurrence: int = 2, key_channels: int | None = None, scale: float = 1.0
+        self,
+        in_channels: int,
+        recurrence: int = 2,
+        key_channels: int | None = None,
+        scale: float = 1.0,
+        *,
+        mesh: "DeviceMesh | None" = None,
     ) -> None:
-        super().__init__(in_channels, key_channels, scale)
+        super().__init__(in_channels, key_channels, scale, mesh=mesh)
         self.recurrence = positive_int("RecurrentCrissCrossAttention", "recurrence", recurrence)
 
     def forward(self, x: Tensor) -> Tensor:

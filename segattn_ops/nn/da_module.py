@@ -9,6 +9,9 @@ from ..ops.channel import channel_attention
 from ..ops.position import position_attention
 from ._checks import Unscripted, feature_map, is_recorded, positive_int
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 
 class _PositionProjections(nn.Module):
     """The four linear layers of single-head attention, named as in the original."""
@@ -96,6 +99,8 @@ class DAModule(Unscripted):
         d_model: C, channels of the feature map.
         kernel_size: odd, of the two convolutions.
         H, W: both, for the fixed-size form; neither for any size.
+        mesh: only without H and W; of one dimension or two, whose ranks hold the parts of the feature maps: the
+            forward pass then takes and returns this rank's part. See :mod:`segattn_ops.distributed`.
 
     Shape:
         x (B, C, H, W) -> (B, C, H, W).
@@ -106,7 +111,15 @@ class DAModule(Unscripted):
             fixed-size form.
     """
 
-    def __init__(self, d_model: int = 512, kernel_size: int = 3, H: int | None = None, W: int | None = None) -> None:
+    def __init__(
+        self,
+        d_model: int = 512,
+        kernel_size: int = 3,
+        H: int | None = None,
+        W: int | None = None,
+        *,
+        mesh: "DeviceMesh | None" = None,
+    ) -> None:
         super().__init__()
         self.d_model = positive_int("DAModule", "d_model", d_model)
         if positive_int("DAModule", "kernel_size", kernel_size) % 2 == 0:
@@ -117,6 +130,7 @@ class DAModule(Unscripted):
         positions = None if self.size is None else self.size[0] * self.size[1]
         self.position_attention_module = _PositionBranch(d_model, kernel_size)
         self.channel_attention_module = _ChannelBranch(d_model, kernel_size, positions)
+        self._set_mesh(mesh, None if self.size is None else "the linear layer over all positions")
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, C, H, W)."""
@@ -135,4 +149,4 @@ class DAModule(Unscripted):
         def __call__(self, x: Tensor) -> Tensor: ...
 
     def extra_repr(self) -> str:
-        return f"d_model={self.d_model}, size={self.size or 'any'}"
+        return f"d_model={self.d_model}, size={self.size or 'any'}{self._mesh_repr()}"

@@ -9,6 +9,9 @@ from ..ops.position import position_attention
 from . import _pairwise
 from ._checks import Unscripted, feature_map, finite_float, is_recorded, positive_int
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 MODES = ("embedded_gaussian", "gaussian", "dot_product", "concatenation")
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -29,6 +32,8 @@ class _NonLocal(Unscripted):
         sub_sample: bool = False,
         scale: float = 1.0,
         norm_layer: Callable[[int], nn.Module] | None | str = "batch_norm",
+        *,
+        mesh: "DeviceMesh | None" = None,
     ) -> None:
         super().__init__()
         name, dims = type(self).__name__, self.spatial_dims
@@ -71,6 +76,8 @@ class _NonLocal(Unscripted):
             self.W = nn.Sequential(out, last)
         for parameter in last.parameters():  # the block starts as the identity (paper, section 4.1)
             nn.init.zeros_(parameter)
+        refused = "the mode concatenation" if mode == "concatenation" else f"{dims} spatial dimensions"
+        self._set_mesh(mesh, refused if dims != 2 or mode == "concatenation" else None)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, *spatial) -> x + W(y), of the same shape."""
@@ -106,7 +113,7 @@ class _NonLocal(Unscripted):
     def extra_repr(self) -> str:
         return (
             f"in_channels={self.in_channels}, inter_channels={self.inter_channels}, mode={self.mode}, "
-            f"sub_sample={self.sub_sample}, scale={self.scale:g}"
+            f"sub_sample={self.sub_sample}, scale={self.scale:g}{self._mesh_repr()}"
         )
 
 
@@ -138,6 +145,8 @@ class NonLocal2d(_NonLocal):
             embedded Gaussian, ``in_channels ** -0.5`` in timm.
         norm_layer: makes the norm after W from its number of channels; batch norm by default, None for none. The last
             layer starts at zero, so that the block starts as the identity.
+        mesh: not in the mode concatenation; of one dimension or two, whose ranks hold the parts of the feature
+            maps: the forward pass then takes and returns this rank's part. See :mod:`segattn_ops.distributed`.
 
     Shape:
         x (B, C, H, W) -> (B, C, H, W).
@@ -152,12 +161,13 @@ class NonLocal2d(_NonLocal):
 
 
 class NonLocal1d(_NonLocal):
-    """:class:`NonLocal2d` for sequences: x (B, C, L) -> (B, C, L)."""
+    """:class:`NonLocal2d` for sequences: x (B, C, L) -> (B, C, L). Without mesh."""
 
     spatial_dims = 1
 
 
 class NonLocal3d(_NonLocal):
-    """:class:`NonLocal2d` for video and volumes: x (B, C, T, H, W) -> (B, C, T, H, W); sub_sample does not reduce T."""
+    """:class:`NonLocal2d` for video and volumes: x (B, C, T, H, W) -> (B, C, T, H, W); sub_sample does not reduce T.
+    Without mesh."""
 
     spatial_dims = 3

@@ -6,7 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.position import position_attention
-from ._checks import ScalarShapes, feature_map, finite_float, positive_int, reduced_channels
+from ._checks import ScalarShapes, feature_map, finite_float, of_part, positive_int, reduced_channels
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class PositionAttention(ScalarShapes):
@@ -22,6 +25,8 @@ class PositionAttention(ScalarShapes):
         in_channels: C, channels of the feature map.
         key_channels: E, channels of query and key; ``in_channels // 8`` if None.
         scale: factor on the energies before the softmax; 1 in DANet.
+        mesh: of one dimension or two, whose ranks hold the parts of the feature maps: the forward pass then takes and
+            returns this rank's part. See :mod:`segattn_ops.distributed`.
 
     Shape:
         x (B, C, H, W), any floating-point dtype the op takes -> (B, C, H, W), same dtype.
@@ -31,7 +36,14 @@ class PositionAttention(ScalarShapes):
         ValueError: for arguments out of range, or an input of the wrong rank, dtype or number of channels.
     """
 
-    def __init__(self, in_channels: int, key_channels: int | None = None, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        key_channels: int | None = None,
+        scale: float = 1.0,
+        *,
+        mesh: "DeviceMesh | None" = None,
+    ) -> None:
         super().__init__()
         self.in_channels = positive_int("PositionAttention", "in_channels", in_channels)
         self.key_channels = reduced_channels("PositionAttention", "key_channels", self.in_channels, key_channels, 8)
@@ -40,15 +52,27 @@ class PositionAttention(ScalarShapes):
         self.key_conv = nn.Conv2d(self.in_channels, self.key_channels, 1)
         self.value_conv = nn.Conv2d(self.in_channels, self.in_channels, 1)
         self.gamma = nn.Parameter(torch.zeros(1))
+        self._set_mesh(mesh, calls_ops=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> gamma * attention + x, of the same shape."""
         feature_map("PositionAttention", "input", x, self.in_channels)
-        return self.gamma * position_attention(self.query_conv(x), self.key_conv(x), self.value_conv(x), self.scale) + x
+        projections = self.query_conv, self.key_conv, self.value_conv
+        mesh = self._mesh_for(x, *projections)
+        if mesh is None:
+            query, key, value = (project(x) for project in projections)
+            attended = position_attention(query, key, value, self.scale)
+        else:
+            from .. import distributed
+
+            query, key, value = (of_part(project, x) for project in projections)
+            attended = distributed.position_attention(query, key, value, mesh=mesh, scale=self.scale)
+        return self.gamma * attended + x
 
     if TYPE_CHECKING:
 
         def __call__(self, x: Tensor) -> Tensor: ...
 
     def extra_repr(self) -> str:
-        return f"in_channels={self.in_channels}, key_channels={self.key_channels}, scale={self.scale:g}"
+        sizes = f"in_channels={self.in_channels}, key_channels={self.key_channels}, scale={self.scale:g}"
+        return f"{sizes}{self._mesh_repr()}"

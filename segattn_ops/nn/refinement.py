@@ -8,6 +8,9 @@ from torch.nn import functional as F
 
 from ._checks import Unscripted, feature_map, positive_int, same_size
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 
 class ChannelAttentionBlock(Unscripted):
     r"""DFN's channel attention block (CAB): high-level features weight the channels of low-level ones.
@@ -22,6 +25,8 @@ class ChannelAttentionBlock(Unscripted):
     Args:
         in_channels: channels of high and low together.
         out_channels: channels of each of them, and of the result.
+        mesh: of one dimension or two, whose ranks hold the parts of the feature maps: the forward pass then takes and
+            returns this rank's part. See :mod:`segattn_ops.distributed`.
 
     Shape:
         high (B, out_channels, H, W), low (B, out_channels, H, W) -> (B, out_channels, H, W).
@@ -31,7 +36,7 @@ class ChannelAttentionBlock(Unscripted):
         ValueError: for arguments out of range, or inputs of the wrong rank, dtype, sizes or number of channels.
     """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, mesh: "DeviceMesh | None" = None) -> None:
         super().__init__()
         self.in_channels = positive_int("ChannelAttentionBlock", "in_channels", in_channels)
         self.out_channels = positive_int("ChannelAttentionBlock", "out_channels", out_channels)
@@ -42,6 +47,7 @@ class ChannelAttentionBlock(Unscripted):
             )
         self.conv1 = nn.Conv2d(in_channels, out_channels, 1)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 1)
+        self._set_mesh(mesh)
 
     def forward(self, high: Tensor, low: Tensor) -> Tensor:
         """high, low (B, out_channels, H, W) -> (B, out_channels, H, W)."""
@@ -69,6 +75,8 @@ class RefinementResidualBlock(Unscripted):
         in_channels: channels of the input.
         out_channels: channels of the result.
         final_relu: the ReLU after the sum, in the paper's figure but not in dfn_seg. False for dfn_seg's weights.
+        mesh: of one dimension or two, whose ranks hold the parts of the feature maps: the forward pass then takes and
+            returns this rank's part. See :mod:`segattn_ops.distributed`.
 
     Shape:
         x (B, in_channels, H, W) -> (B, out_channels, H, W).
@@ -78,7 +86,9 @@ class RefinementResidualBlock(Unscripted):
         ValueError: for arguments out of range, or an input of the wrong rank, dtype or number of channels.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, final_relu: bool = True) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, final_relu: bool = True, *, mesh: "DeviceMesh | None" = None
+    ) -> None:
         super().__init__()
         self.in_channels = positive_int("RefinementResidualBlock", "in_channels", in_channels)
         positive_int("RefinementResidualBlock", "out_channels", out_channels)
@@ -87,6 +97,7 @@ class RefinementResidualBlock(Unscripted):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.bn = nn.BatchNorm2d(out_channels)
         self.conv3 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self._set_mesh(mesh)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, in_channels, H, W) -> (B, out_channels, H, W)."""

@@ -3,7 +3,7 @@
 from . import channel, criss_cross, position
 from ._register import Operator
 from ._register import register as _register
-from .channel import channel_attention, residual_channel_attention
+from .channel import channel_apply, channel_attention, channel_energy, residual_channel_attention
 from .criss_cross import (
     criss_cross_affinity,
     criss_cross_aggregation,
@@ -24,7 +24,9 @@ OPERATORS = (*position.OPERATORS, *channel.OPERATORS, *criss_cross.OPERATORS)
 __all__ = [
     "OPERATORS",
     "Operator",
+    "channel_apply",
     "channel_attention",
+    "channel_energy",
     "criss_cross_affinity",
     "criss_cross_aggregation",
     "criss_cross_attention",

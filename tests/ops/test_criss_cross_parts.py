@@ -413,3 +413,32 @@ def test_sharding_rules_are_exact(kernels, part):
     for needs in ([True] * 3, [False, True, True], [True, False, False]):
         keywords = {"needs_input_grad": needs}
         assert check_rules(kernels, f"{part}_backward", arguments, keywords.items(), 1e-12) == 3
+
+
+class Both(torch.nn.Module):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        return merged(ops.criss_cross_rows(query, key, value, 0.5), ops.criss_cross_columns(query, key, value, 0.5))[:2]
+
+
+def test_compiled_in_one_graph():
+    compiled = torch.compile(Both(), fullgraph=True, backend="aot_eager", dynamic=True)
+    for sizes in ((1, 4, 5, 6, 7), (2, 4, 5, 8, 3)):
+        leaves = [t.requires_grad_() for t in inputs(sizes, torch.bfloat16)[:3]]
+        results = [(function(*leaves)[0], leaves) for function in (compiled, Both())]
+        torch.testing.assert_close(results[0][0], results[1][0])
+        gradients = [torch.autograd.grad(output.square().sum(), leaves) for output, leaves in results]
+        for got, want in zip(*gradients, strict=True):
+            torch.testing.assert_close(got, want)
+
+
+def test_onnx(tmp_path):
+    """As the definitions."""
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    tensors = tuple(inputs((1, 4, 5, 6, 7), torch.float32)[:3])
+    path = tmp_path / "both.onnx"
+    torch.onnx.export(Both(), tensors, path, verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    feed = {a.name: t.numpy() for a, t in zip(session.get_inputs(), tensors, strict=True)}
+    for got, want in zip(session.run(None, feed), Both()(*tensors), strict=True):
+        torch.testing.assert_close(torch.from_numpy(got), want)

@@ -129,6 +129,11 @@ PARTIAL_BACKWARD = {
 }
 CHANNEL_BACKWARD = {"grad_output": t(2, 8, 3), **CHANNEL, "needs_input_grad": [True, True, True]}
 SELF_BACKWARD = {"grad_output": t(2, 8, 5, 7), **SELF, "needs_input_grad": [True, True]}
+ENERGY = {"query": t(2, 8, 5, 7), "key": t(2, 4, 5, 7)}
+ENERGY_BACKWARD = {"grad_energy": t(2, 8, 4), **ENERGY, "needs_input_grad": [True, True]}
+APPLY = {"energy": t(2, 8, 4), "value": t(2, 4, 3), "scale": 1.0}
+APPLY_WITH_GAMMA = {"energy": t(2, 8, 8), "value": t(2, 8, 3), "scale": 1.0, "gamma": t(2, 8)}
+APPLY_BACKWARD = {"grad_output": t(2, 8, 3), **APPLY_WITH_GAMMA, "needs_input_grad": [True, True, True]}
 AFFINITY_BACKWARD = {"grad_affinity": t(2, 11, 5, 7), **AFFINITY, "needs_input_grad": [True, True]}
 AGGREGATION_BACKWARD = {"grad_output": t(2, 6, 5, 7), **AGGREGATION, "needs_input_grad": [True, True]}
 CRISS_CROSS_BACKWARD = {
@@ -276,6 +281,85 @@ BAD_OPERATORS = [
             ({"gamma": t(2, 8).half()}, "gamma must be float32 for these inputs (got float16)"),
             ({"scale": math.nan}, "scale must be finite (got nan)"),
             ({"needs_input_grad": [False] * 3}, "needs_input_grad must have 2 entries (got 3)"),
+        ],
+    ),
+    *bad(
+        "channel_energy",
+        ENERGY,
+        [
+            ({"query": t(2, 8, 5, 7).long()}, "query must be float16, bfloat16, float32 or float64 (got int64)"),
+            (
+                {"query": t(2, 8)},
+                "query must have at least 3 dimensions, (batch, channels, *spatial) (got shape [2, 8])",
+            ),
+            ({"query": t(2, 0, 5, 7)}, "query must have at least 1 channel (got shape [2, 0, 5, 7])"),
+            ({"key": t(2, 4)}, "key must have at least 3 dimensions, (batch, channels, *spatial) (got shape [2, 4])"),
+            ({"key": t(2, 0, 5, 7)}, "key must have at least 1 channel (got shape [2, 0, 5, 7])"),
+            ({"key": t(2, 4, 5, 7).half()}, "key must be float32 like query (got float16)"),
+            ({"key": t(3, 4, 5, 7)}, "key must have batch size 2 like query (got 3)"),
+            ({"key": t(2, 4, 7, 5)}, "key must have spatial size [5, 7] like query (got [7, 5])"),
+        ],
+    ),
+    *bad(
+        "channel_energy_backward",
+        ENERGY_BACKWARD,
+        [
+            ({"grad_energy": t(2, 8, 5)}, "grad_energy must have shape [2, 8, 4] (got [2, 8, 5])"),
+            ({"grad_energy": t(2, 8, 4), "key": None}, "grad_energy must have shape [2, 8, 8] (got [2, 8, 4])"),
+            ({"grad_energy": t(2, 8, 4).half()}, "grad_energy must be float32 for these inputs (got float16)"),
+            ({"key": t(2, 4, 7, 5)}, "key must have spatial size [5, 7] like query (got [7, 5])"),
+            ({"needs_input_grad": [True]}, "needs_input_grad must have 2 entries (got 1)"),
+        ],
+    ),
+    *bad(
+        "channel_apply",
+        APPLY,
+        [
+            ({"value": t(2, 4, 3).long()}, "value must be float16, bfloat16, float32 or float64 (got int64)"),
+            ({"value": t(2, 4, 3).double()}, "energy must be float64 for these inputs (got float32)"),
+            ({"energy": t(2, 8, 4).half()}, "energy must be float32 for these inputs (got float16)"),
+            (
+                {"value": t(2, 4)},
+                "value must have at least 3 dimensions, (batch, channels, *spatial) (got shape [2, 4])",
+            ),
+            ({"value": t(2, 0, 3)}, "value must have at least 1 channel (got shape [2, 0, 3])"),
+            (
+                {"energy": t(2, 8, 4, 1)},
+                "energy must have 3 dimensions, (batch, channels, keys) (got shape [2, 8, 4, 1])",
+            ),
+            ({"energy": t(2, 0, 4)}, "energy must have at least 1 channel (got shape [2, 0, 4])"),
+            ({"energy": t(1, 8, 4)}, "energy must have batch size 2 like value (got 1)"),
+            ({"energy": t(2, 4, 8)}, "energy must have 4 keys, the channels of value (got 8)"),
+            ({"scale": math.nan}, "scale must be finite (got nan)"),
+        ],
+    ),
+    *bad(
+        "channel_apply",
+        APPLY_WITH_GAMMA,
+        [
+            ({"gamma": t(2, 7)}, "gamma must have shape [2, 8] (got [2, 7])"),
+            ({"gamma": t(2, 8).half()}, "gamma must be float32 for these inputs (got float16)"),
+            (
+                {"energy": t(2, 4, 8), "gamma": t(2, 4)},
+                "energy must have as many channels as keys with gamma (got shape [2, 4, 8])",
+            ),
+        ],
+    ),
+    *bad(
+        "channel_apply_backward",
+        APPLY_BACKWARD,
+        [
+            ({"grad_output": t(2, 8, 3).half()}, "grad_output must be float32 like value (got float16)"),
+            (
+                {"grad_output": t(2, 8)},
+                "grad_output must have at least 3 dimensions, (batch, channels, *spatial) (got shape [2, 8])",
+            ),
+            ({"grad_output": t(1, 8, 3)}, "grad_output must have batch size 2 like value (got 1)"),
+            ({"grad_output": t(2, 4, 3)}, "grad_output must have 8 channels like energy (got 4)"),
+            ({"grad_output": t(2, 8, 4)}, "grad_output must have spatial size [3] like value (got [4])"),
+            ({"energy": t(2, 8, 5)}, "energy must have 8 keys, the channels of value (got 5)"),
+            ({"gamma": t(2, 1)}, "gamma must have shape [2, 8] (got [2, 1])"),
+            ({"needs_input_grad": [True] * 2}, "needs_input_grad must have 3 entries (got 2)"),
         ],
     ),
     *bad(

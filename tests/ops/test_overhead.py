@@ -19,6 +19,8 @@ CALLS = {
     "position_attention_partial": lambda f, x: f.position_attention_partial(x, x, x, 0.5, None)[0],
     "channel_attention": lambda f, x: f.channel_attention(x, x, x, 0.5)[0],
     "channel_self_attention": lambda f, x: f.channel_self_attention(x, 0.5, None)[0],
+    "channel_energy": lambda f, x: f.channel_energy(x, None),
+    "channel_apply": lambda f, x: f.channel_apply(x[:, :, 0, :1] * x[:, :, 0, :1].mT, x, 0.5, None)[0],
     "criss_cross_affinity": lambda f, x: f.criss_cross_affinity(x, x),
     "criss_cross_aggregation": lambda f, x: f.criss_cross_aggregation(torch.cat([x, x], 1)[:, :5], x),
     "criss_cross_attention": lambda f, x: f.criss_cross_attention(x, x, x, 0.5)[0],

@@ -21,7 +21,7 @@
 
 namespace segattn::cpu {
 
-template <class T, class R>
+template <class T, class R, Keys kKeys>
 class CrissCrossBackward {
   using P = PackedOf<T>;
   using A = AccumulatorOf<T>;
@@ -32,23 +32,26 @@ class CrissCrossBackward {
   explicit CrissCrossBackward(const CrissCrossBackwardArguments<T, R>& arguments)
       : arguments_(arguments),
         image_{arguments.sizes.height, arguments.sizes.width},
-        delta_(computes_delta() ? arguments.sizes.batch * image_.positions() : 0),
-        grad_sum_(arguments.corrects_sums() ? arguments.sizes.batch * image_.positions() : 0),
+        delta_(
+            kKeys == Keys::kRowAndColumn && arguments.differentiates_energies()
+                ? arguments.sizes.batch * image_.positions()
+                : 0),
+        grad_sum_(corrects_sums() ? arguments.sizes.batch * image_.positions() : 0),
         mean_key_(keeps_mean_key() ? arguments.sizes.batch * arguments.sizes.key_channels * image_.positions() : 0) {}
 
   void run() const {
-    if (arguments_.keys != Keys::kColumn) {
+    if constexpr (kKeys != Keys::kColumn) {
       run_rows();
     }
-    if (arguments_.keys != Keys::kRow) {
-      const A* const delta = arguments_.delta == nullptr ? delta_.data() : arguments_.delta;
-      ColumnBackward<T, R>(arguments_, {delta, grad_sum_.data(), mean_key_.data()}).run();
+    if constexpr (kKeys != Keys::kRow) {
+      const A* const delta = kKeys == Keys::kColumn ? arguments_.delta : delta_.data();
+      ColumnBackward<T, R, kKeys>(arguments_, {delta, grad_sum_.data(), mean_key_.data()}).run();
     }
   }
 
  private:
-  bool computes_delta() const { return arguments_.differentiates_energies() && arguments_.delta == nullptr; }
-  bool keeps_mean_key() const { return arguments_.corrects_sums() && arguments_.grad_query != nullptr; }
+  bool corrects_sums() const { return kKeys == Keys::kRowAndColumn && arguments_.corrects_sums(); }
+  bool keeps_mean_key() const { return corrects_sums() && arguments_.grad_query != nullptr; }
 
   // A row's scratch memory. `weights` and `grads` are two slots of `slot` elements each: the panels in the second,
   // their transposed or packed form in the first.
@@ -96,10 +99,10 @@ class CrissCrossBackward {
         [&](std::int64_t sample, const RowProducts<T>& row, Scratch& scratch) {
           Workspace workspace = shared;
           workspace.take(scratch);
-          if (computes_delta()) {
-            compute_delta(sample, row, workspace.delta);
-          } else if (arguments_.delta != nullptr) {
+          if constexpr (kKeys == Keys::kRow) {
             std::copy_n(arguments_.delta + sample * image_.positions() + row.offset(), image_.width, workspace.delta);
+          } else if (arguments_.differentiates_energies()) {
+            compute_delta(sample, row, workspace.delta);
           }
           differentiate(sample, row, workspace);
         });
@@ -154,7 +157,7 @@ class CrissCrossBackward {
       }
       differentiate_softmax(
           weights, grads, width, queries, first + block.begin, workspace.delta + block.begin, workspace.grad_sum);
-      if (arguments_.corrects_sums()) {
+      if (corrects_sums()) {
         std::copy_n(workspace.grad_sum, queries, grad_sum_.data() + first + block.begin);
       }
 

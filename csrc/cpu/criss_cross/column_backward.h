@@ -2,6 +2,8 @@
 // writes it alone.
 #pragma once
 
+#include <utility>
+
 #include "cpu/common/parallel.h"
 #include "cpu/criss_cross/arguments.h"
 #include "cpu/criss_cross/column_strip.h"
@@ -17,7 +19,7 @@ struct RowBackwardResults {
   const R* mean_key;                 // (B, E, H, W), the rows' part of M
 };
 
-template <class T, class R>
+template <class T, class R, Keys kKeys>
 class ColumnBackward {
   using A = AccumulatorOf<T>;
 
@@ -55,11 +57,16 @@ class ColumnBackward {
     A* const grad_sums = scratch.take<A>(queries * lanes);                       // s
     A* const key_sums = scratch.take<A>(key_sums_size<Strip>());
     A* const value_sums = scratch.take<A>(value_sums_size<Strip>());
-    const bool has_rows = arguments_.keys == Keys::kRowAndColumn;
     for (std::int64_t index = 0; index < blocks.count(); ++index) {
       const Range block = blocks[index];
-      const auto add = strip.template adder<R>(has_rows);  // a block has its own queries
-      const auto add_block = strip.template adder<R>(has_rows || (std::is_same_v<R, A> && index > 0));
+      // What stores the sums of queries, of which a block has its own, and those of keys.
+      const auto [add, add_block] = [&] {
+        if constexpr (kKeys == Keys::kColumn) {
+          return std::pair(strip.template writer<R>(), strip.template writer<R>(index > 0));
+        } else {
+          return std::pair(strip.template adder<R>(), strip.template adder<R>());
+        }
+      }();
       if (arguments_.differentiates_energies()) {
         strip.dot_products(arguments_.value + value_offset, grad_output, value_channels, block, grads);
       }
@@ -80,7 +87,7 @@ class ColumnBackward {
           strip.write(grad_query, fma(-grad_sum, mean_key, strip.read(grad_query) + sum));
         };
         R* const grad_query = arguments_.grad_query + key_offset;
-        if (arguments_.corrects_sums()) {
+        if (corrects_sums()) {
           strip.sum_over_keys(key, key_channels, grads, block, grad_query, add_corrected);
         } else {
           strip.sum_over_keys(key, key_channels, grads, block, grad_query, add);
@@ -94,6 +101,8 @@ class ColumnBackward {
   }
 
  private:
+  bool corrects_sums() const { return kKeys == Keys::kRowAndColumn && arguments_.corrects_sums(); }
+
   template <class Strip>
   std::int64_t key_sums_size() const {
     return arguments_.grad_key == nullptr ? 0
@@ -128,7 +137,7 @@ class ColumnBackward {
       return V{};
     }
     const V delta = strip.read(rows_.delta + at);
-    V sum = arguments_.corrects_sums() ? strip.read(rows_.grad_sum + at) : V{};
+    V sum = corrects_sums() ? strip.read(rows_.grad_sum + at) : V{};
     for (std::int64_t j = 0; j < image_.height; ++j) {
       A* const grad_at = grads + j * kWidthOf<V>;
       const V weight = weight_of(j);
@@ -136,7 +145,7 @@ class ColumnBackward {
       store(grad_at, grad);
       sum += grad;
     }
-    if (!arguments_.corrects_sums()) {
+    if (!corrects_sums()) {
       return V{};
     }
     for (std::int64_t j = 0; j < image_.height; ++j) {

@@ -9,7 +9,7 @@
 
 namespace segattn::cpu {
 
-template <class T, class R>
+template <class T, class R, Keys kKeys>
 class ColumnForward {
   using A = AccumulatorOf<T>;
   static constexpr std::int64_t kLane = kLanes<A>;
@@ -66,7 +66,6 @@ class ColumnForward {
 
     void run() const {
       const CrissCrossForwardArguments<T, R>& arguments = pass.arguments_;
-      const bool merges = arguments.keys == Keys::kRowAndColumn;
       const std::int64_t key_offset = sample * arguments.sizes.key_channels * pass.image_.positions();
       const std::int64_t value_offset = sample * arguments.sizes.value_channels * pass.image_.positions();
       strip.dot_products(
@@ -74,17 +73,23 @@ class ColumnForward {
       for (std::int64_t i = 0; i < block.size(); ++i) {
         normalize(i);
       }
-      strip.sum_over_keys(
-          arguments.value + value_offset, arguments.sizes.value_channels, weights, block,
-          arguments.output + value_offset, [&](R* output, std::int64_t query, V sum) {
-            const std::int64_t at = (query - block.begin) * lanes;
-            const V columns = sum * load<V>(column_factor + at);
-            strip.write(output, merges ? fma(strip.read(output), load<V>(row_factor + at), columns) : columns);
-          });
+      if constexpr (kKeys == Keys::kColumn) {
+        strip.sum_over_keys(
+            arguments.value + value_offset, arguments.sizes.value_channels, weights, block,
+            arguments.output + value_offset, strip.template writer<R>());
+      } else {
+        strip.sum_over_keys(
+            arguments.value + value_offset, arguments.sizes.value_channels, weights, block,
+            arguments.output + value_offset, [&](R* output, std::int64_t query, V sum) {
+              const std::int64_t at = (query - block.begin) * lanes;
+              const V columns = sum * load<V>(column_factor + at);
+              strip.write(output, fma(strip.read(output), load<V>(row_factor + at), columns));
+            });
+      }
     }
 
-    // The products of a query become exponentials of energies. Its maximum and total are merged with the row's, if that
-    // counts.
+    // The products of a query become exponentials of energies. Its maximum and total are merged with the row's. With
+    // Keys::kColumn they become weights.
     void normalize(std::int64_t query) const {
       const ForwardSoftmax<V> softmax(pass.arguments_.scale);
       A* const row = strip.element(weights, query, 0);
@@ -100,20 +105,22 @@ class ColumnForward {
         total += weight;
       }
       const std::int64_t at = sample * pass.image_.positions() + strip.offset(self);
-      if (pass.arguments_.keys == Keys::kColumn) {
+      if constexpr (kKeys == Keys::kColumn) {
         store_logsumexp(at, softmax, most, total);
-        const V none = V{};  // a total of 0: all energies of the column are -inf
-        store(column_factor + query * lanes, select(total == none, none, broadcast<V>(A(1)) / total));
-        return;
+        const V factor = select(total == V{}, V{}, broadcast<V>(A(1)) / total);  // 0: all energies are -inf
+        for (std::int64_t j = 0; j < strip.height(); ++j) {
+          store(row + j * lanes, load<V>(row + j * lanes) * factor);
+        }
+      } else {
+        const V row_maximum = strip.read(pass.arguments_.logsumexp + at);
+        const V common = max(most, row_maximum);
+        const V row_sum = softmax.factor(row_maximum, common) * strip.read(pass.row_total_ + at);
+        const V exponential = softmax.factor(most, common);
+        const V sum = row_sum + exponential * total;
+        store_logsumexp(at, softmax, common, sum);
+        store(row_factor + query * lanes, row_sum / sum);
+        store(column_factor + query * lanes, exponential / sum);
       }
-      const V row_maximum = strip.read(pass.arguments_.logsumexp + at);
-      const V common = max(most, row_maximum);
-      const V row_sum = softmax.factor(row_maximum, common) * strip.read(pass.row_total_ + at);
-      const V exponential = softmax.factor(most, common);
-      const V sum = row_sum + exponential * total;
-      store_logsumexp(at, softmax, common, sum);
-      store(row_factor + query * lanes, row_sum / sum);
-      store(column_factor + query * lanes, exponential / sum);
     }
 
     // at: index in (B, H, W) of the first lane's query

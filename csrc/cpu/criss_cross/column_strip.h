@@ -120,9 +120,14 @@ class ColumnStrip {
   A* element(A* weights, std::int64_t query, std::int64_t key) const {
     return weights + query * stride(height()) + key * lanes;
   }
-  // The store operation of the sums below that adds to the target, or with adds = false overwrites it.
+  // The store operation of the sums below that adds to the target.
   template <class R>
-  auto adder(bool adds = true) const {
+  auto adder() const {
+    return [this](R* target, std::int64_t, V sum) { write(target, read(target) + sum); };
+  }
+  // The one that overwrites the target, unless it `adds`.
+  template <class R>
+  auto writer(bool adds = false) const {
     return [this, adds](R* target, std::int64_t, V sum) { write(target, adds ? read(target) + sum : sum); };
   }
   // Calls use(lane) for the columns that exist.

@@ -9,7 +9,7 @@
 
 namespace segattn::cpu {
 
-template <class T, class R>
+template <class T, class R, Keys kKeys>
 class CrissCrossForward {
   using P = PackedOf<T>;
   using A = AccumulatorOf<T>;
@@ -20,14 +20,14 @@ class CrissCrossForward {
   explicit CrissCrossForward(const CrissCrossForwardArguments<T, R>& arguments)
       : arguments_(arguments),
         image_{arguments.sizes.height, arguments.sizes.width},
-        row_total_(arguments.keys == Keys::kRowAndColumn ? arguments.sizes.batch * image_.positions() : 0) {}
+        row_total_(kKeys == Keys::kRowAndColumn ? arguments.sizes.batch * image_.positions() : 0) {}
 
   void run() const {
-    if (arguments_.keys != Keys::kColumn) {
+    if constexpr (kKeys != Keys::kColumn) {
       run_rows();
     }
-    if (arguments_.keys != Keys::kRow) {
-      ColumnForward<T, R>(arguments_, row_total_.data()).run();
+    if constexpr (kKeys != Keys::kRow) {
+      ColumnForward<T, R, kKeys>(arguments_, row_total_.data()).run();
     }
   }
 
@@ -110,9 +110,9 @@ class CrissCrossForward {
   // Stores maximum and total for the column pass, the maximum in logsumexp, or the logsumexp of the row alone, and
   // computes the factor that normalizes the row's weights.
   void store_statistics(std::int64_t offset, std::int64_t queries, const A* maximum, const A* total, A* factor) const {
-    const A size = std::abs(arguments_.scale);
     for (std::int64_t i = 0; i < queries; ++i) {
-      if (arguments_.keys == Keys::kRow) {
+      if constexpr (kKeys == Keys::kRow) {
+        const A size = std::abs(arguments_.scale);
         const auto logsumexp = split_logsumexp(maximum[i], size, maximum[i] * size, total[i]);
         arguments_.logsumexp[offset + i] = logsumexp.value;
         arguments_.logsumexp_low[offset + i] = logsumexp.low;

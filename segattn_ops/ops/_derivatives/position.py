@@ -83,13 +83,10 @@ def partial_gradients(
     shift = logsumexp.masked_fill(logsumexp == -torch.inf, torch.inf).flatten(1).unsqueeze(2)
     weights = ((energy - shift) - logsumexp_low.flatten(1).unsqueeze(2)).exp()
     grad_energy = scale * weights * (g.mT @ v - delta.flatten(1).unsqueeze(2))
-    products = (
-        (query, lambda: k @ grad_energy.mT),
-        (key, lambda: q @ grad_energy),
-        (value, lambda: g @ weights),
+    needs_query, needs_key, needs_value = needs_input_grad
+    unneeded = k.new_empty(0)
+    return (
+        (k @ grad_energy.mT).reshape(query.shape) if needs_query else unneeded,
+        (q @ grad_energy).reshape(key.shape) if needs_key else unneeded,
+        (g @ weights).reshape(value.shape) if needs_value else unneeded,
     )
-    gradients = [
-        product().reshape(t.shape) if needed else k.new_empty(0)
-        for (t, product), needed in zip(products, needs_input_grad, strict=True)
-    ]
-    return gradients[0], gradients[1], gradients[2]
