@@ -168,7 +168,7 @@ def large(tmp_path_factory) -> tuple:
 
 def test_large_scene_in_shards_is_that_of_one_process(large) -> None:
     result, out = large
-    assert [own["rows"] for own in result["ranks"]] == [2000, 1000]
+    assert [own["rows"] for own in result["ranks"]] == [1200, 800]
     assert result["equal_labels"] > 0.9999 and result["difference"] < 1e-4 * result["largest"]
     assert all(own["sent_mib"] > 1 for own in result["ranks"])
     assert io.imread(out / "large_scene.png").std() > 5
@@ -193,11 +193,11 @@ def test_rows_of_a_scene_are_drawn_alone() -> None:
     "arguments, message",
     [
         (
-            ["--ranks", "4"],
-            "--size must have at least a row of tiles of 1000 pixels for each of 4 ranks (got 3000x2000)",
+            ["--ranks", "5"],
+            "--check must have at least a row of tiles of 400 pixels for each of 5 ranks (got 1600x800)",
         ),
         (["--tile", "300"], "--tile must be a multiple of 200 pixels (got 300)"),
-        (["--check", "2000x1500"], "--check must be a multiple of the tile, 1000 pixels (got 2000x1500)"),
+        (["--check", "2000x1500"], "--check must be a multiple of the tile, 400 pixels (got 2000x1500)"),
         (["--ranks", "0"], "--ranks: must be a whole number from 1 to 64"),
     ],
 )
