@@ -33,7 +33,7 @@ MARKERS = {
 }
 
 
-def _figure(count: int, rows: int):
+def new_figure(count: int, rows: int):
     import matplotlib
 
     matplotlib.use("Agg")
@@ -100,7 +100,7 @@ def draw_time(records: list[dict], path: Path) -> Path | None:
     }
     if not panels:
         return None
-    figure, axes = _figure(len(panels), 2)
+    figure, axes = new_figure(len(panels), 2)
     for column, (key, entries) in enumerate(panels.items()):
         for row, kind in enumerate(("forward", "forward_backward")):
             ax = axes[row, column]
@@ -134,7 +134,7 @@ def draw_memory(
     panels = {key: entries for key, entries in groups(records).items() if any(e.get("memory") for e in entries)}
     if not panels:
         return None
-    figure, axes = _figure(len(panels), 1)
+    figure, axes = new_figure(len(panels), 1)
     for column, (key, entries) in enumerate(panels.items()):
         ax = axes[0, column]
         for name in rivals.RIVALS:

@@ -16,7 +16,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "docs" / "images"
 PHOTOGRAPH, FEATURES, SIZE = "coffee", (128, 256), (97, 194)  # the defaults of `python -m benchmarks`
 
 
-def _save(image, path: Path, width: int) -> None:
+def save(image, path: Path, width: int) -> None:
     from PIL import Image
 
     scaled = image.convert("RGB").resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)
@@ -29,7 +29,7 @@ def draw_memory(cells: list[dict]) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         path = plots.draw_memory(cells, Path(folder) / "memory.png", heading="")
-        _save(Image.open(path), FOLDER / "memory.png", 520)
+        save(Image.open(path), FOLDER / "memory.png", 520)
 
 
 def draw_attention() -> None:
@@ -47,7 +47,7 @@ def draw_attention() -> None:
     square = Image.new("RGB", (half, 2 * height), "white")
     square.paste(row.crop((0, top, half, bottom)), (0, 0))
     square.paste(row.crop((half, top, 2 * half, bottom)), (0, height))
-    _save(square, FOLDER / "attention.png", 720)
+    save(square, FOLDER / "attention.png", 720)
 
 
 def _run(report: Path) -> int:

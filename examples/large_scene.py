@@ -4,17 +4,18 @@
     torchrun --nproc-per-node 4 -m examples.large_scene               # or takes those of torchrun
 
 Each rank draws its own rows of the scene from the seed, makes features of patches of 8 x 8 pixels, and takes part in a
-head with criss-cross, channel and position attention over the whole scene (segattn_ops.distributed). The attention's
-projections are random and its classifier is fitted to a smaller scene, so the labels are rough. What the example shows
-is exact: a scene that one process can hold gives the same labels there, and no borders of shards are visible. The same
-head, applied to tiles, gives another result in each tile: report/examples/large_scene.png.
+head with criss-cross, channel and position attention over the whole scene. The head is written for one process;
+segattn_ops.distributed.spatially_parallel makes it work on shards. The attention's projections are random and its
+classifier is fitted to smaller scenes. A scene that one process can hold gives the same labels there, and no borders of
+shards are visible. The same head, applied to tiles, gives another result in each tile:
+report/examples/large_scene.png.
 """
 
 import argparse
+import copy
 import json
 import multiprocessing
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -27,6 +28,7 @@ import matplotlib
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -135,9 +137,9 @@ def patches(scene: Scene, rows: range) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Head(nn.Module):
-    """Blocks of segattn_ops.nn between convolutions of 1 x 1.
+    """A network for one process: criss-cross, channel and position attention side by side.
 
-    The weights are random, queries and keys have the same ones, and each gamma is 1. Of position attention the keys
+    The weights of their projections are random, and queries and keys have the same ones. Of position attention the keys
     and values are means over POOL x POOL patches.
     """
 
@@ -146,7 +148,6 @@ class Head(nn.Module):
         generator = torch.Generator().manual_seed(0)
         self.stem = nn.Conv2d(STATISTICS, CHANNELS, 1)
         self.criss_cross = segattn_ops.nn.CrissCrossAttention(CHANNELS, KEY_CHANNELS)
-        self.channel = segattn_ops.nn.ChannelAttention(CHANNELS)
         self.position = segattn_ops.nn.PositionAttention(CHANNELS, KEY_CHANNELS)
         self.classifier = nn.Conv2d(4 * CHANNELS, len(CLASSES), 1)
         for parameter in self.parameters():
@@ -154,42 +155,30 @@ class Head(nn.Module):
             nn.init.normal_(parameter, 0, deviation, generator)
         for block in (self.criss_cross, self.position):
             block.key_conv.load_state_dict(block.query_conv.state_dict())
-            nn.init.ones_(block.gamma)
 
-    def features(self, statistics: Tensor, mesh: DeviceMesh | None, positions: int) -> Tensor:
-        """(1, STATISTICS, h, w), a rank's part or the whole map -> (1, 4 CHANNELS, h, w).
-
-        mesh: None for the whole map. positions: of the whole map."""
+    def features(self, statistics: Tensor) -> Tensor:
+        """(1, STATISTICS, h, w) -> (1, 4 CHANNELS, h, w)."""
         x = self.stem(statistics).relu_()
-        return torch.cat([x, self._crossed(x, mesh), self._channels(x, mesh, positions), self._pooled(x, mesh)], 1)
+        return torch.cat([x, self._crossed(x), self._channels(x), self._pooled(x)], 1)
 
-    def forward(self, statistics: Tensor, mesh: DeviceMesh | None, positions: int) -> Tensor:
-        logits: Tensor = self.classifier(self.features(statistics, mesh, positions))
+    def forward(self, statistics: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(self.features(statistics))
         return logits
 
-    def _crossed(self, x: Tensor, mesh: DeviceMesh | None) -> Tensor:
+    def _crossed(self, x: Tensor) -> Tensor:
         """Criss-cross attention, twice: then each position has seen every other."""
         block = self.criss_cross
         for _ in range(2):
-            operands = block.query_conv(x), block.key_conv(x), block.value_conv(x)
-            if mesh is None:
-                x = segattn_ops.criss_cross_attention(*operands, block.scale)
-            else:
-                x = distributed.criss_cross_attention(*operands, mesh=mesh, scale=block.scale)
+            x = segattn_ops.criss_cross_attention(block.query_conv(x), block.key_conv(x), block.value_conv(x))
         return x
 
-    def _channels(self, x: Tensor, mesh: DeviceMesh | None, positions: int) -> Tensor:
+    def _channels(self, x: Tensor) -> Tensor:
         """The energies are sums over positions; their mean does not depend on the size of the map."""
-        if mesh is None:
-            return segattn_ops.channel_attention(x, x, x, 1 / positions)
-        return distributed.channel_attention(x, x, x, mesh=mesh, scale=1 / positions)
+        return segattn_ops.channel_attention(x, x, x, 1 / (x.shape[2] * x.shape[3]))
 
-    def _pooled(self, x: Tensor, mesh: DeviceMesh | None) -> Tensor:
+    def _pooled(self, x: Tensor) -> Tensor:
         block, pooled = self.position, F.avg_pool2d(x, POOL)
-        operands = block.query_conv(x), block.key_conv(pooled), block.value_conv(pooled)
-        if mesh is None:
-            return segattn_ops.position_attention(*operands, block.scale)
-        return distributed.position_attention(*operands, mesh=mesh, scale=block.scale)
+        return segattn_ops.position_attention(block.query_conv(x), block.key_conv(pooled), block.value_conv(pooled))
 
 
 def fit(head: Head, seed: int, rank: int, ranks: int) -> None:
@@ -199,7 +188,7 @@ def fit(head: Head, seed: int, rank: int, ranks: int) -> None:
     for number in range(rank, TRAINING_SCENES, ranks):
         scene = Scene(TRAINING_SIZE, TRAINING_SIZE, seed + 1 + number)
         statistics, labels, _ = patches(scene, range(TRAINING_SIZE))
-        features = head.features(statistics, None, labels.numel())[0].flatten(1).double()
+        features = head.features(statistics)[0].flatten(1).double()
         features = torch.cat([features, torch.ones(1, labels.numel())])
         targets = F.one_hot(labels.flatten().long(), len(CLASSES)).double()
         sums += torch.cat([features @ features.T, features @ targets], 1) / labels.numel()
@@ -221,34 +210,30 @@ class Part:
     Attributes:
         rows: of pixels.
         statistics, labels, colours: of its patches.
-        positions: of the whole map of patches.
     """
 
     rows: range
     statistics: Tensor
     labels: Tensor
     colours: Tensor
-    positions: int
 
 
 def part_of(scene: Scene, tile: int, rank: int, ranks: int) -> Part:
     """Whole rows of tiles, so that a rank has the patches of its tiles; the first ranks may have more."""
     rows_of_tiles = np.array_split(np.arange(scene.height // tile), ranks)[rank]
     rows = range(rows_of_tiles[0] * tile, (rows_of_tiles[-1] + 1) * tile)
-    return Part(rows, *patches(scene, rows), (scene.height // STRIDE) * (scene.width // STRIDE))
+    return Part(rows, *patches(scene, rows))
 
 
 def in_tiles(head: Head, statistics: Tensor, side: int) -> Tensor:
     """The logits of the head when it sees one tile of side x side patches at a time."""
-    rows = [
-        torch.cat([head(tile.contiguous(), None, side * side) for tile in row.split(side, 3)], 3)
-        for row in statistics.split(side, 2)
-    ]
+    rows = [torch.cat([head(tile.contiguous()) for tile in row.split(side, 3)], 3) for row in statistics.split(side, 2)]
     return torch.cat(rows, 2)
 
 
 class Measured:
-    """Seconds and the peak of this process's memory of what runs within ``with``."""
+    """Of what runs within ``with``: seconds, and the peak of this process's memory in MiB, what was added and in all;
+    None where it cannot be measured."""
 
     def __enter__(self) -> "Measured":
         self._memory = measure.HostMemory() if measure.host_memory_is_measurable() else None
@@ -257,19 +242,22 @@ class Measured:
 
     def __exit__(self, *exception: object) -> None:
         self.seconds = time.perf_counter() - self._begin
-        self.mib = None if self._memory is None else self._memory.peak() / MIB
+        self.added = self.in_all = None
+        if self._memory is not None:
+            added = self._memory.peak()
+            self.added, self.in_all = added / MIB, (self._memory.before + added) / MIB
 
 
-def compare(head: Head, options: argparse.Namespace, mesh: DeviceMesh) -> dict[str, float]:
+def compare(head: Head, sharded: Head, options: argparse.Namespace, mesh: DeviceMesh) -> dict[str, float]:
     """The head on a scene that one process can hold, by the ranks and by the first one alone."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     scene = Scene(*options.check, options.seed)
     part = part_of(scene, options.tile, rank, ranks)
-    gathered = distributed.unshard(head(part.statistics, mesh, part.positions), mesh=mesh)
+    gathered = distributed.unshard(sharded(part.statistics), mesh=mesh)
     if rank > 0:
         return {}
     statistics, _, _ = patches(scene, range(scene.height))
-    alone = head(statistics, None, part.positions)
+    alone = head(statistics)
     difference = (gathered - alone).abs().max().item()
     if difference > TOLERANCE * alone.abs().max().item():
         raise RuntimeError(f"the ranks' logits differ from those of one process by {difference:g}")
@@ -296,13 +284,14 @@ def run_rank(options: argparse.Namespace) -> dict[str, object]:
     head = Head().eval()
     with torch.inference_mode():
         fit(head, options.seed, rank, ranks)
-        compared = compare(head, options, mesh)
+        sharded = distributed.spatially_parallel(copy.deepcopy(head), mesh)
+        compared = compare(head, sharded, options, mesh)
         scene = Scene(*options.size, options.seed)
         with Measured() as drawing:
             part = part_of(scene, options.tile, rank, ranks)
         dist.barrier()
         with Measured() as attending, distributed.recording() as sent:
-            logits = head(part.statistics, mesh, part.positions)
+            logits = sharded(part.statistics)
         side = options.tile // STRIDE
         with Measured() as tiling:
             tiled = in_tiles(head, part.statistics, side)
@@ -310,17 +299,16 @@ def run_rank(options: argparse.Namespace) -> dict[str, object]:
         dist.all_reduce(correct)
         own = {
             "rows": len(part.rows),
-            "mib": [drawing.mib, attending.mib],
+            "mib": [drawing.added, attending.added, attending.in_all],
             "seconds": [drawing.seconds, attending.seconds, tiling.seconds],
             "sent_mib": sent.bytes / MIB,
-            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
         everyone: list[dict[str, object]] = [{}] * ranks
         dist.all_gather_object(everyone, own)
         parts = [part.colours, part.labels, logits, tiled]
         colours, labels, logits, tiled = (distributed.unshard(tensor, mesh=mesh) for tensor in parts)
     result: dict[str, object] = {"ranks": everyone, **compared}
-    result["accuracy"], result["tiled_accuracy"] = (correct / part.positions).tolist()
+    result["accuracy"], result["tiled_accuracy"] = (correct / labels.numel()).tolist()
     result["seams"], result["tiled_seams"] = (seams(found[0, SHOWN], side) for found in (logits, tiled))
     if rank == 0:
         draw(colours, labels, logits, tiled, options)
@@ -343,8 +331,10 @@ def draw(colours: Tensor, labels: Tensor, logits: Tensor, tiled: Tensor, options
             axis.imshow(panel, vmin=-0.2, vmax=1.2, cmap="viridis")
             axis.set_title(title)
             axis.set_axis_off()
-    figure.savefig(options.out / "large_scene.png", dpi=90)
+    path = options.out / "large_scene.png"
+    figure.savefig(path, dpi=90)
     plt.close(figure)
+    Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
 
 
 # Starting the ranks
@@ -391,15 +381,16 @@ def report(result: dict, options: argparse.Namespace, console: Console) -> None:
     height, width = options.size
     positions = (height // STRIDE) * (width // STRIDE)
     table = Table(title=f"{height} x {width} pixels, {positions} positions, {len(result['ranks'])} ranks")
-    names = ("rank", "rows", "draw, s", "MiB", "head, s", "MiB", "sent, MiB", "in tiles, s", "process, MiB")
+    names = ("rank", "rows", "draw, s", "MiB", "head, s", "MiB", "process, MiB", "sent, MiB", "in tiles, s")
     for column in names:
         table.add_column(column, justify="right")
     for rank, own in enumerate(result["ranks"]):
-        (drawing, attending, tiling), mib = own["seconds"], ["-" if m is None else f"{m:.0f}" for m in own["mib"]]
-        figures = [f"{drawing:.1f}", mib[0], f"{attending:.1f}", mib[1], f"{own['sent_mib']:.0f}", f"{tiling:.1f}"]
-        table.add_row(f"{rank}", f"{own['rows']}", *figures, f"{own['peak_mib']:.0f}")
+        drawing, attending, tiling = (f"{seconds:.1f}" for seconds in own["seconds"])
+        drawn, added, in_all = ("-" if mib is None else f"{mib:.0f}" for mib in own["mib"])
+        sent = f"{own['sent_mib']:.0f}"
+        table.add_row(f"{rank}", f"{own['rows']}", drawing, drawn, attending, added, in_all, sent, tiling)
     console.print(table)
-    console.print("MiB: peak of what was added to the process; process: its peak in all.")
+    console.print("MiB: what was added to the process, at its peak. process: the peak of all of it, in the head.")
     console.print(
         f"{options.check[0]} x {options.check[1]} pixels in one process: logits differ by at most "
         f"{result['difference']:.1e} (of {result['largest']:.2g}), {result['equal_labels']:.2%} of the labels equal",
@@ -418,15 +409,16 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser = command_line.Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size, whole = command_line.size, command_line.whole
     parser.add_argument("--size", type=size, help="HEIGHTxWIDTH of the scene in pixels (10000x10000)")
-    parser.add_argument("--check", type=size, help="of the scene that one process holds too (3000x3000)")
-    parser.add_argument("--tile", type=whole(), default=1000, help="side of a tile in pixels (1000)")
+    parser.add_argument("--check", type=size, help="of the scene that one process holds too (4000x2000)")
+    parser.add_argument("--tile", type=whole(), help="side of a tile in pixels (1000)")
     parser.add_argument("--ranks", type=whole(1, 64), default=2, help="processes to start; not with torchrun (2)")
     parser.add_argument("--seed", type=whole(0), default=1, help="of the scene (1)")
-    parser.add_argument("--quick", action="store_true", help="a scene of 3000x2000 in seconds, unless --size is given")
+    parser.add_argument("--quick", action="store_true", help="seconds: 2000x2000, 1600x800 and tiles of 400 by default")
     parser.add_argument("--out", type=Path, default=Path("report/examples"))
     options = parser.parse_args(argv)
-    options.size = options.size or ((3000, 2000) if options.quick else (10000, 10000))
-    options.check = options.check or ((2000, 1000) if options.quick else (3000, 3000))
+    options.size = options.size or ((2000, 2000) if options.quick else (10000, 10000))
+    options.check = options.check or ((1600, 800) if options.quick else (4000, 2000))
+    options.tile = options.tile or (400 if options.quick else 1000)
     if dist.is_torchelastic_launched():
         options.ranks = int(os.environ["WORLD_SIZE"])
     if options.tile % (POOL * STRIDE):

@@ -401,7 +401,10 @@ def memory(layout: Layout, rank: int) -> Memory:
     statistic = _bytes(layout, positions, accumulation, 1)
     if layout.op == "channel":
         energies = _energies(layout)
-        forward, backward = (energies, energies + output), (energies, 2 * energies + 2 * output)
+        forward_moments = [(energies, energies), (0, energies + output)]
+        # The gradients of the map as value, as query and key, and their sum; the energies are released by then.
+        backward_moments = [(energies, energies + output), (0, 3 * output - energies)]
+        forward, backward = (max(found, key=sum) for found in (forward_moments, backward_moments))
         return Memory(output, output, energies, output, *forward, *backward)
     in_accumulation = 0 if layout.dtype == accumulation else _bytes(layout, positions, accumulation, layout.channels)
     saved = in_accumulation + statistic
@@ -503,25 +506,28 @@ def flop(layout: Layout, rank: int) -> Passes:
 def _flop_of_parts(layout: Layout, rank: int) -> Iterator[Passes]:
     """All of it, or that of rows and of columns."""
     batch, channels, key_channels = layout.batch, layout.channels, layout.key_channels
-    if layout.op == "channel":  # half of the symmetric energies and the product; of the gradients three products
-        product = 2 * batch * channels**2 * layout.part(rank)
-        yield Passes(3 * product / 2, 3 * product)
+    if layout.op == "channel":
+        energy, value = (batch, channels, channels), (batch, channels, layout.part(rank))
+        found = [_operator_flop("channel_energy", energy, value), _operator_flop("channel_apply", value, energy, value)]
+        yield Passes(sum(f.forward for f in found), sum(f.backward for f in found))
     elif layout.op == "position":
-        query = batch, key_channels, layout.part(rank)
+        output, query = ((batch, c, layout.part(rank)) for c in (channels, key_channels))
         key, value = (batch, key_channels, layout.positions), (batch, channels, layout.positions)
-        yield _operator_flop("position_attention", query, key, value)
+        yield _operator_flop("position_attention_partial", output, query, key, value)
     else:
         height, width = sum(layout.heights), sum(layout.widths)
         for name, size in (
             ("criss_cross_rows", (_rows(layout, rank), width)),
             ("criss_cross_columns", (height, _columns(layout, rank))),
         ):
-            yield _operator_flop(name, *[(batch, c, *size) for c in (key_channels, key_channels, channels)])
+            keys, values = (batch, key_channels, *size), (batch, channels, *size)
+            yield _operator_flop(name, values, keys, keys, values)
 
 
-def _operator_flop(name: str, *shapes: Sequence[int]) -> Passes:
+def _operator_flop(name: str, result: Sequence[int], *shapes: Sequence[int]) -> Passes:
+    """From the shapes of the result and of the arguments."""
     operator = _OPERATORS[name]
-    return Passes(operator.flops(*shapes), operator.flops_backward(shapes[-1], *shapes))
+    return Passes(operator.flops(*shapes), operator.flops_backward(result, *shapes))
 
 
 def seconds(layout: Layout, rank: int, on: Machine) -> Passes:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from segattn_ops import distributed
 from segattn_ops.distributed import plan
@@ -124,6 +125,22 @@ def peak_memory(op: str, method: str, dtype: torch.dtype, mesh: DeviceMesh) -> N
         assert abs(got - expected) <= TOLERANCE * expected, f"{name}: {got} (planned {expected}, {planned})"
 
 
+def flop(op: str, method: str, mesh: DeviceMesh) -> None:
+    """Of the operators; merging is not counted."""
+    layout = plan.even_layout(op, method, tuple(mesh.shape), 9, 11, 8, 4, torch.float32)
+    found = []
+    operands = operands_of(layout, dist.get_rank())
+    with FlopCounterMode(display=False) as forward:
+        output = attend(layout, operands, mesh)
+    with FlopCounterMode(display=False) as backward:
+        output.sum().backward()
+    for counter in (forward, backward):
+        counts = counter.get_flop_counts()["Global"]
+        found.append(sum(count for operator, count in counts.items() if str(operator).startswith("segattn")))
+    expected = plan.flop(layout, dist.get_rank())
+    assert found == [expected.forward, expected.backward], (found, expected)
+
+
 def of_meshes(check: Callable[..., None], shapes: Sequence[tuple[int, ...]], *arguments: Any) -> Check:
     """A check on all meshes of these ranks."""
 
@@ -138,11 +155,11 @@ def checks(shape: tuple[int, ...]) -> dict[str, Check]:
     shapes = plan.meshes(math.prod(shape))
     found: dict[str, Check] = {}
     for op, method in CASES:
+        found[f"FLOP, {op} {method}"] = of_meshes(flop, shapes, op, method)
         for dtype in DTYPES:
             name = f"{op} {method} {str(dtype).removeprefix('torch.')}"
             found[f"bytes sent, {name}"] = of_meshes(bytes_sent, shapes, op, method, dtype)
-            if op != "channel":
-                found[f"memory, {name}"] = of_meshes(peak_memory, shapes, op, method, dtype)
+            found[f"memory, {name}"] = of_meshes(peak_memory, shapes, op, method, dtype)
     return found
 
 

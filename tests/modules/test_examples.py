@@ -11,7 +11,7 @@ from torch import nn
 
 import segattn_ops
 from benchmarks import command_line
-from examples import convert_mmseg_danet, full_size_inference, shapes, train_shapes
+from examples import convert_mmseg_danet, full_size_inference, large_scene, shapes, train_shapes
 from segattn_ops import checkpoints, models
 
 from ..peers import without_initialisation
@@ -158,6 +158,54 @@ def test_bad_arguments_are_named_in_a_line(example, capsys, tmp_path) -> None:
             status = stopped.code
         (line,) = capsys.readouterr().err.splitlines()
         assert status == 2 and message in line and line.startswith(example.PROG), line
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> tuple:
+    out = tmp_path_factory.mktemp("large")
+    return large_scene.main(["--quick", "--out", str(out)]), out
+
+
+def test_large_scene_in_shards_is_that_of_one_process(large) -> None:
+    result, out = large
+    assert [own["rows"] for own in result["ranks"]] == [1200, 800]
+    assert result["equal_labels"] > 0.9999 and result["difference"] < 1e-4 * result["largest"]
+    assert all(own["sent_mib"] > 1 for own in result["ranks"])
+    assert io.imread(out / "large_scene.png").std() > 5
+
+
+def test_large_scene_has_seams_in_tiles_alone(large) -> None:
+    result, _ = large
+    assert result["accuracy"] > 0.95
+    assert result["seams"] < 1.3 < 2 < result["tiled_seams"]
+
+
+def test_rows_of_a_scene_are_drawn_alone() -> None:
+    """And the same."""
+    scene = large_scene.Scene(600, 400, 3)
+    whole = large_scene.patches(scene, range(600))
+    part = large_scene.patches(scene, range(200, 400))
+    for all_rows, rows in zip(whole, part, strict=True):
+        assert torch.equal(all_rows[:, :, 25:50], rows)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["--ranks", "5"],
+            "--check must have at least a row of tiles of 400 pixels for each of 5 ranks (got 1600x800)",
+        ),
+        (["--tile", "300"], "--tile must be a multiple of 200 pixels (got 300)"),
+        (["--check", "2000x1500"], "--check must be a multiple of the tile, 400 pixels (got 2000x1500)"),
+        (["--ranks", "0"], "--ranks: must be a whole number from 1 to 64"),
+    ],
+)
+def test_wrong_options_of_large_scene(arguments, message, capsys, tmp_path) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        large_scene.main(["--quick", "--out", str(tmp_path), *arguments])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and message in line and line.startswith(large_scene.PROG), line
 
 
 def test_scene_and_score() -> None:
