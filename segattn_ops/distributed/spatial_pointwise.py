@@ -394,16 +394,11 @@ def _permute(func: Any, input: SpatialMap, *dims: Any, **kwargs: Any) -> Spatial
     return _permuted(input, given if isinstance(given[0], int) else given[0])
 
 
-@handles(torch.transpose, Tensor.transpose, torch.swapaxes, Tensor.swapaxes)
-def _transpose(func: Any, input: SpatialMap, dim0: int, dim1: int) -> SpatialMap:
+@handles(torch.transpose, Tensor.transpose, torch.swapaxes, Tensor.swapaxes, Tensor.mT.__get__)  # type: ignore[attr-defined]
+def _transpose(func: Any, input: SpatialMap, dim0: int = -2, dim1: int = -1) -> SpatialMap:
     order = list(range(len(own_shape(input))))
     order[dim0], order[dim1] = order[dim1], order[dim0]
     return _permuted(input, order)
-
-
-@handles(Tensor.mT.__get__)  # type: ignore[attr-defined]
-def _matrix_transpose(func: Any, input: SpatialMap) -> SpatialMap:
-    return _transpose(func, input, -2, -1)
 
 
 @handles(torch.movedim, Tensor.movedim, torch.moveaxis, Tensor.moveaxis)
