@@ -13,8 +13,8 @@ from ._transforms import FUNCTIONS, under_derivative, under_transform
 
 LIBRARIES = _library.load()
 
-# Operator namespace -> a function for each of its operators, by name, for calls that nothing transforms, traces or
-# compiles. Filled by ops/_register.py.
+# Operator namespace -> a function for each of its operators and of their gradients, by name, for calls that nothing
+# transforms, traces or compiles. Filled by ops/_register.py.
 DIRECT: dict[str, SimpleNamespace] = {}
 
 _warned: set[str] = set()

@@ -58,6 +58,15 @@ _CHANNEL = {"query": "BCs", "key": "BKs", "value": "BKt"}
 _PAIR = {"query": "BEs", "key": "BEs"}
 _CRISS_CROSS = {**_PAIR, "value": "BCs"}
 
+_CRISS_CROSS_PART = Rules(_CRISS_CROSS, ("BCs", "Bs", "Bs"), "BC")
+_CRISS_CROSS_PART_BACKWARD = Rules(
+    {"grad_output": "BCs", **_CRISS_CROSS, "logsumexp": "Bs", "logsumexp_low": "Bs", "delta": "Bs"},
+    ("BEs", "BEs", "BCs"),
+    "BC",
+    summed="C",
+    added=frozenset({"delta"}),
+)
+
 # The gradient of the energies, P (dP - delta + grad_logsumexp), is linear in dP and delta, which are sums over C, and
 # the sums that keys_complete allows for hold for each part: shards of C give parts of grad_query and grad_key.
 RULES = {
@@ -77,10 +86,31 @@ RULES = {
         summed="sC",
         added=frozenset({"grad_logsumexp"}),
     ),
+    "position_attention_partial": Rules({**_POSITION, "key_padding_mask": "Bt"}, ("BCs", "Bs", "Bs"), "BsC"),
+    "position_attention_partial_backward": Rules(
+        {
+            "grad_output": "BCs",
+            **_POSITION,
+            "logsumexp": "Bs",
+            "logsumexp_low": "Bs",
+            "delta": "Bs",
+            "key_padding_mask": "Bt",
+        },
+        ("BEs", "BEt", "BCt"),
+        "BsC",
+        summed="sC",
+        added=frozenset({"delta"}),
+    ),
     "channel_attention": Rules(_CHANNEL, ("BCt", "BC"), "BCt"),
     "channel_attention_backward": Rules({"grad_output": "BCt", **_CHANNEL}, ("BCs", "BKs", "BKt"), "BCt", summed="Ct"),
     "channel_self_attention": Rules({"input": "BCs", "gamma": "BC"}, ("BCs", "BC"), "B"),
     "channel_self_attention_backward": Rules({"grad_output": "BCs", "input": "BCs", "gamma": "BC"}, ("BCs", "BC"), "B"),
+    "channel_energy": Rules({"query": "BCs", "key": "BKs"}, ("BCK",), "Bs", summed="s"),
+    "channel_energy_backward": Rules({"grad_energy": "BCK", "query": "BCs", "key": "BKs"}, ("BCs", "BKs"), "Bs"),
+    "channel_apply": Rules({"energy": "BCK", "value": "BKt", "gamma": "BC"}, ("BCt", "BC"), "Bt"),
+    "channel_apply_backward": Rules(
+        {"grad_output": "BCt", "energy": "BCK", "value": "BKt", "gamma": "BC"}, ("BCK", "BKt", "BC"), "Bt", summed="t"
+    ),
     "criss_cross_affinity": Rules(_PAIR, ("BRs",), "BE", summed="E"),
     "criss_cross_affinity_backward": Rules({"grad_affinity": "BRs", **_PAIR}, ("BEs", "BEs"), "BE"),
     "criss_cross_aggregation": Rules({"attention": "BRs", "value": "BCs"}, ("BCs",), "BC"),
@@ -102,6 +132,10 @@ RULES = {
         summed="C",
         added=frozenset({"grad_logsumexp"}),
     ),
+    "criss_cross_rows": _CRISS_CROSS_PART,
+    "criss_cross_rows_backward": _CRISS_CROSS_PART_BACKWARD,
+    "criss_cross_columns": _CRISS_CROSS_PART,
+    "criss_cross_columns_backward": _CRISS_CROSS_PART_BACKWARD,
 }
 
 

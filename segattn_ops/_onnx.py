@@ -40,11 +40,16 @@ def _criss_cross_attention(query: Tensor, key: Tensor, value: Tensor, scale: flo
 
 _DECOMPOSITIONS: dict[str, Callable[..., Any]] = {
     "position_attention": _position_attention,
+    "position_attention_partial": reference.position_attention_partial,
     "channel_attention": reference.channel_attention,
     "channel_self_attention": reference.channel_self_attention,
+    "channel_energy": reference.channel_energy,
+    "channel_apply": reference.channel_apply,
     "criss_cross_affinity": reference.criss_cross_affinity,
     "criss_cross_aggregation": reference.criss_cross_aggregation,
     "criss_cross_attention": _criss_cross_attention,
+    "criss_cross_rows": reference.criss_cross_rows,
+    "criss_cross_columns": reference.criss_cross_columns,
 }
 
 

@@ -132,4 +132,29 @@ inline CrissCrossSizes check_criss_cross_attention_backward(
   return sizes;
 }
 
+// grad_output (B, C, H, W), query (B, E, H, W), key (B, E, H, W), value (B, C, H, W), logsumexp (B, H, W),
+// logsumexp_low (B, H, W), delta (B, H, W)
+inline CrissCrossSizes check_criss_cross_part_backward(
+    const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& logsumexp,
+    const Tensor& logsumexp_low, const Tensor& delta, double scale, const std::vector<bool>& needs_input_grad,
+    std::string_view op) {
+  const CrissCrossSizes sizes = check_criss_cross_attention(query, key, value, scale, op);
+  const Argument v{"value", value}, g{"grad_output", grad_output}, l{"logsumexp", logsumexp};
+  const Argument low{"logsumexp_low", logsumexp_low}, d{"delta", delta};
+  check_like(op, g, v);
+  check_shape(op, g, v);
+  check_same_device(op, l, v);
+  check_dtype_is(op, l, accumulation_dtype(query.scalar_type()), "for these inputs");
+  check_shape_is(
+      op, l,
+      "[" + std::to_string(sizes.batch) + ", " + std::to_string(sizes.height) + ", " + std::to_string(sizes.width) +
+          "]");
+  check_like(op, low, l);
+  check_shape(op, low, l);
+  check_like(op, d, l);
+  check_shape(op, d, l);
+  check_needs_input_grad(op, needs_input_grad, 3);
+  return sizes;
+}
+
 }  // namespace segattn

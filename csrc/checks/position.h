@@ -15,10 +15,11 @@ struct PositionSizes {
   int64_t keys;            // M, the positions of key and value
 };
 
-// query (B, E, *S), key (B, E, *T), value (B, C, *T), key_padding_mask (B, *T)
+// query (B, E, *S), key (B, E, *T), value (B, C, *T), key_padding_mask (B, *T). is_part: the keys are a part of all
+// keys, perhaps none.
 inline PositionSizes check_position_attention(
     const Tensor& query, const Tensor& key, const Tensor& value, double scale,
-    const std::optional<Tensor>& key_padding_mask, std::string_view op = "position_attention") {
+    const std::optional<Tensor>& key_padding_mask, std::string_view op = "position_attention", bool is_part = false) {
   const Argument q{"query", query}, k{"key", key}, v{"value", value};
   check_dtype(op, q);
   check_like(op, k, q);
@@ -32,7 +33,9 @@ inline PositionSizes check_position_attention(
   check_batch(op, v, q);
   check_channels(op, k, q);
   check_spatial(op, v, k);
-  check_has_positions(op, k);
+  if (!is_part) {
+    check_has_positions(op, k);
+  }
   check_scale(op, scale);
   if (key_padding_mask.has_value()) {
     const Argument mask{"key_padding_mask", *key_padding_mask};
@@ -79,6 +82,40 @@ inline PositionSizes check_position_attention_backward(
     check_like(op, gradient, l);
     check_shape(op, gradient, l);
   }
+  check_needs_input_grad(op, needs_input_grad, 3);
+  return sizes;
+}
+
+// query (B, E, *S), key (B, E, *T), value (B, C, *T), key_padding_mask (B, *T)
+inline PositionSizes check_position_attention_partial(
+    const Tensor& query, const Tensor& key, const Tensor& value, double scale,
+    const std::optional<Tensor>& key_padding_mask, std::string_view op = "position_attention_partial") {
+  return check_position_attention(query, key, value, scale, key_padding_mask, op, true);
+}
+
+// grad_output (B, C, *S), query (B, E, *S), key (B, E, *T), value (B, C, *T), logsumexp, logsumexp_low, delta (B, *S),
+// key_padding_mask (B, *T)
+inline PositionSizes check_position_attention_partial_backward(
+    const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& logsumexp,
+    const Tensor& logsumexp_low, const Tensor& delta, double scale, const std::vector<bool>& needs_input_grad,
+    const std::optional<Tensor>& key_padding_mask) {
+  constexpr std::string_view op = "position_attention_partial_backward";
+  const PositionSizes sizes = check_position_attention_partial(query, key, value, scale, key_padding_mask, op);
+  const Argument q{"query", query}, g{"grad_output", grad_output}, l{"logsumexp", logsumexp};
+  check_like(op, g, q);
+  check_feature_map(op, g);
+  check_batch(op, g, q);
+  check_channels(op, g, {"value", value});
+  check_spatial(op, g, q);
+  check_same_device(op, l, q);
+  check_dtype_is(op, l, accumulation_dtype(query.scalar_type()), "for these inputs");
+  const std::string spatial = shape_of(query, 2);
+  check_shape_is(op, l, "[" + std::to_string(sizes.batch) + ", " + spatial.substr(1));
+  const Argument low{"logsumexp_low", logsumexp_low}, d{"delta", delta};
+  check_like(op, low, l);
+  check_shape(op, low, l);
+  check_like(op, d, l);
+  check_shape(op, d, l);
   check_needs_input_grad(op, needs_input_grad, 3);
   return sizes;
 }

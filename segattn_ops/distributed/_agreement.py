@@ -82,7 +82,7 @@ def agree(
     device = torch.device(arguments[0].device)
     with in_step(op, group):
         received = all_gather_bytes(op, group, _encoded(own, device))
-    everyone = [json.loads(bytes(data.cpu().tolist()).rstrip(b"\0")) for data in received]
+    everyone = [json.loads(bytes(data.cpu().numpy()).rstrip(b"\0")) for data in received]
     if error is not None:
         raise error
     for rank, other in zip(group.ranks, everyone, strict=True):
@@ -117,15 +117,18 @@ def _error_of(
 
 
 def _encoded(description: dict[str, Any], device: torch.device) -> Tensor:
-    text = json.dumps(description).encode()
+    text = json.dumps(description, default=str).encode()
     if len(text) > _SIZE:
-        text = json.dumps({**description, "error": str(description["error"])[: _SIZE // 4]}).encode()[:_SIZE]
+        text = json.dumps({**description, "error": str(description["error"])[: _SIZE // 4]}, default=str).encode()[
+            :_SIZE
+        ]
     return torch.frombuffer(bytearray(text.ljust(_SIZE, b"\0")), dtype=torch.uint8).to(device)
 
 
 def _compared(description: dict[str, Any]) -> Any:
+    """All that must be the same: of the sizes batch and channels; a mask has no channels."""
     arguments = [
-        (name, len(shape), shape[:2] if len(shape) > 2 else [], dtype, requires_grad)
+        (name, len(shape), shape[: 1 if dtype == "bool" else 2], dtype, requires_grad)
         for name, shape, dtype, _, requires_grad in description["arguments"]
     ]
     return description["op"], arguments, description["options"]

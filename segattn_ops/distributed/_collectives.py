@@ -43,19 +43,14 @@ def size_of(specs: Sequence[Spec]) -> int:
     return sum(-(-_length(spec) // _ALIGNMENT) * _ALIGNMENT for spec in specs)
 
 
-def pack(messages: Sequence[Sequence[Tensor]]) -> Tensor:
-    """The messages one after the other, as bytes."""
-    parts = []
-    for tensor in (tensor for message in messages for tensor in message):
-        if tensor.numel() > 0:
-            data = tensor.contiguous().flatten().view(torch.uint8)
-            parts.append(data)
-            padding = -data.numel() % _ALIGNMENT
-            if padding > 0:
-                parts.append(data.new_zeros(padding))
-    if not parts:
-        return messages[0][0].new_empty(0, dtype=torch.uint8)
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def pack(messages: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
+    """The messages one after the other, as bytes. What pads them is not written."""
+    tensors = [tensor for message in messages for tensor in message]
+    specs = [spec_of(tensor) for tensor in tensors]
+    packed = torch.empty(size_of(specs), dtype=torch.uint8, device=device)
+    for target, tensor in zip(unpack(packed, specs), tensors, strict=True):
+        target.copy_(tensor)
+    return packed
 
 
 def unpack(packed: Tensor, specs: Sequence[Spec]) -> list[Tensor]:
@@ -151,7 +146,8 @@ def exchange(op: str, group: Group, messages: Sequence[Sequence[Tensor]], specs:
     by_order = sorted(range(group.size), key=group.order.__getitem__)
     sent_sizes = [size_of([spec_of(t) for t in messages[index]]) for index in by_order]
     received_sizes = [size_of(specs[index]) for index in by_order]
-    packed = pack([messages[index] for index in by_order if messages[index]] or [[messages[0][0]]])
+    device = next(tensor.device for message in messages for tensor in message)
+    packed = pack([messages[index] for index in by_order], device)
     _count(op, sum(sent_sizes) - sent_sizes[group.order[group.index]])
     received = _named(
         op,
@@ -201,7 +197,7 @@ def gather(op: str, group: Group, tensors: Sequence[Tensor], specs: Sequence[Seq
     specs: of each rank's message.
     """
     largest = max(size_of(message) for message in specs)
-    packed = pack([tensors])
+    packed = pack([tensors], tensors[0].device)
     if packed.numel() < largest:
         packed = torch.cat([packed, packed.new_zeros(largest - packed.numel())])
     parts = all_gather_bytes(op, group, packed)

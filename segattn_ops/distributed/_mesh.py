@@ -96,9 +96,8 @@ def space_of(op: str, mesh: DeviceMesh, device_type: str) -> Space:
 
 
 def _space(mesh: DeviceMesh) -> Space:
-    along = tuple(
-        _group(mesh.get_group(dim), _ranks_along(mesh, dim), mesh.get_local_rank(dim)) for dim in range(mesh.ndim)
-    )
+    coordinate = mesh.get_coordinate() or ()
+    along = tuple(_group(mesh.get_group(dim), _ranks_along(mesh, dim), coordinate[dim]) for dim in range(mesh.ndim))
     if mesh.ndim == 1:
         return Space(tuple(mesh.shape), along[0], along)
     ranks = tuple(mesh.mesh.flatten().tolist())

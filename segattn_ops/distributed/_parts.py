@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import reference
+from .._autocast import without_autocast
 from ..ops._register import empty_gradients
 from ._merge import Partial
 
@@ -22,7 +23,8 @@ def forward(operators: Any, name: str, *arguments: Any) -> Partial:
         arguments: all of its arguments.
     """
     if operators is None:
-        output, logsumexp, low = getattr(reference, name)(*arguments)
+        with without_autocast(arguments[0].device.type):
+            output, logsumexp, low = getattr(reference, name)(*arguments)
         return output.contiguous(), logsumexp.contiguous(), low.contiguous()
     result: Partial = getattr(operators, name)(*arguments)
     return result
@@ -40,9 +42,11 @@ def backward(
         needs_input_grad: which gradients are.
         masks: the key padding mask, of position_attention_partial.
     """
-    if operators is not None:
-        gradients: Gradients = tuple(getattr(operators, f"{name}_backward")(*arguments, list(needs_input_grad), *masks))  # type: ignore[assignment]
-        return gradients
-    found = getattr(reference, f"{name}_backward")(*arguments, *masks)
-    empty = empty_gradients(found, (False,) * 3)
-    return tuple(f if n else e for f, e, n in zip(found, empty, needs_input_grad, strict=True))
+    if operators is None:
+        with without_autocast(arguments[0].device.type):
+            found = getattr(reference, f"{name}_backward")(*arguments, *masks)
+        empty = empty_gradients(found, (False,) * 3)
+        query, key, value = (f if n else e for f, e, n in zip(found, empty, needs_input_grad, strict=True))
+    else:
+        query, key, value = getattr(operators, f"{name}_backward")(*arguments, list(needs_input_grad), *masks)
+    return query, key, value

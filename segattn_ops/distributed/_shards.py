@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..ops._check import check_tensors
 from ._agreement import agree, describe, in_step
 from ._collectives import Spec, gather
+from ._functions import differentiable_once
 from ._mesh import Space, space_of
 from .criss_cross import extents
 
@@ -82,7 +82,7 @@ class _Unshard(torch.autograd.Function):
         return torch.cat([torch.cat(parts[i * columns : (i + 1) * columns], 3) for i in range(len(heights))], 2)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("distributed.unshard")
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         part = gradient.split(ctx.heights, 2)[ctx.space.along[0].index]
         if len(ctx.widths) > 1:

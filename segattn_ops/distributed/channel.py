@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .._autocast import autocast
-from ..ops._check import check_tensors, number
+from ..ops._check import Argument, check_tensors, number
 from ..ops._memory_format import like_inputs
 from ..ops.channel import (
     channel_apply,
@@ -19,6 +19,7 @@ from ..ops.channel import (
 )
 from ._agreement import agree, describe, in_step
 from ._collectives import all_reduce
+from ._functions import result
 from ._mesh import Group
 from ._tensors import local_shards
 
@@ -30,12 +31,11 @@ class _SumOverRanks(torch.autograd.Function):
     def forward(ctx: Any, tensor: Tensor, op: str, group: Group) -> Tensor:
         ctx.op, ctx.group = op, group
         with in_step(op, group):
-            return all_reduce(op, group, tensor)
+            return result(all_reduce(op, group, tensor))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        with in_step(ctx.op, ctx.group):
-            return all_reduce(ctx.op, ctx.group, gradient), None, None
+        return _SumOverRanks.apply(gradient, ctx.op, ctx.group), None, None
 
 
 def channel_attention(
@@ -99,19 +99,15 @@ def residual_channel_attention(
     scale = number(op, "scale", scale)
     mesh, local, wrap = local_shards(op, mesh, input=input)
     input = local["input"]
-    (converted,) = autocast(input)
-    space, _ = agree(op, mesh, describe(input=input), (("scale", scale),), _check_self)
-    factors = channel_factors(op, input, gamma)
-    energy = _SumOverRanks.apply(channel_energy(converted), op, space.whole)
-    if converted.dtype != input.dtype:
-        attended = channel_apply(energy, converted, scale)
-        output = (factors.reshape(*factors.shape, *[1] * (input.dim() - 2)) * attended + input).to(input.dtype)
-    else:
-        output = channel_apply(energy, input, scale, factors)
-    return wrap(like_inputs(output, input))
+    factor, constant = (gamma, None) if isinstance(gamma, Tensor) else (None, gamma)
+    arguments = describe(input=input, gamma=factor)
+    options = (("scale", scale), ("constant", constant))
+    space, _ = agree(op, mesh, arguments, options, _check_self)
+    energy = _SumOverRanks.apply(channel_energy(input), op, space.whole)
+    return wrap(channel_apply(energy, input, scale, gamma))
 
 
-def _check_self(input: Tensor, scale: float) -> None:
-    check_channel_self_attention(
-        input, scale, None, "distributed.residual_channel_attention", positions_may_be_empty=True
-    )
+def _check_self(input: Tensor, scale: float, constant: Any, gamma: Tensor | None = None) -> None:
+    op = "distributed.residual_channel_attention"
+    check_channel_self_attention(input, scale, None, op, positions_may_be_empty=True)
+    channel_factors(op, constant if gamma is None else gamma, Argument("input", input), input.shape[1])

@@ -12,7 +12,6 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import _backend
@@ -24,7 +23,8 @@ from ..ops.criss_cross import check_criss_cross_attention
 from . import _parts
 from ._agreement import agree, describe, in_step
 from ._collectives import Arriving, Spec, exchange
-from ._merge import delta_of, merge, without_any_key_is_nan
+from ._functions import differentiable_once, result
+from ._merge import Partial, delta_of, merge, without_any_key_is_nan
 from ._mesh import Group, Space
 from ._tensors import local_shards
 
@@ -191,10 +191,11 @@ class _CrissCrossAttention(torch.autograd.Function):
         ctx.lines = _directions(space, heights, widths)
         operands = [query, key, value]
         with in_step(_OP, space.whole):
-            arriving = [None if lines is None else lines.start_to_lines(operands) for lines in ctx.lines]
-            parts, whole = [], []
-            for name, lines, under_way in zip(_OPERATORS, ctx.lines, arriving, strict=True):
-                own = operands if under_way is None else lines.finish_to_lines(under_way)
+            arriving = [lines.start_to_lines(operands) for lines in ctx.lines if lines is not None]
+            parts: list[Partial] = []
+            whole: list[Tensor] = []
+            for name, lines in zip(_OPERATORS, ctx.lines, strict=True):
+                own = operands if lines is None else lines.finish_to_lines(arriving.pop(0))
                 part = _attend(ctx, name, own)
                 if lines is not None:
                     whole += own
@@ -206,10 +207,10 @@ class _CrissCrossAttention(torch.autograd.Function):
         without_any_key_is_nan(output, logsumexp)
         ctx.save_for_backward(query, key, value, output, logsumexp, low, *whole)
         ctx.set_materialize_grads(False)
-        return output.to(query.dtype), logsumexp
+        return result(output.to(query.dtype)), result(logsumexp)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once(_OP)
     def backward(ctx: Any, grad_output: Tensor | None, grad_logsumexp: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, output, logsumexp, low, *whole = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
@@ -218,14 +219,15 @@ class _CrissCrossAttention(torch.autograd.Function):
         delta = delta_of(grad_output, output, grad_logsumexp)
         sent = [grad_output.contiguous(), *(t.unsqueeze(1) for t in (logsumexp, low, delta))]
         with in_step(_OP, ctx.group):
-            arriving = [None if lines is None else lines.start_to_lines(sent) for lines in ctx.lines]
+            arriving = [lines.start_to_lines(sent) for lines in ctx.lines if lines is not None]
             total: list[Tensor] | None = None
-            for name, lines, under_way in zip(_OPERATORS, ctx.lines, arriving, strict=True):
+            for name, lines in zip(_OPERATORS, ctx.lines, strict=True):
                 if lines is None:
                     found = _differentiate(ctx, name, sent, [query, key, value], needs)
                 else:
                     own, whole = whole[:3], whole[3:]
-                    found = lines.to_parts(_differentiate(ctx, name, lines.finish_to_lines(under_way), own, needs))
+                    incoming = lines.finish_to_lines(arriving.pop(0))
+                    found = lines.to_parts(_differentiate(ctx, name, incoming, own, needs))
                 total = found if total is None else [t.add_(f) for t, f in zip(total, found, strict=True)]
         assert total is not None
         gradients = iter(total)
@@ -233,19 +235,18 @@ class _CrissCrossAttention(torch.autograd.Function):
         return *rounded, None, None, None, None
 
 
-def _directions(space: Space, heights: tuple[int, ...], widths: tuple[int, ...]) -> tuple[_Lines | None, _Lines]:
-    """The exchanges for the rows and for the columns; None if the rows are whole."""
+def _directions(space: Space, heights: tuple[int, ...], widths: tuple[int, ...]) -> list[_Lines | None]:
+    """The exchanges for the rows and for the columns; None where the lines are whole."""
     columns = space.along[0]
-    if len(space.shape) == 1:
-        return None, _Lines(columns, 2, heights, widths[0])
-    rows = space.along[1]
-    return (
-        _Lines(rows, 3, widths, heights[columns.index]),
-        _Lines(columns, 2, heights, widths[rows.index]),
-    )
+    rows = space.along[1] if len(space.shape) == 2 else None
+    width = widths[0 if rows is None else rows.index]
+    return [
+        None if rows is None or rows.size == 1 else _Lines(rows, 3, widths, heights[columns.index]),
+        None if columns.size == 1 else _Lines(columns, 2, heights, width),
+    ]
 
 
-def _attend(ctx: Any, name: str, operands: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _attend(ctx: Any, name: str, operands: Sequence[Tensor]) -> Partial:
     """The lines of one direction; perhaps none."""
     query, key, value = operands
     if query.shape[2:].numel() == 0:

@@ -12,17 +12,18 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import _backend
 from .._autocast import autocast
 from ..ops._check import check_tensors, number
 from ..ops._heads import check_heads, logsumexp_of_heads, merge_heads, split_heads
+from ..ops._memory_format import like_inputs
 from ..ops.position import check_position_attention
 from . import _parts
 from ._agreement import agree, describe, in_step
 from ._collectives import Arriving, Spec, exchange, gather, shift, spec_of
+from ._functions import differentiable_once, result
 from ._merge import Partial, delta_of, merge, without_any_key_is_nan
 from ._mesh import Group
 from ._tensors import local_shards
@@ -114,7 +115,7 @@ def position_attention(
     options = (("scale", scale), ("num_heads", num_heads), ("method", method), ("return_logsumexp", return_logsumexp))
     arguments = describe(query=query, key=key, value=value, key_padding_mask=mask)
     space, shapes = agree(_OP, mesh, arguments, options, _check)
-    spatial = query.shape[2:]
+    feature_maps, spatial = (query, value), query.shape[2:]
     query, key, value = (split_heads(t.flatten(2), num_heads) for t in (query, key, value))
     if mask is not None:
         mask = mask.flatten(1).repeat_interleave(num_heads, 0)
@@ -123,7 +124,7 @@ def position_attention(
         raise RuntimeError(f"{_OP}: key must have at least 1 position on some rank (got {list(key_counts)})")
     gathers = method == "gather" or (method == "auto" and _gather_fits(shapes, query.dtype.itemsize))
     output, logsumexp = _PositionAttention.apply(query, key, value, mask, scale, space.whole, key_counts, gathers)
-    output = wrap(merge_heads(output, num_heads).unflatten(2, spatial))
+    output = wrap(like_inputs(merge_heads(output, num_heads).unflatten(2, spatial), *feature_maps))
     if return_logsumexp:
         return output, wrap(logsumexp_of_heads(logsumexp, num_heads).unflatten(2, spatial))
     return output
@@ -139,7 +140,7 @@ def _check(
     return_logsumexp: bool,
     key_padding_mask: Tensor | None = None,
 ) -> None:
-    check_position_attention(query, key, value, scale, key_padding_mask, _OP, keys_may_be_empty=True)
+    check_position_attention(query, key, value, scale, key_padding_mask, _OP, is_part=True)
     check_heads(_OP, num_heads, query=query, key=key, value=value)
 
 
@@ -183,10 +184,10 @@ class _PositionAttention(torch.autograd.Function):
             without_any_key_is_nan(output, logsumexp)
         ctx.save_for_backward(query, key, value, mask, output, logsumexp, low)
         ctx.set_materialize_grads(False)
-        return output.to(query.dtype), logsumexp
+        return result(output.to(query.dtype)), result(logsumexp)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once(_OP)
     def backward(ctx: Any, grad_output: Tensor | None, grad_logsumexp: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, mask, output, logsumexp, low = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
@@ -240,16 +241,18 @@ def _attend(ctx: Any, query: Tensor, keys: Sequence[Tensor]) -> Partial:
 
 def _attend_in_ring(ctx: Any, query: Tensor, keys: _Keys) -> Partial:
     held = keys.own
-    result: Partial | None = None
+    merged: Partial | None = None
     for step in range(keys.group.size):
         arriving = keys.start_shift(held, step)
-        if result is None or held[0].shape[-1] > 0:
+        if merged is None or held[0].shape[-1] > 0:
             part = _attend(ctx, query, held)
-            result = part if result is None else merge(result, part)
+            merged = part if merged is None else merge(merged, part)
+            del part  # memory
         if arriving is not None:
             held = keys.finish_shift(arriving)
-    assert result is not None
-    return result
+            arriving = None
+    assert merged is not None
+    return merged
 
 
 def _differentiate(
@@ -307,7 +310,6 @@ def _differentiate_in_ring(
     """A shard's gradients follow it a step behind: they leave when this rank has added its part, and arrive while the
     next shard's are computed."""
     grad_query: Tensor | None = None
-    travelling: list[Tensor] = []
     arriving_gradients: Arriving | None = None
     held = keys.own
     for step in range(keys.group.size):
@@ -315,16 +317,22 @@ def _differentiate_in_ring(
         part_of_query, *parts = _differentiate(ctx, grad_output, query, held, statistics, needs)
         if part_of_query is not None:
             grad_query = part_of_query if grad_query is None else grad_query.add_(part_of_query)
+            del part_of_query  # memory
         travelling = [g for g in parts if g is not None]
+        del parts
         if arriving_gradients is not None:
             arrived = keys.finish_shift(arriving_gradients)
-            travelling = [a + g for a, g in zip(arrived, travelling, strict=True)]
+            travelling = [g.add_(a) for g, a in zip(travelling, arrived, strict=True)]
+            arriving_gradients = None
+            del arrived
         if travelling and keys.group.size > 1:
             counts = keys.counts[keys.before(step + 1)]
             specs = [Spec((*g.shape[:-1], counts), g.dtype) for g in travelling]
             arriving_gradients = shift(_OP, keys.group, travelling, specs)
+            travelling.clear()
         if arriving is not None:
             held = keys.finish_shift(arriving)
+            arriving = None
     if arriving_gradients is not None:
         travelling = keys.finish_shift(arriving_gradients)
     found = iter(travelling)

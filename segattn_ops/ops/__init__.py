@@ -3,27 +3,40 @@
 from . import channel, criss_cross, position
 from ._register import Operator
 from ._register import register as _register
-from .channel import channel_attention, residual_channel_attention
+from .channel import channel_apply, channel_attention, channel_energy, residual_channel_attention
 from .criss_cross import (
     criss_cross_affinity,
     criss_cross_aggregation,
     criss_cross_attention,
     criss_cross_attention_map,
+    criss_cross_columns,
+    criss_cross_rows,
 )
-from .position import position_attention, position_attention_map
+from .position import (
+    position_attention,
+    position_attention_map,
+    position_attention_partial,
+    position_attention_partial_backward,
+)
 
 OPERATORS = (*position.OPERATORS, *channel.OPERATORS, *criss_cross.OPERATORS)
 
 __all__ = [
     "OPERATORS",
     "Operator",
+    "channel_apply",
     "channel_attention",
+    "channel_energy",
     "criss_cross_affinity",
     "criss_cross_aggregation",
     "criss_cross_attention",
     "criss_cross_attention_map",
+    "criss_cross_columns",
+    "criss_cross_rows",
     "position_attention",
     "position_attention_map",
+    "position_attention_partial",
+    "position_attention_partial_backward",
     "register",
     "residual_channel_attention",
 ]

@@ -98,6 +98,7 @@ def register(namespace: str, operators: Iterable[Operator]) -> None:
         _register_flops(forward, operator.flops)
         _register_flops(backward, operator.flops_backward)
         gradient = direct_backward(backward.default, getattr(functions, backward_name))
+        setattr(direct, backward_name, gradient)
         rule = _rule_of(operator, gradient)
         setattr(direct, operator.name, direct_forward(forward.default, operator.setup_context, rule))
 

@@ -31,6 +31,7 @@ from ._check import (
     check_tensors,
     fail,
     number,
+    shape_of,
 )
 from ._derivatives import channel as _derivatives
 from ._memory_format import like_inputs
@@ -114,7 +115,7 @@ def residual_channel_attention(input: Tensor, gamma: Tensor | float, scale: floa
         scale = number("residual_channel_attention", "scale", scale)
     if not (input.dtype in SUPPORTED and input.dim() >= 3 and input.numel() > 0 and -math.inf < scale < math.inf):
         check_channel_self_attention(input, scale, None, "residual_channel_attention")
-    factors = channel_factors("residual_channel_attention", input, gamma)
+    factors = channel_factors("residual_channel_attention", gamma, Argument("input", input), input.shape[1])
     (converted,) = autocast(input)
     if converted.dtype != input.dtype:
         attended = _self_attention(converted, scale)
@@ -124,17 +125,18 @@ def residual_channel_attention(input: Tensor, gamma: Tensor | float, scale: floa
     return like_inputs(output, input)
 
 
-def channel_factors(op: str, x: Tensor, gamma: Tensor | float) -> Tensor:
-    """gamma as the operators take it: (B, C), in the dtype of accumulation."""
+def channel_factors(op: str, gamma: Tensor | float, like: Argument, channels: int) -> Tensor:
+    """gamma as the operators take it: (B, C), in the dtype of accumulation of the feature map `like`."""
+    x = like.tensor
     dtype = accumulation_dtype(x.dtype)
+    sizes = (x.shape[0], channels)
     if not isinstance(gamma, Tensor):
         if isinstance(gamma, bool) or not isinstance(gamma, numbers.Real):
             raise TypeError(f"{op}: gamma must be a number or a torch.Tensor (got {type(gamma).__name__})")
-        return x.new_full(x.shape[:2], number(op, "gamma", gamma), dtype=dtype)
-    sizes = x.shape[:2]
+        return x.new_full(sizes, number(op, "gamma", gamma), dtype=dtype)
     if gamma.dtype is dtype and gamma.shape == (1,) and gamma.device == x.device:
         return gamma.expand(sizes)
-    check_same_device(op, Argument("gamma", gamma), Argument("input", x))
+    check_same_device(op, Argument("gamma", gamma), like)
     check_dtype(op, Argument("gamma", gamma))
     if gamma.dim() > 2 or any(g not in (1, s) for g, s in zip(reversed(gamma.shape), reversed(sizes), strict=False)):
         rule = f"must be of a shape that broadcasts to (batch, channels) = {list(sizes)}"
@@ -153,6 +155,100 @@ def _self_attention(x: Tensor, scale: float, gamma: Tensor | None = None) -> Ten
             results = reference.channel_self_attention(x, scale, gamma)
     else:
         results = operators.channel_self_attention(x, scale, gamma)
+    return results[0]
+
+
+def channel_energy(query: Tensor, key: Tensor | None = None) -> Tensor:
+    r"""The first half of channel attention, without scale: ``E_ck = sum_n q_cn k_kn``.
+
+    Energies over parts of the positions add up to those over all: ``channel_apply`` of their sum is
+    ``channel_attention``.
+
+    Args:
+        query: (B, C, *S), float16, bfloat16, float32 or float64, perhaps without positions: the energies are then 0.
+        key: (B, K, *S); None, or the same tensor, for the query itself. The energy is then symmetric, and half of it is
+            computed.
+
+    Returns:
+        (B, C, K), in the dtype of accumulation: float64 for float64 inputs, else float32. Gradients too.
+
+    Raises:
+        TypeError: for an argument that is not a tensor.
+        RuntimeError: for mismatched shapes, dtypes or devices.
+    """
+    if has_torch_function((query, key)):
+        overridden: Tensor = handle_torch_function(channel_energy, (query, key), query, key)
+        return overridden
+    if not (isinstance(query, Tensor) and (key is None or isinstance(key, Tensor))):
+        check_tensors("channel_energy", query=query, **({} if key is None else {"key": key}))
+    if key is None or key is query:
+        (query,) = autocast(query)
+        key = None
+    else:
+        query, key = autocast(query, key)
+    operators = _backend.operators("channel_energy", *([query] if key is None else [query, key]))
+    if operators is None:
+        check_channel_energy(query, key)
+        with without_autocast(query.device.type):
+            return reference.channel_energy(query, key)
+    energy: Tensor = operators.channel_energy(query, key)
+    return energy
+
+
+def channel_apply(energy: Tensor, value: Tensor, scale: float = -1.0, gamma: Tensor | float | None = None) -> Tensor:
+    r"""The second half of channel attention: ``A = softmax_k(scale * E_ck)``, ``out_c = sum_k A_ck v_k``, and, with
+    gamma, ``gamma * out + v``.
+
+    The gradient of the energy is linear in that of the output: gradients from parts of the positions add up.
+
+    Args:
+        energy: (B, C, K), in the dtype of accumulation of value, as from ``channel_energy``.
+        value: (B, K, *T), float16, bfloat16, float32 or float64, perhaps without positions.
+        scale: multiplies the energies. Not differentiable.
+        gamma: None, or the factor as in ``residual_channel_attention``; C = K then.
+
+    Returns:
+        (B, C, *T), in the dtype and memory format of value. Under autocast in autocast's dtype; with gamma, the
+        attention is computed in autocast's dtype and the residual is not rounded.
+
+    Raises:
+        TypeError: for a tensor argument that is not a tensor, a gamma that is neither a number nor a tensor, and a
+            scale that is not a number.
+        RuntimeError: for mismatched shapes, dtypes or devices, for C != K with gamma, and for a scale that is not
+            finite.
+    """
+    if has_torch_function((energy, value, gamma)):
+        arguments = (energy, value, scale, gamma)
+        overridden: Tensor = handle_torch_function(channel_apply, (energy, value, gamma), *arguments)
+        return overridden
+    if not (isinstance(energy, Tensor) and isinstance(value, Tensor)):
+        check_tensors("channel_apply", energy=energy, value=value)
+    if type(scale) is not float:
+        scale = number("channel_apply", "scale", scale)
+    if gamma is None:
+        (converted,) = autocast(value)
+        return like_inputs(_apply(energy, converted, scale), value)
+    check_channel_apply(energy, value, scale, None)
+    factors = channel_factors("channel_apply", gamma, Argument("value", value), energy.shape[1])
+    check_channel_apply(energy, value, scale, factors)
+    (converted,) = autocast(value)
+    if converted.dtype != value.dtype:
+        attended = _apply(energy, converted, scale)
+        output = (factors.reshape(*factors.shape, *[1] * (value.dim() - 2)) * attended + value).to(value.dtype)
+    else:
+        output = _apply(energy, value, scale, factors)
+    return like_inputs(output, value)
+
+
+def _apply(energy: Tensor, value: Tensor, scale: float, gamma: Tensor | None = None) -> Tensor:
+    tensors = (value, energy) if gamma is None else (value, energy, gamma)
+    operators = _backend.operators("channel_apply", *tensors)
+    if operators is None:
+        check_channel_apply(energy, value, scale, gamma)
+        with without_autocast(value.device.type):
+            results = reference.channel_apply(energy, value, scale, gamma)
+    else:
+        results = operators.channel_apply(energy, value, scale, gamma)
     return results[0]
 
 
@@ -232,6 +328,78 @@ def check_channel_self_attention_backward(
     check_needs_input_grad(op, needs_input_grad, 2)
 
 
+def check_channel_energy(query: Tensor, key: Tensor | None, op: str = "channel_energy") -> None:
+    """query (B, C, *S), key (B, K, *S); query is key too if no key is given."""
+    q, k = Argument("query", query), Argument("key", query if key is None else key)
+    check_dtype(op, q)
+    check_like(op, k, q)
+    check_feature_map(op, q)
+    check_feature_map(op, k)
+    check_has_channels(op, q)
+    check_has_channels(op, k)
+    check_batch(op, k, q)
+    check_spatial(op, k, q)
+
+
+def check_channel_energy_backward(
+    grad_energy: Tensor, query: Tensor, key: Tensor | None, needs_input_grad: Sequence[bool]
+) -> None:
+    """grad_energy (B, C, K), query (B, C, *S), key (B, K, *S)."""
+    op = "channel_energy_backward"
+    check_channel_energy(query, key, op)
+    g, q = Argument("grad_energy", grad_energy), Argument("query", query)
+    check_same_device(op, g, q)
+    check_dtype_is(op, g, accumulation_dtype(query.dtype), "for these inputs")
+    check_shape_is(op, g, (*query.shape[:2], (query if key is None else key).shape[1]))
+    check_needs_input_grad(op, needs_input_grad, 2)
+
+
+def check_channel_apply(
+    energy: Tensor, value: Tensor, scale: float, gamma: Tensor | None, op: str = "channel_apply"
+) -> None:
+    """energy (B, C, K), value (B, K, *T), gamma (B, C), which demands K = C."""
+    e, v = Argument("energy", energy), Argument("value", value)
+    check_dtype(op, v)
+    check_same_device(op, v, e)
+    check_dtype_is(op, e, accumulation_dtype(value.dtype), "for these inputs")
+    check_feature_map(op, v)
+    check_has_channels(op, v)
+    if energy.dim() != 3:
+        fail(op, f"energy must have 3 dimensions, (batch, channels, keys) (got shape {shape_of(energy)})")
+    check_has_channels(op, e)
+    check_batch(op, e, v)
+    if energy.shape[2] != value.shape[1]:
+        fail(op, f"energy must have {value.shape[1]} keys, the channels of value (got {energy.shape[2]})")
+    check_scale(op, scale)
+    if gamma is not None:
+        g = Argument("gamma", gamma)
+        check_same_device(op, g, v)
+        check_dtype_is(op, g, accumulation_dtype(value.dtype), "for these inputs")
+        check_shape_is(op, g, energy.shape[:2])
+        if energy.shape[1] != energy.shape[2]:
+            fail(op, f"energy must have as many channels as keys with gamma (got shape {shape_of(energy)})")
+
+
+def check_channel_apply_backward(
+    grad_output: Tensor,
+    energy: Tensor,
+    value: Tensor,
+    scale: float,
+    gamma: Tensor | None,
+    needs_input_grad: Sequence[bool],
+) -> None:
+    """grad_output (B, C, *T), energy (B, C, K), value (B, K, *T), gamma (B, C)."""
+    op = "channel_apply_backward"
+    check_channel_apply(energy, value, scale, gamma, op)
+    g, e, v = Argument("grad_output", grad_output), Argument("energy", energy), Argument("value", value)
+    check_like(op, g, v)
+    check_feature_map(op, g)
+    check_batch(op, g, v)
+    check_channels(op, g, e)
+    check_spatial(op, g, v)
+    check_needs_input_grad(op, needs_input_grad, 3)
+
+
 def _fake(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     check_channel_attention(query, key, value, scale)
     output = query.new_empty((*query.shape[:2], *value.shape[2:]))
@@ -267,6 +435,39 @@ def _fake_self_backward(
     return empty_gradients((input, factors), needs_input_grad)
 
 
+def _fake_energy(query: Tensor, key: Tensor | None = None) -> Tensor:
+    check_channel_energy(query, key)
+    sizes = (*query.shape[:2], (query if key is None else key).shape[1])
+    return query.new_empty(sizes, dtype=accumulation_dtype(query.dtype))
+
+
+def _fake_energy_backward(
+    grad_energy: Tensor, query: Tensor, key: Tensor | None = None, needs_input_grad: Sequence[bool] = (True, True)
+) -> list[Tensor]:
+    check_channel_energy_backward(grad_energy, query, key, needs_input_grad)
+    if key is None:
+        return empty_gradients((query, query), (needs_input_grad[0], False))
+    return empty_gradients((query, key), needs_input_grad)
+
+
+def _fake_apply(energy: Tensor, value: Tensor, scale: float, gamma: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    check_channel_apply(energy, value, scale, gamma)
+    output = value.new_empty((*energy.shape[:2], *value.shape[2:]))
+    return output, energy.new_empty(energy.shape[:2])
+
+
+def _fake_apply_backward(
+    grad_output: Tensor,
+    energy: Tensor,
+    value: Tensor,
+    scale: float,
+    gamma: Tensor | None = None,
+    needs_input_grad: Sequence[bool] = (True, True, True),
+) -> list[Tensor]:
+    check_channel_apply_backward(grad_output, energy, value, scale, gamma, needs_input_grad)
+    return empty_gradients((energy, value, energy.new_empty(energy.shape[:2])), needs_input_grad)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.scale = inputs
     ctx.save_for_backward(*tensors)
@@ -276,6 +477,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _setup_self_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, ctx.scale, gamma = inputs
     ctx.save_for_backward(x, gamma)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _setup_energy_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _setup_apply_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    energy, value, ctx.scale, gamma = inputs
+    ctx.save_for_backward(energy, value, gamma)
     ctx.mark_non_differentiable(output[1])
 
 
@@ -289,6 +500,26 @@ def _self_backward(operator: Any, ctx: Any, grad_output: Tensor, grad_logsumexp:
     needs = [ctx.needs_input_grad[0], gamma is not None and ctx.needs_input_grad[2]]
     grad_input, grad_gamma = wanted(operator(grad_output, x, ctx.scale, gamma, needs), needs, (x,))
     return grad_input, None, grad_gamma
+
+
+def _energy_backward(operator: Any, ctx: Any, grad_energy: Tensor) -> tuple[Tensor | None, ...]:
+    query, key = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[0], key is not None and ctx.needs_input_grad[1]]
+    grad_query, grad_key = wanted(
+        operator(grad_energy, query, key, needs), needs, (query,) if key is None else (query, key)
+    )
+    return grad_query, grad_key
+
+
+def _apply_backward(operator: Any, ctx: Any, grad_output: Tensor, grad_logsumexp: Tensor) -> tuple[Tensor | None, ...]:
+    energy, value, gamma = ctx.saved_tensors
+    needs = [*ctx.needs_input_grad[:2], gamma is not None and ctx.needs_input_grad[3]]
+    grad_energy, grad_value, grad_gamma = wanted(
+        operator(grad_output, energy, value, ctx.scale, gamma, needs), needs, ()
+    )
+    if grad_value is not None:
+        grad_value = like_inputs(grad_value, value)
+    return grad_energy, grad_value, None, grad_gamma
 
 
 def _flops(query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> int:
@@ -321,6 +552,39 @@ def _flops_self_backward(
     return products * x[0] * x[1] ** 2 * math.prod(x[2:])
 
 
+def _flops_energy(query: Sequence[int], key: Sequence[int] | None = None) -> int:
+    """Half of the symmetric energy without key."""
+    products = query[0] * query[1] * math.prod(query[2:])
+    return products * query[1] if key is None else 2 * products * key[1]
+
+
+def _flops_energy_backward(
+    grad_energy: Sequence[int],
+    query: Sequence[int],
+    key: Sequence[int] | None = None,
+    needs_input_grad: Sequence[bool] = (True, True),
+) -> int:
+    """A product for each gradient; without key, one with grad_energy + grad_energy^T."""
+    gradients = int(needs_input_grad[0]) if key is None else sum(needs_input_grad)
+    return 2 * gradients * math.prod(grad_energy) * math.prod(query[2:])
+
+
+def _flops_apply(energy: Sequence[int], value: Sequence[int], gamma: Any = None) -> int:
+    return 2 * math.prod(energy) * math.prod(value[2:])
+
+
+def _flops_apply_backward(
+    grad_output: Any,
+    energy: Sequence[int],
+    value: Sequence[int],
+    gamma: Any = None,
+    needs_input_grad: Sequence[bool] = (True, True, True),
+) -> int:
+    """dA = dO value^T for the energy and gamma, and A^T dO for the value."""
+    products = (needs_input_grad[0] or needs_input_grad[2]) + needs_input_grad[1]
+    return 2 * products * math.prod(energy) * math.prod(value[2:])
+
+
 OPERATORS = (
     Operator(
         "channel_attention",
@@ -346,12 +610,28 @@ OPERATORS = (
         flops=_flops_self,
         flops_backward=_flops_self_backward,
     ),
+    Operator(
+        "channel_energy",
+        fake=_fake_energy,
+        fake_backward=_fake_energy_backward,
+        setup_context=_setup_energy_context,
+        backward=_energy_backward,
+        jvp=_derivatives.energy_jvp,
+        backward_jvp=_derivatives.energy_backward_jvp,
+        double_backward=_derivatives.energy_double_backward,
+        flops=_flops_energy,
+        flops_backward=_flops_energy_backward,
+    ),
+    Operator(
+        "channel_apply",
+        fake=_fake_apply,
+        fake_backward=_fake_apply_backward,
+        setup_context=_setup_apply_context,
+        backward=_apply_backward,
+        jvp=_derivatives.apply_jvp,
+        backward_jvp=_derivatives.apply_backward_jvp,
+        double_backward=_derivatives.apply_double_backward,
+        flops=_flops_apply,
+        flops_backward=_flops_apply_backward,
+    ),
 )
-
-
-def channel_energy(query, key=None):
-    return reference.channel_energy(query, key)
-
-
-def channel_apply(energy, value, scale, gamma=None):
-    return reference.channel_apply(energy, value, scale, gamma)[0]

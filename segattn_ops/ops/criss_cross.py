@@ -1,6 +1,6 @@
 """Criss-cross attention: each position attends to its row and its column."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -138,6 +138,51 @@ def criss_cross_attention(
     if query.stride(1) == 1 or value.stride(1) == 1:
         output = like_inputs(output, query, value)
     return (output, logsumexp_of_heads(results[1], num_heads)) if return_logsumexp else output
+
+
+def criss_cross_rows(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """The part of :func:`criss_cross_attention` over the row, self included. With w = exp(logsumexp + logsumexp_low -
+    maximum of both parts), criss-cross attention is the mean of this output and of that of
+    :func:`criss_cross_columns`, weighted by w.
+
+    Args:
+        query: (B, E, H, W), float16, bfloat16, float32 or float64.
+        key: (B, E, H, W).
+        value: (B, C, H, W).
+        scale: multiplies query . key. Not differentiable.
+
+    Returns:
+        output (B, C, H, W), logsumexp (B, H, W) and its rounding error (B, H, W), all in the dtype of accumulation:
+        float32, float64 for float64. Of a query whose energies are all -inf, output is 0, logsumexp -inf and the
+        rounding error 0. Output and logsumexp are differentiable, once.
+
+    Raises:
+        TypeError: for an argument that is not a tensor, and for a scale that is not a number.
+        RuntimeError: for mismatched shapes, dtypes or devices, a height or width of 0, and a scale that is not finite.
+    """
+    return _part("criss_cross_rows", reference.criss_cross_rows, query, key, value, scale)
+
+
+def criss_cross_columns(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """The part of :func:`criss_cross_attention` over the column, self left out: for a height of 1 over no key at all.
+    Arguments, results and errors as of :func:`criss_cross_rows`."""
+    return _part("criss_cross_columns", reference.criss_cross_columns, query, key, value, scale)
+
+
+def _part(
+    op: str, definition: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_tensors(op, query=query, key=key, value=value)
+    scale = number(op, "scale", scale)
+    query, key, value = autocast(query, key, value)
+    operators = _backend.operators(op, query, key, value)
+    if operators is None:
+        check_criss_cross_attention(query, key, value, scale, op)
+        with without_autocast(query.device.type):
+            output, logsumexp, low = definition(query, key, value, scale)
+    else:
+        output, logsumexp, low = getattr(operators, op)(query, key, value, scale)
+    return like_inputs(output, query, value), logsumexp, low
 
 
 def criss_cross_affinity(query: Tensor, key: Tensor) -> Tensor:
@@ -409,6 +454,36 @@ def check_criss_cross_attention_backward(
     check_needs_input_grad(op, needs_input_grad, 3)
 
 
+def check_criss_cross_part_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    logsumexp: Tensor,
+    logsumexp_low: Tensor,
+    delta: Tensor,
+    scale: float,
+    needs_input_grad: Sequence[bool],
+    op: str,
+) -> None:
+    """grad_output (B, C, H, W), query (B, E, H, W), key (B, E, H, W), value (B, C, H, W), logsumexp (B, H, W),
+    logsumexp_low (B, H, W), delta (B, H, W)."""
+    check_criss_cross_attention(query, key, value, scale, op)
+    v, g = Argument("value", value), Argument("grad_output", grad_output)
+    l, low = Argument("logsumexp", logsumexp), Argument("logsumexp_low", logsumexp_low)  # noqa: E741
+    d = Argument("delta", delta)
+    check_like(op, g, v)
+    check_shape(op, g, v)
+    check_same_device(op, l, v)
+    check_dtype_is(op, l, accumulation_dtype(query.dtype), "for these inputs")
+    check_shape_is(op, l, (query.shape[0], *query.shape[2:]))
+    check_like(op, low, l)
+    check_shape(op, low, l)
+    check_like(op, d, l)
+    check_shape(op, d, l)
+    check_needs_input_grad(op, needs_input_grad, 3)
+
+
 def _fake_affinity(query: Tensor, key: Tensor) -> Tensor:
     check_criss_cross_affinity(query, key)
     batch, _, height, width = query.shape
@@ -460,6 +535,41 @@ def _fake_backward(
     return empty_gradients((query, key, value), needs_input_grad)
 
 
+def _fake_part(op: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    def fake(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        check_criss_cross_attention(query, key, value, scale, op)
+        dtype = accumulation_dtype(query.dtype)
+        batch, _, height, width = query.shape
+        logsumexp = query.new_empty((batch, height, width), dtype=dtype)
+        return value.new_empty(value.shape, dtype=dtype), logsumexp, logsumexp.new_empty(logsumexp.shape)
+
+    return fake
+
+
+def _fake_part_backward(op: str) -> Callable[..., list[Tensor]]:
+    def fake(
+        grad_output: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        logsumexp: Tensor,
+        logsumexp_low: Tensor,
+        delta: Tensor,
+        scale: float,
+        needs_input_grad: Sequence[bool] = (True, True, True),
+    ) -> list[Tensor]:
+        check_criss_cross_part_backward(
+            grad_output, query, key, value, logsumexp, logsumexp_low, delta, scale, needs_input_grad, op
+        )
+        dtype = accumulation_dtype(query.dtype)
+        return [
+            t.new_empty(t.shape if needed else (0,), dtype=dtype)
+            for t, needed in zip((query, key, value), needs_input_grad, strict=True)
+        ]
+
+    return fake
+
+
 def _setup_pair_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -492,10 +602,52 @@ def _backward(
     return *wanted(gradients, needs, (query, key, value)), None
 
 
+def _part_backward(
+    operator: Any, ctx: Any, grad_output: Tensor | None, grad_logsumexp: Tensor | None, grad_logsumexp_low: None
+) -> tuple[Tensor | None, ...]:
+    if grad_output is None and grad_logsumexp is None:
+        return (None,) * 4
+    query, key, value, output, logsumexp, logsumexp_low = ctx.saved_tensors
+    if grad_output is None:
+        grad_output, delta = torch.zeros_like(value), torch.zeros_like(logsumexp)
+    else:
+        grad_output = grad_output.to(value.dtype)  # delta of the same numbers as the kernels' dP
+        delta = (grad_output.to(output.dtype) * output).sum(1)
+    if grad_logsumexp is not None:
+        delta = delta - grad_logsumexp
+    needs = list(ctx.needs_input_grad[:3])
+    gradients = operator(grad_output, query, key, value, logsumexp, logsumexp_low, delta, ctx.scale, needs)
+    gradients = [g.to(query.dtype) for g in gradients]
+    return *wanted(gradients, needs, (query, key, value)), None
+
+
 def _products(shape: Sequence[int], channels: int) -> int:
     """FLOP of one product of every position with its row and column, over `channels`."""
+    return _row_products(shape, channels) + _column_products(shape, channels)
+
+
+def _row_products(shape: Sequence[int], channels: int) -> int:
     batch, _, height, width = shape
-    return 2 * batch * height * width * (height + width - 1) * channels
+    return 2 * batch * height * width * width * channels
+
+
+def _column_products(shape: Sequence[int], channels: int) -> int:
+    batch, _, height, width = shape
+    return 2 * batch * height * width * (height - 1) * channels
+
+
+def _part_operator(name: str, products: Callable[[Sequence[int], int], int]) -> Operator:
+    return Operator(
+        name,
+        fake=_fake_part(name),
+        fake_backward=_fake_part_backward(f"{name}_backward"),
+        setup_context=_setup_context,
+        backward=_part_backward,
+        flops=lambda query, key, value: products(query, query[1] + value[1]),
+        flops_backward=lambda grad_output, query, key, value, *saved, needs_input_grad=(True, True, True): products(
+            query, channels_of_products(query[1], value[1], needs_input_grad)
+        ),
+    )
 
 
 OPERATORS = (
@@ -541,4 +693,6 @@ OPERATORS = (
             query, channels_of_products(query[1], value[1], needs_input_grad)
         ),
     ),
+    _part_operator("criss_cross_rows", _row_products),
+    _part_operator("criss_cross_columns", _column_products),
 )

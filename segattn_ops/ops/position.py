@@ -178,6 +178,105 @@ def position_attention(
     return (output, logsumexp_of_heads(results[1], num_heads)) if return_logsumexp else output
 
 
+def position_attention_partial(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float = 1.0,
+    *,
+    key_padding_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`position_attention` over a part of the keys, for merging with that over the others.
+
+    With ``w_r = exp((logsumexp_r - max logsumexp) + logsumexp_low_r)`` of part r, attention over all keys is
+    ``sum_r w_r output_r / sum_r w_r``.
+
+    Args:
+        query: (B, E, *S), float16, bfloat16, float32 or float64.
+        key: (B, E, *T), perhaps without positions.
+        value: (B, C, *T).
+        scale: as in :func:`position_attention`.
+        key_padding_mask: (B, *T), as in :func:`position_attention`.
+
+    Returns:
+        output (B, C, *S), logsumexp (B, *S) and the rounding error of logsumexp (B, *S), all in the dtype of
+        accumulation. Of a query without keys, or whose energies are all -inf, they are 0, -inf and 0. Output and
+        logsumexp are differentiable once, in reverse mode.
+
+    Raises:
+        TypeError: for an argument that is not a tensor, and for a scale that is not a number.
+        RuntimeError: for mismatched shapes, dtypes or devices, and for a scale that is not finite.
+    """
+    op = "position_attention_partial"
+    check_tensors(op, query=query, key=key, value=value)
+    if key_padding_mask is not None:
+        check_tensors(op, key_padding_mask=key_padding_mask)
+    scale = number(op, "scale", scale)
+    query, key, value = autocast(query, key, value)
+    operators = _backend.operators(op, query, key, value)
+    if operators is None:
+        check_position_attention_partial(query, key, value, scale, key_padding_mask)
+        with without_autocast(query.device.type):
+            return reference.position_attention_partial(query, key, value, scale, key_padding_mask)
+    results: tuple[Tensor, Tensor, Tensor] = operators.position_attention_partial(
+        query, key, value, scale, key_padding_mask
+    )
+    return results
+
+
+def position_attention_partial_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    logsumexp: Tensor,
+    logsumexp_low: Tensor,
+    delta: Tensor,
+    scale: float = 1.0,
+    *,
+    needs_input_grad: Sequence[bool] = (True, True, True),
+    key_padding_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A part of the gradients of attention over all keys: that of the part of the keys that is given.
+
+    Args:
+        grad_output: (B, C, *S), of the output over all keys, in the inputs' dtype.
+        query, key, value, scale, key_padding_mask: as in :func:`position_attention_partial`.
+        logsumexp, logsumexp_low: (B, *S), over all keys, in the dtype of accumulation.
+        delta: (B, *S), in the dtype of accumulation: the sum over the channels of grad_output times the output over
+            all keys, less the gradient of the logsumexp.
+        needs_input_grad: which gradients are computed.
+
+    Returns:
+        In the dtype of accumulation: the gradient of query (B, E, *S), to be summed over the parts, and those of key
+        (B, E, *T) and value (B, C, *T). One that is not needed has the shape (0,).
+
+    Raises:
+        TypeError: for an argument that is not a tensor, and for a scale that is not a number.
+        RuntimeError: for mismatched shapes, dtypes or devices, for a scale that is not finite, and for another number
+            of entries in needs_input_grad.
+    """
+    op = "position_attention_partial_backward"
+    tensors = grad_output, query, key, value, logsumexp, logsumexp_low, delta
+    check_tensors(op, **dict(zip(_PARTIAL_BACKWARD_TENSORS, tensors, strict=True)))
+    if key_padding_mask is not None:
+        check_tensors(op, key_padding_mask=key_padding_mask)
+    scale = number(op, "scale", scale)
+    needs = list(needs_input_grad)
+    operators = _backend.operators(op, query, key, value)
+    if operators is None:
+        check_position_attention_partial_backward(*tensors, scale, needs, key_padding_mask)
+        with without_autocast(query.device.type):
+            return _derivatives.partial_gradients(*tensors, scale, needs, key_padding_mask)
+    grad_query, grad_key, grad_value = operators.position_attention_partial_backward(
+        *tensors, scale, needs, key_padding_mask
+    )
+    return grad_query, grad_key, grad_value
+
+
+_PARTIAL_BACKWARD_TENSORS = ("grad_output", "query", "key", "value", "logsumexp", "logsumexp_low", "delta")
+
+
 def _needs_low(*tensors: Tensor) -> bool:
     """Whether the backward pass needs the rounding error of the output of 16-bit tensors. A traced graph keeps it:
     torch.jit.trace compares graphs traced with and without gradients, and the graph may be trained."""
@@ -245,9 +344,10 @@ def check_position_attention(
     scale: float,
     key_padding_mask: Tensor | None,
     op: str = "position_attention",
-    keys_may_be_empty: bool = False,
+    is_part: bool = False,
 ) -> None:
-    """query (B, E, *S), key (B, E, *T), value (B, C, *T), key_padding_mask (B, *T)."""
+    """query (B, E, *S), key (B, E, *T), value (B, C, *T), key_padding_mask (B, *T). is_part: the keys are a part of
+    all keys, perhaps none."""
     q, k, v = Argument("query", query), Argument("key", key), Argument("value", value)
     check_dtype(op, q)
     check_like(op, k, q)
@@ -261,7 +361,7 @@ def check_position_attention(
     check_batch(op, v, q)
     check_channels(op, k, q)
     check_spatial(op, v, k)
-    if not keys_may_be_empty:
+    if not is_part:
         check_has_positions(op, k)
     check_scale(op, scale)
     if key_padding_mask is not None:
@@ -308,6 +408,52 @@ def check_position_attention_backward(
         gradient = Argument("grad_logsumexp", grad_logsumexp)
         check_like(op, gradient, l)
         check_shape(op, gradient, l)
+    check_needs_input_grad(op, needs_input_grad, 3)
+
+
+def check_position_attention_partial(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    key_padding_mask: Tensor | None,
+    op: str = "position_attention_partial",
+) -> None:
+    """query (B, E, *S), key (B, E, *T), value (B, C, *T), key_padding_mask (B, *T)."""
+    check_position_attention(query, key, value, scale, key_padding_mask, op, True)
+
+
+def check_position_attention_partial_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    logsumexp: Tensor,
+    logsumexp_low: Tensor,
+    delta: Tensor,
+    scale: float,
+    needs_input_grad: Sequence[bool],
+    key_padding_mask: Tensor | None,
+) -> None:
+    """grad_output (B, C, *S), query (B, E, *S), key (B, E, *T), value (B, C, *T), logsumexp, logsumexp_low, delta
+    (B, *S), key_padding_mask (B, *T)."""
+    op = "position_attention_partial_backward"
+    check_position_attention_partial(query, key, value, scale, key_padding_mask, op)
+    q, v, g = Argument("query", query), Argument("value", value), Argument("grad_output", grad_output)
+    l = Argument("logsumexp", logsumexp)  # noqa: E741
+    check_like(op, g, q)
+    check_feature_map(op, g)
+    check_batch(op, g, q)
+    check_channels(op, g, v)
+    check_spatial(op, g, q)
+    check_same_device(op, l, q)
+    check_dtype_is(op, l, accumulation_dtype(query.dtype), "for these inputs")
+    check_shape_is(op, l, (query.shape[0], *query.shape[2:]))
+    low, d = Argument("logsumexp_low", logsumexp_low), Argument("delta", delta)
+    check_like(op, low, l)
+    check_shape(op, low, l)
+    check_like(op, d, l)
+    check_shape(op, d, l)
     check_needs_input_grad(op, needs_input_grad, 3)
 
 
@@ -392,6 +538,75 @@ def _backward(
     return *wanted(gradients, needs, (query, key, value)), None, None, None
 
 
+def _fake_partial(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, key_padding_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_position_attention_partial(query, key, value, scale, key_padding_mask)
+    batch, spatial, dtype = query.shape[0], query.shape[2:], accumulation_dtype(query.dtype)
+    output = query.new_empty((batch, value.shape[1], *spatial), dtype=dtype)
+    logsumexp, logsumexp_low = (query.new_empty((batch, *spatial), dtype=dtype) for _ in range(2))
+    return output, logsumexp, logsumexp_low
+
+
+def _fake_partial_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    logsumexp: Tensor,
+    logsumexp_low: Tensor,
+    delta: Tensor,
+    scale: float,
+    needs_input_grad: Sequence[bool] = (True, True, True),
+    key_padding_mask: Tensor | None = None,
+) -> list[Tensor]:
+    check_position_attention_partial_backward(
+        grad_output,
+        query,
+        key,
+        value,
+        logsumexp,
+        logsumexp_low,
+        delta,
+        scale,
+        needs_input_grad,
+        key_padding_mask,
+    )
+    return [
+        t.new_empty(t.shape if needed else (0,), dtype=accumulation_dtype(t.dtype))
+        for t, needed in zip((query, key, value), needs_input_grad, strict=True)
+    ]
+
+
+def _setup_context_partial(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    query, key, value, ctx.scale, key_padding_mask = inputs
+    ctx.save_for_backward(query, key, value, *output, key_padding_mask)
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_partial(
+    operator: Any, ctx: Any, grad_output: Tensor | None, grad_logsumexp: Tensor | None, grad_logsumexp_low: None
+) -> tuple[Tensor | None, ...]:
+    if grad_output is None and grad_logsumexp is None:
+        return (None,) * 5
+    query, key, value, output, logsumexp, logsumexp_low, key_padding_mask = ctx.saved_tensors
+    if grad_output is None:
+        rounded, delta = torch.zeros_like(output, dtype=query.dtype), torch.zeros_like(logsumexp)
+    else:
+        # delta is summed from what the operator's products take, so that it fits them.
+        rounded = grad_output.to(query.dtype)
+        delta = (rounded * output).sum(1)
+    if grad_logsumexp is not None:
+        delta = delta - grad_logsumexp
+    needs = list(ctx.needs_input_grad[:3])
+    gradients = operator(
+        rounded, query, key, value, logsumexp, logsumexp_low, delta, ctx.scale, needs, key_padding_mask
+    )
+    gradients = [g.to(query.dtype) for g in gradients]
+    return *wanted(gradients, needs, (query, key, value)), None, None
+
+
 def _flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], key_padding_mask: Any = None) -> int:
     return 2 * query[0] * math.prod(query[2:]) * math.prod(key[2:]) * (query[1] + value[1])
 
@@ -440,5 +655,14 @@ OPERATORS = (
         flops=_flops,
         flops_backward=_flops_backward,
         adjust_vmap=_adjust_vmap,
+    ),
+    Operator(
+        "position_attention_partial",
+        fake=_fake_partial,
+        fake_backward=_fake_partial_backward,
+        setup_context=_setup_context_partial,
+        backward=_backward_partial,
+        flops=_flops,
+        flops_backward=_flops_backward,
     ),
 )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -61,7 +62,7 @@ def check_rules(backend: Backend, name: str, tensors: dict[str, Tensor], others:
     """Every rule of an operator, on three shards one after the other. `others`: needs_input_grad and what follows by
     keyword. Returns the number of rules."""
     operator, keywords = getattr(backend.operators, name), dict(others)
-    scale = {} if "affinity" in name or "aggregation" in name else {"scale": 0.25}
+    scale = {} if re.search("affinity|aggregation|energy", name) else {"scale": 0.25}
     needs = keywords.get("needs_input_grad")
     expected = operator(**tensors, **scale, **keywords)
     expected = [expected] if isinstance(expected, Tensor) else expected
@@ -138,6 +139,21 @@ def test_rules_of_channel_are_exact(kernels):
     assert check_rules(kernels, "channel_self_attention", x, (), 1e-12) == 2
     gradient = {"grad_output": torch.randn_like(x["input"])}
     assert check_rules(kernels, "channel_self_attention_backward", {**gradient, **x}, (), 1e-12) == 2
+
+
+def test_rules_of_the_halves_of_channel_are_exact(kernels):
+    maps = drawn({"query": (3, 5, 4, 6), "key": (3, 8, 4, 6)}, torch.float64, kernels.device)
+    gradient = drawn({"grad_energy": (3, 5, 8)}, torch.float64, kernels.device)
+    assert check_rules(kernels, "channel_energy", maps, (), 1e-12) == 4
+    assert check_rules(kernels, "channel_energy_backward", {**gradient, **maps}, (), 1e-12) == 4
+    x, square = {"query": maps["query"]}, drawn({"grad_energy": (3, 5, 5)}, torch.float64, kernels.device)
+    assert check_rules(kernels, "channel_energy", x, (), 1e-12) == 4
+    needs = {"needs_input_grad": [True, False]}
+    assert check_rules(kernels, "channel_energy_backward", {**square, **x}, needs.items(), 1e-12) == 4
+    apply = drawn({"energy": (3, 5, 5), "value": (3, 5, 7, 3), "gamma": (3, 5)}, torch.float64, kernels.device)
+    assert check_rules(kernels, "channel_apply", apply, (), 1e-12) == 4
+    arguments = {"grad_output": torch.randn_like(apply["value"]), **apply}
+    assert check_rules(kernels, "channel_apply_backward", arguments, (), 1e-12) == 4
 
 
 def test_the_rules_are_registered_with_the_first_import_of_dtensor():

@@ -116,8 +116,24 @@ POSITION_BACKWARD = {
     "key_padding_mask": PADDING,
     "keys_complete": False,
 }
+PARTIAL = {**POSITION, "key_padding_mask": PADDING}
+PARTIAL_BACKWARD = {
+    "grad_output": t(2, 6, 5, 7),
+    **{name: POSITION[name] for name in TENSORS},
+    "logsumexp": t(2, 5, 7),
+    "logsumexp_low": t(2, 5, 7),
+    "delta": t(2, 5, 7),
+    "scale": 1.0,
+    "needs_input_grad": [True, True, True],
+    "key_padding_mask": PADDING,
+}
 CHANNEL_BACKWARD = {"grad_output": t(2, 8, 3), **CHANNEL, "needs_input_grad": [True, True, True]}
 SELF_BACKWARD = {"grad_output": t(2, 8, 5, 7), **SELF, "needs_input_grad": [True, True]}
+ENERGY = {"query": t(2, 8, 5, 7), "key": t(2, 4, 5, 7)}
+ENERGY_BACKWARD = {"grad_energy": t(2, 8, 4), **ENERGY, "needs_input_grad": [True, True]}
+APPLY = {"energy": t(2, 8, 4), "value": t(2, 4, 3), "scale": 1.0}
+APPLY_WITH_GAMMA = {"energy": t(2, 8, 8), "value": t(2, 8, 3), "scale": 1.0, "gamma": t(2, 8)}
+APPLY_BACKWARD = {"grad_output": t(2, 8, 3), **APPLY_WITH_GAMMA, "needs_input_grad": [True, True, True]}
 AFFINITY_BACKWARD = {"grad_affinity": t(2, 11, 5, 7), **AFFINITY, "needs_input_grad": [True, True]}
 AGGREGATION_BACKWARD = {"grad_output": t(2, 6, 5, 7), **AGGREGATION, "needs_input_grad": [True, True]}
 CRISS_CROSS_BACKWARD = {
@@ -130,6 +146,15 @@ CRISS_CROSS_BACKWARD = {
     "grad_logsumexp": t(2, 5, 7),
     "needs_input_grad": [True, True, True],
     "keys_complete": False,
+}
+CRISS_CROSS_PART_BACKWARD = {
+    "grad_output": t(2, 6, 5, 7),
+    **{name: CRISS_CROSS[name] for name in TENSORS},
+    "logsumexp": t(2, 5, 7),
+    "logsumexp_low": t(2, 5, 7),
+    "delta": t(2, 5, 7),
+    "scale": 1.0,
+    "needs_input_grad": [True, True, True],
 }
 
 
@@ -173,6 +198,43 @@ BAD_OPERATORS = [
             ({"grad_logsumexp": t(2, 5, 7).double()}, "grad_logsumexp must be float32 like logsumexp (got float64)"),
             ({"needs_input_grad": [True, True]}, "needs_input_grad must have 3 entries (got 2)"),
             ({"key_padding_mask": t(2, 3, 4)}, "key_padding_mask must be bool with True for padding (got float32)"),
+            ({"key_padding_mask": PADDING.mT}, "key_padding_mask must have shape [2, 3, 4] (got [2, 4, 3])"),
+        ],
+    ),
+    *bad(
+        "position_attention_partial",
+        PARTIAL,
+        [
+            ({"query": t(2, 8)}, "query must have at least 3 dimensions"),
+            ({"key": t(2, 32, 3, 4)}, "key must have 8 channels like query (got 32)"),
+            ({"value": t(2, 6, 4, 3)}, "value must have spatial size [3, 4] like key (got [4, 3])"),
+            ({"value": t(2, 6, 3, 4).double()}, "value must be float32 like query (got float64)"),
+            ({"scale": math.inf}, "scale must be finite (got inf)"),
+            ({"key_padding_mask": PADDING.byte()}, "key_padding_mask must be bool with True for padding (got uint8)"),
+            ({"key_padding_mask": PADDING.mT}, "key_padding_mask must have shape [2, 3, 4] (got [2, 4, 3])"),
+        ],
+    ),
+    *bad(
+        "position_attention_partial_backward",
+        PARTIAL_BACKWARD,
+        [
+            ({"key": t(2, 32, 3, 4)}, "key must have 8 channels like query (got 32)"),
+            ({"grad_output": t(2, 6, 5, 7).double()}, "grad_output must be float32 like query (got float64)"),
+            (
+                {"grad_output": t(2, 6)},
+                "grad_output must have at least 3 dimensions, (batch, channels, *spatial) (got shape [2, 6])",
+            ),
+            ({"grad_output": t(1, 6, 5, 7)}, "grad_output must have batch size 2 like query (got 1)"),
+            ({"grad_output": t(2, 7, 5, 7)}, "grad_output must have 6 channels like value (got 7)"),
+            ({"grad_output": t(2, 6, 7, 5)}, "grad_output must have spatial size [5, 7] like query (got [7, 5])"),
+            ({"logsumexp": t(2, 5, 6)}, "logsumexp must have shape [2, 5, 7] (got [2, 5, 6])"),
+            ({"logsumexp": t(2, 5, 7).half()}, "logsumexp must be float32 for these inputs (got float16)"),
+            ({"logsumexp_low": t(2, 5, 7).double()}, "logsumexp_low must be float32 like logsumexp (got float64)"),
+            ({"logsumexp_low": t(2, 5)}, "logsumexp_low must have shape [2, 5, 7] like logsumexp (got [2, 5])"),
+            ({"delta": t(2, 5, 7).half()}, "delta must be float32 like logsumexp (got float16)"),
+            ({"delta": t(1, 5, 7)}, "delta must have shape [2, 5, 7] like logsumexp (got [1, 5, 7])"),
+            ({"scale": math.nan}, "scale must be finite (got nan)"),
+            ({"needs_input_grad": [True, True]}, "needs_input_grad must have 3 entries (got 2)"),
             ({"key_padding_mask": PADDING.mT}, "key_padding_mask must have shape [2, 3, 4] (got [2, 4, 3])"),
         ],
     ),
@@ -222,6 +284,85 @@ BAD_OPERATORS = [
         ],
     ),
     *bad(
+        "channel_energy",
+        ENERGY,
+        [
+            ({"query": t(2, 8, 5, 7).long()}, "query must be float16, bfloat16, float32 or float64 (got int64)"),
+            (
+                {"query": t(2, 8)},
+                "query must have at least 3 dimensions, (batch, channels, *spatial) (got shape [2, 8])",
+            ),
+            ({"query": t(2, 0, 5, 7)}, "query must have at least 1 channel (got shape [2, 0, 5, 7])"),
+            ({"key": t(2, 4)}, "key must have at least 3 dimensions, (batch, channels, *spatial) (got shape [2, 4])"),
+            ({"key": t(2, 0, 5, 7)}, "key must have at least 1 channel (got shape [2, 0, 5, 7])"),
+            ({"key": t(2, 4, 5, 7).half()}, "key must be float32 like query (got float16)"),
+            ({"key": t(3, 4, 5, 7)}, "key must have batch size 2 like query (got 3)"),
+            ({"key": t(2, 4, 7, 5)}, "key must have spatial size [5, 7] like query (got [7, 5])"),
+        ],
+    ),
+    *bad(
+        "channel_energy_backward",
+        ENERGY_BACKWARD,
+        [
+            ({"grad_energy": t(2, 8, 5)}, "grad_energy must have shape [2, 8, 4] (got [2, 8, 5])"),
+            ({"grad_energy": t(2, 8, 4), "key": None}, "grad_energy must have shape [2, 8, 8] (got [2, 8, 4])"),
+            ({"grad_energy": t(2, 8, 4).half()}, "grad_energy must be float32 for these inputs (got float16)"),
+            ({"key": t(2, 4, 7, 5)}, "key must have spatial size [5, 7] like query (got [7, 5])"),
+            ({"needs_input_grad": [True]}, "needs_input_grad must have 2 entries (got 1)"),
+        ],
+    ),
+    *bad(
+        "channel_apply",
+        APPLY,
+        [
+            ({"value": t(2, 4, 3).long()}, "value must be float16, bfloat16, float32 or float64 (got int64)"),
+            ({"value": t(2, 4, 3).double()}, "energy must be float64 for these inputs (got float32)"),
+            ({"energy": t(2, 8, 4).half()}, "energy must be float32 for these inputs (got float16)"),
+            (
+                {"value": t(2, 4)},
+                "value must have at least 3 dimensions, (batch, channels, *spatial) (got shape [2, 4])",
+            ),
+            ({"value": t(2, 0, 3)}, "value must have at least 1 channel (got shape [2, 0, 3])"),
+            (
+                {"energy": t(2, 8, 4, 1)},
+                "energy must have 3 dimensions, (batch, channels, keys) (got shape [2, 8, 4, 1])",
+            ),
+            ({"energy": t(2, 0, 4)}, "energy must have at least 1 channel (got shape [2, 0, 4])"),
+            ({"energy": t(1, 8, 4)}, "energy must have batch size 2 like value (got 1)"),
+            ({"energy": t(2, 4, 8)}, "energy must have 4 keys, the channels of value (got 8)"),
+            ({"scale": math.nan}, "scale must be finite (got nan)"),
+        ],
+    ),
+    *bad(
+        "channel_apply",
+        APPLY_WITH_GAMMA,
+        [
+            ({"gamma": t(2, 7)}, "gamma must have shape [2, 8] (got [2, 7])"),
+            ({"gamma": t(2, 8).half()}, "gamma must be float32 for these inputs (got float16)"),
+            (
+                {"energy": t(2, 4, 8), "gamma": t(2, 4)},
+                "energy must have as many channels as keys with gamma (got shape [2, 4, 8])",
+            ),
+        ],
+    ),
+    *bad(
+        "channel_apply_backward",
+        APPLY_BACKWARD,
+        [
+            ({"grad_output": t(2, 8, 3).half()}, "grad_output must be float32 like value (got float16)"),
+            (
+                {"grad_output": t(2, 8)},
+                "grad_output must have at least 3 dimensions, (batch, channels, *spatial) (got shape [2, 8])",
+            ),
+            ({"grad_output": t(1, 8, 3)}, "grad_output must have batch size 2 like value (got 1)"),
+            ({"grad_output": t(2, 4, 3)}, "grad_output must have 8 channels like energy (got 4)"),
+            ({"grad_output": t(2, 8, 4)}, "grad_output must have spatial size [3] like value (got [4])"),
+            ({"energy": t(2, 8, 5)}, "energy must have 8 keys, the channels of value (got 5)"),
+            ({"gamma": t(2, 1)}, "gamma must have shape [2, 8] (got [2, 1])"),
+            ({"needs_input_grad": [True] * 2}, "needs_input_grad must have 3 entries (got 2)"),
+        ],
+    ),
+    *bad(
         "criss_cross_affinity_backward",
         AFFINITY_BACKWARD,
         [
@@ -264,6 +405,48 @@ BAD_OPERATORS = [
             ({"needs_input_grad": [True] * 4}, "needs_input_grad must have 3 entries (got 4)"),
             ({"scale": -math.inf}, "scale must be finite (got -inf)"),
         ],
+    ),
+    *(
+        case
+        for op in ("criss_cross_rows", "criss_cross_columns")
+        for case in bad(
+            op,
+            CRISS_CROSS,
+            [
+                ({"query": t(2, 8, 35)}, "query must have 4 dimensions"),
+                ({"key": t(2, 9, 5, 7)}, "key must have 8 channels like query (got 9)"),
+                ({"value": t(2, 6, 5, 6)}, "value must have spatial size [5, 7] like query"),
+                ({"value": t(2, 6, 5, 7).half()}, "value must be float32 like query (got float16)"),
+                ({"scale": math.nan}, "scale must be finite (got nan)"),
+            ],
+        )
+    ),
+    *(
+        case
+        for op in ("criss_cross_rows_backward", "criss_cross_columns_backward")
+        for case in bad(
+            op,
+            CRISS_CROSS_PART_BACKWARD,
+            [
+                (
+                    {"grad_output": t(2, 6, 7, 5)},
+                    "grad_output must have shape [2, 6, 5, 7] like value (got [2, 6, 7, 5])",
+                ),
+                ({"grad_output": t(2, 6, 5, 7).double()}, "grad_output must be float32 like value (got float64)"),
+                ({"key": t(2, 9, 5, 7)}, "key must have 8 channels like query (got 9)"),
+                ({"logsumexp": t(2, 7, 5)}, "logsumexp must have shape [2, 5, 7] (got [2, 7, 5])"),
+                ({"logsumexp": t(2, 5, 7).double()}, "logsumexp must be float32 for these inputs (got float64)"),
+                (
+                    {"logsumexp_low": t(2, 7, 5)},
+                    "logsumexp_low must have shape [2, 5, 7] like logsumexp (got [2, 7, 5])",
+                ),
+                ({"logsumexp_low": t(2, 5, 7).half()}, "logsumexp_low must be float32 like logsumexp (got float16)"),
+                ({"delta": t(2, 5, 6)}, "delta must have shape [2, 5, 7] like logsumexp (got [2, 5, 6])"),
+                ({"delta": t(2, 5, 7).double()}, "delta must be float32 like logsumexp (got float64)"),
+                ({"needs_input_grad": [True]}, "needs_input_grad must have 3 entries (got 1)"),
+                ({"scale": math.inf}, "scale must be finite (got inf)"),
+            ],
+        )
     ),
 ]
 

@@ -4,6 +4,8 @@
 //   one input      grad_input = P^T grad_output + (dS + dS^T) input, in one pass over positions
 //   with gamma     the same with gamma P for P and gamma dP for dP, + grad_output; grad_gamma = rowsum(P dP)
 //
+// channel_apply takes the energies as a matrix, and stores dS as grad_energy; channel_energy starts from dS.
+//
 // A gradient that is not wanted takes no product, no matrix and no store.
 //
 // The weights are recomputed from whole rows of energies with their own maximum, as in the forward pass, not as
@@ -20,14 +22,15 @@ namespace segattn::cpu {
 template <class T>
 struct ChannelBackwardArguments {
   const T* grad_output;           // (B, C, T)
-  const T* query;                 // (B, C, S); null: one input, passed as key and value, T = S
-  const T* key;                   // (B, K, S)
+  ChannelEnergySource<T> energy;  // symmetric: one input, passed as key and value, T = S
+  const AccumulatorOf<T>* given;  // (B, C, K): dS, with neither grad_output nor value; null: computed
   const T* value;                 // (B, K, T)
+  AccumulatorOf<T>* grad_energy;  // (B, C, K), dS; null if not wanted
   T* grad_query;                  // (B, C, S); null for one input. This and the next two: null if not wanted
   T* grad_key;                    // (B, K, S); for one input: its gradient
   T* grad_value;                  // (B, K, T); null for one input
   const AccumulatorOf<T>* gamma;  // (B, C); null: no gamma
-  AccumulatorOf<T>* grad_gamma;   // (B, C); null for three inputs and if not wanted
+  AccumulatorOf<T>* grad_gamma;   // (B, C); null if not wanted
   ChannelSizes sizes;
   AccumulatorOf<T> scale;
 };
@@ -44,26 +47,30 @@ class ChannelBackward {
   explicit ChannelBackward(const ChannelBackwardArguments<T>& arguments)
       : arguments_(arguments),
         sizes_(arguments.sizes),
-        one_input_(arguments.query == nullptr),
-        energy_plan_(sizes_.query_channels, sizes_.key_channels, sizes_.query_positions),
+        one_input_(arguments.energy.symmetric),
+        energies_(arguments.energy, arguments.sizes),
         grad_plan_(sizes_.query_channels, sizes_.key_channels, sizes_.value_positions),
-        ld_(energy_plan_.leading_dimension()) {}
+        ld_(energies_.leading_dimension()) {}
 
   void run() const {
     const std::int64_t matrix = sizes_.query_channels * ld_;
-    const std::int64_t sample_size = energy_plan_.size() + grad_plan_.size() + matrix;
+    const std::int64_t sample_size = energies_.plan().size() + grad_plan_.size() + matrix;
     if (sizes_.batch == 0) {
       return;
     }
     const std::int64_t samples = samples_together(sizes_.batch, sample_size);
-    const Buffer<A> energy(samples * energy_plan_.size());
+    const Buffer<A> energy(arguments_.given == nullptr ? samples * energies_.size() : 0);
     const Buffer<A> grad(differentiates_energies() ? samples * grad_plan_.size() : 0);
     const Buffer<Stored> weights(applies_weights() ? samples * matrix : 0);
     const Buffer<P> packed(samples * sample_packed_size());
     for (std::int64_t first = 0; first < sizes_.batch; first += samples) {
       const std::int64_t count = std::min(samples, sizes_.batch - first);
-      contract(first, count, energy.data(), grad.data());
-      differentiate(first, count, energy.data(), grad.data(), weights.data());
+      if (arguments_.given == nullptr) {
+        contract(first, count, energy.data(), grad.data());
+        differentiate(first, count, energy.data(), grad.data(), weights.data());
+      } else {
+        copy_given(first, count, grad.data());
+      }
       if (sample_packed_size() > 0) {
         pack_matrices(count, grad.data(), weights.data(), packed.data());
         apply(first, count, packed.data());
@@ -74,9 +81,12 @@ class ChannelBackward {
  private:
   // Whether a wanted gradient needs dP, and whether one is a product with P.
   bool differentiates_energies() const {
-    return one_input_ || arguments_.grad_query != nullptr || arguments_.grad_key != nullptr;
+    return arguments_.grad_query != nullptr || arguments_.grad_key != nullptr || arguments_.grad_energy != nullptr ||
+        arguments_.grad_gamma != nullptr;
   }
-  bool applies_weights() const { return (one_input_ ? arguments_.grad_key : arguments_.grad_value) != nullptr; }
+  bool applies_weights() const {
+    return arguments_.given == nullptr && (one_input_ ? arguments_.grad_key : arguments_.grad_value) != nullptr;
+  }
 
   // The packed matrices of a sample, of packed_size() elements each: P^T, then dS + dS^T (one input) or dS^T, then dS,
   // as far as wanted gradients need them.
@@ -97,24 +107,25 @@ class ChannelBackward {
 
   // energy, grad: [samples][splits][C][ld]
   void contract(std::int64_t first, std::int64_t samples, A* energy, A* grad) const {
-    const std::size_t scratch_size = std::max(Contraction::scratch(energy_plan_), Contraction::scratch(grad_plan_));
-    const std::int64_t energy_units = energy_plan_.units();
+    const std::size_t scratch_size = std::max(Contraction::scratch(energies_.plan()), Contraction::scratch(grad_plan_));
+    const std::int64_t energy_units = arguments_.energy.matrix == nullptr ? energies_.plan().units() : 0;
     const std::int64_t units =
         one_input_ || !differentiates_energies() ? energy_units : energy_units + grad_plan_.units();
     parallel_units(samples * units, scratch_size, [&](std::int64_t unit, Scratch& scratch) {
       const std::int64_t sample = unit % samples;
-      const T* const key = arguments_.key + (first + sample) * key_size();
       const T* const grad_output = arguments_.grad_output + (first + sample) * output_size();
-      A* const sample_energy = energy + sample * energy_plan_.size();
+      A* const sample_energy = energy + sample * energies_.size();
       A* const sample_grad = grad + sample * grad_plan_.size();
       using Left = typename Contraction::Left;
       unit /= samples;
       if (one_input_) {
+        const T* const key = arguments_.energy.key + (first + sample) * key_size();
         const Left left[] = {{nullptr, sample_energy}, {grad_output, sample_grad}};
-        Contraction(energy_plan_, key, left).run_unit(unit, scratch);
+        Contraction(energies_.plan(), key, left).run_unit(unit, scratch);
       } else if (unit < energy_units) {
-        const Left left[] = {{arguments_.query + (first + sample) * query_size(), sample_energy}};
-        Contraction(energy_plan_, key, left).run_unit(unit, scratch);
+        const T* const key = arguments_.energy.key + (first + sample) * key_size();
+        const Left left[] = {{arguments_.energy.query + (first + sample) * query_size(), sample_energy}};
+        Contraction(energies_.plan(), key, left).run_unit(unit, scratch);
       } else {
         const Left left[] = {{grad_output, sample_grad}};
         Contraction(grad_plan_, arguments_.value + (first + sample) * value_size(), left)
@@ -133,9 +144,7 @@ class ChannelBackward {
       A* const row_weights = scratch.take<A>(kPanel * ld_);
       A* const row_grad = scratch.take<A>(kPanel * ld_);
       A* const grad_result = grad + sample * grad_plan_.size();
-      load_rows(
-          energy_plan_, energy + sample * energy_plan_.size(), one_input_ ? Storage::kUpper : Storage::kFull, row, rows,
-          row_weights);
+      energies_.load(first + sample, energy + sample * energies_.size(), row, rows, row_weights);
       if (differentiates_energies()) {
         load_rows(grad_plan_, grad_result, Storage::kFull, row, rows, row_grad);
       }
@@ -160,6 +169,23 @@ class ChannelBackward {
       if (arguments_.grad_query != nullptr || arguments_.grad_key != nullptr) {
         std::copy_n(row_grad, rows * ld_, grad_result + row * ld_);
       }
+      if (arguments_.grad_energy != nullptr) {
+        const std::int64_t keys = sizes_.key_channels;
+        A* const target = arguments_.grad_energy + ((first + sample) * sizes_.query_channels + row) * keys;
+        for (std::int64_t r = 0; r < rows; ++r) {
+          std::copy_n(row_grad + r * ld_, keys, target + r * keys);
+        }
+      }
+    });
+  }
+
+  // The first split of grad = dS, which is given.
+  void copy_given(std::int64_t first, std::int64_t samples, A* grad) const {
+    const std::int64_t keys = sizes_.key_channels;
+    parallel_units(samples * sizes_.query_channels, 0, [&](std::int64_t unit, Scratch&) {
+      const std::int64_t sample = unit / sizes_.query_channels, row = unit % sizes_.query_channels;
+      const A* const source = arguments_.given + (first * sizes_.query_channels + unit) * keys;
+      copy_padded(source, 1, keys, grad + sample * grad_plan_.size() + row * ld_, ld_);
     });
   }
 
@@ -226,31 +252,46 @@ class ChannelBackward {
     const std::int64_t channels = sizes_.query_channels;
     const std::int64_t keys = sizes_.key_channels;
     const auto sample_packed = [&](std::int64_t sample) { return packed + sample * sample_packed_size(); };
+    const Residual residual = arguments_.gamma != nullptr ? Residual::kFirstSource : Residual::kNone;
+    const auto one_input_term = [&](std::int64_t sample) {
+      const T* const source = arguments_.energy.key + (first + sample) * key_size();
+      return ApplyTerm<T>{sample_packed(sample) + key_matrix(), source, channels};
+    };
+    const auto one_input_result = [&](std::int64_t sample) {
+      return arguments_.grad_key + (first + sample) * key_size();
+    };
+    if (one_input_ && arguments_.given != nullptr) {
+      run_application<1>(samples, keys, sizes_.query_positions, [&](std::int64_t sample) {
+        return std::pair{std::array<ApplyTerm<T>, 1>{one_input_term(sample)}, one_input_result(sample)};
+      });
+      return;
+    }
     if (one_input_) {
       run_application<2>(
           samples, keys, sizes_.query_positions,
           [&](std::int64_t sample) {
-            const P* const matrices = sample_packed(sample);
+            const T* const source = arguments_.grad_output + (first + sample) * output_size();
             return std::pair{
-                std::array<ApplyTerm<T>, 2>{
-                    {{matrices, arguments_.grad_output + (first + sample) * output_size(), channels},
-                     {matrices + key_matrix(), arguments_.key + (first + sample) * key_size(), channels}}},
-                arguments_.grad_key + (first + sample) * key_size()};
+                std::array<ApplyTerm<T>, 2>{{{sample_packed(sample), source, channels}, one_input_term(sample)}},
+                one_input_result(sample)};
           },
-          arguments_.gamma != nullptr ? Residual::kFirstSource : Residual::kNone);
+          residual);
       return;
     }
     if (arguments_.grad_value != nullptr) {
-      run_application<1>(samples, keys, sizes_.value_positions, [&](std::int64_t sample) {
-        const T* const source = arguments_.grad_output + (first + sample) * output_size();
-        return std::pair{
-            std::array<ApplyTerm<T>, 1>{{{sample_packed(sample), source, channels}}},
-            arguments_.grad_value + (first + sample) * value_size()};
-      });
+      run_application<1>(
+          samples, keys, sizes_.value_positions,
+          [&](std::int64_t sample) {
+            const T* const source = arguments_.grad_output + (first + sample) * output_size();
+            return std::pair{
+                std::array<ApplyTerm<T>, 1>{{{sample_packed(sample), source, channels}}},
+                arguments_.grad_value + (first + sample) * value_size()};
+          },
+          residual);
     }
     if (arguments_.grad_key != nullptr) {
       run_application<1>(samples, keys, sizes_.query_positions, [&](std::int64_t sample) {
-        const T* const source = arguments_.query + (first + sample) * query_size();
+        const T* const source = arguments_.energy.query + (first + sample) * query_size();
         return std::pair{
             std::array<ApplyTerm<T>, 1>{{{sample_packed(sample) + key_matrix(), source, channels}}},
             arguments_.grad_key + (first + sample) * key_size()};
@@ -258,7 +299,7 @@ class ChannelBackward {
     }
     if (arguments_.grad_query != nullptr) {
       run_application<1>(samples, channels, sizes_.query_positions, [&](std::int64_t sample) {
-        const T* const source = arguments_.key + (first + sample) * key_size();
+        const T* const source = arguments_.energy.key + (first + sample) * key_size();
         return std::pair{
             std::array<ApplyTerm<T>, 1>{{{sample_packed(sample) + query_matrix(), source, keys}}},
             arguments_.grad_query + (first + sample) * query_size()};
@@ -287,7 +328,8 @@ class ChannelBackward {
   ChannelBackwardArguments<T> arguments_;
   ChannelSizes sizes_;
   bool one_input_;
-  ContractionPlan<P> energy_plan_, grad_plan_;
+  ChannelEnergies<T> energies_;
+  ContractionPlan<P> grad_plan_;
   std::int64_t ld_;
 };
 

@@ -1,19 +1,18 @@
-// Channel attention, forward: energies contracted over positions, softmax of their rows, weights applied to value.
+// Channel attention, forward: energies (energies.h), softmax of their rows, weights applied to value.
 //
 // Memory: the energies of the splits and the packed weights, C x K each. No buffer has the size of a feature map.
 #pragma once
 
 #include "checks/channel.h"
 #include "cpu/channel/apply.h"
-#include "cpu/channel/contraction.h"
+#include "cpu/channel/energies.h"
 #include "cpu/channel/softmax.h"
 
 namespace segattn::cpu {
 
 template <class T>
 struct ChannelForwardArguments {
-  const T* query;                 // (B, C, S); null: key
-  const T* key;                   // (B, K, S)
+  ChannelEnergySource<T> energy;
   const T* value;                 // (B, K, T)
   T* output;                      // (B, C, T)
   AccumulatorOf<T>* logsumexp;    // (B, C)
@@ -21,12 +20,6 @@ struct ChannelForwardArguments {
   ChannelSizes sizes;
   AccumulatorOf<T> scale;
 };
-
-// How many samples are processed together, to bound the memory, if each needs `elements` elements of shared buffers.
-inline std::int64_t samples_together(std::int64_t batch, std::int64_t elements) {
-  constexpr std::int64_t kLimit = std::int64_t{1} << 22;
-  return std::clamp<std::int64_t>(kLimit / std::max<std::int64_t>(1, elements), 1, batch);
-}
 
 template <class T>
 class ChannelForward {
@@ -36,16 +29,14 @@ class ChannelForward {
 
  public:
   explicit ChannelForward(const ChannelForwardArguments<T>& arguments)
-      : arguments_(arguments),
-        sizes_(arguments.sizes),
-        plan_(sizes_.query_channels, sizes_.key_channels, sizes_.query_positions) {}
+      : arguments_(arguments), sizes_(arguments.sizes), energies_(arguments.energy, arguments.sizes) {}
 
   void run() const {
     if (sizes_.batch == 0) {
       return;
     }
-    const std::int64_t samples = samples_together(sizes_.batch, plan_.size());
-    const Buffer<A> energy(samples * plan_.size());
+    const std::int64_t samples = energies_.samples_together();
+    const Buffer<A> energy(samples * energies_.size());
     const Buffer<P> weights(samples * weights_size());
     for (std::int64_t first = 0; first < sizes_.batch; first += samples) {
       run_samples(first, std::min(samples, sizes_.batch - first), energy.data(), weights.data());
@@ -55,22 +46,10 @@ class ChannelForward {
  private:
   std::int64_t weights_size() const { return packed_a_size<P>(sizes_.query_channels, sizes_.key_channels); }
 
-  // energy: [samples][splits][C][leading dimension]; weights: [samples], a packed A operand (C, K) each
+  // energy: of the energies; weights: [samples], a packed A operand (C, K) each
   void run_samples(std::int64_t first, std::int64_t samples, A* energy, P* weights) const {
-    const std::int64_t key_size = sizes_.key_channels * sizes_.query_positions;
-    const std::int64_t query_size = sizes_.query_channels * sizes_.query_positions;
-    parallel_units(
-        samples * plan_.units(), ChannelContraction<T>::scratch(plan_), [&](std::int64_t unit, Scratch& scratch) {
-          const std::int64_t sample = unit % samples;
-          using Left = typename ChannelContraction<T>::Left;
-          const T* const query =
-              arguments_.query == nullptr ? nullptr : arguments_.query + (first + sample) * query_size;
-          const Left left[] = {{query, energy + sample * plan_.size()}};
-          ChannelContraction<T>(plan_, arguments_.key + (first + sample) * key_size, left)
-              .run_unit(unit / samples, scratch);
-        });
-
-    const std::int64_t ld = plan_.leading_dimension();
+    energies_.contract(first, samples, energy);
+    const std::int64_t ld = energies_.leading_dimension();
     const std::int64_t row_blocks = ceil_div(sizes_.query_channels, kPanel);
     parallel_units(
         samples * row_blocks,
@@ -78,7 +57,7 @@ class ChannelForward {
         [&](std::int64_t unit, Scratch& scratch) {
           const std::int64_t sample = unit / row_blocks;
           softmax_rows(
-              first + sample, unit % row_blocks * kPanel, energy + sample * plan_.size(),
+              first + sample, unit % row_blocks * kPanel, energy + sample * energies_.size(),
               weights + sample * weights_size(), scratch);
         });
 
@@ -100,10 +79,10 @@ class ChannelForward {
 
   // The weights of rows [row, row + kPanel) of one sample.
   void softmax_rows(std::int64_t sample, std::int64_t row, const A* energy, P* weights, Scratch& scratch) const {
-    const std::int64_t ld = plan_.leading_dimension();
+    const std::int64_t ld = energies_.leading_dimension();
     const std::int64_t rows = std::min(kPanel, sizes_.query_channels - row);
     A* const block = scratch.take<A>(kPanel * ld);
-    load_rows(plan_, energy, arguments_.query == nullptr ? Storage::kUpper : Storage::kFull, row, rows, block);
+    energies_.load(sample, energy, row, rows, block);
     for (std::int64_t r = 0; r < rows; ++r) {
       const std::int64_t at = sample * sizes_.query_channels + row + r;
       arguments_.logsumexp[at] = softmax_row(block + r * ld, sizes_.key_channels, arguments_.scale);
@@ -123,7 +102,7 @@ class ChannelForward {
 
   ChannelForwardArguments<T> arguments_;
   ChannelSizes sizes_;
-  ContractionPlan<P> plan_;
+  ChannelEnergies<T> energies_;
 };
 
 }  // namespace segattn::cpu

@@ -42,7 +42,8 @@ class AffinityAggregation {
     for_each_block([&](const auto& strip, std::int64_t sample, Range block, A* block_weights, A*) {
       read_weights(strip, sample, block, weights, block_weights);
       strip.sum_over_keys(
-          features + offset(sample), channels_, block_weights, block, result + offset(sample), strip.adder());
+          features + offset(sample), channels_, block_weights, block, result + offset(sample),
+          strip.template adder<T>());
     });
   }
 
@@ -52,7 +53,8 @@ class AffinityAggregation {
     for_each_block([&](const auto& strip, std::int64_t sample, Range block, A* block_weights, A* sums) {
       read_weights(strip, sample, block, weights, block_weights);
       strip.sum_over_queries(
-          features + offset(sample), channels_, block_weights, block, result + offset(sample), sums, strip.adder());
+          features + offset(sample), channels_, block_weights, block, result + offset(sample), sums,
+          strip.template adder<T>());
     });
   }
 
@@ -125,7 +127,7 @@ class AffinityAggregation {
       const std::int64_t height = op.image_.height;
       const std::int64_t queries = QueryBlocks<A>(height).most_queries();
       return scratch_bytes<A>(Strip::memory_size(height, queries)) + scratch_bytes<A>(queries * Strip::stride(height)) +
-          scratch_bytes<A>(Strip::sums_size(height, op.channels_));
+          scratch_bytes<A>(Strip::template sums_size<T>(height, op.channels_));
     }
 
     template <int lanes>
@@ -135,7 +137,7 @@ class AffinityAggregation {
       const QueryBlocks<A> blocks(height);
       const Strip strip(op.image_, column, scratch.take<A>(Strip::memory_size(height, blocks.most_queries())));
       A* const block_weights = scratch.take<A>(blocks.most_queries() * Strip::stride(height));
-      A* const sums = scratch.take<A>(Strip::sums_size(height, op.channels_));
+      A* const sums = scratch.take<A>(Strip::template sums_size<T>(height, op.channels_));
       for (std::int64_t block = 0; block < blocks.count(); ++block) {
         each(strip, sample, blocks[block], block_weights, sums);
       }

@@ -5,7 +5,7 @@
 //
 // The row pass, here, writes the gradients of the rows; the column pass (column_backward.h) adds those of the columns.
 // A gradient that is not wanted takes no product and no memory. The gradient of the logsumexp enters as D -
-// grad_logsumexp in place of D.
+// grad_logsumexp in place of D. For rows or columns alone, one of the passes writes the gradients.
 //
 // D is computed from an output that is rounded to its dtype. An error of D is the same for all keys of a query, so it
 // does not average out: it adds a multiple of the query's mean key, M = key P, to grad_query. In exact arithmetic the
@@ -21,7 +21,7 @@
 
 namespace segattn::cpu {
 
-template <class T>
+template <class T, class R, Keys kKeys>
 class CrissCrossBackward {
   using P = PackedOf<T>;
   using A = AccumulatorOf<T>;
@@ -29,20 +29,29 @@ class CrissCrossBackward {
   static constexpr std::int64_t kLane = kLanes<A>;
 
  public:
-  explicit CrissCrossBackward(const CrissCrossBackwardArguments<T>& arguments)
+  explicit CrissCrossBackward(const CrissCrossBackwardArguments<T, R>& arguments)
       : arguments_(arguments),
         image_{arguments.sizes.height, arguments.sizes.width},
-        delta_(arguments.differentiates_energies() ? arguments.sizes.batch * image_.positions() : 0),
-        grad_sum_(arguments.corrects_sums() ? arguments.sizes.batch * image_.positions() : 0),
+        delta_(
+            kKeys == Keys::kRowAndColumn && arguments.differentiates_energies()
+                ? arguments.sizes.batch * image_.positions()
+                : 0),
+        grad_sum_(corrects_sums() ? arguments.sizes.batch * image_.positions() : 0),
         mean_key_(keeps_mean_key() ? arguments.sizes.batch * arguments.sizes.key_channels * image_.positions() : 0) {}
 
   void run() const {
-    run_rows();
-    ColumnBackward<T>(arguments_, {delta_.data(), grad_sum_.data(), mean_key_.data()}).run();
+    if constexpr (kKeys != Keys::kColumn) {
+      run_rows();
+    }
+    if constexpr (kKeys != Keys::kRow) {
+      const A* const delta = kKeys == Keys::kColumn ? arguments_.delta : delta_.data();
+      ColumnBackward<T, R, kKeys>(arguments_, {delta, grad_sum_.data(), mean_key_.data()}).run();
+    }
   }
 
  private:
-  bool keeps_mean_key() const { return arguments_.corrects_sums() && arguments_.grad_query != nullptr; }
+  bool corrects_sums() const { return kKeys == Keys::kRowAndColumn && arguments_.corrects_sums(); }
+  bool keeps_mean_key() const { return corrects_sums() && arguments_.grad_query != nullptr; }
 
   // A row's scratch memory. `weights` and `grads` are two slots of `slot` elements each: the panels in the second,
   // their transposed or packed form in the first.
@@ -56,7 +65,7 @@ class CrissCrossBackward {
     A* key_sums = nullptr;
     A* value_sums = nullptr;
 
-    Workspace(ImageSize image, const CrissCrossBackwardArguments<T>& arguments, const RowProducts<T>& products)
+    Workspace(ImageSize image, const CrissCrossBackwardArguments<T, R>& arguments, const RowProducts<T>& products)
         : columns(padded_columns<P>(image.width)),
           key_sums_size(arguments.grad_key == nullptr ? 0 : products.sums_size(arguments.sizes.key_channels)),
           value_sums_size(arguments.grad_value == nullptr ? 0 : products.sums_size(arguments.sizes.value_channels)) {
@@ -90,7 +99,9 @@ class CrissCrossBackward {
         [&](std::int64_t sample, const RowProducts<T>& row, Scratch& scratch) {
           Workspace workspace = shared;
           workspace.take(scratch);
-          if (arguments_.differentiates_energies()) {
+          if constexpr (kKeys == Keys::kRow) {
+            std::copy_n(arguments_.delta + sample * image_.positions() + row.offset(), image_.width, workspace.delta);
+          } else if (arguments_.differentiates_energies()) {
             compute_delta(sample, row, workspace.delta);
           }
           differentiate(sample, row, workspace);
@@ -146,11 +157,11 @@ class CrissCrossBackward {
       }
       differentiate_softmax(
           weights, grads, width, queries, first + block.begin, workspace.delta + block.begin, workspace.grad_sum);
-      if (arguments_.corrects_sums()) {
+      if (corrects_sums()) {
         std::copy_n(workspace.grad_sum, queries, grad_sum_.data() + first + block.begin);
       }
 
-      const auto sum_keys = [&](const A* panels, P* packed, T* target) {
+      const auto sum_keys = [&](const A* panels, P* packed, R* target) {
         const P* const operand = b_operand_of_panels<P>(packed, panels, width, queries);
         row.weighted_sum(
             arguments_.key + key_offset, sizes.key_channels, {0, width}, operand, block, target + key_offset);
@@ -229,11 +240,11 @@ class CrissCrossBackward {
     }
   }
 
-  CrissCrossBackwardArguments<T> arguments_;
+  CrissCrossBackwardArguments<T, R> arguments_;
   ImageSize image_;
   Buffer<A> delta_;     // (B, H, W), D - grad_logsumexp
   Buffer<A> grad_sum_;  // (B, H, W), the rows' part of s
-  Buffer<T> mean_key_;  // (B, E, H, W), the rows' part of M; its rounding only scales the correction
+  Buffer<R> mean_key_;  // (B, E, H, W), the rows' part of M; its rounding only scales the correction
 };
 
 }  // namespace segattn::cpu

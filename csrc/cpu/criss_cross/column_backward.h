@@ -1,5 +1,8 @@
-// Criss-cross attention, backward, the column pass: adds the columns' part to the gradients that the row pass wrote.
+// Criss-cross attention, backward, the column pass: adds the columns' part to the gradients that the row pass wrote, or
+// writes it alone.
 #pragma once
+
+#include <utility>
 
 #include "cpu/common/parallel.h"
 #include "cpu/criss_cross/arguments.h"
@@ -9,20 +12,20 @@
 namespace segattn::cpu {
 
 // Statistics of the row pass, symbols as in backward.h; those that it does not compute are not read.
-template <class T>
+template <class R>
 struct RowBackwardResults {
-  const AccumulatorOf<T>* delta;     // (B, H, W), D - grad_logsumexp
-  const AccumulatorOf<T>* grad_sum;  // (B, H, W), the rows' part of s
-  const T* mean_key;                 // (B, E, H, W), the rows' part of M
+  const AccumulatorOf<R>* delta;     // (B, H, W), D - grad_logsumexp
+  const AccumulatorOf<R>* grad_sum;  // (B, H, W), the rows' part of s
+  const R* mean_key;                 // (B, E, H, W), the rows' part of M
 };
 
-template <class T>
+template <class T, class R, Keys kKeys>
 class ColumnBackward {
   using A = AccumulatorOf<T>;
 
  public:
-  // On entry the gradients are those of the rows alone.
-  ColumnBackward(const CrissCrossBackwardArguments<T>& arguments, const RowBackwardResults<T>& rows)
+  // On entry the gradients are those of the rows alone. With Keys::kColumn they are not read.
+  ColumnBackward(const CrissCrossBackwardArguments<T, R>& arguments, const RowBackwardResults<R>& rows)
       : arguments_(arguments), image_{arguments.sizes.height, arguments.sizes.width}, rows_(rows) {}
 
   void run() const { for_each_strip<A>(image_, arguments_.sizes.batch, *this); }
@@ -54,9 +57,16 @@ class ColumnBackward {
     A* const grad_sums = scratch.take<A>(queries * lanes);                       // s
     A* const key_sums = scratch.take<A>(key_sums_size<Strip>());
     A* const value_sums = scratch.take<A>(value_sums_size<Strip>());
-    const auto add = strip.adder();
     for (std::int64_t index = 0; index < blocks.count(); ++index) {
       const Range block = blocks[index];
+      // What stores the sums of queries, of which a block has its own, and those of keys.
+      const auto [add, add_block] = [&] {
+        if constexpr (kKeys == Keys::kColumn) {
+          return std::pair(strip.template writer<R>(), strip.template writer<R>(index > 0));
+        } else {
+          return std::pair(strip.template adder<R>(), strip.template adder<R>());
+        }
+      }();
       if (arguments_.differentiates_energies()) {
         strip.dot_products(arguments_.value + value_offset, grad_output, value_channels, block, grads);
       }
@@ -68,35 +78,41 @@ class ColumnBackward {
       }
       if (arguments_.grad_value != nullptr) {
         strip.sum_over_queries(
-            grad_output, value_channels, weights, block, arguments_.grad_value + value_offset, value_sums, add);
+            grad_output, value_channels, weights, block, arguments_.grad_value + value_offset, value_sums, add_block);
       }
       if (arguments_.grad_query != nullptr) {
-        const auto add_corrected = [&](T* grad_query, std::int64_t position, typename Strip::V sum) {
+        const auto add_corrected = [&](R* grad_query, std::int64_t position, typename Strip::V sum) {
           const auto mean_key = strip.read(rows_.mean_key + (grad_query - arguments_.grad_query));
           const auto grad_sum = load<typename Strip::V>(grad_sums + (position - block.begin) * lanes);
           strip.write(grad_query, fma(-grad_sum, mean_key, strip.read(grad_query) + sum));
         };
-        T* const grad_query = arguments_.grad_query + key_offset;
-        if (arguments_.corrects_sums()) {
+        R* const grad_query = arguments_.grad_query + key_offset;
+        if (corrects_sums()) {
           strip.sum_over_keys(key, key_channels, grads, block, grad_query, add_corrected);
         } else {
           strip.sum_over_keys(key, key_channels, grads, block, grad_query, add);
         }
       }
       if (arguments_.grad_key != nullptr) {
-        strip.sum_over_queries(query, key_channels, grads, block, arguments_.grad_key + key_offset, key_sums, add);
+        strip.sum_over_queries(
+            query, key_channels, grads, block, arguments_.grad_key + key_offset, key_sums, add_block);
       }
     }
   }
 
  private:
+  bool corrects_sums() const { return kKeys == Keys::kRowAndColumn && arguments_.corrects_sums(); }
+
   template <class Strip>
   std::int64_t key_sums_size() const {
-    return arguments_.grad_key == nullptr ? 0 : Strip::sums_size(image_.height, arguments_.sizes.key_channels);
+    return arguments_.grad_key == nullptr ? 0
+                                          : Strip::template sums_size<R>(image_.height, arguments_.sizes.key_channels);
   }
   template <class Strip>
   std::int64_t value_sums_size() const {
-    return arguments_.grad_value == nullptr ? 0 : Strip::sums_size(image_.height, arguments_.sizes.value_channels);
+    return arguments_.grad_value == nullptr
+        ? 0
+        : Strip::template sums_size<R>(image_.height, arguments_.sizes.value_channels);
   }
 
   // One query: weights, from q.k to P. Where a wanted gradient needs them, grads, from dP to dS, and where sums are
@@ -121,7 +137,7 @@ class ColumnBackward {
       return V{};
     }
     const V delta = strip.read(rows_.delta + at);
-    V sum = arguments_.corrects_sums() ? strip.read(rows_.grad_sum + at) : V{};
+    V sum = corrects_sums() ? strip.read(rows_.grad_sum + at) : V{};
     for (std::int64_t j = 0; j < image_.height; ++j) {
       A* const grad_at = grads + j * kWidthOf<V>;
       const V weight = weight_of(j);
@@ -129,7 +145,7 @@ class ColumnBackward {
       store(grad_at, grad);
       sum += grad;
     }
-    if (!arguments_.corrects_sums()) {
+    if (!corrects_sums()) {
       return V{};
     }
     for (std::int64_t j = 0; j < image_.height; ++j) {
@@ -139,9 +155,9 @@ class ColumnBackward {
     return sum;
   }
 
-  CrissCrossBackwardArguments<T> arguments_;
+  CrissCrossBackwardArguments<T, R> arguments_;
   ImageSize image_;
-  RowBackwardResults<T> rows_;
+  RowBackwardResults<R> rows_;
 };
 
 }  // namespace segattn::cpu

@@ -1,5 +1,5 @@
 // Criss-cross attention, forward, the column pass: merges the attention over a position's column, without the position
-// itself, into the row pass's output.
+// itself, into the row pass's output, or writes it alone.
 #pragma once
 
 #include "cpu/common/parallel.h"
@@ -9,15 +9,15 @@
 
 namespace segattn::cpu {
 
-template <class T>
+template <class T, class R, Keys kKeys>
 class ColumnForward {
   using A = AccumulatorOf<T>;
   static constexpr std::int64_t kLane = kLanes<A>;
 
  public:
   // On entry output is the attention over rows alone, logsumexp the rows' maximum (softmax.h), and row_total (B, H, W)
-  // the rows' sum of exp(energy - that of maximum).
-  ColumnForward(const CrissCrossForwardArguments<T>& arguments, const A* row_total)
+  // the rows' sum of exp(energy - that of maximum). With Keys::kColumn nothing is read of the three.
+  ColumnForward(const CrissCrossForwardArguments<T, R>& arguments, const A* row_total)
       : arguments_(arguments), image_{arguments.sizes.height, arguments.sizes.width}, row_total_(row_total) {}
 
   void run() const {
@@ -65,7 +65,7 @@ class ColumnForward {
           column_factor(scratch.take<A>(block.size() * lanes)) {}
 
     void run() const {
-      const CrissCrossForwardArguments<T>& arguments = pass.arguments_;
+      const CrissCrossForwardArguments<T, R>& arguments = pass.arguments_;
       const std::int64_t key_offset = sample * arguments.sizes.key_channels * pass.image_.positions();
       const std::int64_t value_offset = sample * arguments.sizes.value_channels * pass.image_.positions();
       strip.dot_products(
@@ -73,16 +73,23 @@ class ColumnForward {
       for (std::int64_t i = 0; i < block.size(); ++i) {
         normalize(i);
       }
-      strip.sum_over_keys(
-          arguments.value + value_offset, arguments.sizes.value_channels, weights, block,
-          arguments.output + value_offset, [&](T* output, std::int64_t query, V sum) {
-            const std::int64_t at = (query - block.begin) * lanes;
-            const V columns = sum * load<V>(column_factor + at);
-            strip.write(output, fma(strip.read(output), load<V>(row_factor + at), columns));
-          });
+      if constexpr (kKeys == Keys::kColumn) {
+        strip.sum_over_keys(
+            arguments.value + value_offset, arguments.sizes.value_channels, weights, block,
+            arguments.output + value_offset, strip.template writer<R>());
+      } else {
+        strip.sum_over_keys(
+            arguments.value + value_offset, arguments.sizes.value_channels, weights, block,
+            arguments.output + value_offset, [&](R* output, std::int64_t query, V sum) {
+              const std::int64_t at = (query - block.begin) * lanes;
+              const V columns = sum * load<V>(column_factor + at);
+              strip.write(output, fma(strip.read(output), load<V>(row_factor + at), columns));
+            });
+      }
     }
 
-    // The products of a query become exponentials of energies. Its maximum and total are merged with the row's.
+    // The products of a query become exponentials of energies. Its maximum and total are merged with the row's. With
+    // Keys::kColumn they become weights.
     void normalize(std::int64_t query) const {
       const ForwardSoftmax<V> softmax(pass.arguments_.scale);
       A* const row = strip.element(weights, query, 0);
@@ -98,23 +105,36 @@ class ColumnForward {
         total += weight;
       }
       const std::int64_t at = sample * pass.image_.positions() + strip.offset(self);
-      const V row_maximum = strip.read(pass.arguments_.logsumexp + at);
-      const V common = max(most, row_maximum);
-      const V row_sum = softmax.factor(row_maximum, common) * strip.read(pass.row_total_ + at);
-      const V exponential = softmax.factor(most, common);
-      const V sum = row_sum + exponential * total;
-      const V energy = common * softmax.size;
+      if constexpr (kKeys == Keys::kColumn) {
+        store_logsumexp(at, softmax, most, total);
+        const V factor = select(total == V{}, V{}, broadcast<V>(A(1)) / total);  // 0: all energies are -inf
+        for (std::int64_t j = 0; j < strip.height(); ++j) {
+          store(row + j * lanes, load<V>(row + j * lanes) * factor);
+        }
+      } else {
+        const V row_maximum = strip.read(pass.arguments_.logsumexp + at);
+        const V common = max(most, row_maximum);
+        const V row_sum = softmax.factor(row_maximum, common) * strip.read(pass.row_total_ + at);
+        const V exponential = softmax.factor(most, common);
+        const V sum = row_sum + exponential * total;
+        store_logsumexp(at, softmax, common, sum);
+        store(row_factor + query * lanes, row_sum / sum);
+        store(column_factor + query * lanes, exponential / sum);
+      }
+    }
+
+    // at: index in (B, H, W) of the first lane's query
+    void store_logsumexp(std::int64_t at, const ForwardSoftmax<V>& softmax, V maximum, V total) const {
+      const V energy = maximum * softmax.size;
       strip.for_each_lane([&](std::int64_t lane) {
-        const auto logsumexp = split_logsumexp(common[lane], softmax.size[lane], energy[lane], sum[lane]);
+        const auto logsumexp = split_logsumexp(maximum[lane], softmax.size[lane], energy[lane], total[lane]);
         pass.arguments_.logsumexp[at + lane] = logsumexp.value;
         pass.arguments_.logsumexp_low[at + lane] = logsumexp.low;
       });
-      store(row_factor + query * lanes, row_sum / sum);
-      store(column_factor + query * lanes, exponential / sum);
     }
   };
 
-  CrissCrossForwardArguments<T> arguments_;
+  CrissCrossForwardArguments<T, R> arguments_;
   ImageSize image_;
   const A* row_total_;
 };

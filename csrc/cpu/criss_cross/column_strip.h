@@ -121,8 +121,14 @@ class ColumnStrip {
     return weights + query * stride(height()) + key * lanes;
   }
   // The store operation of the sums below that adds to the target.
+  template <class R>
   auto adder() const {
-    return [this](T* target, std::int64_t, V sum) { write(target, read(target) + sum); };
+    return [this](R* target, std::int64_t, V sum) { write(target, read(target) + sum); };
+  }
+  // The one that overwrites the target, unless it `adds`.
+  template <class R>
+  auto writer(bool adds = false) const {
+    return [this, adds](R* target, std::int64_t, V sum) { write(target, adds ? read(target) + sum : sum); };
   }
   // Calls use(lane) for the columns that exist.
   template <class Use>
@@ -159,9 +165,9 @@ class ColumnStrip {
 
   // Calls store_sum(address of the query in target, query, sum) for every channel and query of the block, with sum =
   // sum over keys of weights * features. features, target: (channels, H, W).
-  template <class Store>
+  template <class R, class Store>
   void sum_over_keys(
-      const T* features, std::int64_t channels, const A* weights, Range block, T* target,
+      const T* features, std::int64_t channels, const A* weights, Range block, R* target,
       const Store& store_sum) const {
     multiply(
         features, channels, {0, height()}, {weights, stride(height()), lanes}, target, block, nullptr, Accumulate::kNo,
@@ -169,14 +175,14 @@ class ColumnStrip {
   }
 
   // The same for every channel and key: sums over the block's queries. Call it for every block in order. Each block
-  // calls store_sum with its own part. Where T rounds and there are several blocks, the parts are added up in `sums`,
-  // of sums_size(height, channels) elements, instead, and only the last block calls store_sum.
-  template <class Store>
+  // calls store_sum with its own part. Where R rounds and there are several blocks, the parts are added up in `sums`,
+  // of sums_size<R>(height, channels) elements, instead, and only the last block calls store_sum.
+  template <class R, class Store>
   void sum_over_queries(
-      const T* features, std::int64_t channels, const A* weights, Range block, T* target, A* sums,
+      const T* features, std::int64_t channels, const A* weights, Range block, R* target, A* sums,
       const Store& store_sum) const {
     const LaneOperand<A> operand{weights, lanes, stride(height())};
-    if (keeps_sums(height())) {
+    if (keeps_sums<R>(height())) {
       multiply(
           features, channels, block, operand, target, {0, height()}, sums,
           block.begin > 0 ? Accumulate::kYes : Accumulate::kNo,
@@ -187,15 +193,19 @@ class ColumnStrip {
           store_sum);
     }
   }
+  template <class R>
   static std::int64_t sums_size(std::int64_t height, std::int64_t channels) {
-    return keeps_sums(height) ? channels * stride(height) : 0;
+    return keeps_sums<R>(height) ? channels * stride(height) : 0;
   }
 
  private:
   // kComplete: passed to store_sum. kPartial: more blocks follow.
   enum class Sums { kPartial, kComplete };
 
-  static bool keeps_sums(std::int64_t height) { return !std::is_same_v<T, A> && QueryBlocks<A>(height).count() > 1; }
+  template <class R>
+  static bool keeps_sums(std::int64_t height) {
+    return !std::is_same_v<R, A> && QueryBlocks<A>(height).count() > 1;
+  }
 
   // target [channels][positions], `row` elements apart per channel = `positions` of features (channels, H, W)
   void stage(A* target, std::int64_t row, const T* features, std::int64_t channels, Range positions) const {
@@ -215,9 +225,9 @@ class ColumnStrip {
 
   // The sums over `steps` of features times weights, for every channel and position of `results`. With `sums` they are
   // stored or accumulated there. Complete sums are passed to store_sum(address in target, position, sum).
-  template <class Store>
+  template <class R, class Store>
   void multiply(
-      const T* features, std::int64_t channels, Range steps, const LaneOperand<A>& weights, T* target, Range results,
+      const T* features, std::int64_t channels, Range steps, const LaneOperand<A>& weights, R* target, Range results,
       A* sums, Accumulate accumulate, Sums state, const Store& store_sum) const {
     const std::int64_t step_stride = stride(steps.size());
     const std::int64_t result_stride = stride(results.size());
@@ -226,7 +236,7 @@ class ColumnStrip {
       const std::int64_t next = channel + depth;
       const std::int64_t next_depth = std::min(kSumChannels, channels - next);
       A* const products = sums == nullptr ? memory_ + depth * step_stride : sums + channel * result_stride;
-      T* const chunk = target + channel * image_.positions();
+      R* const chunk = target + channel * image_.positions();
       Prefetch next_steps = prefetch(features + next * image_.positions(), next_depth, steps);
       Prefetch next_results = prefetch(chunk, state == Sums::kComplete ? depth : 0, results);
       stage(memory_, step_stride, features + channel * image_.positions(), depth, steps);
@@ -240,7 +250,7 @@ class ColumnStrip {
         continue;
       }
       for (std::int64_t c = 0; c < depth; ++c) {
-        T* const at = chunk + c * image_.positions() + offset(results.begin);
+        R* const at = chunk + c * image_.positions() + offset(results.begin);
         for (std::int64_t p = 0; p < results.size(); ++p) {
           store_sum(at + p * image_.width, results.begin + p, load<V>(products + c * result_stride + p * lanes));
         }

@@ -15,10 +15,6 @@ namespace segattn::cpu {
 
 namespace {
 
-std::int64_t multiply_adds(const CrissCrossSizes& sizes) {
-  return sizes.batch * sizes.height * sizes.width * sizes.reach() * (sizes.key_channels + sizes.value_channels);
-}
-
 // query (B, E, H, W), key (B, E, H, W) -> affinity (B, H + W - 1, H, W)
 Tensor criss_cross_affinity(Tensor query, Tensor key) {
   const CrissCrossSizes sizes = check_criss_cross_affinity(query, key);
@@ -96,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_attention(Tensor query, Tensor ke
   const SerialIfSmall serial(multiply_adds(sizes));
   dispatch_dtype(query.scalar_type(), [&]<class T>() {
     using A = AccumulatorOf<T>;
-    const CrissCrossForwardArguments<T> arguments{
+    const CrissCrossForwardArguments<T, T> arguments{
         .query = data<T>(query),
         .key = data<T>(key),
         .value = data<T>(value),
@@ -105,7 +101,7 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_attention(Tensor query, Tensor ke
         .logsumexp_low = mutable_data<A>(logsumexp_low),
         .sizes = sizes,
         .scale = static_cast<A>(scale)};
-    CrissCrossForward<T>(arguments).run();
+    CrissCrossForward<T, T, Keys::kRowAndColumn>(arguments).run();
   });
   return {output, logsumexp, logsumexp_low};
 }
@@ -128,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(
   const SerialIfSmall serial(multiply_adds(sizes));
   dispatch_dtype(query.scalar_type(), [&]<class T>() {
     using A = AccumulatorOf<T>;
-    const CrissCrossBackwardArguments<T> arguments{
+    const CrissCrossBackwardArguments<T, T> arguments{
         .grad_output = data<T>(grad_output),
         .query = data<T>(query),
         .key = data<T>(key),
@@ -137,13 +133,14 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(
         .logsumexp = data<A>(logsumexp),
         .logsumexp_low = data<A>(logsumexp_low),
         .grad_logsumexp = data<A>(grad_logsumexp),
+        .delta = nullptr,
         .grad_query = gradient_data<T>(grad_query, needs_input_grad[0]),
         .grad_key = gradient_data<T>(grad_key, needs_input_grad[1]),
         .grad_value = gradient_data<T>(grad_value, needs_input_grad[2]),
         .sizes = sizes,
         .scale = static_cast<A>(scale),
         .keys_complete = keys_complete};
-    CrissCrossBackward<T>(arguments).run();
+    CrissCrossBackward<T, T, Keys::kRowAndColumn>(arguments).run();
   });
   return {grad_query, grad_key, grad_value};
 }

@@ -1,6 +1,6 @@
 // Criss-cross attention, forward. The row pass, here, writes each position's attention over its row alone, and the
 // maximum and total of its softmax. The column pass (column_forward.h) merges the attention over the column, without
-// the position itself, into it.
+// the position itself, into it. For one of the two alone, its pass writes the results.
 #pragma once
 
 #include "cpu/criss_cross/column_forward.h"
@@ -9,7 +9,7 @@
 
 namespace segattn::cpu {
 
-template <class T>
+template <class T, class R, Keys kKeys>
 class CrissCrossForward {
   using P = PackedOf<T>;
   using A = AccumulatorOf<T>;
@@ -17,14 +17,18 @@ class CrissCrossForward {
   static constexpr std::int64_t kLane = kLanes<A>;
 
  public:
-  explicit CrissCrossForward(const CrissCrossForwardArguments<T>& arguments)
+  explicit CrissCrossForward(const CrissCrossForwardArguments<T, R>& arguments)
       : arguments_(arguments),
         image_{arguments.sizes.height, arguments.sizes.width},
-        row_total_(arguments.sizes.batch * image_.positions()) {}
+        row_total_(kKeys == Keys::kRowAndColumn ? arguments.sizes.batch * image_.positions() : 0) {}
 
   void run() const {
-    run_rows();
-    ColumnForward<T>(arguments_, row_total_.data()).run();
+    if constexpr (kKeys != Keys::kColumn) {
+      run_rows();
+    }
+    if constexpr (kKeys != Keys::kRow) {
+      ColumnForward<T, R, kKeys>(arguments_, row_total_.data()).run();
+    }
   }
 
  private:
@@ -103,17 +107,24 @@ class CrissCrossForward {
     }
   }
 
-  // Stores maximum and total for the column pass, the maximum in logsumexp, and computes the factor that normalizes the
-  // row's weights.
+  // Stores maximum and total for the column pass, the maximum in logsumexp, or the logsumexp of the row alone, and
+  // computes the factor that normalizes the row's weights.
   void store_statistics(std::int64_t offset, std::int64_t queries, const A* maximum, const A* total, A* factor) const {
     for (std::int64_t i = 0; i < queries; ++i) {
-      arguments_.logsumexp[offset + i] = maximum[i];
-      row_total_.data()[offset + i] = total[i];
+      if constexpr (kKeys == Keys::kRow) {
+        const A size = std::abs(arguments_.scale);
+        const auto logsumexp = split_logsumexp(maximum[i], size, maximum[i] * size, total[i]);
+        arguments_.logsumexp[offset + i] = logsumexp.value;
+        arguments_.logsumexp_low[offset + i] = logsumexp.low;
+      } else {
+        arguments_.logsumexp[offset + i] = maximum[i];
+        row_total_.data()[offset + i] = total[i];
+      }
       factor[i] = total[i] == 0 ? A(0) : A(1) / total[i];  // 0: all energies of the row are -inf
     }
   }
 
-  CrissCrossForwardArguments<T> arguments_;
+  CrissCrossForwardArguments<T, R> arguments_;
   ImageSize image_;
   Buffer<A> row_total_;  // (B, H, W): sum over the row of exp(energy - that of maximum)
 };

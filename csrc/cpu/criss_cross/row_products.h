@@ -156,15 +156,16 @@ class RowProducts {
   }
 
   // target (channels, H, W) at `results` = sum over `terms` of features (channels, H, W) * weights. Both ranges are
-  // positions of the row; weights is the B operand, B(k = term, column = result).
+  // positions of the row; weights is the B operand, B(k = term, column = result). R: T or A
+  template <class R>
   void weighted_sum(
-      const T* features, std::int64_t channels, Range terms, const P* weights, Range results, T* target) const {
+      const T* features, std::int64_t channels, Range terms, const P* weights, Range results, R* target) const {
     const std::int64_t columns = results.size();
     const std::int64_t positions = image_.positions();
     // Whole panels of results that need no rounding are written to target directly.
     const std::int64_t whole = kInPlace ? columns / panel_columns<P> * panel_columns<P> : 0;
     for_each_chunk(features, channels, terms, [&](std::int64_t channel, std::int64_t depth, auto operand, auto& fetch) {
-      T* const out = target + channel * positions + row_ + results.begin;
+      R* const out = target + channel * positions + row_ + results.begin;
       if constexpr (kInPlace) {
         tile_gemm<P>(
             operand, weights, COperand<A>::row_major(out, positions), depth, whole, k_steps<P>(terms.size()),
@@ -192,7 +193,8 @@ class RowProducts {
 
   // The same with a block of the row as terms and the whole row as results. Call it for every block in order: they are
   // added up in `sums`, and the last writes `target`. A single block does not use `sums`.
-  void accumulate(const T* features, std::int64_t channels, Range block, const P* weights, A* sums, T* target) const {
+  template <class R>
+  void accumulate(const T* features, std::int64_t channels, Range block, const P* weights, A* sums, R* target) const {
     if (block_ == image_.width) {
       weighted_sum(features, channels, block, weights, {0, image_.width}, target);
       return;

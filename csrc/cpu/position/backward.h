@@ -22,7 +22,7 @@
 // sum of the weights is recomputed, and its logarithm, a number near 0, is subtracted from the exponent too.
 //
 // Logsumexp and output over more keys than those of the call make the sums over its keys other numbers. D then comes
-// from the output, and nothing is corrected.
+// from the output, or is given, and nothing is corrected.
 //
 // A gradient that is not wanted takes no product, operand, sum or store. The cut into units does not depend on that, so
 // the others are the same to the bit.
@@ -78,12 +78,12 @@ class PositionBackward {
     }
     if (n_ == 0) {
       // No queries: the gradients of key and value are zero.
-      if (wanted_.key) {
-        std::fill_n(arguments_.grad_key, batch * e_ * m_, T(0));
-      }
-      if (wanted_.value) {
-        std::fill_n(arguments_.grad_value, batch * c_ * m_, T(0));
-      }
+      arguments_.grad_key.fill(batch * e_ * m_);
+      arguments_.grad_value.fill(batch * c_ * m_);
+      return;
+    }
+    if (m_ == 0) {
+      arguments_.grad_query.fill(batch * e_ * n_);
       return;
     }
     // With all gradients and corrections, so that the cut does not depend on what is wanted.
@@ -225,6 +225,11 @@ class PositionBackward {
 
   // delta = scale * (sum over channels of grad_output * output - grad_logsumexp), for a tile of queries
   void compute_delta(std::int64_t sample, Range tile, A* delta) const {
+    if (arguments_.delta != nullptr) {
+      const A* const given = arguments_.delta + sample * n_ + tile.begin;
+      std::transform(given, given + tile.size(), delta, [&](A value) { return value * arguments_.scale; });
+      return;
+    }
     const V scale = broadcast<V>(arguments_.scale);
     const A* const grad_logsumexp =
         arguments_.grad_logsumexp == nullptr ? nullptr : arguments_.grad_logsumexp + sample * n_ + tile.begin;
@@ -392,7 +397,9 @@ class PositionBackward {
         if (subtracts_mean_keys()) {
           tile.subtract_mean_keys(query_count);
         }
-        store_panels(arguments_.grad_query + sample * e_ * n_ + query_tile.begin, n_, tile.grad_query, e_, query_count);
+        arguments_.grad_query.from(sample * e_ * n_ + query_tile.begin).visit([&](auto* target) {
+          store_panels(target, n_, tile.grad_query, e_, query_count);
+        });
       }
     });
     if (order.last_of_keys && schedule.replicas == 1) {
@@ -425,7 +432,16 @@ class PositionBackward {
       std::fill_n(tile.delta, columns, A(0));
       std::copy_n(delta, count, tile.delta);
     }
+    if (arguments_.delta != nullptr) {
+      // Energies of -inf less a logsumexp of -inf would be NaN.
+      std::replace(
+          tile.logsumexp, tile.logsumexp + count, -std::numeric_limits<A>::infinity(),
+          std::numeric_limits<A>::infinity());
+    }
     std::fill_n(tile.correction, columns, A(0));
+    if (arguments_.logsumexp_low != nullptr) {
+      std::copy_n(arguments_.logsumexp_low + first, count, tile.correction);
+    }
     if (corrects_logsumexp()) {
       if (order.first_of_queries) {
         compute_correction(shared.first_sample + sample, count, w, tile);
@@ -453,16 +469,16 @@ class PositionBackward {
     const std::int64_t target = shared.first_sample + sample;
     for_each_key_tile(keys_of(schedule, group), [&](Range tile) {
       if (wanted_.key) {
-        store_key_tile(schedule, arguments_.grad_key + target * e_ * m_, shared.grad_key, sample, tile, e_);
+        store_key_tile(schedule, arguments_.grad_key.from(target * e_ * m_), shared.grad_key, sample, tile, e_);
       }
       if (wanted_.value) {
-        store_key_tile(schedule, arguments_.grad_value + target * c_ * m_, shared.grad_value, sample, tile, c_);
+        store_key_tile(schedule, arguments_.grad_value.from(target * c_ * m_), shared.grad_value, sample, tile, c_);
       }
     });
   }
 
   void store_key_tile(
-      const PositionSchedule& schedule, T* target, A* sums, std::int64_t sample, Range tile,
+      const PositionSchedule& schedule, const PositionResult<T>& target, A* sums, std::int64_t sample, Range tile,
       std::int64_t channels) const {
     const std::int64_t copy_size = m_ * padded_columns<P>(channels);
     A* const total = sums + sample * schedule.replicas * copy_size + tile.begin * padded_columns<P>(channels);
@@ -472,7 +488,9 @@ class PositionBackward {
         total[i] += other[i];
       }
     }
-    store_panels_transposed(target + tile.begin, m_, total, tile.size(), channels);
+    target.from(tile.begin).visit([&](auto* gradient) {
+      store_panels_transposed(gradient, m_, total, tile.size(), channels);
+    });
   }
 
   PositionBackwardArguments<T> arguments_;

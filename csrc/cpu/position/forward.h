@@ -8,7 +8,9 @@
 // the thread.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "cpu/common/exp.h"
 #include "cpu/common/pack.h"
@@ -45,6 +47,10 @@ class PositionForward {
   void run() const {
     const std::int64_t batch = arguments_.sizes.batch;
     if (batch == 0 || n_ == 0) {
+      return;
+    }
+    if (m_ == 0) {
+      store_without_keys();
       return;
     }
     const std::int64_t packed_sample = packed_key_size() + packed_value_size();
@@ -178,21 +184,41 @@ class PositionForward {
   // total becomes its inverse.
   void store_results(std::int64_t sample, Range block, const A* sums, const A* maximum, A* total) const {
     A* const logsumexp = arguments_.logsumexp + sample * n_ + block.begin;
+    A* const logsumexp_low = advance(arguments_.logsumexp_low, sample * n_ + block.begin);
     for (std::int64_t i = 0; i < block.size(); ++i) {
-      logsumexp[i] = maximum[i] + std::log(total[i]);
-      total[i] = A(1) / total[i];
+      const A log = std::log(total[i]);
+      logsumexp[i] = maximum[i] + log;
+      if (logsumexp_low != nullptr) {
+        logsumexp_low[i] = std::isfinite(logsumexp[i]) ? (maximum[i] - logsumexp[i]) + log : A(0);
+      }
+      total[i] = arguments_.is_part && total[i] == A(0) ? A(0) : A(1) / total[i];
     }
     const std::int64_t first = sample * c_ * n_ + block.begin;
-    for_each_panel_vector(
-        sums, c_, block.size(), [&](std::int64_t row, std::int64_t column, V vector, std::int64_t count) {
-          const std::int64_t at = first + row * n_ + column;
-          vector *= load<V>(total + column);
-          write_vector(arguments_.output + at, vector, count);
-          if (arguments_.output_low != nullptr) {
-            vector -= read_vector(arguments_.output + at, count);
-            write_vector(arguments_.output_low + at, vector, count);
-          }
-        });
+    arguments_.output.visit([&](auto* output) {
+      for_each_panel_vector(
+          sums, c_, block.size(), [&](std::int64_t row, std::int64_t column, V vector, std::int64_t count) {
+            const std::int64_t at = first + row * n_ + column;
+            vector *= load<V>(total + column);
+            write_vector(output + at, vector, count);
+            if (arguments_.output_low != nullptr) {
+              vector -= read_vector(output + at, count);
+              write_vector(arguments_.output_low + at, vector, count);
+            }
+          });
+    });
+  }
+
+  // The results where there are no keys.
+  void store_without_keys() const {
+    const std::int64_t queries = arguments_.sizes.batch * n_;
+    arguments_.output.fill(queries * c_);
+    if (arguments_.output_low != nullptr) {
+      std::fill_n(arguments_.output_low, queries * c_, T(0));
+    }
+    std::fill_n(arguments_.logsumexp, queries, -std::numeric_limits<A>::infinity());
+    if (arguments_.logsumexp_low != nullptr) {
+      std::fill_n(arguments_.logsumexp_low, queries, A(0));
+    }
   }
 
   PositionForwardArguments<T> arguments_;

@@ -106,15 +106,6 @@ void attend_without_padding(const PositionForwardArguments<T>& arguments, const 
   const KeptKeys kept(padding, sizes);
   kept.for_each_run([&](const KeptKeys::Run& run) {
     PositionForwardArguments<T> part = arguments.of_samples(run.first_sample, run.samples);
-    if (run.keys == 0) {
-      const std::int64_t queries = run.samples * sizes.queries;
-      std::fill_n(part.output, queries * sizes.value_channels, T(0));
-      if (part.output_low != nullptr) {
-        std::fill_n(part.output_low, queries * sizes.value_channels, T(0));
-      }
-      std::fill_n(part.logsumexp, queries, -std::numeric_limits<AccumulatorOf<T>>::infinity());
-      return;
-    }
     const bool copies = run.keys < sizes.keys;
     const std::int64_t keys = copies ? run.samples * run.keys : 0;
     const Buffer<T> key(keys * sizes.key_channels), value(keys * sizes.value_channels);
@@ -129,6 +120,37 @@ void attend_without_padding(const PositionForwardArguments<T>& arguments, const 
   });
 }
 
+// Memory for a gradient of the kept keys of a run.
+template <class T>
+class KeptGradient {
+ public:
+  // target: (samples, channels, M), the gradient of all keys
+  KeptGradient(const PositionResult<T>& target, std::int64_t elements)
+      : target_(target),
+        rounded_(target.rounded == nullptr ? 0 : elements),
+        accumulated_(target.accumulated == nullptr ? 0 : elements) {}
+
+  PositionResult<T> result() const {
+    return {
+        target_.rounded == nullptr ? nullptr : rounded_.data(),
+        target_.accumulated == nullptr ? nullptr : accumulated_.data()};
+  }
+
+  // Writes the gradient of all keys.
+  void scatter(const KeptKeys& kept, const KeptKeys::Run& run, std::int64_t channels) const {
+    if (target_.rounded != nullptr) {
+      kept.scatter(run, rounded_.data(), channels, target_.rounded);
+    } else if (target_.accumulated != nullptr) {
+      kept.scatter(run, accumulated_.data(), channels, target_.accumulated);
+    }
+  }
+
+ private:
+  PositionResult<T> target_;
+  Buffer<T> rounded_;
+  Buffer<AccumulatorOf<T>> accumulated_;
+};
+
 // padding: (B, M). The gradients of padding, and of a sample with nothing else, are 0.
 template <class T>
 void differentiate_without_padding(const PositionBackwardArguments<T>& arguments, const bool* padding) {
@@ -136,35 +158,25 @@ void differentiate_without_padding(const PositionBackwardArguments<T>& arguments
   const KeptKeys kept(padding, sizes);
   kept.for_each_run([&](const KeptKeys::Run& run) {
     const PositionBackwardArguments<T> all = arguments.of_samples(run.first_sample, run.samples);
-    const PositionGradients wanted = all.wanted();
     if (run.keys == sizes.keys) {
       PositionBackward<T>(all).run();
       return;
     }
-    if (run.keys == 0 && wanted.query) {
-      std::fill_n(all.grad_query, run.samples * sizes.queries * sizes.key_channels, T(0));
-    }
     const std::int64_t keys = run.samples * run.keys;
     const Buffer<T> key(keys * sizes.key_channels), value(keys * sizes.value_channels);
-    const Buffer<T> grad_key(wanted.key ? keys * sizes.key_channels : 0);
-    const Buffer<T> grad_value(wanted.value ? keys * sizes.value_channels : 0);
-    if (run.keys > 0) {
-      kept.gather(run, all.key, sizes.key_channels, key.data());
-      kept.gather(run, all.value, sizes.value_channels, value.data());
-      PositionBackwardArguments<T> part = all;
-      part.key = key.data();
-      part.value = value.data();
-      part.grad_key = wanted.key ? grad_key.data() : nullptr;
-      part.grad_value = wanted.value ? grad_value.data() : nullptr;
-      part.sizes.keys = run.keys;
-      PositionBackward<T>(part).run();
-    }
-    if (wanted.key) {
-      kept.scatter(run, grad_key.data(), sizes.key_channels, all.grad_key);
-    }
-    if (wanted.value) {
-      kept.scatter(run, grad_value.data(), sizes.value_channels, all.grad_value);
-    }
+    const KeptGradient<T> grad_key(all.grad_key, keys * sizes.key_channels);
+    const KeptGradient<T> grad_value(all.grad_value, keys * sizes.value_channels);
+    kept.gather(run, all.key, sizes.key_channels, key.data());
+    kept.gather(run, all.value, sizes.value_channels, value.data());
+    PositionBackwardArguments<T> part = all;
+    part.key = key.data();
+    part.value = value.data();
+    part.grad_key = grad_key.result();
+    part.grad_value = grad_value.result();
+    part.sizes.keys = run.keys;
+    PositionBackward<T>(part).run();
+    grad_key.scatter(kept, run, sizes.key_channels);
+    grad_value.scatter(kept, run, sizes.value_channels);
   });
 }
 

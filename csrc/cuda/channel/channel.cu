@@ -3,6 +3,8 @@
 // torch.bmm (cuBLAS) computes the products of 32-bit and 64-bit matrices and applies the weights to value. The kernels
 // here compute the 16-bit products in float32, only half of a symmetric one (gram.cuh), the softmax and its gradient
 // (softmax.cuh), and the input gradient of self-attention, two products in one accumulator (input_gradient.cuh).
+// channel_energy and channel_apply are the two halves, and channel_attention their composition but for the sum of the
+// splits, which its softmax adds.
 #include <algorithm>
 #include <array>
 #include <optional>
@@ -68,8 +70,18 @@ void with_half_type(ScalarType dtype, const Visit& visit) {
   }
 }
 
+// Where products go: `target` (B, C, K) for one split, if it is given.
+Tensor allocate_products(
+    const Tensor& like, int64_t splits, int64_t channels, int64_t keys, ScalarType dtype,
+    const std::optional<Tensor>& target) {
+  const std::vector<int64_t> sizes{splits, like.size(0), channels, keys};
+  return target.has_value() && splits == 1 ? torch::stable::view(*target, sizes) : allocate(like, sizes, dtype);
+}
+
 // left (B, C, *S) times right (B, K, *S) transposed, on tensor cores: (splits, B, C, K), float32.
-Tensor products_mma(const LaunchContext& context, const FeatureMap& left, const FeatureMap& right, Symmetry symmetry) {
+Tensor products_mma(
+    const LaunchContext& context, const FeatureMap& left, const FeatureMap& right, Symmetry symmetry,
+    const std::optional<Tensor>& target = std::nullopt) {
   const int64_t channels = left.tensor.size(1), keys = right.tensor.size(1);
   GramParams params{};
   params.left = left.operand;
@@ -88,14 +100,16 @@ Tensor products_mma(const LaunchContext& context, const FeatureMap& left, const 
   const int wanted = static_cast<int>(std::clamp<int64_t>(context.limits.multiprocessors / blocks, 1, kMaxGramSplits));
   params.positions_per_split = ceil_div(steps, std::min(wanted, steps)) * kGramDepth;
   params.splits = ceil_div(params.positions, params.positions_per_split);
-  const Tensor products = allocate(left.tensor, {params.splits, params.batch, channels, keys}, ScalarType::Float);
+  const Tensor products = allocate_products(left.tensor, params.splits, channels, keys, ScalarType::Float, target);
   params.products = static_cast<float*>(products.mutable_data_ptr());
   with_half_type(context.dtype, [&]<class T>() { launch_gram<T>(params, context.stream); });
   return products;
 }
 
 // left (B, C, *S) times right (B, K, *S) transposed, by cuBLAS: (1, B, C, K) in the dtype of accumulation.
-Tensor products_cublas(const LaunchContext& context, const Tensor& left, const Tensor& right, Symmetry symmetry) {
+Tensor products_cublas(
+    const LaunchContext& context, const Tensor& left, const Tensor& right, Symmetry symmetry,
+    const std::optional<Tensor>& target = std::nullopt) {
   const ScalarType accumulator = accumulation_dtype(context.dtype);
   const int64_t batch = left.size(0), channels = left.size(1), keys = right.size(1);
   const auto operand = [&](const Tensor& tensor) {
@@ -104,19 +118,51 @@ Tensor products_cublas(const LaunchContext& context, const Tensor& left, const T
     return accumulator == context.dtype ? matrix : torch::stable::to(matrix, accumulator);
   };
   const Tensor a = operand(left), b = symmetry == Symmetry::kSymmetric ? a : operand(right);
-  const Tensor products = allocate(left, {1, batch, channels, keys}, accumulator);
+  const Tensor products = allocate_products(left, 1, channels, keys, accumulator, target);
   bmm(a, transposed(b), torch::stable::view(products, {batch, channels, keys}));
   return products;
 }
 
-// left (B, C, *S) times right (B, K, *S) transposed: (splits, B, C, K) in the dtype of accumulation.
-Tensor products(const LaunchContext& context, const Tensor& left, const Tensor& right, Symmetry symmetry) {
+// left (B, C, *S) times right (B, K, *S) transposed: (splits, B, C, K) in the dtype of accumulation. One split of zeros
+// without positions.
+Tensor products(
+    const LaunchContext& context, const Tensor& left, const Tensor& right, Symmetry symmetry,
+    const std::optional<Tensor>& target = std::nullopt) {
+  if (positions_of(left) == 0) {
+    Tensor zeros = allocate_products(left, 1, left.size(1), right.size(1), accumulation_dtype(context.dtype), target);
+    torch::stable::zero_(zeros);
+    return zeros;
+  }
   if (!uses_tensor_cores(context)) {
-    return products_cublas(context, left, right, symmetry);
+    return products_cublas(context, left, right, symmetry, target);
   }
   const FeatureMap a = aligned_feature_map(left, context.stream);
   const FeatureMap b = symmetry == Symmetry::kSymmetric ? a : aligned_feature_map(right, context.stream);
-  return products_mma(context, a, b, symmetry);
+  return products_mma(context, a, b, symmetry, target);
+}
+
+// left (B, C, *S) times right (B, K, *S) transposed: (B, C, K) in the dtype of accumulation, splits added in order. Not
+// a view: it may be a result, which is reduced over ranks in place.
+Tensor sum_of_products(const LaunchContext& context, const Tensor& left, const Tensor& right, Symmetry symmetry) {
+  const Tensor sum = allocate(left, {left.size(0), left.size(1), right.size(1)}, accumulation_dtype(context.dtype));
+  if (sum.size(0) == 0) {
+    return sum;
+  }
+  const Tensor splits = products(context, left, right, symmetry, sum);
+  if (splits.size(0) > 1) {
+    const SumSplitsParams params{
+        static_cast<const float*>(splits.const_data_ptr()), static_cast<float*>(sum.mutable_data_ptr()), sum.numel(),
+        static_cast<int>(splits.size(0))};
+    const int64_t blocks = ceil_div(params.elements, kChannelThreads);
+    SEGATTN_LAUNCH(
+        (sum_splits_kernel<float>), dim3(grid_blocks(blocks)), dim3(kChannelThreads), 0, context.stream, params);
+  }
+  return sum;
+}
+
+// matrix (B, C, K) as products of one split.
+Tensor as_products(const Tensor& matrix) {
+  return torch::stable::view(torch::stable::contiguous(matrix), {1, matrix.size(0), matrix.size(1), matrix.size(2)});
 }
 
 // products (splits, B, C, K) -> weights (B, C, K), times gamma (B, C) if given. Writes logsumexp (B, C).
@@ -140,6 +186,12 @@ Tensor softmax(
         params);
   });
   return weights;
+}
+
+// The same where the logsumexp is not needed.
+Tensor softmax(const LaunchContext& context, const Tensor& products, double scale, const std::optional<Tensor>& gamma) {
+  const Tensor logsumexp = allocate(products, {products.size(1), products.size(2)}, accumulation_dtype(context.dtype));
+  return softmax(context, products, scale, gamma, logsumexp);
 }
 
 struct SoftmaxGradients {
@@ -177,10 +229,11 @@ void softmax_backward(
   });
 }
 
-// matrix + matrix^T, matrix (1, B, C, C) in the dtype of accumulation: (B, C, pitch) in the inputs' dtype.
-Tensor symmetrised(const LaunchContext& context, const Tensor& matrix, int64_t pitch) {
+// matrix + matrix^T, matrix (1, B, C, C) in the dtype of accumulation: (B, C, pitch) in `dtype`, that of the inputs or
+// of accumulation.
+Tensor symmetrised(const LaunchContext& context, const Tensor& matrix, int64_t pitch, ScalarType dtype) {
   const int64_t batch = matrix.size(1), channels = matrix.size(2);
-  const Tensor result = allocate(matrix, {batch, channels, pitch}, context.dtype);
+  const Tensor result = allocate(matrix, {batch, channels, pitch}, dtype);
   SymmetriseParams params;
   params.matrix = matrix.const_data_ptr();
   params.result = result.mutable_data_ptr();
@@ -188,7 +241,7 @@ Tensor symmetrised(const LaunchContext& context, const Tensor& matrix, int64_t p
   params.pitch = static_cast<int>(pitch);
   params.tiles = ceil_div(params.channels, kSymmetriseTile);
   const int64_t blocks = batch * params.tiles * params.tiles;
-  with_element(context.dtype, [&]<class T>() {
+  with_element(dtype, [&]<class T>() {
     SEGATTN_LAUNCH(
         (symmetrise_kernel<T>), dim3(grid_blocks(blocks)), dim3(kSymmetriseTile * kSymmetriseRows), 0, context.stream,
         params);
@@ -209,19 +262,29 @@ void add(
   });
 }
 
-Pair forward(
-    const LaunchContext& context, const Tensor& query, const Tensor& key, const Tensor& value,
-    const ChannelSizes& sizes, double scale, Symmetry symmetry, const std::optional<Tensor>& gamma = std::nullopt) {
-  const Tensor logsumexp = allocate(query, {sizes.batch, sizes.query_channels}, accumulation_dtype(context.dtype));
+// result (B, M, *S) = left (B, M, K) times right (B, K, *S)
+void multiply_into(const Tensor& result, const Tensor& left, const Tensor& right) {
+  bmm(left, matrices(right), torch::stable::view(result, {result.size(0), result.size(1), positions_of(result)}));
+}
+
+// The second half of channel attention: energies() are the products (splits, B, C, K). With gamma, the residual is
+// added.
+template <class Energies>
+Pair apply(
+    const LaunchContext& context, const Energies& energies, const Tensor& value, const ChannelSizes& sizes,
+    double scale, const std::optional<Tensor>& gamma = std::nullopt) {
+  const Tensor logsumexp = allocate(value, {sizes.batch, sizes.query_channels}, accumulation_dtype(context.dtype));
   if (sizes.batch == 0) {
     return {allocate_feature_map(value, sizes.query_channels), logsumexp};
   }
-  const Tensor weights = softmax(context, products(context, query, key, symmetry), scale, gamma, logsumexp);
+  const Tensor weights = softmax(context, energies(), scale, gamma, logsumexp);
   // Allocated last, so that it can reuse the memory of the products.
   const Tensor output = allocate_feature_map(value, sizes.query_channels);
   if (sizes.value_positions > 0) {
-    const Tensor matrix = torch::stable::view(output, {sizes.batch, sizes.query_channels, sizes.value_positions});
-    bmm(weights, matrices(value), matrix);
+    multiply_into(output, weights, value);
+    if (gamma.has_value() && !residual_in_weights(context)) {
+      add(context, output, torch::stable::contiguous(value));
+    }
   }
   return {output, logsumexp};
 }
@@ -229,17 +292,28 @@ Pair forward(
 Pair channel_attention(const Tensor& query, const Tensor& key, const Tensor& value, double scale) {
   const ChannelSizes sizes = check_channel_attention(query, key, value, scale);
   const LaunchContext context("channel_attention", query);
-  return forward(context, query, key, value, sizes, scale, Symmetry::kGeneral);
+  return apply(context, [&] { return products(context, query, key, Symmetry::kGeneral); }, value, sizes, scale);
 }
 
 Pair channel_self_attention(const Tensor& input, double scale, const std::optional<Tensor>& gamma) {
   const ChannelSizes sizes = check_channel_self_attention(input, scale, gamma);
   const LaunchContext context("channel_self_attention", input);
-  const Pair result = forward(context, input, input, input, sizes, scale, Symmetry::kSymmetric, contiguous(gamma));
-  if (gamma.has_value() && !residual_in_weights(context) && sizes.batch > 0) {
-    add(context, std::get<0>(result), torch::stable::contiguous(input));
-  }
-  return result;
+  const auto energies = [&] { return products(context, input, input, Symmetry::kSymmetric); };
+  return apply(context, energies, input, sizes, scale, contiguous(gamma));
+}
+
+Tensor channel_energy(const Tensor& query, const std::optional<Tensor>& key) {
+  check_channel_energy(query, key);
+  const LaunchContext context("channel_energy", query);
+  return key.has_value() ? sum_of_products(context, query, *key, Symmetry::kGeneral)
+                         : sum_of_products(context, query, query, Symmetry::kSymmetric);
+}
+
+Pair channel_apply(const Tensor& energy, const Tensor& value, double scale, const std::optional<Tensor>& gamma) {
+  const ChannelSizes sizes = check_channel_apply(energy, value, scale, gamma);
+  const LaunchContext context("channel_apply", value);
+  context.count("channels", kCountRule, std::max(sizes.query_channels, sizes.key_channels));
+  return apply(context, [&] { return as_products(energy); }, value, sizes, scale, contiguous(gamma));
 }
 
 Triple channel_attention_backward(
@@ -256,22 +330,14 @@ Triple channel_attention_backward(
   }
   const bool has_values = sizes.value_positions > 0;
   const Tensor query_key = products(context, query, key, Symmetry::kGeneral);
-  const auto multiply_into = [&](const Tensor& result, const Tensor& left, const Tensor& right) {
-    bmm(left, matrices(right), torch::stable::view(result, {batch, result.size(1), positions_of(result)}));
-  };
   if (!needs_query && !needs_key) {  // the weights without their gradient
-    const Tensor logsumexp = allocate(query, {batch, channels}, accumulation_dtype(context.dtype));
-    const Tensor weights = softmax(context, query_key, scale, std::nullopt, logsumexp);
+    const Tensor weights = softmax(context, query_key, scale, std::nullopt);
     if (has_values) {
       multiply_into(grad_value, transposed(weights), grad_output);
     }
     return {grad_query, grad_key, grad_value};
   }
-  Tensor grad_weights = has_values ? products(context, grad_output, value, Symmetry::kGeneral)
-                                   : allocate(query_key, {1, batch, channels, keys}, query_key.scalar_type());
-  if (!has_values) {
-    torch::stable::zero_(grad_weights);
-  }
+  const Tensor grad_weights = products(context, grad_output, value, Symmetry::kGeneral);
   const Tensor weights = allocate(query, {batch, channels, keys}, context.dtype);
   const Tensor grad_products = allocate(query, {batch, channels, keys}, context.dtype);
   softmax_backward(context, query_key, grad_weights, scale, {weights, grad_products, std::nullopt, std::nullopt});
@@ -285,6 +351,98 @@ Triple channel_attention_backward(
     multiply_into(grad_value, transposed(weights), grad_output);
   }
   return {grad_query, grad_key, grad_value};
+}
+
+// result (B, M, *S) = matrix (B, M, K), in the dtype of accumulation, times map (B, K, *S). Operands of 16 bits, as in
+// channel_attention_backward. Rows beyond float16's range are no matter: of a matrix divided by the sums of its rows'
+// magnitudes, the product is at most as large as the map, so that the factors overflow only where the result does.
+void multiply_map(const LaunchContext& context, const Tensor& matrix, const Tensor& map, const Tensor& result) {
+  if (context.dtype != ScalarType::Half) {
+    const bool rounds = context.dtype != matrix.scalar_type();
+    multiply_into(result, rounds ? torch::stable::to(matrix, context.dtype) : matrix, map);
+    return;
+  }
+  const int64_t batch = matrix.size(0), rows = matrix.size(1);
+  const Tensor source = torch::stable::contiguous(matrix);
+  const Tensor normalised = allocate(source, {batch, rows, source.size(2)}, context.dtype);
+  const Tensor factors = allocate(source, {batch, rows}, ScalarType::Float);
+  const NormaliseRowsParams params{
+      static_cast<const float*>(source.const_data_ptr()), normalised.mutable_data_ptr(),
+      static_cast<float*>(factors.mutable_data_ptr()), context.count("channels", kCountRule, source.size(2))};
+  SEGATTN_LAUNCH(
+      (normalise_rows_kernel<__half>), dim3(grid_blocks(batch * rows)), dim3(kChannelThreads), 0, context.stream,
+      params);
+  multiply_into(result, normalised, map);
+  ScaleRowsParams scaling;
+  scaling.target = result.mutable_data_ptr();
+  scaling.factors = params.factors;
+  scaling.positions = context.count("positions", kCountRule, positions_of(map));
+  scaling.row_blocks = ceil_div(scaling.positions, kChannelThreads);
+  SEGATTN_LAUNCH(
+      (scale_rows_kernel<__half>), dim3(grid_blocks(batch * rows * scaling.row_blocks)), dim3(kChannelThreads), 0,
+      context.stream, scaling);
+}
+
+Pair channel_energy_backward(
+    const Tensor& grad_energy, const Tensor& query, const std::optional<Tensor>& key,
+    const std::vector<bool>& needs_input_grad) {
+  const ChannelSizes sizes = check_channel_energy_backward(grad_energy, query, key, needs_input_grad);
+  const LaunchContext context("channel_energy_backward", query);
+  const bool needs_query = needs_input_grad[0], needs_key = key.has_value() && needs_input_grad[1];
+  const Tensor grad_query = allocate_gradient(query, needs_query);
+  const Tensor grad_key = allocate_gradient(key.has_value() ? *key : query, needs_key);
+  if (sizes.batch == 0 || sizes.query_positions == 0) {
+    return {grad_query, grad_key};
+  }
+  if (needs_query && key.has_value()) {
+    multiply_map(context, grad_energy, *key, grad_query);
+  } else if (needs_query) {
+    const int64_t channels = sizes.query_channels;
+    const Tensor both = symmetrised(context, as_products(grad_energy), channels, grad_energy.scalar_type());
+    multiply_map(context, both, query, grad_query);
+  }
+  if (needs_key) {
+    multiply_map(context, transposed(grad_energy), query, grad_key);
+  }
+  return {grad_query, grad_key};
+}
+
+Triple channel_apply_backward(
+    const Tensor& grad_output, const Tensor& energy, const Tensor& value, double scale,
+    const std::optional<Tensor>& gamma, const std::vector<bool>& needs_input_grad) {
+  const ChannelSizes sizes = check_channel_apply_backward(grad_output, energy, value, scale, gamma, needs_input_grad);
+  const LaunchContext context("channel_apply_backward", value);
+  const bool needs_energy = needs_input_grad[0], needs_value = needs_input_grad[1], needs_gamma = needs_input_grad[2];
+  const int64_t batch = sizes.batch, channels = sizes.query_channels, keys = sizes.key_channels;
+  context.count("channels", kCountRule, std::max(channels, keys));
+  const std::vector<int64_t> gamma_sizes{batch, channels};
+  const Tensor grad_value = allocate_gradient(value, needs_value);
+  const Tensor grad_gamma = allocate(energy, needs_gamma ? gamma_sizes : std::vector<int64_t>{0}, energy.scalar_type());
+  if (batch == 0 || !(needs_energy || needs_value || needs_gamma)) {
+    return {allocate_gradient(energy, needs_energy), grad_value, grad_gamma};
+  }
+  const Tensor energies = as_products(energy);
+  const std::optional<Tensor> factors = contiguous(gamma);
+  Tensor weights, grad_energy;
+  if (needs_energy || needs_gamma) {
+    grad_energy = sum_of_products(context, grad_output, value, Symmetry::kGeneral);  // of the weights so far
+    weights = allocate(value, {batch, channels, keys}, context.dtype);
+    softmax_backward(
+        context, energies, as_products(grad_energy), scale,
+        {weights, std::nullopt, factors, needs_gamma ? std::optional(grad_gamma) : std::nullopt});
+  } else {
+    weights = softmax(context, energies, scale, factors);
+  }
+  if (!needs_energy) {
+    grad_energy = allocate_gradient(energy, false);
+  }
+  if (needs_value && sizes.value_positions > 0) {
+    multiply_into(grad_value, transposed(weights), grad_output);
+    if (gamma.has_value() && !residual_in_weights(context)) {
+      add(context, grad_value, torch::stable::contiguous(grad_output));
+    }
+  }
+  return {grad_energy, grad_value, grad_gamma};
 }
 
 struct SelfBackwardCall {
@@ -310,7 +468,7 @@ void self_backward_cublas(const SelfBackwardCall& call) {
   if (!call.needs_input) {
     return;
   }
-  const Tensor symmetric = symmetrised(context, grad_weights, channels);
+  const Tensor symmetric = symmetrised(context, grad_weights, channels, context.dtype);
   const Tensor through_values = allocate(input, {batch, channels, positions}, context.dtype);
   bmm(transposed(weights), matrices(call.grad_output), through_values);
   bmm(symmetric, matrices(input), torch::stable::view(call.grad_input, {batch, channels, positions}));
@@ -335,7 +493,7 @@ void self_backward_mma(const SelfBackwardCall& call) {
   if (!call.needs_input) {
     return;
   }
-  const Tensor symmetric = symmetrised(context, grad_weights, pitch);
+  const Tensor symmetric = symmetrised(context, grad_weights, pitch, context.dtype);
   InputGradientParams params;
   params.weights = operand_of(weights);
   params.symmetric = operand_of(symmetric);
@@ -376,4 +534,8 @@ SEGATTN_REGISTER_CUDA(m) {
   m.impl("channel_attention_backward", TORCH_BOX(&segattn::cuda::channel_attention_backward));
   m.impl("channel_self_attention", TORCH_BOX(&segattn::cuda::channel_self_attention));
   m.impl("channel_self_attention_backward", TORCH_BOX(&segattn::cuda::channel_self_attention_backward));
+  m.impl("channel_energy", TORCH_BOX(&segattn::cuda::channel_energy));
+  m.impl("channel_energy_backward", TORCH_BOX(&segattn::cuda::channel_energy_backward));
+  m.impl("channel_apply", TORCH_BOX(&segattn::cuda::channel_apply));
+  m.impl("channel_apply_backward", TORCH_BOX(&segattn::cuda::channel_apply_backward));
 }

@@ -24,10 +24,18 @@ struct GramParams {
   int positions_per_split;  // a multiple of the tile's
 };
 
+// result = the splits of the products, added in order.
+struct SumSplitsParams {
+  const float* products;  // (splits, elements)
+  float* result;          // (elements)
+  int64_t elements;
+  int splits;
+};
+
 // weights = softmax_k(scale * products[c, k]) and logsumexp, with the splits of the products added in order. With
 // gamma, gamma * weights is stored instead, and for 16-bit types gamma * weights + I (see with_gamma).
 struct ChannelSoftmaxParams {
-  void* products;     // (splits, B * C, K), accumulator type; split 0 receives the sum
+  void* products;     // (splits, B * C, K), accumulator type; split 0 receives the sum, a single split is only read
   void* weights;      // (B * C, K)
   void* logsumexp;    // (B * C), accumulator type
   const void* gamma;  // (B * C), accumulator type, C = K; or null
@@ -40,7 +48,7 @@ struct ChannelSoftmaxParams {
 // Recomputes the weights A from the products, and computes dE = scale * A (dA - sum_k A dA), the gradient of the
 // products, from dA = dO V^T. With gamma, stores gamma A (+ I) for A as in the forward pass, and uses gamma dA for dA.
 struct ChannelSoftmaxBackwardParams {
-  void* products;       // (product_splits, B * C, K), accumulator type; split 0 receives the sum
+  void* products;       // (product_splits, B * C, K), accumulator type; split 0 as above
   void* grad_weights;   // (grad_splits, B * C, K), accumulator type; split 0 receives the sum, or dE in place of it
   void* weights;        // (B * C, K), rows of `pitch` elements
   void* grad_products;  // dE (B * C, K), rows of `pitch` elements; or null
@@ -61,6 +69,22 @@ struct SymmetriseParams {
   int channels;
   int pitch;
   int tiles;  // 32 x 32 tiles along a row of the matrix
+};
+
+// result = matrix / factor in 16 bits, with the factor of a row the power of two above the sum of its magnitudes.
+struct NormaliseRowsParams {
+  const float* matrix;  // (rows, columns)
+  void* result;         // (rows, columns)
+  float* factors;       // (rows)
+  int columns;
+};
+
+// target[row, n] *= factors[row]
+struct ScaleRowsParams {
+  void* target;          // (rows, positions)
+  const float* factors;  // (rows)
+  int positions;
+  int row_blocks;  // of a row
 };
 
 // grad_input[b, c, n] = sum_k weights[b, k, c] grad_output[b, k, n] + symmetric[b, k, c] input[b, k, n], which is

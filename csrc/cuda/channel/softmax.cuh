@@ -105,6 +105,18 @@ __device__ __forceinline__ Accumulator<T> with_gamma(
   return kResidualInWeights<T> && row % keys == k ? product + Real(1) : product;
 }
 
+template <class Real>
+__global__ void __launch_bounds__(kChannelThreads) sum_splits_kernel(const SumSplitsParams p) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kChannelThreads + threadIdx.x;
+  if (i < p.elements) {
+    Real sum = p.products[i];
+    for (int s = 1; s < p.splits; ++s) {
+      sum += p.products[s * p.elements + i];
+    }
+    p.result[i] = sum;
+  }
+}
+
 template <class T>
 __global__ void __launch_bounds__(kChannelThreads) channel_softmax_kernel(const ChannelSoftmaxParams p) {
   using Real = Accumulator<T>;
@@ -149,6 +161,40 @@ __global__ void __launch_bounds__(kChannelThreads)
     } else {
       gradients[k] = gradient;
     }
+  }
+}
+
+// A block has one row. A row of zeros, and one that is not finite, has the factor 1.
+template <class T>
+__global__ void __launch_bounds__(kChannelThreads) normalise_rows_kernel(const NormaliseRowsParams p) {
+  const int64_t row = blockIdx.x;
+  const float* matrix = p.matrix + row * p.columns;
+  T* result = static_cast<T*>(p.result) + row * p.columns;
+  float sum = 0;
+  for (int k = static_cast<int>(threadIdx.x); k < p.columns; k += kChannelThreads) {
+    sum += fabsf(matrix[k]);
+  }
+  sum = reduce_block(sum, 0.0f, Addition());
+  int exponent = 0;
+  if (sum > 0 && sum < INFINITY) {
+    frexpf(sum, &exponent);
+    exponent = max(exponent, -126);  // the factor is a normal number
+  }
+  for (int k = static_cast<int>(threadIdx.x); k < p.columns; k += kChannelThreads) {
+    result[k] = from_accumulator<T>(ldexpf(matrix[k], -exponent));
+  }
+  if (threadIdx.x == 0) {
+    p.factors[row] = ldexpf(1.0f, exponent);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kChannelThreads) scale_rows_kernel(const ScaleRowsParams p) {
+  const int64_t row = blockIdx.x / p.row_blocks;
+  const int n = static_cast<int>(blockIdx.x % p.row_blocks) * kChannelThreads + static_cast<int>(threadIdx.x);
+  if (n < p.positions) {
+    T* target = static_cast<T*>(p.target) + row * p.positions + n;
+    *target = from_accumulator<T>(to_accumulator(*target) * p.factors[row]);
   }
 }
 

@@ -1,4 +1,5 @@
-// The launch of delta_kernel, for the backward passes that recompute the weights from the logsumexp.
+// The launches of delta_kernel and weight_shift_kernel, for the backward passes that recompute the weights from the
+// logsumexp.
 #pragma once
 
 #include <cstdint>
@@ -39,6 +40,23 @@ inline Tensor delta_of(
     SEGATTN_LAUNCH((delta_kernel<T>), dim3(grid_blocks(blocks)), dim3(kRowThreads), 0, context.stream, params);
   });
   return delta;
+}
+
+// logsumexp (B, *S), contiguous, with inf for -inf
+inline Tensor weight_shift(const LaunchContext& context, const Tensor& logsumexp) {
+  const Tensor shift = allocate_like(logsumexp);
+  const int64_t count = logsumexp.numel();
+  with_element(logsumexp.scalar_type(), [&]<class Real>() {
+    if constexpr (sizeof(Real) > 2) {
+      if (count > 0) {
+        SEGATTN_LAUNCH(
+            (weight_shift_kernel<Real>), dim3(grid_blocks(ceil_div(count, kRowThreads))), dim3(kRowThreads), 0,
+            context.stream, static_cast<const Real*>(logsumexp.const_data_ptr()),
+            static_cast<Real*>(shift.mutable_data_ptr()), count);
+      }
+    }
+  });
+  return shift;
 }
 
 }  // namespace segattn::cuda

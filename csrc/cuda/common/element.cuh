@@ -1,6 +1,7 @@
 // Element types: conversions between the stored type and the type it accumulates in.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include <cuda_bf16.h>
@@ -82,6 +83,12 @@ __device__ __forceinline__ void store_pair(float* pair, float low, float high) {
 // low and high have been rounded.
 __device__ __forceinline__ void store_pair(Tf32* pair, float low, float high) {
   *reinterpret_cast<float2*>(pair) = make_float2(low, high);
+}
+
+// The rounding error of a logsumexp as it is stored: 0 where the logsumexp is not finite.
+template <class Real>
+__device__ __forceinline__ Real rounding_error(Real logsumexp, Real error) {
+  return fabs(logsumexp) < INFINITY ? error : Real(0);
 }
 
 }  // namespace segattn::cuda

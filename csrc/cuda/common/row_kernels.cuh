@@ -2,6 +2,7 @@
 // Several op families share them.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <type_traits>
 
@@ -106,6 +107,17 @@ __global__ void __launch_bounds__(kRowThreads) delta_kernel(const DeltaParams p)
       sum -= static_cast<const Real*>(p.grad_logsumexp)[query];
     }
     static_cast<Real*>(p.delta)[query] = sum;
+  }
+}
+
+// shift = logsumexp, but inf where that is -inf: the weights exp(energy - shift) of a query whose energies are all -inf
+// are 0, not NaN. Real: the accumulator type
+template <class Real>
+__global__ void __launch_bounds__(kRowThreads)
+    weight_shift_kernel(const Real* logsumexp, Real* shift, const int64_t count) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
+  if (i < count) {
+    shift[i] = logsumexp[i] == -INFINITY ? static_cast<Real>(INFINITY) : logsumexp[i];
   }
 }
 

@@ -3,7 +3,8 @@
 // Every operator runs the same kernels over the columns of the image and then over its rows, with different strides
 // (params.h). The second direction also reads the results of the first. That is cheaper for rows: the sectors of a
 // strip of 8 columns are two to three times the bytes it needs, those of a row hardly more. An image of one row has no
-// columns: each would hold only the query itself.
+// columns: each would hold only the query itself. The operators for one of the two directions run its kernels alone.
+#include <cmath>
 #include <optional>
 #include <tuple>
 
@@ -17,6 +18,7 @@
 #include "cuda/criss_cross/correction.cuh"
 #include "cuda/criss_cross/launch.h"
 #include "cuda/criss_cross/line_mma.cuh"
+#include "cuda/criss_cross/without_keys.cuh"
 #include "registration.h"
 
 namespace segattn::cuda {
@@ -90,8 +92,10 @@ Lines lines_of(const CrissCrossSizes& sizes, Direction direction) {
 struct Call {
   const LaunchContext& context;
   CrissCrossSizes sizes;
+  std::optional<Direction> only = std::nullopt;  // of the two directions
 
-  bool has_columns() const { return sizes.height > 1; }
+  bool has_columns() const { return sizes.height > 1 && only != Direction::kRows; }
+  bool has_rows() const { return only != Direction::kColumns; }
   // Whether `direction` adds to the results of the other direction.
   bool accumulates(Direction direction) const { return direction == Direction::kRows && has_columns(); }
 
@@ -104,7 +108,9 @@ struct Call {
     if (has_columns()) {
       visit(Direction::kColumns);
     }
-    visit(Direction::kRows);
+    if (has_rows()) {
+      visit(Direction::kRows);
+    }
   }
 
   // visit.operator()<Arithmetic>()
@@ -238,8 +244,9 @@ bool fits_in_one_kernel(const Call& call, const Tensor& output) {
 void attend_in_one_kernel(
     const Call& call, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output,
     const Tensor& logsumexp, const Tensor& logsumexp_low, double scale) {
-  const Tensor column_logsumexp = call.has_columns() ? allocate_like(logsumexp) : logsumexp;
-  const Tensor column_logsumexp_low = call.has_columns() ? allocate_like(logsumexp) : logsumexp_low;
+  const bool has_both = call.has_columns() && call.has_rows();
+  const Tensor column_logsumexp = has_both ? allocate_like(logsumexp) : logsumexp;
+  const Tensor column_logsumexp_low = has_both ? allocate_like(logsumexp) : logsumexp_low;
   call.for_each_direction([&](Direction direction) {
     LineAttentionParams params{};
     params.lines = lines_of(call.sizes, direction);
@@ -284,14 +291,9 @@ void attend_in_passes(
   });
 }
 
-Triple criss_cross_attention(
-    const Tensor& given_query, const Tensor& given_key, const Tensor& given_value, double scale) {
-  const CrissCrossSizes sizes = check_criss_cross_attention(given_query, given_key, given_value, scale);
-  const LaunchContext context("criss_cross_attention", given_query);
-  const Tensor query = with_short_strides(context, "query", given_query);
-  const Tensor key = with_short_strides(context, "key", given_key);
-  const Tensor value = with_short_strides(context, "value", given_value);
-  const Call call{context, sizes};
+// -> output (B, C, H, W), in the dtype of value, logsumexp (B, H, W), logsumexp_low (B, H, W)
+Triple attend(const Call& call, const Tensor& query, const Tensor& key, const Tensor& value, double scale) {
+  const CrissCrossSizes& sizes = call.sizes;
   const Tensor output = allocate_like(value);
   const Tensor logsumexp =
       allocate(query, {sizes.batch, sizes.height, sizes.width}, accumulation_dtype(query.scalar_type()));
@@ -302,6 +304,16 @@ Triple criss_cross_attention(
     attend_in_passes(call, query, key, value, output, logsumexp, logsumexp_low, scale);
   }
   return {output, logsumexp, logsumexp_low};
+}
+
+Triple criss_cross_attention(
+    const Tensor& given_query, const Tensor& given_key, const Tensor& given_value, double scale) {
+  const CrissCrossSizes sizes = check_criss_cross_attention(given_query, given_key, given_value, scale);
+  const LaunchContext context("criss_cross_attention", given_query);
+  const Tensor query = with_short_strides(context, "query", given_query);
+  const Tensor key = with_short_strides(context, "key", given_key);
+  const Tensor value = with_short_strides(context, "value", given_value);
+  return attend({context, sizes}, query, key, value, scale);
 }
 
 // grad_query -= (grad_sum - scale * grad_logsumexp) * mean_key (correction.cuh)
@@ -324,6 +336,68 @@ void correct_query_gradient(
     SEGATTN_LAUNCH(
         (correct_query_gradient_kernel<T>), dim3(grid_blocks(blocks)), dim3(kCorrectionThreads), 0, call.context.stream,
         params);
+  });
+}
+
+struct Gradients {
+  const Tensor& grad_output;                   // (B, C, H, W)
+  const Tensor& query;                         // (B, E, H, W)
+  const Tensor& key;                           // (B, E, H, W)
+  const Tensor& value;                         // (B, C, H, W)
+  const Tensor& logsumexp;                     // (B, H, W)
+  const std::optional<Tensor>& logsumexp_low;  // (B, H, W), with the strides of logsumexp
+  const std::optional<Tensor>& delta;          // (B, H, W); for grad_query and grad_key
+  const std::optional<Tensor>& grad_sum;       // (B, H, W), written; for grad_query
+  const std::optional<Tensor>& mean_key;       // (B, E, H, W), written if given
+  const Tensor& grad_query;                    // (B, E, H, W), written, as the next two, if needed
+  const Tensor& grad_key;                      // (B, E, H, W)
+  const Tensor& grad_value;                    // (B, C, H, W)
+  bool needs_query, needs_key, needs_value;
+  double scale;
+};
+
+void differentiate(const Call& call, const Gradients& g) {
+  call.for_each_direction([&](Direction direction) {
+    LineBackwardParams params{};
+    params.lines = lines_of(call.sizes, direction);
+    params.query = features(g.query, direction);
+    params.key = features(g.key, direction);
+    params.grad_output = features(g.grad_output, direction);
+    params.value = features(g.value, direction);
+    params.logsumexp = split_scalars(g.logsumexp, g.logsumexp_low, direction);
+    params.scale = g.scale;
+    params.accumulate = call.accumulates(direction);
+    if (g.delta.has_value()) {
+      params.delta = scalars(*g.delta, direction);
+    }
+    if (g.grad_sum.has_value()) {
+      params.grad_sum = scalars(*g.grad_sum, direction);
+    }
+    if (g.mean_key.has_value()) {  // a separate launch: another sum in line_backward_kernel spills registers
+      sum<LineWeight::kSoftmax, LineOwner::kQueries>(call, params, g.key, *g.mean_key, direction);
+    }
+    // A single gradient has a kernel that does no more than it needs; two share the weights and energy gradients.
+    if (g.needs_query + g.needs_key + g.needs_value > 1) {
+      params.grad_query = g.needs_query ? features(g.grad_query, direction) : LineFeatures{};
+      params.grad_key = g.needs_key ? features(g.grad_key, direction) : LineFeatures{};
+      params.grad_value = g.needs_value ? features(g.grad_value, direction) : LineFeatures{};
+      bool launched = false;
+      call.with_arithmetic([&]<class Arithmetic>() {
+        launched = try_launch_line_backward<Arithmetic>(params, call.context.limits, call.context.stream);
+      });
+      if (launched) {
+        return;
+      }
+    }
+    if (g.needs_value) {
+      sum<LineWeight::kSoftmax, LineOwner::kKeys>(call, params, g.grad_output, g.grad_value, direction);
+    }
+    if (g.needs_query) {
+      sum<LineWeight::kGradient, LineOwner::kQueries>(call, params, g.key, g.grad_query, direction);
+    }
+    if (g.needs_key) {
+      sum<LineWeight::kGradient, LineOwner::kKeys>(call, params, g.query, g.grad_key, direction);
+    }
   });
 }
 
@@ -362,52 +436,160 @@ Triple criss_cross_attention_backward(
   if (needs_query && keys_complete) {
     mean_key = allocate_like(key);
   }
-  call.for_each_direction([&](Direction direction) {
-    LineBackwardParams params{};
-    params.lines = lines_of(sizes, direction);
-    params.query = features(query, direction);
-    params.key = features(key, direction);
-    params.grad_output = features(grad_output, direction);
-    params.value = features(value, direction);
-    params.logsumexp = split_scalars(logsumexp_value, logsumexp_error, direction);
-    params.scale = scale;
-    params.accumulate = call.accumulates(direction);
-    if (delta.has_value()) {
-      params.delta = scalars(*delta, direction);
-    }
-    if (grad_sum.has_value()) {
-      params.grad_sum = scalars(*grad_sum, direction);
-    }
-    if (mean_key.has_value()) {  // a separate launch: another sum in line_backward_kernel spills registers
-      sum<LineWeight::kSoftmax, LineOwner::kQueries>(call, params, key, *mean_key, direction);
-    }
-    // A single gradient has a kernel that does no more than it needs; two share the weights and energy gradients.
-    if (needs_query + needs_key + needs_value > 1) {
-      params.grad_query = needs_query ? features(grad_query, direction) : LineFeatures{};
-      params.grad_key = needs_key ? features(grad_key, direction) : LineFeatures{};
-      params.grad_value = needs_value ? features(grad_value, direction) : LineFeatures{};
-      bool launched = false;
-      call.with_arithmetic([&]<class Arithmetic>() {
-        launched = try_launch_line_backward<Arithmetic>(params, call.context.limits, call.context.stream);
-      });
-      if (launched) {
-        return;
-      }
-    }
-    if (needs_value) {
-      sum<LineWeight::kSoftmax, LineOwner::kKeys>(call, params, grad_output, grad_value, direction);
-    }
-    if (needs_query) {
-      sum<LineWeight::kGradient, LineOwner::kQueries>(call, params, key, grad_query, direction);
-    }
-    if (needs_key) {
-      sum<LineWeight::kGradient, LineOwner::kKeys>(call, params, query, grad_key, direction);
-    }
-  });
+  differentiate(
+      call,
+      {grad_output, query, key, value, logsumexp_value, logsumexp_error, delta, grad_sum, mean_key, grad_query,
+       grad_key, grad_value, needs_query, needs_key, needs_value, scale});
   if (mean_key.has_value()) {
     correct_query_gradient(call, grad_query, *mean_key, *grad_sum, grad_of_logsumexp, scale);
   }
   return {grad_query, grad_key, grad_value};
+}
+
+// The kernels store results in the dtype of their inputs, and the results of a part have the dtype of accumulation. So
+// 16-bit inputs are converted, and multiplied as TF32, in which they are exact. Kernels with 16-bit inputs and float32
+// results would add 0.7 (sums alone) to 1.8 MB to the 9 MB of an architecture.
+Tensor in_accumulation_dtype(const Tensor& tensor) {
+  return is_16_bit(tensor.scalar_type()) ? torch::stable::to(tensor, ScalarType::Float) : tensor;
+}
+
+// `given`: an input before in_accumulation_dtype, `context` of one after it
+Arithmetic arithmetic_of_part(const LaunchContext& context, const Tensor& given) {
+  const bool is_exact = is_16_bit(given.scalar_type()) && context.arithmetic == Arithmetic::k3xTf32;
+  return is_exact ? Arithmetic::kTf32 : context.arithmetic;
+}
+
+// A column of one position, which is left out, has no keys.
+bool has_no_keys(const CrissCrossSizes& sizes, Direction direction) {
+  return direction == Direction::kColumns && sizes.height == 1;
+}
+
+// visit.operator()<Real>() with the type of accumulation
+template <class Visit>
+void with_real(const LaunchContext& context, const Visit& visit) {
+  if (context.dtype == ScalarType::Double) {
+    visit.template operator()<double>();
+  } else {
+    visit.template operator()<float>();
+  }
+}
+
+// output (B, C, H, W) = 0 for the queries whose logsumexp (B, H, W) is -inf
+void clear_without_keys(const Call& call, const Tensor& output, const Tensor& logsumexp) {
+  with_real(call.context, [&]<class Real>() {
+    ClearParams<Real> params{};
+    params.output = static_cast<Real*>(output.mutable_data_ptr());
+    params.logsumexp = static_cast<const Real*>(logsumexp.const_data_ptr());
+    params.positions = call.sizes.height * call.sizes.width;
+    params.channels = static_cast<int>(call.sizes.value_channels);
+    params.position_blocks = static_cast<int>(ceil_div(params.positions, kWithoutKeysThreads));
+    SEGATTN_LAUNCH(
+        (clear_without_keys_kernel<Real>), dim3(grid_blocks(call.sizes.batch * params.position_blocks)),
+        dim3(kWithoutKeysThreads), 0, call.context.stream, params);
+  });
+}
+
+// logsumexp (B, H, W) as the backward kernels take it, contiguous
+Tensor logsumexp_of_weights(const Call& call, const Tensor& given) {
+  const Tensor logsumexp = allocate_like(given), contiguous = torch::stable::contiguous(given);
+  with_real(call.context, [&]<class Real>() {
+    const LogsumexpParams<Real> params{
+        static_cast<const Real*>(contiguous.const_data_ptr()), static_cast<Real*>(logsumexp.mutable_data_ptr()),
+        given.numel()};
+    SEGATTN_LAUNCH(
+        (logsumexp_of_weights_kernel<Real>), dim3(grid_blocks(ceil_div(params.count, kWithoutKeysThreads))),
+        dim3(kWithoutKeysThreads), 0, call.context.stream, params);
+  });
+  return logsumexp;
+}
+
+Triple attend_to_part(
+    const char* op, Direction direction, const Tensor& given_query, const Tensor& given_key, const Tensor& given_value,
+    double scale) {
+  const CrissCrossSizes sizes = check_criss_cross_attention(given_query, given_key, given_value, scale, op);
+  const Tensor converted = in_accumulation_dtype(given_query);
+  LaunchContext context(op, converted);
+  context.arithmetic = arithmetic_of_part(context, given_query);
+  const Tensor query = with_short_strides(context, "query", converted);
+  const Tensor key = with_short_strides(context, "key", in_accumulation_dtype(given_key));
+  const Tensor value = with_short_strides(context, "value", in_accumulation_dtype(given_value));
+  const Call call{context, sizes, direction};
+  if (has_no_keys(sizes, direction)) {
+    Tensor output = allocate_like(value);
+    Tensor logsumexp = allocate(query, {sizes.batch, sizes.height, sizes.width}, query.scalar_type());
+    Tensor logsumexp_low = allocate_like(logsumexp);
+    torch::stable::zero_(output);
+    torch::stable::fill_(logsumexp, -INFINITY);
+    torch::stable::zero_(logsumexp_low);
+    return {output, logsumexp, logsumexp_low};
+  }
+  const Triple results = attend(call, query, key, value, scale);
+  if (sizes.batch > 0) {
+    clear_without_keys(call, std::get<0>(results), std::get<1>(results));
+  }
+  return results;
+}
+
+Triple differentiate_part(
+    const char* op, Direction direction, const Tensor& given_grad_output, const Tensor& given_query,
+    const Tensor& given_key, const Tensor& given_value, const Tensor& logsumexp, const Tensor& logsumexp_low,
+    const Tensor& delta, double scale, const std::vector<bool>& needs_input_grad) {
+  const CrissCrossSizes sizes = check_criss_cross_part_backward(
+      given_grad_output, given_query, given_key, given_value, logsumexp, logsumexp_low, delta, scale, needs_input_grad,
+      op);
+  const Tensor converted = in_accumulation_dtype(given_query);
+  LaunchContext context(op, converted);
+  context.arithmetic = arithmetic_of_part(context, given_query);
+  const Tensor grad_output = with_short_strides(context, "grad_output", in_accumulation_dtype(given_grad_output));
+  const Tensor query = with_short_strides(context, "query", converted);
+  const Tensor key = with_short_strides(context, "key", in_accumulation_dtype(given_key));
+  const Tensor value = with_short_strides(context, "value", in_accumulation_dtype(given_value));
+  const Call call{context, sizes, direction};
+  const bool needs_query = needs_input_grad[0], needs_key = needs_input_grad[1], needs_value = needs_input_grad[2];
+  Tensor grad_query = allocate_gradient(query, needs_query), grad_key = allocate_gradient(key, needs_key);
+  Tensor grad_value = allocate_gradient(value, needs_value);
+  if (sizes.batch == 0 || !(needs_query || needs_key || needs_value)) {
+    return {grad_query, grad_key, grad_value};
+  }
+  if (has_no_keys(sizes, direction)) {
+    torch::stable::zero_(grad_query);
+    torch::stable::zero_(grad_key);
+    torch::stable::zero_(grad_value);
+    return {grad_query, grad_key, grad_value};
+  }
+  const Tensor logsumexp_value = logsumexp_of_weights(call, logsumexp);
+  const std::optional<Tensor> logsumexp_error = torch::stable::contiguous(logsumexp_low), given_delta = delta;
+  std::optional<Tensor> grad_sum;
+  if (needs_query) {
+    grad_sum = allocate_like(logsumexp_value);  // which only the correction by mean keys reads
+  }
+  differentiate(
+      call,
+      {grad_output, query, key, value, logsumexp_value, logsumexp_error, given_delta, grad_sum, std::nullopt,
+       grad_query, grad_key, grad_value, needs_query, needs_key, needs_value, scale});
+  return {grad_query, grad_key, grad_value};
+}
+
+Triple criss_cross_rows(const Tensor& query, const Tensor& key, const Tensor& value, double scale) {
+  return attend_to_part("criss_cross_rows", Direction::kRows, query, key, value, scale);
+}
+Triple criss_cross_columns(const Tensor& query, const Tensor& key, const Tensor& value, double scale) {
+  return attend_to_part("criss_cross_columns", Direction::kColumns, query, key, value, scale);
+}
+
+Triple criss_cross_rows_backward(
+    const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& logsumexp,
+    const Tensor& logsumexp_low, const Tensor& delta, double scale, const std::vector<bool>& needs_input_grad) {
+  return differentiate_part(
+      "criss_cross_rows_backward", Direction::kRows, grad_output, query, key, value, logsumexp, logsumexp_low, delta,
+      scale, needs_input_grad);
+}
+Triple criss_cross_columns_backward(
+    const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& logsumexp,
+    const Tensor& logsumexp_low, const Tensor& delta, double scale, const std::vector<bool>& needs_input_grad) {
+  return differentiate_part(
+      "criss_cross_columns_backward", Direction::kColumns, grad_output, query, key, value, logsumexp, logsumexp_low,
+      delta, scale, needs_input_grad);
 }
 
 }  // namespace
@@ -420,4 +602,8 @@ SEGATTN_REGISTER_CUDA(m) {
   m.impl("criss_cross_aggregation_backward", TORCH_BOX(&segattn::cuda::criss_cross_aggregation_backward));
   m.impl("criss_cross_attention", TORCH_BOX(&segattn::cuda::criss_cross_attention));
   m.impl("criss_cross_attention_backward", TORCH_BOX(&segattn::cuda::criss_cross_attention_backward));
+  m.impl("criss_cross_rows", TORCH_BOX(&segattn::cuda::criss_cross_rows));
+  m.impl("criss_cross_rows_backward", TORCH_BOX(&segattn::cuda::criss_cross_rows_backward));
+  m.impl("criss_cross_columns", TORCH_BOX(&segattn::cuda::criss_cross_columns));
+  m.impl("criss_cross_columns_backward", TORCH_BOX(&segattn::cuda::criss_cross_columns_backward));
 }

@@ -25,9 +25,11 @@ struct BackwardCall {
   FeatureMap key;                        // (B, E, *T)
   FeatureMap value;                      // (B, C, *T)
   Tensor logsumexp;                      // (B, *S), contiguous, dtype of accumulation
+  std::optional<Tensor> logsumexp_low;   // like logsumexp, its rounding error; float32 and float64: given
   std::optional<Tensor> grad_logsumexp;  // (B, *S), contiguous, dtype of accumulation
   const int* key_counts;                 // as in ForwardCall
   bool keys_complete;                    // logsumexp and output are over the keys of this call
+  bool is_part;                          // the gradients are in the dtype of accumulation
   // Each (0) if not needed. Those of key and value are (B, channels, *T).
   Tensor grad_query, grad_key, grad_value;
   std::optional<Tensor> delta;  // (B, N), dtype of accumulation; for the gradients of query and key
@@ -35,6 +37,7 @@ struct BackwardCall {
   bool needs_query() const { return is_needed(grad_query); }
   bool needs_key() const { return is_needed(grad_key); }
   bool needs_value() const { return is_needed(grad_value); }
+  float* logsumexp_low_data() const { return static_cast<float*>(const_cast<void*>(data_of(logsumexp_low))); }
 
  private:
   static bool is_needed(const Tensor& gradient) { return gradient.dim() > 1; }
@@ -53,8 +56,10 @@ inline SimtParams simt_gradient_params(const BackwardCall& call, Owned owned, co
   params.output = gradient.mutable_data_ptr();
   params.out_channels = static_cast<int>(gradient.size(1));
   params.logsumexp = call.logsumexp.mutable_data_ptr();
+  params.logsumexp_low = const_cast<void*>(data_of(call.logsumexp_low));
   params.delta = data_of(call.delta);
   params.key_counts = call.key_counts;
+  params.is_part = call.is_part;
   return params;
 }
 
@@ -76,9 +81,10 @@ inline Tensor mean_key_simt(const BackwardCall& call) {
   sizes.value_channels = sizes.key_channels;
   const Tensor mean_key = allocate(like, {batch, sizes.key_channels, queries}, ScalarType::Float);
   const Tensor no_output_low = allocate(like, {batch, 0, queries}, ScalarType::Float);
+  const Tensor no_logsumexp_low = allocate(like, {batch, 0}, ScalarType::Float);
   forward_simt(
       {call.context, sizes, call.scale, call.query, call.key, call.key, mean_key, no_output_low,
-       allocate_like(call.logsumexp), call.key_counts});
+       allocate_like(call.logsumexp), no_logsumexp_low, call.key_counts, false});
   return mean_key;
 }
 
@@ -140,7 +146,7 @@ inline void sum_partials(
   params.padded = padded;
   params.row_blocks = ceil_div(params.columns, kRowThreads);
   params.factor = factor;
-  with_element(context.dtype, [&]<class T>() {
+  with_element(gradient.scalar_type(), [&]<class T>() {
     if constexpr (sizeof(T) < 8) {
       SEGATTN_LAUNCH(
           (sum_partials_kernel<T>), dim3(grid_blocks(params.rows_total * params.row_blocks)), dim3(kRowThreads), 0,
@@ -163,8 +169,9 @@ bool value_gradient_mma(const BackwardCall& call, const AlignedOperands& operand
   params.streamed = operands.query.operand;
   params.values = operands.grad_output.operand;
   params.logsumexp = float_data(call.logsumexp);
+  params.logsumexp_low = call.logsumexp_low_data();
   weighted_sum<Mma, PositionSum::kValueGradient, Keys::kAll>(
-      context, plan, params, {call.grad_value, nullptr, nullptr});
+      context, plan, params, {call.grad_value, call.is_part, nullptr, nullptr, nullptr});
   return true;
 }
 
@@ -202,6 +209,7 @@ bool query_key_gradient_mma(const BackwardCall& call, const AlignedOperands& ope
   params.value = operands.value.operand;
   params.grad_output = operands.grad_output.operand;
   params.logsumexp = float_data(call.logsumexp);
+  params.logsumexp_low = call.logsumexp_low_data();
   params.delta = float_data(*call.delta);
   params.grad_query_partials = float_data(query_partials);
   params.grad_key_partials = float_data(key_partials);

@@ -24,12 +24,15 @@ struct ForwardCall {
   FeatureMap query;       // (B, E, *S)
   FeatureMap key;         // (B, E, *T)
   FeatureMap value;       // (B, C, *T)
-  Tensor output;          // (B, C, *S)
+  Tensor output;          // (B, C, *S); with is_part in the dtype of accumulation
   Tensor output_low;      // (B, C, *S), rounding error of the output; (B, 0, *S) if not wanted
   Tensor logsumexp;       // (B, *S), dtype of accumulation
+  Tensor logsumexp_low;   // (B, *S), rounding error of the logsumexp; (B, 0) if not wanted
   const int* key_counts;  // (B): only the first of the keys take part; null: all
+  bool is_part;           // of the keys: a query whose energies are all -inf has the output 0, not NaN
 
   void* output_low_data() const { return output_low.size(1) > 0 ? output_low.mutable_data_ptr() : nullptr; }
+  void* logsumexp_low_data() const { return logsumexp_low.size(1) > 0 ? logsumexp_low.mutable_data_ptr() : nullptr; }
 };
 
 // visit.operator()<Keys>()
@@ -67,8 +70,10 @@ inline void forward_simt(const ForwardCall& call) {
   params.output = call.output.mutable_data_ptr();
   params.output_low = call.output_low_data();
   params.logsumexp = call.logsumexp.mutable_data_ptr();
+  params.logsumexp_low = call.logsumexp_low_data();
   params.out_channels = params.value_channels;
   params.key_counts = call.key_counts;
+  params.is_part = call.is_part;
   with_element(call.context.dtype, [&]<class T>() {
     with_keys(call.key_counts, [&]<Keys kKeys>() {
       launch_simt_sum<T, PositionSum::kForward, kKeys>(params, call.context.stream);
@@ -124,11 +129,13 @@ inline WeightedSumParams weighted_sum_params(
   return params;
 }
 
-// Where a weighted sum goes. The forward pass writes the last two: float32.
+// Where a weighted sum goes. The forward pass writes the others than output.
 struct WeightedSumResult {
-  const Tensor& output;     // (B, C, *S)
-  void* output_low;         // 16-bit types, null: not written
-  const Tensor* logsumexp;  // (B, *S)
+  const Tensor& output;  // (B, C, *S)
+  bool is_part;          // as in ForwardCall; grad_value is in the dtype of accumulation too
+  void* output_low;      // 16-bit types, null: not written
+  float* logsumexp;      // (B, *S)
+  float* logsumexp_low;  // (B, *S); float32: not null
 };
 
 template <PositionSum kSum, Keys kKeys>
@@ -140,9 +147,12 @@ void merge_splits(
   params.output = result.output.mutable_data_ptr();
   if constexpr (kSum == PositionSum::kForward) {
     params.partial_logsumexp = split.logsumexp;
+    params.partial_logsumexp_low = split.logsumexp_low;
     params.output_low = result.output_low;
-    params.logsumexp = float_data(*result.logsumexp);
+    params.logsumexp = result.logsumexp;
+    params.logsumexp_low = result.logsumexp_low;
     params.key_counts = split.key_counts;
+    params.is_part = result.is_part;
   }
   params.first_tile = split.first_tile;
   params.tiles = split.tiles;
@@ -152,7 +162,7 @@ void merge_splits(
   params.positions = split.owned_positions;
   params.owned_blocks = split.owned_blocks;
   params.channel_blocks = split.channel_blocks;
-  with_element(context.dtype, [&]<class T>() {
+  with_element(result.output.scalar_type(), [&]<class T>() {
     if constexpr (sizeof(T) < 8) {
       const auto launch = [&]<int kPositions>() {
         params.blocks_per_tile = plan.tile_channels / kMergeBlockChannels<kPositions>;
@@ -171,40 +181,55 @@ void merge_splits(
 }
 
 // Launches the whole tiles, then the split tiles and their merge. Of params, the operands and the sizes are set; for
-// the value gradient also logsumexp.
+// the value gradient also logsumexp and logsumexp_low. The whole tiles of a part of the keys are merged as one split:
+// the kernel for 16-bit types stores no float32 result, and the merge knows queries without weights.
 template <class Mma, PositionSum kSum, Keys kKeys>
 void weighted_sum(
     const LaunchContext& context, const WeightedSumPlan& plan, WeightedSumParams params,
     const WeightedSumResult& result) {
   constexpr bool kForward = kSum == PositionSum::kForward;
+  constexpr bool kHasLow = kForward && sizeof(typename Mma::Element) == 4;
   grid_blocks(plan.whole_tiles + plan.split_tiles);  // tiles are counted in int
-  if (plan.whole_tiles > 0) {
-    params.output = result.output.mutable_data_ptr();
-    if constexpr (kForward) {
-      params.output_low = result.output_low;
-      params.logsumexp = float_data(*result.logsumexp);
-    }
-    params.tiles = static_cast<int>(plan.whole_tiles);
-    params.splits = 1;
-    params.steps_per_split = plan.steps;
+  const auto launch = [&](int64_t first_tile, int64_t tiles, int splits, int steps_per_split) {
+    params.first_tile = static_cast<int>(first_tile);
+    params.tiles = static_cast<int>(tiles);
+    params.splits = splits;
+    params.steps_per_split = steps_per_split;
     launch_weighted_sum<Mma, kSum, kKeys>(params, context.limits, context.stream);
-  }
-  if (plan.split_tiles > 0) {
-    const Tensor partials = allocate(
-        result.output, {plan.splits, plan.split_tiles, plan.tile_channels, plan.tile_positions}, ScalarType::Float);
-    const Tensor partial_logsumexp =
-        allocate(result.output, {kForward ? plan.splits : 0, plan.split_tiles, plan.tile_positions}, ScalarType::Float);
+  };
+  const auto launch_and_merge = [&](int64_t first_tile, int64_t tiles, int splits, int steps_per_split) {
+    const Tensor partials =
+        allocate(result.output, {splits, tiles, plan.tile_channels, plan.tile_positions}, ScalarType::Float);
+    const Tensor logsumexp =
+        allocate(result.output, {kForward ? splits : 0, tiles, plan.tile_positions}, ScalarType::Float);
+    const Tensor logsumexp_low =
+        allocate(result.output, {kHasLow ? splits : 0, tiles, plan.tile_positions}, ScalarType::Float);
     params.output = partials.mutable_data_ptr();
+    params.to_partials = true;
     if constexpr (kForward) {
       params.output_low = nullptr;
-      params.logsumexp = float_data(partial_logsumexp);
+      params.logsumexp = float_data(logsumexp);
+      params.logsumexp_low = kHasLow ? float_data(logsumexp_low) : nullptr;
     }
-    params.first_tile = static_cast<int>(plan.whole_tiles);
-    params.tiles = static_cast<int>(plan.split_tiles);
-    params.splits = plan.splits;
-    params.steps_per_split = plan.steps_per_split;
-    launch_weighted_sum<Mma, kSum, kKeys>(params, context.limits, context.stream);
+    launch(first_tile, tiles, splits, steps_per_split);
     merge_splits<kSum, kKeys>(context, plan, params, result);
+  };
+  if (plan.whole_tiles > 0) {
+    if (result.is_part) {
+      launch_and_merge(0, plan.whole_tiles, 1, plan.steps);
+    } else {
+      params.output = result.output.mutable_data_ptr();
+      params.to_partials = false;
+      if constexpr (kForward) {
+        params.output_low = result.output_low;
+        params.logsumexp = result.logsumexp;
+        params.logsumexp_low = result.logsumexp_low;
+      }
+      launch(0, plan.whole_tiles, 1, plan.steps);
+    }
+  }
+  if (plan.split_tiles > 0) {
+    launch_and_merge(plan.whole_tiles, plan.split_tiles, plan.splits, plan.steps_per_split);
   }
 }
 
@@ -226,7 +251,9 @@ bool forward_mma(const ForwardCall& call) {
   params.key_counts = call.key_counts;
   with_keys(call.key_counts, [&]<Keys kKeys>() {
     weighted_sum<Mma, PositionSum::kForward, kKeys>(
-        call.context, plan, params, {call.output, call.output_low_data(), &call.logsumexp});
+        call.context, plan, params,
+        {call.output, call.is_part, call.output_low_data(), float_data(call.logsumexp),
+         static_cast<float*>(call.logsumexp_low_data())});
   });
   return true;
 }

@@ -46,7 +46,7 @@ class KeptKeys {
 
   // result (B, rows, *T) from the gradients of the kept keys, (B, rows, M positions); zero for padding.
   void scatter(const Tensor& kept, const Tensor& result) const {
-    with_element(context_.dtype, [&]<class T>() {
+    with_element(result.scalar_type(), [&]<class T>() {
       launch(scatter_kept_kernel<T>, "scatter_kept_kernel", operand_of(result), kept, keys_);
     });
   }

@@ -30,6 +30,10 @@ struct MergeSplitsParams {
   int channel_blocks;
   int blocks_per_tile;
   const int* key_counts;  // Keys::kKept: (B)
+  // Forward with float32 results: the rounding errors of the logsumexps, like those. Null: unknown, and not written
+  const float* partial_logsumexp_low;
+  float* logsumexp_low;
+  bool is_part;  // of the keys: a query whose energies are all -inf has the output 0, not NaN
 };
 
 constexpr int kMergeChannels = 8;  // of a thread
@@ -43,6 +47,7 @@ constexpr int kMergeBlockChannels = kRowThreads / kPositions * kMergeChannels;
 template <class T, PositionSum kSum, Keys kKeys, int kPositions>
 __global__ void __launch_bounds__(kRowThreads) merge_splits_kernel(const MergeSplitsParams p) {
   constexpr bool kForward = kSum == PositionSum::kForward;
+  constexpr bool kHasLow = kForward && sizeof(T) == 4;
   const int thread = static_cast<int>(threadIdx.x);
   const unsigned blocks_per_tile = p.blocks_per_tile, channel_blocks = p.channel_blocks, owned_blocks = p.owned_blocks;
   const int partial = static_cast<int>(blockIdx.x / blocks_per_tile);
@@ -60,9 +65,17 @@ __global__ void __launch_bounds__(kRowThreads) merge_splits_kernel(const MergeSp
   }
 
   const float* split_logsumexp = nullptr;
+  const float* split_low = nullptr;
+  const auto weight_of_split = [&](int offset, float shift) {
+    const float difference = split_logsumexp[offset] - shift;
+    return expf(kHasLow && split_low != nullptr ? difference + split_low[offset] : difference);
+  };
   float shift = 0.0f, sum = 1.0f;
   if constexpr (kForward) {
     split_logsumexp = p.partial_logsumexp + partial * kPositions + position_in_tile;
+    if (kHasLow && p.partial_logsumexp_low != nullptr) {
+      split_low = p.partial_logsumexp_low + partial * kPositions + position_in_tile;
+    }
     const int stride = p.tiles * kPositions;
     float max_logsumexp = -INFINITY;
     for (int s = 0; s < p.splits; ++s) {
@@ -71,13 +84,20 @@ __global__ void __launch_bounds__(kRowThreads) merge_splits_kernel(const MergeSp
     shift = max_logsumexp == -INFINITY ? 0.0f : max_logsumexp;
     sum = 0.0f;
     for (int s = 0; s < p.splits; ++s) {
-      sum += expf(split_logsumexp[s * stride] - shift);
+      sum += weight_of_split(s * stride, shift);
     }
     if (first_channel == 0) {
-      p.logsumexp[sample * p.positions + position] = max_logsumexp + logf(sum);
+      const float log = logf(sum), logsumexp = max_logsumexp + log;
+      p.logsumexp[sample * p.positions + position] = logsumexp;
+      if (kHasLow && p.logsumexp_low != nullptr) {
+        p.logsumexp_low[sample * p.positions + position] = rounding_error(logsumexp, (max_logsumexp - logsumexp) + log);
+      }
     }
     if constexpr (kKeys == Keys::kKept) {
       sum = p.key_counts[sample] == 0 ? 1.0f : sum;
+    }
+    if constexpr (kHasLow) {
+      sum = p.is_part && sum == 0.0f ? 1.0f : sum;
     }
   }
 
@@ -87,8 +107,7 @@ __global__ void __launch_bounds__(kRowThreads) merge_splits_kernel(const MergeSp
   for (int s = 0; s < p.splits; ++s) {
     float factor = 1.0f;
     if constexpr (kForward) {
-      factor = expf(*split_logsumexp - shift);
-      split_logsumexp += p.tiles * kPositions;
+      factor = weight_of_split(s * p.tiles * kPositions, shift);
     }
 #pragma unroll
     for (int c = 0; c < kMergeChannels; ++c) {

@@ -26,10 +26,10 @@ struct WeightedSumParams {
   Operand owned;     // (B, E, owned_positions)
   Operand streamed;  // (B, E, streamed_positions)
   Operand values;    // (B, C, streamed_positions)
-  void* output;  // (B, C, owned_positions), contiguous, of the operands' type; with splits > 1, each split's result:
+  void* output;  // (B, C, owned_positions), contiguous, of the operands' type; with to_partials, each split's result:
                  // (splits, tiles, channels of a tile, positions of a tile), float32
-  void* output_low;  // forward of 16-bit types, one split: the output's rounding error, like output; null: not written
-  float* logsumexp;  // forward: written, (B, owned_positions), with splits (splits, tiles, positions of a tile);
+  void* output_low;  // forward of 16-bit types: the output's rounding error, like output; null: not written
+  float* logsumexp;  // forward: written, (B, owned_positions), with to_partials (splits, tiles, positions of a tile);
                      // value gradient: read, (B, streamed_positions)
   int owned_positions;
   int streamed_positions;
@@ -49,6 +49,8 @@ struct WeightedSumParams {
   int splits;
   int steps_per_split;    // streamed tiles of a split
   const int* key_counts;  // forward with Keys::kKept: (B)
+  float* logsumexp_low;   // float32: the rounding error of logsumexp, like it
+  bool to_partials;       // also of one split
 };
 
 // Partial gradients of query and key. A block processes one group of key blocks and one range of query blocks. Each
@@ -75,7 +77,8 @@ struct QueryKeyGradientParams {
   float scale;
   int query_blocks, ranges, blocks_per_range;
   int key_blocks, groups, blocks_per_group;
-  const int* key_counts;  // Keys::kKept: (B)
+  const int* key_counts;       // Keys::kKept: (B)
+  const float* logsumexp_low;  // float32: (B, N), the rounding error of logsumexp
 };
 
 enum class PositionSum { kForward, kValueGradient, kQueryGradient, kKeyGradient, kCorrectedQueryGradient };
@@ -110,6 +113,12 @@ struct SimtParams {
   int channel_blocks;
   const int* key_counts;       // Keys::kKept, queries owned: (B)
   const void* grad_logsumexp;  // corrected query gradient: accumulator type, of the queries; null: zeros
+  // The rounding error of logsumexp, like it. Written by the forward pass, unless null. Read by the others for float32
+  // and float64: the rounding of 16-bit weights is coarser.
+  void* logsumexp_low;
+  // Attention over a part of the keys: output has the accumulator type and, forward, is 0 for a query whose energies
+  // are all -inf, not NaN.
+  bool is_part;
 };
 
 }  // namespace segattn::cuda

@@ -89,9 +89,12 @@ struct QueryKeyGradientTraits {
   static constexpr int kGradientBytes = KeyTile::bytes(kQueries);  // dS, [query][key]
   // P, laid out like dS, and each key warp's partial of grad_sum
   static constexpr int kCorrectionBytes = kCorrectsQueryGradient ? kGradientBytes + 4 * kKeyWarps * kQueries : 0;
+  // The rounding of 16-bit weights is coarser than that of the logsumexp.
+  static constexpr bool kSubtractsLow = sizeof(Element) == 4;
+  static constexpr int kStatisticsBytes = (kSubtractsLow ? 3 : 2) * kQueries * 4;
   static constexpr __host__ __device__ int shared_bytes(int key_channels, int value_channels) {
     return QueryTile::bytes(key_channel_rows(key_channels)) + KeyTile::bytes(key_channel_rows(key_channels)) +
-        kStages * kStageBytes + kGradientBytes + kCorrectionBytes + 2 * kQueries * 4 + resident_bytes(value_channels);
+        kStages * kStageBytes + kGradientBytes + kCorrectionBytes + kStatisticsBytes + resident_bytes(value_channels);
   }
 };
 
@@ -117,6 +120,7 @@ struct QueryKeyGradient {
   float* grad_sum_shared;          // kCorrectsQueryGradient: [kKeyWarps][kQueries]
   float* logsumexp_shared;         // [kQueries]
   float* delta_shared;             // [kQueries]
+  float* logsumexp_low_shared;     // kSubtractsLow: [kQueries]
   unsigned char* resident_shared;  // kKeepsGradOutput: grad_output of the query block, all channels
   int64_t sample;
   int group, range;
@@ -253,13 +257,16 @@ struct QueryKeyGradient {
     return warp_index() % Traits::kColumnWarps * (columns / Traits::kColumnWarps);
   }
 
-  // logsumexp and delta of a query block, 0 past the end.
+  // logsumexp, its rounding error and delta of a query block, 0 past the end.
   __device__ __forceinline__ void load_statistics(int query_block) {
     for (int i = static_cast<int>(threadIdx.x); i < Traits::kQueries; i += Traits::kThreads) {
       const int position = query_block * Traits::kQueries + i;
       const bool inside = position < p.queries;
       logsumexp_shared[i] = inside ? p.logsumexp[sample * p.queries + position] : 0.0f;
       delta_shared[i] = inside ? p.delta[sample * p.queries + position] : 0.0f;
+      if constexpr (Traits::kSubtractsLow) {
+        logsumexp_low_shared[i] = inside ? p.logsumexp_low[sample * p.queries + position] : 0.0f;
+      }
     }
     if constexpr (Traits::kCorrectsQueryGradient) {
       for (int i = static_cast<int>(threadIdx.x); i < Traits::kKeyWarps * Traits::kQueries; i += Traits::kThreads) {
@@ -278,11 +285,13 @@ struct QueryKeyGradient {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const float row_logsumexp = logsumexp_shared[first_row + 16 * i + 8 * h];
+        const float row_low = Traits::kSubtractsLow ? logsumexp_low_shared[first_row + 16 * i + 8 * h] : 0.0f;
 #pragma unroll
         for (int j = 0; j < kN; ++j) {
 #pragma unroll
           for (int c = 2 * h; c < 2 * h + 2; ++c) {
-            energies[i][j][c] = ptx::exp2_approx((energies[i][j][c] * p.scale - row_logsumexp) * kLog2E);
+            const float difference = __fmaf_rn(energies[i][j][c], p.scale, -row_logsumexp);
+            energies[i][j][c] = ptx::exp2_approx((Traits::kSubtractsLow ? difference - row_low : difference) * kLog2E);
           }
         }
       }
@@ -406,7 +415,8 @@ struct QueryKeyGradient {
         reinterpret_cast<float*>(weight_shared + (Traits::kCorrectsQueryGradient ? Traits::kGradientBytes : 0));
     logsumexp_shared = reinterpret_cast<float*>(gradient_shared + Traits::kGradientBytes + Traits::kCorrectionBytes);
     delta_shared = logsumexp_shared + Traits::kQueries;
-    resident_shared = reinterpret_cast<unsigned char*>(delta_shared + Traits::kQueries);
+    logsumexp_low_shared = delta_shared + Traits::kQueries;
+    resident_shared = reinterpret_cast<unsigned char*>(logsumexp_shared) + Traits::kStatisticsBytes;
   }
 
   __device__ __forceinline__ void run() {

@@ -33,6 +33,7 @@ struct SimtTraits {
   static constexpr bool kQueryGradient = kSum == PositionSum::kQueryGradient || kCorrectsQueryGradient;
   static constexpr bool kNeedsProduct = kQueryGradient || kSum == PositionSum::kKeyGradient;
   static constexpr bool kOwnsQueries = kForward || kQueryGradient;
+  static constexpr bool kSubtractsLow = sizeof(T) > 2;
   static_assert(kKeys == Keys::kAll || kOwnsQueries, "the gradients of key and value own keys and stream all queries");
   static_assert(kChannels >= 2 * kTile, "the two contraction tiles share their memory with the values");
   static constexpr size_t kSharedBytes = sizeof(Real) * (kChannels * kPitch + kTile * kPitch + 8 * kTile + 8 * kTile);
@@ -136,6 +137,7 @@ struct SimtSum {
     const Real scale = static_cast<Real>(p.scale);
     const int64_t queries = Traits::kOwnsQueries ? p.owned_positions : p.streamed_positions;
     const Real* logsumexp = static_cast<const Real*>(p.logsumexp) + sample * queries;
+    const Real* logsumexp_low = static_cast<const Real*>(p.logsumexp_low) + sample * queries;
     const Real* delta = static_cast<const Real*>(p.delta) + sample * queries;
 
     Real sums[Traits::kRows][4] = {};
@@ -177,7 +179,8 @@ struct SimtSum {
           const int j = streamed + 4 * warp + jj;
           const int query = Traits::kOwnsQueries ? first_owned + lane : j;
           if (j < streamed_positions() && query < queries) {
-            weights[jj] = exponential(weights[jj] * scale - logsumexp[query]);
+            const Real difference = weights[jj] * scale - logsumexp[query];
+            weights[jj] = exponential(Traits::kSubtractsLow ? difference - logsumexp_low[query] : difference);
             if constexpr (Traits::kNeedsProduct) {
               weights[jj] *= gradients[jj] - delta[query];
             }
@@ -243,10 +246,18 @@ struct SimtSum {
     }
     Real factor = static_cast<Real>(p.scale);  // of the query and key gradients
     if constexpr (Traits::kForward) {
-      factor = Traits::kKeys == Keys::kAll || streamed_positions() > 0 ? Real(1) / weight_sum : Real(0);
+      const bool is_empty =
+          (Traits::kKeys == Keys::kKept && streamed_positions() == 0) || (p.is_part && weight_sum == 0);
+      factor = is_empty ? Real(0) : Real(1) / weight_sum;
       if (channel_block == 0 && warp == 0 && first_owned + lane < p.owned_positions) {
-        static_cast<Real*>(p.logsumexp)[sample * queries + first_owned + lane] =
-            max_energy + (sizeof(Real) == 8 ? log(weight_sum) : logf(weight_sum));
+        const int64_t query = sample * queries + first_owned + lane;
+        const Real log_sum = sizeof(Real) == 8 ? log(weight_sum) : logf(weight_sum);
+        const Real row_logsumexp = max_energy + log_sum;
+        static_cast<Real*>(p.logsumexp)[query] = row_logsumexp;
+        if (p.logsumexp_low != nullptr) {
+          static_cast<Real*>(p.logsumexp_low)[query] =
+              rounding_error(row_logsumexp, (max_energy - row_logsumexp) + log_sum);
+        }
       }
     } else if constexpr (Traits::kSum == PositionSum::kValueGradient) {
       factor = 1;
@@ -264,6 +275,10 @@ struct SimtSum {
           const int64_t element = (sample * p.out_channels + channel) * p.owned_positions + position;
           if constexpr (Traits::kCorrectsQueryGradient) {
             sums[r][i] -= column_grad_sum * static_cast<const Real*>(p.mean_key)[element];
+          }
+          if (sizeof(Element) == 2 && p.is_part) {
+            static_cast<Real*>(p.output)[element] = sums[r][i] * f;
+            continue;
           }
           const Element result = from_accumulator<Element>(sums[r][i] * f);
           static_cast<Element*>(p.output)[element] = result;

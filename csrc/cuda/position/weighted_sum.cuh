@@ -19,6 +19,7 @@
 
 #include <cuda_runtime.h>
 
+#include "cuda/common/element.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/math.h"
 #include "cuda/common/mma.cuh"
@@ -43,7 +44,7 @@ struct WeightedSum : WeightedSumSoftmax<Traits_, kSum, kKeys> {
   using Softmax::key_channel_rows, Softmax::key_count, Softmax::load_owned_fragments, Softmax::owned_shared, Softmax::p,
       Softmax::rescales;
   using Softmax::row_max, Softmax::row_sum, Softmax::rounded_sum, Softmax::store_weights, Softmax::streamed_logsumexp;
-  using Softmax::streamed_positions, Softmax::streamed_shared, Softmax::weight_shared;
+  using Softmax::streamed_logsumexp_low, Softmax::streamed_positions, Softmax::streamed_shared, Softmax::weight_shared;
 
   unsigned char* value_shared;
   WeightedSumBlock* block_shared;
@@ -136,13 +137,13 @@ struct WeightedSum : WeightedSumSoftmax<Traits_, kSum, kKeys> {
     return sum;
   }
 
-  // kForward: divides by the sums of the weights and stores logsumexp. A block without kept keys has no steps: the
-  // first energies are all masked, which leaves a logsumexp of -inf, and its output is 0.
+  // kForward: divides by the sums of the weights and stores logsumexp and, for float32, its rounding error. A block
+  // without kept keys has no steps: the first energies are all masked, which leaves a logsumexp of -inf, and its output
+  // is 0.
   __device__ __forceinline__ void normalize() {
     const int lane = lane_index(), first_owned = block_shared->first_owned;
-    float* logsumexp = p.logsumexp +
-        (p.splits > 1 ? static_cast<int64_t>(block_shared->partial) * Traits::kOwned
-                      : block_shared->sample * p.owned_positions + first_owned);
+    const int64_t first = p.to_partials ? static_cast<int64_t>(block_shared->partial) * Traits::kOwned
+                                        : block_shared->sample * p.owned_positions + first_owned;
     __syncthreads();  // every warp has read the factors of the last step
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -151,8 +152,13 @@ struct WeightedSum : WeightedSumSoftmax<Traits_, kSum, kKeys> {
       const int row = 16 * warp_index() + lane / 4 + 8 * h;
       if (lane % 4 == 0) {
         factors[row] = kKeys == Keys::kAll || first_step < end_step ? 1.0f / divisor : 0.0f;
-        if (p.splits > 1 || (block_shared->channel_block == 0 && first_owned + row < p.owned_positions)) {
-          logsumexp[row] = __fmaf_rn(row_max[h], p.ln2, __fmaf_rn(row_max[h], p.ln2_low, logf(sum)));
+        if (p.to_partials || (block_shared->channel_block == 0 && first_owned + row < p.owned_positions)) {
+          const float rest = __fmaf_rn(row_max[h], p.ln2_low, logf(sum));
+          const float logsumexp = __fmaf_rn(row_max[h], p.ln2, rest);
+          p.logsumexp[first + row] = logsumexp;
+          if constexpr (sizeof(Element) == 4) {
+            p.logsumexp_low[first + row] = rounding_error(logsumexp, __fmaf_rn(row_max[h], p.ln2, -logsumexp) + rest);
+          }
         }
       }
     }
@@ -189,6 +195,7 @@ struct WeightedSum : WeightedSumSoftmax<Traits_, kSum, kKeys> {
     }
     __syncthreads();
     streamed_logsumexp = p.logsumexp + sample * p.streamed_positions;
+    streamed_logsumexp_low = p.logsumexp_low + sample * p.streamed_positions;
     first_step = split * p.steps_per_split;
     const auto first = [&](const Operand& operand) {
       return static_cast<const Element*>(operand.data) + sample * operand.batch_stride;
@@ -296,7 +303,7 @@ struct WeightedSum : WeightedSumSoftmax<Traits_, kSum, kKeys> {
     }
     const WeightedSumBlock block = *block_shared;
     const int64_t sample_elements = static_cast<int64_t>(p.value_channels) * p.owned_positions;
-    if (p.splits > 1) {
+    if (p.to_partials) {
       store_partial<Traits>(static_cast<float*>(p.output), sums, block);
     } else if constexpr (sizeof(Element) == 2) {
       store_sums_by_rows<Traits, SumPart::kRounded>(

@@ -30,6 +30,10 @@ struct WeightedSumSoftmax {
   static constexpr int kWeightExponent = 10;
   static constexpr float kWeightUnit = 1.0f / (1 << kWeightExponent);
 
+  // Whether the weights of the value gradient are exact to the rounding error of the logsumexp: that of 16-bit weights
+  // is coarser.
+  static constexpr bool kSubtractsLow = sizeof(typename Mma::Element) == 4;
+
   const WeightedSumParams& p;
   unsigned char* owned_shared;
   unsigned char* streamed_shared;
@@ -37,6 +41,7 @@ struct WeightedSumSoftmax {
   float* factors;  // [2][kOwned]: the factor that rescales earlier sums to the step's maximum; where `rescales` is set
   int* rescales;   // [2][kWarps]: whether any of a warp's 16 factors is not 1
   const float* streamed_logsumexp;
+  const float* streamed_logsumexp_low;  // kSubtractsLow
   int key_channel_rows;
   int first_step, end_step;
   int key_count;  // Keys::kKept: of the sample
@@ -149,11 +154,15 @@ struct WeightedSumSoftmax {
       for (int j = 0; j < kEnergyTiles; ++j) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          const float shift = streamed_logsumexp[min(column + 8 * j + c, p.streamed_positions - 1)];
+          const int query = min(column + 8 * j + c, p.streamed_positions - 1);
+          const float shift = streamed_logsumexp[query];
+          const float low = kSubtractsLow ? streamed_logsumexp_low[query] : 0.0f;
 #pragma unroll
           for (int h = 0; h < 4; h += 2) {
             float& energy = energies[0][j][c + h];
-            energy = rounded(ptx::exp2_approx(__fmaf_rn(__fmaf_rn(energy, p.scale, -shift), kLog2E, kWeightExponent)));
+            const float difference = __fmaf_rn(energy, p.scale, -shift);
+            energy = rounded(
+                ptx::exp2_approx(__fmaf_rn(kSubtractsLow ? difference - low : difference, kLog2E, kWeightExponent)));
           }
         }
       }

@@ -1,0 +1,89 @@
+"""Ranks that raise, end or stall between the messages of an op: ``python -m tests.distributed.fault_checks`` prints
+what became of the others."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from segattn_ops import distributed
+from segattn_ops.distributed import _parts
+
+from .processes import fork
+
+RANKS = 3
+TIMEOUT = 4.0  # of the process group, in seconds
+OPS: dict[str, Callable[..., Tensor]] = {
+    "ring": lambda *t, mesh: distributed.position_attention(*t, mesh=mesh, method="ring"),
+    "criss-cross": lambda *t, mesh: distributed.criss_cross_attention(*t, mesh=mesh),
+}
+
+
+def raises(*arguments: Any) -> None:
+    raise MemoryError("of this rank alone")
+
+
+def ends(*arguments: Any) -> None:
+    os._exit(1)
+
+
+def stalls(*arguments: Any) -> None:
+    time.sleep(1.5 * TIMEOUT)
+
+
+FAULTS = {"raises": raises, "ends": ends, "stalls": stalls}
+PASSES = ("forward", "backward")
+
+
+def rank(op: str, fault: str, where: str) -> tuple[str, float]:
+    """The error of a rank, and after how many seconds. The last rank has the fault after its first messages."""
+    mesh = init_device_mesh("cpu", (RANKS,))
+    tensors = [torch.randn(1, 4, 5, 6, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    OPS[op](*tensors, mesh=mesh).sum().backward()  # connects all ranks
+    faulty = dist.get_rank() == RANKS - 1
+    start = time.monotonic()
+    try:
+        output = _with_fault(faulty and where == "forward", "forward", fault, lambda: OPS[op](*tensors, mesh=mesh))
+        _with_fault(faulty and where == "backward", "backward", fault, lambda: output.sum().backward())
+    except (RuntimeError, MemoryError) as error:
+        duration = time.monotonic() - start
+        try:
+            OPS[op](*tensors, mesh=mesh)
+        except RuntimeError as later:
+            return f"{error}\n{later}", duration
+        return f"{error}\nno error in a later call", duration
+    return "no error", time.monotonic() - start
+
+
+def _with_fault(faulty: bool, name: str, fault: str, action: Callable[[], Any]) -> Any:
+    original = getattr(_parts, name)
+
+    def once(*arguments: Any) -> Any:
+        setattr(_parts, name, original)
+        FAULTS[fault](*arguments)
+        return original(*arguments)
+
+    if faulty:
+        setattr(_parts, name, once)
+    try:
+        return action()
+    finally:
+        setattr(_parts, name, original)
+
+
+def main() -> None:
+    cases = [(op, fault, where) for op in OPS for fault in FAULTS for where in PASSES]
+    with ThreadPoolExecutor(4) as pool:  # they mostly wait
+        results = pool.map(lambda case: fork(RANKS, rank, case, TIMEOUT, wait=60), cases)
+        print(json.dumps({" ".join(case): result for case, result in zip(cases, results, strict=True)}))
+
+
+if __name__ == "__main__":
+    main()
