@@ -63,6 +63,10 @@ def _special(names: str) -> list[Any]:
     return [getattr(place, method) for method in methods for place in places if hasattr(place, method)]
 
 
+_IN_PLACE = {f"{name}_" for name in f"{_UNARY} {_BINARY}".split()} | {
+    f"__{n}__" for n in _SPECIAL.split() if n[0] == "i"
+}
+
 OWN_FUNCTIONS.update(getattr(Tensor, name) for name in _OWN.split() if hasattr(Tensor, name))
 OWN_FUNCTIONS.update(
     getattr(Tensor, name).__get__ for name in _OWN_PROPERTIES.split() if hasattr(getattr(Tensor, name, None), "__get__")
@@ -80,6 +84,8 @@ def _pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
     if not sharded:
         return on_replicated(func, args, kwargs)
     like = sharded[0]
+    if "out" in kwargs or (name_of(func) in _IN_PLACE and args[0] is not like):
+        raise refusal(name_of(func), maps, "it writes a part of another tensor, so it has no rule")
     aligned = [align(func, m, like) for m in maps]
     used = {id(m): a for m, a in zip(maps, aligned, strict=True)}
     dims = max((len(own_shape(t)) for t in _tensors(args, kwargs)), default=0)
