@@ -6,6 +6,7 @@ import torch.distributed as dist
 pytest.importorskip("torchvision")
 
 from . import spatial_checks
+from .processes import run_module
 
 
 @pytest.fixture(scope="module")
