@@ -7,21 +7,26 @@
 
 SEGATTN_LIBRARY(SEGATTN_NAMESPACE, m) {
   // query (B, E, *S), key (B, E, *T), value (B, C, *T) -> output (B, C, *S), logsumexp (B, *S), output_low: the
-  // rounding error of output, itself rounded, (B, C, *S), for 16-bit types and with_low; else empty, (B, 0, *S).
+  // rounding error of output, itself rounded, (B, C, *S), for 16-bit types and with_low; else empty, (B, 0, *S);
+  // logsumexp_low: the rounding error of logsumexp, (B, *S); for 16-bit types empty, (B, 0, *S[1:]).
   // key_padding_mask (B, *T), bool: true for a key that is padding and takes no part. Without any other key, output is
   // 0 and logsumexp -inf.
   m.def(
       "position_attention(Tensor query, Tensor key, Tensor value, float scale, bool with_low=False,"
-      " Tensor? key_padding_mask=None) -> (Tensor output, Tensor logsumexp, Tensor output_low)");
-  // grad_output, output, output_low (B, C, *S), logsumexp, grad_logsumexp (B, *S) -> gradients of query, key and value.
-  // The weights are exp(energy - logsumexp): with the logsumexp and the output over more keys than those of the call,
-  // the gradients are the call's part of those over all keys. keys_complete says that they are over the keys of the
-  // call alone. The kernels then take the rounding errors of both off, by sums that are known. Without output_low, the
-  // rounding of output is an error of grad_query for 16-bit types (docs/decisions.md).
+      " Tensor? key_padding_mask=None)"
+      " -> (Tensor output, Tensor logsumexp, Tensor output_low, Tensor logsumexp_low)");
+  // grad_output, output, output_low (B, C, *S), logsumexp, logsumexp_low, grad_logsumexp (B, *S) -> gradients of query,
+  // key and value. The weights are exp((energy - logsumexp) - logsumexp_low): with the logsumexp and the output over
+  // more keys than those of the call, the gradients are the call's part of those over all keys. keys_complete says that
+  // they are over the keys of the call alone. The kernels then take the rounding error of output off, by a sum that is
+  // known. Without output_low, that is an error of grad_query for 16-bit types (docs/decisions.md). Without
+  // logsumexp_low, the rounding of logsumexp is an error of the weights for float32 and float64; 16-bit weights are
+  // rounded more coarsely, and it is not read.
   m.def(
       "position_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output,"
-      " Tensor logsumexp, float scale, Tensor? output_low=None, Tensor? grad_logsumexp=None,"
-      " bool[3] needs_input_grad=[True, True, True], Tensor? key_padding_mask=None, bool keys_complete=False)"
+      " Tensor logsumexp, float scale, Tensor? output_low=None, Tensor? logsumexp_low=None,"
+      " Tensor? grad_logsumexp=None, bool[3] needs_input_grad=[True, True, True], Tensor? key_padding_mask=None,"
+      " bool keys_complete=False)"
       " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
   // Attention over a part of the keys, perhaps none, for merging with that over others: output (B, C, *S), logsumexp
   // (B, *S) and its rounding error logsumexp_low (B, *S), all in the dtype of accumulation. Of a query without keys, or

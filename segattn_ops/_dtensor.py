@@ -70,7 +70,7 @@ _CRISS_CROSS_PART_BACKWARD = Rules(
 # The gradient of the energies, P (dP - delta + grad_logsumexp), is linear in dP and delta, which are sums over C, and
 # the sums that keys_complete allows for hold for each part: shards of C give parts of grad_query and grad_key.
 RULES = {
-    "position_attention": Rules({**_POSITION, "key_padding_mask": "Bt"}, ("BCs", "Bs", "BCs"), "BsC"),
+    "position_attention": Rules({**_POSITION, "key_padding_mask": "Bt"}, ("BCs", "Bs", "BCs", "Bs"), "BsC"),
     "position_attention_backward": Rules(
         {
             "grad_output": "BCs",
@@ -78,6 +78,7 @@ RULES = {
             "output": "BCs",
             "logsumexp": "Bs",
             "output_low": "BCs",
+            "logsumexp_low": "Bs",
             "grad_logsumexp": "Bs",
             "key_padding_mask": "Bt",
         },

@@ -28,9 +28,11 @@ def _position_attention(
     scale: float,
     with_low: bool = False,
     key_padding_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     output, logsumexp = reference.position_attention(query, key, value, scale, key_padding_mask)
-    return output, logsumexp, torch.zeros_like(output) if with_low and output.dtype.itemsize == 2 else output[:, :0]
+    is_16_bit = output.dtype.itemsize == 2
+    output_low = torch.zeros_like(output) if with_low and is_16_bit else output[:, :0]
+    return output, logsumexp, output_low, logsumexp[:, :0] if is_16_bit else torch.zeros_like(logsumexp)
 
 
 def _criss_cross_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -51,13 +51,23 @@ inline int64_t low_channels(const Tensor& value, bool with_low) {
   return with_low && is_16_bit(value.scalar_type()) ? value.size(1) : 0;
 }
 
+// The shape of logsumexp_low: that of logsumexp, (B, *S), or (B, 0, *S[1:]) for 16-bit types, whose weights are rounded
+// more coarsely.
+inline std::vector<int64_t> logsumexp_low_sizes(const Tensor& query) {
+  const auto sizes = query.sizes();
+  std::vector<int64_t> result(sizes.begin(), sizes.end());
+  result.erase(result.begin() + 1);
+  result[1] = is_16_bit(query.scalar_type()) ? 0 : result[1];
+  return result;
+}
+
 // grad_output (B, C, *S), query (B, E, *S), key (B, E, *T), value (B, C, *T), output (B, C, *S), logsumexp (B, *S),
-// output_low (B, C, *S), grad_logsumexp (B, *S), key_padding_mask (B, *T)
+// output_low (B, C, *S), logsumexp_low, grad_logsumexp (B, *S), key_padding_mask (B, *T)
 inline PositionSizes check_position_attention_backward(
     const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output,
     const Tensor& logsumexp, double scale, const std::optional<Tensor>& output_low,
-    const std::optional<Tensor>& grad_logsumexp, const std::vector<bool>& needs_input_grad,
-    const std::optional<Tensor>& key_padding_mask) {
+    const std::optional<Tensor>& logsumexp_low, const std::optional<Tensor>& grad_logsumexp,
+    const std::vector<bool>& needs_input_grad, const std::optional<Tensor>& key_padding_mask) {
   constexpr std::string_view op = "position_attention_backward";
   const PositionSizes sizes = check_position_attention(query, key, value, scale, key_padding_mask, op);
   const Argument q{"query", query}, o{"output", output}, g{"grad_output", grad_output}, l{"logsumexp", logsumexp};
@@ -76,6 +86,11 @@ inline PositionSizes check_position_attention_backward(
     const Argument low{"output_low", *output_low};
     check_like(op, low, q);
     check_shape(op, low, o);
+  }
+  if (logsumexp_low.has_value()) {
+    const Argument rest{"logsumexp_low", *logsumexp_low};
+    check_like(op, rest, l);
+    check_shape(op, rest, l);
   }
   if (grad_logsumexp.has_value()) {
     const Argument gradient{"grad_logsumexp", *grad_logsumexp};

@@ -380,12 +380,13 @@ def check_position_attention_backward(
     logsumexp: Tensor,
     scale: float,
     output_low: Tensor | None,
+    logsumexp_low: Tensor | None,
     grad_logsumexp: Tensor | None,
     needs_input_grad: Sequence[bool],
     key_padding_mask: Tensor | None,
 ) -> None:
     """grad_output (B, C, *S), query (B, E, *S), key (B, E, *T), value (B, C, *T), output (B, C, *S), logsumexp
-    (B, *S), output_low (B, C, *S), grad_logsumexp (B, *S), key_padding_mask (B, *T)."""
+    (B, *S), output_low (B, C, *S), logsumexp_low, grad_logsumexp (B, *S), key_padding_mask (B, *T)."""
     op = "position_attention_backward"
     check_position_attention(query, key, value, scale, key_padding_mask, op)
     q, v, o = Argument("query", query), Argument("value", value), Argument("output", output)
@@ -404,6 +405,10 @@ def check_position_attention_backward(
         low = Argument("output_low", output_low)
         check_like(op, low, q)
         check_shape(op, low, o)
+    if logsumexp_low is not None:
+        rest = Argument("logsumexp_low", logsumexp_low)
+        check_like(op, rest, l)
+        check_shape(op, rest, l)
     if grad_logsumexp is not None:
         gradient = Argument("grad_logsumexp", grad_logsumexp)
         check_like(op, gradient, l)
@@ -464,13 +469,15 @@ def _fake(
     scale: float,
     with_low: bool = False,
     key_padding_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_position_attention(query, key, value, scale, key_padding_mask)
     batch, spatial = query.shape[0], query.shape[2:]
     output = query.new_empty((batch, value.shape[1], *spatial))
     logsumexp = query.new_empty((batch, *spatial), dtype=accumulation_dtype(query.dtype))
-    low_channels = value.shape[1] if with_low and query.dtype.itemsize == 2 else 0
-    return output, logsumexp, query.new_empty((batch, low_channels, *spatial))
+    is_16_bit = query.dtype.itemsize == 2
+    output_low = query.new_empty((batch, value.shape[1] if with_low and is_16_bit else 0, *spatial))
+    logsumexp_low = logsumexp.new_empty((batch, 0, *spatial[1:]) if is_16_bit else logsumexp.shape)
+    return output, logsumexp, output_low, logsumexp_low
 
 
 def _fake_backward(
@@ -482,6 +489,7 @@ def _fake_backward(
     logsumexp: Tensor,
     scale: float,
     output_low: Tensor | None = None,
+    logsumexp_low: Tensor | None = None,
     grad_logsumexp: Tensor | None = None,
     needs_input_grad: Sequence[bool] = (True, True, True),
     key_padding_mask: Tensor | None = None,
@@ -496,6 +504,7 @@ def _fake_backward(
         logsumexp,
         scale,
         output_low,
+        logsumexp_low,
         grad_logsumexp,
         needs_input_grad,
         key_padding_mask,
@@ -503,21 +512,21 @@ def _fake_backward(
     return empty_gradients((query, key, value), needs_input_grad)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     query, key, value, ctx.scale, _, key_padding_mask = inputs
-    result, logsumexp, output_low = output
-    low = output_low if output_low.shape[1] > 0 else None
-    ctx.save_for_backward(query, key, value, result, logsumexp, low, key_padding_mask)
-    ctx.mark_non_differentiable(output_low)
+    result, logsumexp, output_low, logsumexp_low = output
+    lows = output_low if output_low.shape[1] > 0 else None, logsumexp_low if query.dtype.itemsize > 2 else None
+    ctx.save_for_backward(query, key, value, result, logsumexp, *lows, key_padding_mask)
+    ctx.mark_non_differentiable(output_low, logsumexp_low)
     ctx.set_materialize_grads(False)  # otherwise autograd allocates zeros for the gradients of unused results
 
 
 def _backward(
-    operator: Any, ctx: Any, grad_output: Tensor | None, grad_logsumexp: Tensor | None, grad_output_low: None
+    operator: Any, ctx: Any, grad_output: Tensor | None, grad_logsumexp: Tensor | None, *grad_lows: None
 ) -> tuple[Tensor | None, ...]:
     if grad_output is None and grad_logsumexp is None:  # as set_materialize_grads(False) allows
         return (None,) * 6
-    query, key, value, output, logsumexp, output_low, key_padding_mask = ctx.saved_tensors
+    query, key, value, output, logsumexp, output_low, logsumexp_low, key_padding_mask = ctx.saved_tensors
     if grad_output is None:
         grad_output = torch.zeros_like(output)
     needs = list(ctx.needs_input_grad[:3])
@@ -530,6 +539,7 @@ def _backward(
         logsumexp,
         ctx.scale,
         output_low,
+        logsumexp_low,
         grad_logsumexp,
         needs,
         key_padding_mask,

@@ -89,10 +89,10 @@ def position_inputs(shape: tuple[int, int, int, int, int], dtype: torch.dtype, s
 
 def position_forward_backward(query, key, value, grad_output, scale=0.3):
     operators = torch.ops.segattn
-    output, logsumexp, low = operators.position_attention(query, key, value, scale, True)
-    low = low if low.shape[1] > 0 else None
+    output, logsumexp, *lows = operators.position_attention(query, key, value, scale, True)
+    lows = [t if t.shape[1] > 0 else None for t in lows]
     gradients = operators.position_attention_backward(
-        grad_output, query, key, value, output, logsumexp, scale, low, keys_complete=True
+        grad_output, query, key, value, output, logsumexp, scale, *lows, keys_complete=True
     )
     return output, logsumexp, *gradients
 
@@ -181,7 +181,7 @@ def test_position_work(library, shape, overhead, dtype):
     query, key, value, grad_output = position_inputs(shape, dtype)
     _, e, c, n, m = shape
     library.segattn_cpu_take_multiply_adds()
-    output, logsumexp, _ = torch.ops.segattn.position_attention(query, key, value, 0.1)
+    output, logsumexp, *_ = torch.ops.segattn.position_attention(query, key, value, 0.1)
     forward = library.segattn_cpu_take_multiply_adds()
     assert n * m * (e + c) <= forward <= overhead * n * m * (e + c)
     for complete in (False, True):
@@ -203,7 +203,7 @@ def test_position_work_of_the_gradients_that_are_asked_for(library, keys, needs)
     e, c, n = 16, 48, 480
     inputs = position_inputs((1, e, c, n, keys), torch.float32)
     query, key, value, grad_output = inputs
-    output, logsumexp, _ = torch.ops.segattn.position_attention(query, key, value, 0.1)
+    output, logsumexp, *_ = torch.ops.segattn.position_attention(query, key, value, 0.1)
     library.segattn_cpu_take_multiply_adds(), library.segattn_cpu_take_packed()
     torch.ops.segattn.position_attention_backward(
         grad_output, query, key, value, output, logsumexp, 0.1, needs_input_grad=needs, keys_complete=True
@@ -225,7 +225,7 @@ def test_padding_takes_no_arithmetic(library):
 
     def work(key, value, mask) -> list[int]:
         library.segattn_cpu_take_multiply_adds(), library.segattn_cpu_take_packed()
-        output, logsumexp, _ = torch.ops.segattn.position_attention(query, key, value, 0.1, False, mask)
+        output, logsumexp, *_ = torch.ops.segattn.position_attention(query, key, value, 0.1, False, mask)
         torch.ops.segattn.position_attention_backward(
             grad_output, query, key, value, output, logsumexp, 0.1, key_padding_mask=mask, keys_complete=True
         )
@@ -251,7 +251,7 @@ def test_position_packing(library, shape, key_times, query_times):
     """How often the backward pass packs its operands: 2 E + C elements of a key, 2 E + 2 C of a query."""
     query, key, value, grad_output = position_inputs(shape, torch.float32)
     _, e, c, n, m = shape
-    output, logsumexp, _ = torch.ops.segattn.position_attention(query, key, value, 0.1)
+    output, logsumexp, *_ = torch.ops.segattn.position_attention(query, key, value, 0.1)
     library.segattn_cpu_take_packed()
     torch.ops.segattn.position_attention_backward(
         grad_output, query, key, value, output, logsumexp, 0.1, keys_complete=True
@@ -275,7 +275,7 @@ def forward_backward(size):
     with open("/proc/self/clear_refs", "w") as clear:
         clear.write("5")  # resets the peak
     before = memory("VmRSS")
-    output, logsumexp, _ = operators.position_attention(query, key, value, 0.1)
+    output, logsumexp, *_ = operators.position_attention(query, key, value, 0.1)
     gradients = operators.position_attention_backward(
         grad_output, query, key, value, output, logsumexp, 0.1, keys_complete=True
     )

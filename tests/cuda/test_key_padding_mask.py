@@ -16,8 +16,9 @@ TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float32: 2e-6, tor
 
 
 def run(query, key, value, grad_output, mask=None, scale=0.3):
-    output, logsumexp, low = OPERATORS.position_attention(query, key, value, scale, True, mask)
-    arguments = (grad_output, query, key, value, output, logsumexp, scale, low if low.shape[1] > 0 else None)
+    output, logsumexp, *lows = OPERATORS.position_attention(query, key, value, scale, True, mask)
+    lows = [t if t.shape[1] > 0 else None for t in lows]
+    arguments = (grad_output, query, key, value, output, logsumexp, scale, *lows)
     return (
         output,
         logsumexp,

@@ -48,9 +48,10 @@ def assert_close(got, expected, dtype):
 def test_position(emulator, architecture, dtype, complete):
     emulator.set_device(architecture)
     query, key, value, grad_output, grad_logsumexp = position_tensors(dtype)
-    output, logsumexp, low = OPERATORS.position_attention(query, key, value, SCALE, True)
+    output, logsumexp, *lows = OPERATORS.position_attention(query, key, value, SCALE, True)
+    lows = [t if t.shape[1] > 0 else None for t in lows]
     got = OPERATORS.position_attention_backward(
-        grad_output, query, key, value, output, logsumexp, SCALE, low if low.shape[1] > 0 else None, grad_logsumexp,
+        grad_output, query, key, value, output, logsumexp, SCALE, *lows, grad_logsumexp,
         keys_complete=complete,
     )  # fmt: skip
     expected = exact(reference.position_attention, query, key, value, grad_output, grad_logsumexp)
@@ -66,11 +67,12 @@ def test_shards_of_position(emulator, architecture, dtype):
     query, key, value, grad_output, grad_logsumexp = position_tensors(dtype)
     query = query + 1
     key = torch.cat([key[:, :, :80], key[:, :, 80:] - 13], 2)
-    output, logsumexp, low = OPERATORS.position_attention(query, key, value, SCALE, True)
+    output, logsumexp, *lows = OPERATORS.position_attention(query, key, value, SCALE, True)
+    lows = [t if t.shape[1] > 0 else None for t in lows]
     parts = [
         OPERATORS.position_attention_backward(
             grad_output, query, k.contiguous(), v.contiguous(), output, logsumexp, SCALE,
-            low if low.shape[1] > 0 else None, grad_logsumexp,
+            *lows, grad_logsumexp,
         )
         for k, v in zip(key.split([80, 70], 2), value.split([80, 70], 2), strict=True)
     ]  # fmt: skip

@@ -28,13 +28,13 @@ def position_call(emulator, dtype, sizes=(16, 24, 64, 96)):
     key_channels, channels, queries, keys = sizes
     query, key = random(1, key_channels, queries, dtype=dtype), random(1, key_channels, keys, dtype=dtype)
     value, grad_output = random(1, channels, keys, dtype=dtype), random(1, channels, queries, dtype=dtype)
-    output, logsumexp, low = OPERATORS.position_attention(query, key, value, 0.5, True)
-    low = low if low.shape[1] > 0 else None
+    output, logsumexp, *lows = OPERATORS.position_attention(query, key, value, 0.5, True)
+    lows = [t if t.shape[1] > 0 else None for t in lows]
 
     def call(needs, keys_complete=True, **more):
         emulator.reset()
         return OPERATORS.position_attention_backward(
-            grad_output, query, key, value, output, logsumexp, 0.5, low, needs_input_grad=needs,
+            grad_output, query, key, value, output, logsumexp, 0.5, *lows, needs_input_grad=needs,
             keys_complete=keys_complete, **more,
         )  # fmt: skip
 

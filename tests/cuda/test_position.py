@@ -44,13 +44,13 @@ def exact(query, key, value, grad_output, scale=1.0):
 
 
 def run(query, key, value, grad_output, scale=1.0):
-    output, logsumexp, low = OPERATORS.position_attention(query, key, value, scale, True)
-    low = low if low.shape[1] > 0 else None
+    output, logsumexp, *lows = OPERATORS.position_attention(query, key, value, scale, True)
+    lows = [t if t.shape[1] > 0 else None for t in lows]
     return (
         output,
         logsumexp,
         *OPERATORS.position_attention_backward(
-            grad_output, query, key, value, output, logsumexp, scale, low, keys_complete=True
+            grad_output, query, key, value, output, logsumexp, scale, *lows, keys_complete=True
         ),
     )
 
@@ -362,7 +362,7 @@ def test_16_bit_query_gradient_of_regions(emulator, architecture, logit):
         if dtype == torch.bfloat16:
             assert_norm_as_exact_as_eager("grad_query", got, by_eager, in_float64)
         else:
-            output, logsumexp, _ = OPERATORS.position_attention(*tensors[:3], 1.0)
+            output, logsumexp, *_ = OPERATORS.position_attention(*tensors[:3], 1.0)
             without = OPERATORS.position_attention_backward(grad_output, *tensors[:3], output, logsumexp, 1.0)[0]
             assert relative_error(got, in_float64) < 0.6 * relative_error(without, in_float64)
 

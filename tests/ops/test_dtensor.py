@@ -96,9 +96,13 @@ def test_rules_of_position_are_exact(kernels, dtype, tolerance):
     low = dtype == torch.bfloat16
     masked = {**tensors, "key_padding_mask": mask}
     assert check_rules(kernels, "position_attention", masked, {"with_low": low}.items(), tolerance) == 5
-    output, logsumexp, output_low = kernels.operators.position_attention(**tensors, scale=0.25, with_low=low)
+    output, logsumexp, *lows = kernels.operators.position_attention(**tensors, scale=0.25, with_low=low)
     gradient = torch.randn(output.shape, dtype=torch.float64).to(kernels.device, dtype)
-    saved = {"output": output, "logsumexp": logsumexp, **({"output_low": output_low} if low else {})}
+    saved = {
+        "output": output,
+        "logsumexp": logsumexp,
+        **({"output_low": lows[0]} if low else {"logsumexp_low": lows[1]}),
+    }
     saved["grad_logsumexp"] = torch.randn_like(logsumexp)
     arguments = {"grad_output": gradient, **tensors, **saved}
     for keywords in (
@@ -252,9 +256,9 @@ def test_the_cache_distinguishes_the_gradients_that_are_wanted(fake_mesh):
         return DTensor.from_local(tensor, fake_mesh, [placement], run_check=False)
 
     q, k, v = dtensor_checks.QKV
-    output, logsumexp, _ = torch.ops.segattn.position_attention(q, k, v, 1.0)
+    output, logsumexp, *_ = torch.ops.segattn.position_attention(q, k, v, 1.0)
     arguments = [distribute(t, Shard(2)) for t in (output, q)] + [distribute(t, Replicate()) for t in (k, v)]
-    arguments += [distribute(output, Shard(2)), distribute(logsumexp, Shard(1)), 1.0, None, None]
+    arguments += [distribute(output, Shard(2)), distribute(logsumexp, Shard(1)), 1.0, None, None, None]
     for needs in ([True, True, True], [True, False, True], [False, False, True]):
         results = torch.ops.segattn.position_attention_backward(*arguments, needs)
         placements = [r.placements[0] for r in results]

@@ -197,7 +197,7 @@ def test_position_attention_over_sharded_keys(kernels, shards, dtype, level):
     keys, values = key.split(shards, 2), value.split(shards, 2)
     parts = []
     for k, v in zip(keys, values, strict=True):
-        output, logsumexp, low = kernels.operators.position_attention(query, k, v, scale, True)
+        output, logsumexp, low, _ = kernels.operators.position_attention(query, k, v, scale, True)
         parts.append((output.double() + low.double() if low.shape[1] > 0 else output, logsumexp))
     output, logsumexp = merged(parts)
     assert abs(logsumexp.mean().item() - level) < 8
@@ -268,8 +268,9 @@ def test_without_a_gradient_of_the_logsumexp(kernels, keys, dtype):
     query, key, value, grad_output = (
         t.to(kernels.device, dtype) for t in normal((2, 6, 21), (2, 6, keys), (2, 9, keys), (2, 9, 21))
     )
-    output, logsumexp, low = kernels.operators.position_attention(query, key, value, 0.5, True)
-    arguments = (grad_output, query, key, value, output, logsumexp, 0.5, low if dtype.itemsize == 2 else None)
+    output, logsumexp, *lows = kernels.operators.position_attention(query, key, value, 0.5, True)
+    lows = [t if t.shape[1] > 0 else None for t in lows]
+    arguments = (grad_output, query, key, value, output, logsumexp, 0.5, *lows)
 
     def backward(**more) -> list[Tensor]:
         return kernels.operators.position_attention_backward(*arguments, **more)

@@ -91,11 +91,11 @@ def test_every_subset_with_padding(kernels, keys):
     mask = torch.rand(3, keys, generator=generator) < 0.4
     mask[1] = True
     mask = mask.to(kernels.device)
-    output, logsumexp, _ = kernels.operators.position_attention(query, key, value, 0.3, key_padding_mask=mask)
+    output, logsumexp, _, low = kernels.operators.position_attention(query, key, value, 0.3, key_padding_mask=mask)
 
     arguments = {"grad_output": grad_output, "query": query, "key": key, "value": value}
     arguments |= {"output": output, "logsumexp": logsumexp, "scale": 0.3}
-    arguments |= {"key_padding_mask": mask, "keys_complete": True}
+    arguments |= {"logsumexp_low": low, "key_padding_mask": mask, "keys_complete": True}
     assert_every_subset(kernels.operators.position_attention_backward, 3, **arguments)
 
 

@@ -135,7 +135,7 @@ def test_saved_tensor_hooks_and_inference_mode():
     packed = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t.shape) or t, lambda t: t):
         y = segattn_ops.position_attention(x, x, x)
-    assert len(packed) == 5  # query, key, value, output, logsumexp
+    assert len(packed) == 6  # query, key, value, output, logsumexp, logsumexp_low
     y.sum().backward()
     with torch.inference_mode():
         assert segattn_ops.position_attention(x, x, x).is_inference()

@@ -18,8 +18,8 @@
 //   * from output, for float64, whose rounding error has no effect in practice.
 //
 // The logsumexp is rounded. Where it is large, exp(energy - logsumexp) has an error of eps * logsumexp / 2, which shows
-// in a nearly one-hot softmax (eager divides by the sum, so its error cancels). There, where the keys are complete, the
-// sum of the weights is recomputed, and its logarithm, a number near 0, is subtracted from the exponent too.
+// in a nearly one-hot softmax (eager divides by the sum, so its error cancels). The forward pass therefore returns its
+// rounding error, and the weights are exp((energy - logsumexp) - logsumexp_low).
 //
 // Logsumexp and output over more keys than those of the call make the sums over its keys other numbers. D then comes
 // from the output, or is given, and nothing is corrected.
@@ -57,9 +57,6 @@ class PositionBackward {
   // The most elements of the packed operands of a sample that is packed once (8 MB of float; C = 512, E = 64: 1170
   // positions).
   static constexpr std::int64_t kSharedLimit = std::int64_t{1} << 21;
-  // The largest logsumexp whose rounding needs no correction: 16 eps of the accumulator. The rounding of weights to 16
-  // bits is coarser than that of any logsumexp.
-  static constexpr A kLargeLogsumexp = sizeof(T) == 2 ? std::numeric_limits<A>::infinity() : A(32);
 
  public:
   explicit PositionBackward(const PositionBackwardArguments<T>& arguments)
@@ -86,7 +83,7 @@ class PositionBackward {
       arguments_.grad_query.fill(batch * e_ * n_);
       return;
     }
-    // With all gradients and corrections, so that the cut does not depend on what is wanted.
+    // With all gradients and mean keys, so that the cut does not depend on what is wanted.
     const PositionSchedule one(1, n_, m_, packing());
     const std::int64_t sample_size = (keeps_query_sums(one) ? (Tile::kIsFloat ? 2 : 1) * panels_size<P>(e_, n_) : 0) +
         one.replicas * m_ * (padded_columns<P>(e_) + padded_columns<P>(c_)) +
@@ -103,10 +100,10 @@ class PositionBackward {
   // i * channels of its sample (and replica). Sums that nothing needs have no memory.
   struct Shared {
     std::int64_t first_sample;
-    A *delta, *correction;  // (samples, N), written by the first unit of a query group
-    A* grad_query;          // of query groups with several units
-    A* mean_keys;           // M, laid out like grad_query
-    A* grad_sum;            // (samples, N), s
+    A* delta;       // (samples, N), written by the first unit of a query group
+    A* grad_query;  // of query groups with several units
+    A* mean_keys;   // M, laid out like grad_query
+    A* grad_sum;    // (samples, N), s
     A *grad_key, *grad_value;
     P* operands;  // where a unit does not pack its own
   };
@@ -115,8 +112,6 @@ class PositionBackward {
   struct Workspace {
     KeyOperands<T> keys;       // of the unit's keys
     QueryOperands<T> queries;  // of one tile
-    P* correction_keys;        // key of one tile
-    A* correction_products;    // q.k of one tile, row-major
   };
 
   static constexpr PositionGradients kAllGradients{true, true, true};
@@ -134,8 +129,6 @@ class PositionBackward {
   bool subtracts_mean_keys() const {
     return Tile::kIsFloat && wanted_.query && arguments_.keys_complete && delta_source() == DeltaSource::kOutput;
   }
-  // The logsumexp of 16-bit types is never large.
-  bool corrects_logsumexp() const { return arguments_.keys_complete && std::isfinite(kLargeLogsumexp); }
   PositionTileWork tile_work() const { return {wanted_, delta_source(), subtracts_mean_keys()}; }
   // With one key group, each query group has one unit, which completes and stores its gradient.
   static bool keeps_query_sums(const PositionSchedule& schedule) { return schedule.key_groups > 1; }
@@ -144,7 +137,7 @@ class PositionBackward {
     const PositionSchedule schedule(samples, n_, m_, packing());
     const std::int64_t copies = samples * schedule.replicas;
     const std::int64_t query_sums = keeps_query_sums(schedule) ? samples * panels_size<P>(e_, n_) : 0;
-    const Buffer<A> delta(samples * n_), correction(samples * n_), grad_sum(samples * n_);
+    const Buffer<A> delta(samples * n_), grad_sum(samples * n_);
     const Buffer<A> grad_query(wanted_.query ? query_sums : 0);
     const Buffer<A> mean_keys(subtracts_mean_keys() ? query_sums : 0);
     const Buffer<A> grad_key(wanted_.key ? copies * m_ * padded_columns<P>(e_) : 0);
@@ -153,7 +146,6 @@ class PositionBackward {
     const Shared shared{
         .first_sample = first_sample,
         .delta = delta.data(),
-        .correction = correction.data(),
         .grad_query = grad_query.data(),
         .mean_keys = mean_keys.data(),
         .grad_sum = grad_sum.data(),
@@ -254,35 +246,6 @@ class PositionBackward {
     }
   }
 
-  // tile.correction = log(sum over keys of exp(energy - logsumexp)) where any logsumexp of the tile is large, for
-  // `count` queries, whose operands and logsumexp are in w and tile. On entry it is 0.
-  void compute_correction(std::int64_t sample, std::int64_t count, const Workspace& w, const Tile& tile) const {
-    const std::int64_t columns = padded_columns<P>(count);
-    const auto is_large = [](A value) { return std::abs(value) > kLargeLogsumexp && std::isfinite(value); };
-    if (std::none_of(tile.logsumexp, tile.logsumexp + count, is_large)) {
-      return;
-    }
-    for (std::int64_t first_key = 0; first_key < m_; first_key += Tile::kKeys) {
-      const std::int64_t keys = std::min(Tile::kKeys, m_ - first_key);
-      pack_a_from_steps<P>(w.correction_keys, arguments_.key + sample * e_ * m_ + first_key, m_, keys, e_);
-      tile_gemm<P>(
-          AOperand<P>::packed(w.correction_keys), w.queries.query,
-          COperand<A>::row_major(w.correction_products, columns), keys, count, k_steps<P>(e_), GemmMode::kStore);
-      for (std::int64_t row = 0; row < keys; ++row) {
-        for (std::int64_t i = 0; i < columns; i += kLane) {
-          const V product = load<V>(w.correction_products + row * columns + i);
-          store(
-              tile.correction + i,
-              load<V>(tile.correction + i) +
-                  exp(fma(product, broadcast<V>(arguments_.scale), -load<V>(tile.logsumexp + i))));
-        }
-      }
-    }
-    for (std::int64_t i = 0; i < columns; ++i) {
-      tile.correction[i] = std::isfinite(tile.logsumexp[i]) ? std::log(tile.correction[i]) : A(0);
-    }
-  }
-
   std::int64_t largest_key_group() const {
     return std::min(round_up(m_, kKeyUnit), PositionSchedule::kGroup + kKeyUnit);
   }
@@ -295,10 +258,7 @@ class PositionBackward {
     const std::size_t operands = shares_operands() ? 0
                                                    : scratch_bytes<P>(KeyOperands<T>::size(keys, sizes_, wanted_)) +
             scratch_bytes<P>(QueryOperands<T>::size(queries, sizes_, wanted_));
-    const std::size_t correction = corrects_logsumexp()
-        ? scratch_bytes<P>(packed_a_size<P>(Tile::kKeys, e_)) + scratch_bytes<A>(Tile::kKeys * queries)
-        : 0;
-    return operands + correction + Tile::scratch(sizes_, tile_work(), largest_key_tile(), queries);
+    return operands + Tile::scratch(sizes_, tile_work(), largest_key_tile(), queries);
   }
 
   Workspace take_workspace(Scratch& scratch) const {
@@ -309,10 +269,6 @@ class PositionBackward {
       w.keys = KeyOperands<T>::in(scratch.take<P>(KeyOperands<T>::size(keys, sizes_, wanted_)), keys, sizes_, wanted_);
       w.queries = QueryOperands<T>::in(
           scratch.take<P>(QueryOperands<T>::size(queries, sizes_, wanted_)), queries, sizes_, wanted_);
-    }
-    if (corrects_logsumexp()) {
-      w.correction_keys = scratch.take<P>(packed_a_size<P>(Tile::kKeys, e_));
-      w.correction_products = scratch.take<A>(Tile::kKeys * queries);
     }
     return w;
   }
@@ -368,7 +324,7 @@ class PositionBackward {
         w.queries = own_queries;
         pack_queries(sample, query_tile, w.queries);
       }
-      load_statistics(shared, unit.sample, query_tile, order, w, tile);
+      load_statistics(shared, unit.sample, query_tile, order, tile);
       GemmMode query_mode = GemmMode::kStore;
       for_each_key_tile(keys, [&](Range key_tile) {
         const KeyOperands<T> key_operands = w.keys.from(key_tile.begin - keys.begin, sizes_);
@@ -407,13 +363,11 @@ class PositionBackward {
     }
   }
 
-  // Logsumexp and its gradient, delta and correction of a tile of queries, padded. The first unit of a query group
-  // computes the last two for the others. grad_sum starts at what the sum of dS is known to be, with its sign changed.
+  // Logsumexp, its rounding error and gradient, and delta of a tile of queries, padded. The first unit of a query group
+  // computes delta for the others. grad_sum starts at what the sum of dS is known to be, with its sign changed.
   void load_statistics(
-      const Shared& shared, std::int64_t sample, Range queries, const UnitOrder& order, const Workspace& w,
-      const Tile& tile) const {
+      const Shared& shared, std::int64_t sample, Range queries, const UnitOrder& order, const Tile& tile) const {
     A* const delta = shared.delta + sample * n_ + queries.begin;
-    A* const correction = shared.correction + sample * n_ + queries.begin;
     const std::int64_t first = (shared.first_sample + sample) * n_ + queries.begin;
     const std::int64_t count = queries.size();
     const std::int64_t columns = padded_columns<P>(count);
@@ -438,17 +392,9 @@ class PositionBackward {
           tile.logsumexp, tile.logsumexp + count, -std::numeric_limits<A>::infinity(),
           std::numeric_limits<A>::infinity());
     }
-    std::fill_n(tile.correction, columns, A(0));
+    std::fill_n(tile.logsumexp_low, columns, A(0));
     if (arguments_.logsumexp_low != nullptr) {
-      std::copy_n(arguments_.logsumexp_low + first, count, tile.correction);
-    }
-    if (corrects_logsumexp()) {
-      if (order.first_of_queries) {
-        compute_correction(shared.first_sample + sample, count, w, tile);
-        std::copy_n(tile.correction, count, correction);
-      } else {
-        std::copy_n(correction, count, tile.correction);
-      }
+      std::copy_n(arguments_.logsumexp_low + first, count, tile.logsumexp_low);
     }
     for (std::int64_t i = 0; i < columns; ++i) {
       tile.grad_sum[i] = A(0) - (order.first_of_queries ? arguments_.scale * tile.grad_logsumexp[i] : A(0));

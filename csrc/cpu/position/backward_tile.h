@@ -37,7 +37,7 @@ class PositionBackwardTile {
   static constexpr bool kIsFloat = std::is_same_v<T, float>;
 
   // Of the tile's queries. grad_query and mean_keys are sums over the tiles of a unit, in C panels (E x queries).
-  A *logsumexp, *correction;
+  A *logsumexp, *logsumexp_low;
   A* grad_logsumexp;  // read with DeltaSource::kTile; with kOutput it is part of delta
   A* delta;           // scale * (delta - grad_logsumexp)
   A *grad_query, *mean_keys;
@@ -55,7 +55,7 @@ class PositionBackwardTile {
     energy_grad_rows_ = scratch.take<P>(wanted.key ? k_steps<P>(keys * queries) : 0);
     energy_grads_ = scratch.take<P>(wanted.query ? k_steps<P>(keys * queries) : 0);
     logsumexp = scratch.take<A>(queries);
-    correction = scratch.take<A>(queries);
+    logsumexp_low = scratch.take<A>(queries);
     grad_logsumexp = scratch.take<A>(queries);
     delta = scratch.take<A>(queries);
     grad_sum = scratch.take<A>(queries);
@@ -96,7 +96,7 @@ class PositionBackwardTile {
       for_each_vector(keys, width, [&](std::int64_t row, std::int64_t i) {
         A* const element = weights_ + row * width + i;
         const V weight =
-            exp(fma(load<V>(element), scale, -load<V>(logsumexp + column + i)) - load<V>(correction + column + i));
+            exp(fma(load<V>(element), scale, -load<V>(logsumexp + column + i)) - load<V>(logsumexp_low + column + i));
         store(element, weight);
         if (for_value) {
           store_row(weight_rows_, row * columns + column + i, weight);

@@ -53,14 +53,16 @@ Tensor accumulated_gradient(const Tensor& input, bool wanted) {
 }
 
 // query (B, E, *S), key (B, E, *T), value (B, C, *T), key_padding_mask (B, *T)
-// -> output (B, C, *S), logsumexp (B, *S), output_low (B, C, *S) or (B, 0, *S)
-std::tuple<Tensor, Tensor, Tensor> position_attention(
+// -> output (B, C, *S), logsumexp (B, *S), output_low (B, C, *S) or (B, 0, *S), logsumexp_low (B, *S), empty for 16-bit
+// types
+std::tuple<Tensor, Tensor, Tensor, Tensor> position_attention(
     Tensor query, Tensor key, Tensor value, double scale, bool with_low, std::optional<Tensor> key_padding_mask) {
   const PositionSizes sizes = check_position_attention(query, key, value, scale, key_padding_mask);
   make_contiguous(query, key, value, key_padding_mask);
   Tensor output = new_feature_map(query, sizes.value_channels);
   Tensor output_low = new_feature_map(query, low_channels(value, with_low));
   Tensor logsumexp = new_position_statistics(query);
+  Tensor logsumexp_low = new_tensor(logsumexp_low_sizes(query), logsumexp.scalar_type());
   const SerialIfSmall serial(multiply_adds(sizes));
   dispatch_dtype(query.scalar_type(), [&]<class T>() {
     using A = AccumulatorOf<T>;
@@ -71,32 +73,33 @@ std::tuple<Tensor, Tensor, Tensor> position_attention(
         .output = {.rounded = mutable_data<T>(output)},
         .output_low = low_channels(value, with_low) > 0 ? mutable_data<T>(output_low) : nullptr,
         .logsumexp = mutable_data<A>(logsumexp),
-        .logsumexp_low = nullptr,
+        .logsumexp_low = sizeof(T) == 2 ? nullptr : mutable_data<A>(logsumexp_low),
         .sizes = sizes,
         .scale = static_cast<A>(scale),
         .is_part = false};
     attend(arguments, data<bool>(key_padding_mask));
   });
-  return {output, logsumexp, output_low};
+  return {output, logsumexp, output_low, logsumexp_low};
 }
 
 // grad_output (B, C, *S), query (B, E, *S), key (B, E, *T), value (B, C, *T), output (B, C, *S), logsumexp (B, *S),
-// output_low (B, C, *S), grad_logsumexp (B, *S), key_padding_mask (B, *T)
+// output_low (B, C, *S), logsumexp_low, grad_logsumexp (B, *S), key_padding_mask (B, *T)
 // -> grad_query (B, E, *S), grad_key (B, E, *T), grad_value (B, C, *T)
 std::tuple<Tensor, Tensor, Tensor> position_attention_backward(
     Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, Tensor logsumexp, double scale,
-    std::optional<Tensor> output_low, std::optional<Tensor> grad_logsumexp, std::vector<bool> needs_input_grad,
-    std::optional<Tensor> key_padding_mask, bool keys_complete) {
+    std::optional<Tensor> output_low, std::optional<Tensor> logsumexp_low, std::optional<Tensor> grad_logsumexp,
+    std::vector<bool> needs_input_grad, std::optional<Tensor> key_padding_mask, bool keys_complete) {
   const PositionSizes sizes = check_position_attention_backward(
-      grad_output, query, key, value, output, logsumexp, scale, output_low, grad_logsumexp, needs_input_grad,
-      key_padding_mask);
+      grad_output, query, key, value, output, logsumexp, scale, output_low, logsumexp_low, grad_logsumexp,
+      needs_input_grad, key_padding_mask);
   Tensor grad_query = new_gradient(query, needs_input_grad[0]);
   Tensor grad_key = new_gradient(key, needs_input_grad[1]);
   Tensor grad_value = new_gradient(value, needs_input_grad[2]);
   if (!is_any_wanted(needs_input_grad)) {
     return {grad_query, grad_key, grad_value};
   }
-  make_contiguous(grad_output, query, key, value, output, logsumexp, output_low, grad_logsumexp, key_padding_mask);
+  make_contiguous(
+      grad_output, query, key, value, output, logsumexp, output_low, logsumexp_low, grad_logsumexp, key_padding_mask);
   const SerialIfSmall serial(multiply_adds(sizes));
   dispatch_dtype(query.scalar_type(), [&]<class T>() {
     using A = AccumulatorOf<T>;
@@ -108,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor> position_attention_backward(
         .output = data<T>(output),
         .output_low = data<T>(output_low),
         .logsumexp = data<A>(logsumexp),
-        .logsumexp_low = nullptr,
+        .logsumexp_low = data<A>(logsumexp_low),
         .grad_logsumexp = data<A>(grad_logsumexp),
         .delta = nullptr,
         .grad_query = {.rounded = gradient_data<T>(grad_query, needs_input_grad[0])},

@@ -66,9 +66,8 @@ __global__ void __launch_bounds__(kRowThreads) merge_splits_kernel(const MergeSp
 
   const float* split_logsumexp = nullptr;
   const float* split_low = nullptr;
-  const auto weight_of_split = [&](int offset, float shift) {
-    const float difference = split_logsumexp[offset] - shift;
-    return expf(kHasLow && split_low != nullptr ? difference + split_low[offset] : difference);
+  const auto weight = [](float difference, const float* low) {
+    return expf(kHasLow && low != nullptr ? difference + *low : difference);
   };
   float shift = 0.0f, sum = 1.0f;
   if constexpr (kForward) {
@@ -84,7 +83,8 @@ __global__ void __launch_bounds__(kRowThreads) merge_splits_kernel(const MergeSp
     shift = max_logsumexp == -INFINITY ? 0.0f : max_logsumexp;
     sum = 0.0f;
     for (int s = 0; s < p.splits; ++s) {
-      sum += weight_of_split(s * stride, shift);
+      sum += weight(
+          split_logsumexp[s * stride] - shift, kHasLow && split_low != nullptr ? split_low + s * stride : nullptr);
     }
     if (first_channel == 0) {
       const float log = logf(sum), logsumexp = max_logsumexp + log;
@@ -107,7 +107,11 @@ __global__ void __launch_bounds__(kRowThreads) merge_splits_kernel(const MergeSp
   for (int s = 0; s < p.splits; ++s) {
     float factor = 1.0f;
     if constexpr (kForward) {
-      factor = weight_of_split(s * p.tiles * kPositions, shift);
+      factor = weight(*split_logsumexp - shift, split_low);
+      split_logsumexp += p.tiles * kPositions;
+      if (kHasLow && split_low != nullptr) {
+        split_low += p.tiles * kPositions;
+      }
     }
 #pragma unroll
     for (int c = 0; c < kMergeChannels; ++c) {

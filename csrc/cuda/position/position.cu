@@ -19,7 +19,6 @@
 namespace segattn::cuda {
 namespace {
 
-using Forward = std::tuple<Tensor, Tensor, Tensor>;
 using Backward = std::tuple<Tensor, Tensor, Tensor>;
 
 // (B, *S), in the dtype of accumulation
@@ -77,7 +76,7 @@ void attend(
   }
 }
 
-Forward position_attention(
+std::tuple<Tensor, Tensor, Tensor, Tensor> position_attention(
     const Tensor& query, const Tensor& key, const Tensor& value, double scale, bool with_low,
     const std::optional<Tensor>& key_padding_mask) {
   const PositionSizes sizes = check_position_attention(query, key, value, scale, key_padding_mask);
@@ -86,16 +85,14 @@ Forward position_attention(
   context.position_count("key", sizes.keys);
   const ForwardResults results{
       allocate_feature_map(query, value.size(1)), allocate_feature_map(query, low_channels(value, with_low)),
-      allocate_statistic(query),
-      is_16_bit(context.dtype) ? allocate(query, {sizes.batch, 0}, ScalarType::Float) : allocate_statistic(query),
-      false};
+      allocate_statistic(query), allocate(query, logsumexp_low_sizes(query), accumulation_dtype(context.dtype)), false};
   if (sizes.batch > 0 && sizes.queries > 0) {
     attend(context, sizes, query, key, value, scale, key_padding_mask, results);
   }
-  return {results.output, results.logsumexp, results.output_low};
+  return {results.output, results.logsumexp, results.output_low, results.logsumexp_low};
 }
 
-Forward position_attention_partial(
+std::tuple<Tensor, Tensor, Tensor> position_attention_partial(
     const Tensor& query, const Tensor& key, const Tensor& value, double scale,
     const std::optional<Tensor>& key_padding_mask) {
   const PositionSizes sizes = check_position_attention_partial(query, key, value, scale, key_padding_mask);
@@ -197,24 +194,31 @@ void differentiate(
   }
 }
 
+// The rounding error of logsumexp (B, *S) as in BackwardCall: zeros where the kernels read one and none is given.
+std::optional<Tensor> low_of(
+    const LaunchContext& context, const Tensor& logsumexp, const std::optional<Tensor>& logsumexp_low) {
+  if (is_16_bit(context.dtype) || logsumexp_low.has_value()) {
+    return contiguous(logsumexp_low);
+  }
+  Tensor zeros = allocate_like(logsumexp);
+  torch::stable::zero_(zeros);
+  return zeros;
+}
+
 Backward position_attention_backward(
     const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output,
     const Tensor& logsumexp, double scale, const std::optional<Tensor>& output_low,
-    const std::optional<Tensor>& grad_logsumexp, const std::vector<bool>& needs_input_grad,
-    const std::optional<Tensor>& key_padding_mask, bool keys_complete) {
+    const std::optional<Tensor>& logsumexp_low, const std::optional<Tensor>& grad_logsumexp,
+    const std::vector<bool>& needs_input_grad, const std::optional<Tensor>& key_padding_mask, bool keys_complete) {
   const PositionSizes sizes = check_position_attention_backward(
-      grad_output, query, key, value, output, logsumexp, scale, output_low, grad_logsumexp, needs_input_grad,
-      key_padding_mask);
+      grad_output, query, key, value, output, logsumexp, scale, output_low, logsumexp_low, grad_logsumexp,
+      needs_input_grad, key_padding_mask);
   const LaunchContext context("position_attention_backward", query);
   context.position_count("query", sizes.queries);
   context.position_count("key", sizes.keys);
-  std::optional<Tensor> logsumexp_low;
-  if (!is_16_bit(context.dtype)) {
-    logsumexp_low = allocate_like(logsumexp);
-    torch::stable::zero_(*logsumexp_low);
-  }
   const QueryStatistics statistics{
-      torch::stable::contiguous(logsumexp), logsumexp_low, contiguous(grad_logsumexp), keys_complete, false};
+      torch::stable::contiguous(logsumexp), low_of(context, logsumexp, logsumexp_low), contiguous(grad_logsumexp),
+      keys_complete, false};
   const auto delta = [&](const BackwardCall& call) {
     const std::optional<FeatureMap> low =
         output_low.has_value() ? std::optional(feature_map(*output_low)) : std::nullopt;

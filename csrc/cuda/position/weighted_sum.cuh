@@ -142,8 +142,12 @@ struct WeightedSum : WeightedSumSoftmax<Traits_, kSum, kKeys> {
   // is 0.
   __device__ __forceinline__ void normalize() {
     const int lane = lane_index(), first_owned = block_shared->first_owned;
-    const int64_t first = p.to_partials ? static_cast<int64_t>(block_shared->partial) * Traits::kOwned
-                                        : block_shared->sample * p.owned_positions + first_owned;
+    const auto of_block = [&](float* statistic) {
+      return statistic +
+          (p.to_partials ? static_cast<int64_t>(block_shared->partial) * Traits::kOwned
+                         : block_shared->sample * p.owned_positions + first_owned);
+    };
+    float* logsumexp = of_block(p.logsumexp);
     __syncthreads();  // every warp has read the factors of the last step
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -154,10 +158,11 @@ struct WeightedSum : WeightedSumSoftmax<Traits_, kSum, kKeys> {
         factors[row] = kKeys == Keys::kAll || first_step < end_step ? 1.0f / divisor : 0.0f;
         if (p.to_partials || (block_shared->channel_block == 0 && first_owned + row < p.owned_positions)) {
           const float rest = __fmaf_rn(row_max[h], p.ln2_low, logf(sum));
-          const float logsumexp = __fmaf_rn(row_max[h], p.ln2, rest);
-          p.logsumexp[first + row] = logsumexp;
+          const float rounded_logsumexp = __fmaf_rn(row_max[h], p.ln2, rest);
+          logsumexp[row] = rounded_logsumexp;
           if constexpr (sizeof(Element) == 4) {
-            p.logsumexp_low[first + row] = rounding_error(logsumexp, __fmaf_rn(row_max[h], p.ln2, -logsumexp) + rest);
+            const float error = __fmaf_rn(row_max[h], p.ln2, -rounded_logsumexp) + rest;
+            of_block(p.logsumexp_low)[row] = rounding_error(rounded_logsumexp, error);
           }
         }
       }

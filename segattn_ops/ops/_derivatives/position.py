@@ -42,17 +42,27 @@ def jvp(operators: Any, arguments: Sequence[Any], tangents: MaybeTensors) -> tup
     query, key, value, scale, _, key_padding_mask = arguments
     output_shape = (*value.shape[:2], *query.shape[2:])
     attention = _attention(query, key, value, scale, key_padding_mask)
-    return *attention.jvp(tangents[:3], output_shape), None
+    return *attention.jvp(tangents[:3], output_shape), None, None
 
 
 def backward_jvp(operators: Any, arguments: Sequence[Any], tangents: MaybeTensors) -> list[Tensor | None]:
-    return of_backward.jvp(_of_backward(arguments), arguments, tangents)
+    return of_backward.jvp(_of_backward(arguments), _without_low(arguments), _without_low(tangents))
 
 
 def double_backward(
     operators: Any, arguments: Sequence[Any], cotangents: MaybeTensors, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    return of_backward.double_backward(_of_backward(arguments), arguments, cotangents, wanted)
+    attention = _of_backward(arguments)
+    gradients = of_backward.double_backward(attention, _without_low(arguments), cotangents, _without_low(wanted))
+    return *gradients[:_LOW], None, *gradients[_LOW:]
+
+
+_LOW = 8  # the place of logsumexp_low, the second low part, among the arguments of position_attention_backward
+
+
+def _without_low(arguments: Sequence[Any]) -> list[Any]:
+    """The arguments in the order of `of_backward`."""
+    return [*arguments[:_LOW], *arguments[_LOW + 1 :]]
 
 
 def _of_backward(arguments: Sequence[Any]) -> Attention:
