@@ -314,6 +314,30 @@ check("CompactPositionAttention, parallel", lambda: attended(blocks.CompactPosit
       inputs=lambda: [images(WIDE), images(WIDE)[:, :, 0].mT])  # fmt: skip
 
 
+# Poolings of one dimension
+
+
+def strips(run: Run) -> None:
+    """Over rows, or columns, alone: refused where both are sharded."""
+    columns = Calls(lambda x: (F.adaptive_avg_pool2d(x, (None, 4)), x.mean(3, keepdim=True) * x,
+                               F.adaptive_max_pool2d(x, (None, 1)), x.sum(-1, keepdim=True)))  # fmt: skip
+    rows = Calls(lambda x: (F.adaptive_avg_pool2d(x, (3, None)), x.mean(2), x.amax(-2, keepdim=True),
+                            x * F.adaptive_avg_pool2d(x, (1, None))))  # fmt: skip
+    if len(run.layout.widths) == 1:
+        compare(run, columns, [images()])
+        compare(run, rows, [images()], whole=[0, 1, 2])
+    else:
+        for function in (
+            lambda x: F.adaptive_avg_pool2d(x, (None, 4)), lambda x: F.adaptive_avg_pool2d(x, (3, None)),
+            lambda x: x.mean(3, keepdim=True), lambda x: x.sum(2),
+        ):  # fmt: skip
+            model = spatially_parallel(Calls(function), run.mesh)
+            raises(NotImplementedError, "the model .Calls. calls .*one of (its )?two", model,
+                   run.part(images()))  # fmt: skip
+
+
+CHECKS["strips"] = strips
+
 # Blocks with mesh
 
 BLOCKS: dict[str, tuple[Callable[..., nn.Module], int]] = {
