@@ -33,6 +33,7 @@ from segattn_ops import models
 from segattn_ops import nn as blocks
 from segattn_ops.distributed import reduce_gradients, spatially_parallel
 
+from ..peers import blocks as peer_blocks
 from .processes import fork
 
 HEIGHT, WIDTH, CHANNELS = 11, 9, 4
@@ -409,6 +410,19 @@ def block_within_a_model(run: Run) -> None:
 
 
 CHECKS["blocks with mesh within a model"] = block_within_a_model
+
+
+def converted(run: Run) -> None:
+    """Blocks of other packages, whose N x N maps are refused."""
+    peers = [p(WIDE) for p in (peer_blocks.PAM_Module, peer_blocks.CAM_Module, peer_blocks.CrissCrossAttention)]
+    model = attended(nn.Sequential(nn.Conv2d(C, WIDE, 3, 2, 1), *peers)).double()
+    other = spatially_parallel(copy.deepcopy(model), run.mesh)
+    raises(NotImplementedError, r"1 .PAM_Module. calls .* sharded", other, run.part(images()))
+    assert len(segattn_ops.convert(model).converted) == 3
+    compare(run, model, [images()])
+
+
+CHECKS["converted"] = converted
 
 # Networks
 
@@ -790,7 +804,7 @@ CHECKS["the same bits"] = the_same_bits
 # Checks that run on some layouts only: of whole models, and those that communicate little.
 ON_ONE_LAYOUT = {name for name in CHECKS if name.startswith("refused") or name in (
     "activation checkpointing", "FSDP2 before", "FSDP2 after", "dropout", "dtypes", "the same bits", "arguments",
-    "blocks that refuse a mesh") or name.endswith((", training", ", evaluated"))}  # fmt: skip
+    "converted", "blocks that refuse a mesh") or name.endswith((", training", ", evaluated"))}  # fmt: skip
 
 
 def runs(name: str, layout: Layout) -> bool:
