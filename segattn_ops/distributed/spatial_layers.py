@@ -362,13 +362,10 @@ def _interpolate(
         else:
             places = _coordinates(length, count, scale, mode, align_corners)
         sources = [_neighbours(places[slice(*own_range(made, i))], length) for i in range(len(made))]
-        group = lineage.group(axis) if input.is_sharded else None
-        wanted = [_ranges([s for both in of_rank for s in both[:2]]) for of_rank in sources]
-        if group is None and len(held) == 1:
-            wanted = [[(0, length)]] if len(made) == 1 else [[(0, length)]] * len(made)
-            ranges = [(0, length)]
-        else:
-            local = fetch(local, 2 + axis, group, held, wanted)
+        ranges = [(0, length)]
+        if len(held) > 1:
+            wanted = [_ranges([s for both in of_rank for s in both[:2]]) for of_rank in sources]
+            local = fetch(local, 2 + axis, lineage.group(axis), held, wanted)
             ranges = wanted[index]
         local = _blended(local, 2 + axis, sources[index], ranges)
     return _result(input, local, parts)
@@ -413,23 +410,20 @@ def _adaptive(
     lineage = input.lineage
     kept = [axis for axis in range(len(lineage.space.along)) if sizes[axis] is None]
     if len(kept) == len(lineage.space.along):
-        sizes[0] = sizes[0] and input.parts[0][lineage.index(0)]
-        local = _local_adaptive(func, part_of(input), sizes)
-        widths = input.parts[1] if sizes[1] is None else (int(sizes[1]),)
-        return _result(input, local, (input.parts[0], widths))
+        if sizes[1] is None:
+            return input
+        return _result(input, _local_adaptive(func, part_of(input), sizes[1]), (input.parts[0], (sizes[1],)))
     if kept:
         raise refusal(f"{name} of one of two sharded dimensions", [input])
     return input.replicated(pooled(input, sizes))
 
 
-def _local_adaptive(func: Any, local: Tensor, sizes: Sequence[int | None]) -> Tensor:
+def _local_adaptive(func: Any, local: Tensor, width: int) -> Tensor:
     """Along the width alone."""
     height = local.shape[2]
-    if sizes[1] is None:
-        return local
     if height == 0:
-        return _empty((*local.shape[:3], sizes[1]), local)
-    made: Tensor = func(local, (height, sizes[1]))
+        return _empty((*local.shape[:3], width), local)
+    made: Tensor = func(local, (height, width))
     return made
 
 

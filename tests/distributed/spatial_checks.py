@@ -33,6 +33,7 @@ from segattn_ops import models
 from segattn_ops import nn as blocks
 from segattn_ops.distributed import reduce_gradients, spatially_parallel
 
+from ..peers import blocks as peer_blocks
 from .processes import fork
 
 HEIGHT, WIDTH, CHANNELS = 11, 9, 4
@@ -314,6 +315,30 @@ check("CompactPositionAttention, parallel", lambda: attended(blocks.CompactPosit
       inputs=lambda: [images(WIDE), images(WIDE)[:, :, 0].mT])  # fmt: skip
 
 
+# Poolings of one dimension
+
+
+def strips(run: Run) -> None:
+    """Over rows, or columns, alone: refused where both are sharded."""
+    columns = Calls(lambda x: (F.adaptive_avg_pool2d(x, (None, 4)), x.mean(3, keepdim=True) * x,
+                               F.adaptive_max_pool2d(x, (None, 1)), x.sum(-1, keepdim=True)))  # fmt: skip
+    rows = Calls(lambda x: (F.adaptive_avg_pool2d(x, (3, None)), x.mean(2), x.amax(-2, keepdim=True),
+                            x * F.adaptive_avg_pool2d(x, (1, None))))  # fmt: skip
+    if len(run.layout.widths) == 1:
+        compare(run, columns, [images()])
+        compare(run, rows, [images()], whole=[0, 1, 2])
+    else:
+        for function in (
+            lambda x: F.adaptive_avg_pool2d(x, (None, 4)), lambda x: F.adaptive_avg_pool2d(x, (3, None)),
+            lambda x: x.mean(3, keepdim=True), lambda x: x.sum(2),
+        ):  # fmt: skip
+            model = spatially_parallel(Calls(function), run.mesh)
+            raises(NotImplementedError, "the model .Calls. calls .*one of (its )?two", model,
+                   run.part(images()))  # fmt: skip
+
+
+CHECKS["strips"] = strips
+
 # Blocks with mesh
 
 BLOCKS: dict[str, tuple[Callable[..., nn.Module], int]] = {
@@ -385,6 +410,19 @@ def block_within_a_model(run: Run) -> None:
 
 
 CHECKS["blocks with mesh within a model"] = block_within_a_model
+
+
+def converted(run: Run) -> None:
+    """Blocks of other packages, whose N x N maps are refused."""
+    peers = [p(WIDE) for p in (peer_blocks.PAM_Module, peer_blocks.CAM_Module, peer_blocks.CrissCrossAttention)]
+    model = attended(nn.Sequential(nn.Conv2d(C, WIDE, 3, 2, 1), *peers)).double()
+    other = spatially_parallel(copy.deepcopy(model), run.mesh)
+    raises(NotImplementedError, r"1 .PAM_Module. calls .* sharded", other, run.part(images()))
+    assert len(segattn_ops.convert(model).converted) == 3
+    compare(run, model, [images()])
+
+
+CHECKS["converted"] = converted
 
 # Networks
 
@@ -766,7 +804,7 @@ CHECKS["the same bits"] = the_same_bits
 # Checks that run on some layouts only: of whole models, and those that communicate little.
 ON_ONE_LAYOUT = {name for name in CHECKS if name.startswith("refused") or name in (
     "activation checkpointing", "FSDP2 before", "FSDP2 after", "dropout", "dtypes", "the same bits", "arguments",
-    "blocks that refuse a mesh") or name.endswith((", training", ", evaluated"))}  # fmt: skip
+    "converted", "blocks that refuse a mesh") or name.endswith((", training", ", evaluated"))}  # fmt: skip
 
 
 def runs(name: str, layout: Layout) -> bool:
