@@ -115,7 +115,7 @@ def _without(made: Tensor, own: Sequence[Range]) -> Tensor:
     """The outputs of this rank, perhaps none."""
     for dim, (start, stop) in enumerate(own, 2):
         if start == stop:
-            made = made.narrow(dim, 0, 0)
+            made = made.narrow(dim, 0, 0).clone()  # no view, which an in-place layer would change
     return made
 
 

@@ -63,6 +63,10 @@ def _special(names: str) -> list[Any]:
     return [getattr(place, method) for method in methods for place in places if hasattr(place, method)]
 
 
+_IN_PLACE = {f"{name}_" for name in f"{_UNARY} {_BINARY}".split()} | {
+    f"__{n}__" for n in _SPECIAL.split() if n[0] == "i"
+}
+
 OWN_FUNCTIONS.update(getattr(Tensor, name) for name in _OWN.split() if hasattr(Tensor, name))
 OWN_FUNCTIONS.update(
     getattr(Tensor, name).__get__ for name in _OWN_PROPERTIES.split() if hasattr(getattr(Tensor, name, None), "__get__")
@@ -80,6 +84,8 @@ def _pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
     if not sharded:
         return on_replicated(func, args, kwargs)
     like = sharded[0]
+    if "out" in kwargs or (name_of(func) in _IN_PLACE and args[0] is not like):
+        raise refusal(name_of(func), maps, "it writes a part of another tensor, so it has no rule")
     aligned = [align(func, m, like) for m in maps]
     used = {id(m): a for m, a in zip(maps, aligned, strict=True)}
     dims = max((len(own_shape(t)) for t in _tensors(args, kwargs)), default=0)
@@ -394,16 +400,11 @@ def _permute(func: Any, input: SpatialMap, *dims: Any, **kwargs: Any) -> Spatial
     return _permuted(input, given if isinstance(given[0], int) else given[0])
 
 
-@handles(torch.transpose, Tensor.transpose, torch.swapaxes, Tensor.swapaxes)
-def _transpose(func: Any, input: SpatialMap, dim0: int, dim1: int) -> SpatialMap:
+@handles(torch.transpose, Tensor.transpose, torch.swapaxes, Tensor.swapaxes, Tensor.mT.__get__)  # type: ignore[attr-defined]
+def _transpose(func: Any, input: SpatialMap, dim0: int = -2, dim1: int = -1) -> SpatialMap:
     order = list(range(len(own_shape(input))))
     order[dim0], order[dim1] = order[dim1], order[dim0]
     return _permuted(input, order)
-
-
-@handles(Tensor.mT.__get__)  # type: ignore[attr-defined]
-def _matrix_transpose(func: Any, input: SpatialMap) -> SpatialMap:
-    return _transpose(func, input, -2, -1)
 
 
 @handles(torch.movedim, Tensor.movedim, torch.moveaxis, Tensor.moveaxis)

@@ -228,11 +228,12 @@ def channel_apply(energy: Tensor, value: Tensor, scale: float = -1.0, gamma: Ten
     if gamma is None:
         (converted,) = autocast(value)
         return like_inputs(_apply(energy, converted, scale), value)
-    check_channel_apply(energy, value, scale, None)
+    if energy.dim() != 3 or value.dim() < 3:  # gamma's sizes follow from theirs
+        check_channel_apply(energy, value, scale, None)
     factors = channel_factors("channel_apply", gamma, Argument("value", value), energy.shape[1])
-    check_channel_apply(energy, value, scale, factors)
     (converted,) = autocast(value)
     if converted.dtype != value.dtype:
+        check_channel_apply(energy, value, scale, factors)
         attended = _apply(energy, converted, scale)
         output = (factors.reshape(*factors.shape, *[1] * (value.dim() - 2)) * attended + value).to(value.dtype)
     else:

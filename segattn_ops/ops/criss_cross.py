@@ -141,9 +141,8 @@ def criss_cross_attention(
 
 
 def criss_cross_rows(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """The part of :func:`criss_cross_attention` over the row, self included. With w = exp(logsumexp + logsumexp_low -
-    maximum of both parts), criss-cross attention is the mean of this output and of that of
-    :func:`criss_cross_columns`, weighted by w.
+    """The part of :func:`criss_cross_attention` over the row, self included. Criss-cross attention is the mean of this
+    output and of that of :func:`criss_cross_columns`, weighted by exp(logsumexp + logsumexp_low) of either.
 
     Args:
         query: (B, E, H, W), float16, bfloat16, float32 or float64.

@@ -1,17 +1,15 @@
 """Checks of spatially parallel models on 2, 3 and 4 processes: ``python -m tests.distributed.spatial_checks`` prints a
 JSON object, the name of each check -> its error or null. tests/distributed/test_spatial.py runs it.
 
-A fresh process imports torch once and forks, as tests/ops/dtensor_checks.py does.
+One process forks the ranks of all layouts, so that torch and torchvision are imported once.
 """
 
 import copy
 import functools
 import json
-import multiprocessing
 import re
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -35,8 +33,11 @@ from segattn_ops import models
 from segattn_ops import nn as blocks
 from segattn_ops.distributed import reduce_gradients, spatially_parallel
 
+from .processes import fork
+
 HEIGHT, WIDTH, CHANNELS = 11, 9, 4
 TOLERANCE = 1e-12
+TIMEOUT = 20  # seconds, of a collective
 
 
 class Layout(NamedTuple):
@@ -627,6 +628,9 @@ REFUSED: dict[str, Callable[[Tensor], Any]] = {
     "antialias": lambda x: F.interpolate(x, (5, 5), mode="bilinear", antialias=True),
     "max_pool2d with indices": lambda x: F.max_pool2d(x, 2, return_indices=True),
     "instance_norm with running statistics": lambda x: nn.InstanceNorm2d(C, track_running_stats=True).double()(x),
+    "in place of a whole": lambda x: torch.zeros(2, C, HEIGHT, WIDTH, dtype=x.dtype).add_(x),
+    "in place of a mean": lambda x: x.mean((2, 3), keepdim=True).expand(2, C, HEIGHT + 1, WIDTH).clone().add_(x),
+    "out": lambda x: torch.add(x, x, out=torch.empty_like(x)),
     "a map of another size": lambda x: x + torch.zeros(HEIGHT + 1, WIDTH),
     "reshape to pixels": lambda x: x.reshape(-1, C),
     "numpy": lambda x: x.detach().numpy(),
@@ -759,28 +763,38 @@ def the_same_bits(run: Run) -> None:
 CHECKS["the same bits"] = the_same_bits
 
 
-def _run(rank: int, ranks: int, folder: str, names: Sequence[str], results: Any) -> None:
-    torch.set_num_threads(1)
-    segattn_ops.set_default_backend("reference")
+# Checks that run on some layouts only: of whole models, and those that communicate little.
+ON_ONE_LAYOUT = {name for name in CHECKS if name.startswith("refused") or name in (
+    "activation checkpointing", "FSDP2 before", "FSDP2 after", "dropout", "dtypes", "the same bits", "arguments",
+    "blocks that refuse a mesh") or name.endswith((", training", ", evaluated"))}  # fmt: skip
+
+
+def runs(name: str, layout: Layout) -> bool:
+    ranks = next(ranks for ranks, layouts in LAYOUTS.items() if layout in layouts)
+    if name in ON_FOUR or name in ON_TWO:
+        return layout is LAYOUTS[4 if name in ON_FOUR else 2][0]
+    return name not in ON_ONE_LAYOUT or layout is LAYOUTS[ranks][0]
+
+
+NAMES = [f"{name} [{layout.name}]" for layouts in LAYOUTS.values() for layout in layouts for name in CHECKS
+         if runs(name, layout)]  # fmt: skip
+
+
+def _run(folder: str, names: Sequence[str]) -> dict[str, str | None]:
+    """On a rank. After an error the ranks may be out of step: they make the process groups again."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     store = dist.FileStore(f"{folder}/errors", ranks)
     errors: dict[str, str | None] = {}
-    groups = 0
     for layout in LAYOUTS[ranks]:
         run: Run | None = None
         for name in names:
-            if (name in ON_FOUR and layout is not LAYOUTS[4][0]) or (name in ON_TWO and ranks != 2):
+            if not runs(name, layout):
                 continue
             if run is None:
-                groups += 1
-                dist.init_process_group(
-                    "gloo", init_method=f"file://{folder}/{groups}", rank=rank, world_size=ranks,
-                    timeout=timedelta(seconds=10),
-                )  # fmt: skip
                 dims = ("height", "width")[: len(layout.mesh_shape)]
                 run = Run(init_device_mesh("cpu", layout.mesh_shape, mesh_dim_names=dims), layout)
             torch.manual_seed(0)
             key = f"{name} [{layout.name}]"
-            start = time.time()
             try:
                 CHECKS[name](run)
                 error = ""
@@ -789,31 +803,21 @@ def _run(rank: int, ranks: int, folder: str, names: Sequence[str], results: Any)
             store.set(f"{key} {rank}", error)
             found = [store.get(f"{key} {other}").decode() for other in range(ranks)]
             errors[key] = next((e for e in found if e and "communication failed" not in e), None) or max(found) or None
-            if time.time() - start > 0.5 and rank == 0:
-                print(f"{key}: {time.time() - start:.1f} s", file=sys.stderr)
-            if errors[key]:  # the ranks are out of step
+            if errors[key]:
                 dist.destroy_process_group()
+                rendezvous = f"file://{folder}/rendezvous {len(errors)} {ranks}"
+                timeout = timedelta(seconds=TIMEOUT)
+                dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=ranks, timeout=timeout)
                 run = None
-        if run is not None:
-            dist.destroy_process_group()
-    if rank == 0:
-        results.put(errors)
+    return errors
 
 
 def main(names: Sequence[str]) -> None:
-    context = multiprocessing.get_context("fork")
     errors: dict[str, str | None] = {}
     for ranks in LAYOUTS:
-        results = context.Queue()
         with tempfile.TemporaryDirectory() as folder:
-            arguments = (ranks, folder, names or list(CHECKS), results)
-            processes = [context.Process(target=_run, args=(rank, *arguments)) for rank in range(ranks)]
-            for process in processes:
-                process.start()
-            errors.update(results.get(timeout=200))
-            for process in processes:
-                process.join()
-    json.dump(errors, sys.stdout)
+            errors.update(fork(ranks, _run, (folder, names or list(CHECKS)), TIMEOUT)[0])
+    print(json.dumps(errors))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch._decomp import get_decompositions
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -496,6 +497,13 @@ def test_one_graph(kernels, kind):
     assert torch.equal(*outputs)
     for a, b in zip(*(torch.autograd.grad(o.sum(), inputs) for o in outputs), strict=True):
         assert torch.equal(a, b)
+
+
+@each_kind
+def test_the_decomposition_for_onnx(kind):
+    forward, _, arguments, _ = operator_calls(torch.ops.segattn)[kind]
+    decomposed = get_decompositions([forward.default])[forward.default]
+    torch.testing.assert_close(decomposed(*arguments), forward(*arguments))
 
 
 def test_flops(kernels):

@@ -353,9 +353,10 @@ Triple channel_attention_backward(
   return {grad_query, grad_key, grad_value};
 }
 
-// result (B, M, *S) = matrix (B, M, K), in the dtype of accumulation, times map (B, K, *S). Operands of 16 bits, as in
-// channel_attention_backward. Rows beyond float16's range are no matter: of a matrix divided by the sums of its rows'
-// magnitudes, the product is at most as large as the map, so that the factors overflow only where the result does.
+// result (B, M, *S) = matrix (B, M, K), in the dtype of accumulation, times map (B, K, *S). The operands have 16 bits
+// for 16-bit maps, as in channel_attention_backward. The matrix may exceed float16, so its rows are divided by powers
+// of two above the sums of their magnitudes. The product is then at most as large as the map, and multiplying it by the
+// factors overflows only where the result does.
 void multiply_map(const LaunchContext& context, const Tensor& matrix, const Tensor& map, const Tensor& result) {
   if (context.dtype != ScalarType::Half) {
     const bool rounds = context.dtype != matrix.scalar_type();
