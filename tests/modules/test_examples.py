@@ -169,7 +169,7 @@ def large(tmp_path_factory) -> tuple:
 def test_large_scene_in_shards_is_that_of_one_process(large) -> None:
     result, out = large
     assert [own["rows"] for own in result["ranks"]] == [1200, 800]
-    assert result["equal_labels"] > 0.9999 and result["difference"] < 1e-4 * result["largest"]
+    assert result["equal_labels"] > 0.9999 and result["difference"] < 1e-3 * result["largest"]
     assert all(own["sent_mib"] > 1 for own in result["ranks"])
     assert io.imread(out / "large_scene.png").std() > 5
 
