@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from segattn_ops import reference
-from segattn_ops.ops import position_attention_partial, position_attention_partial_backward
+from segattn_ops.ops import position_attention, position_attention_partial, position_attention_partial_backward
 from segattn_ops.ops._check import accumulation_dtype
 
 from ..families import DTYPES
@@ -227,6 +227,26 @@ def test_large_energies(kernels, twins, parts):
     exact = results_of_all(eager, [t.double() for t in inputs], [g.double() for g in gradients], mask, 1.0)
     got = results_of_parts(on(kernels.device, inputs), on(kernels.device, gradients), parts, None, 1.0)
     for name, g, x in zip(NAMES, got, exact, strict=True):
+        error = (g.double() - x).norm() / x.norm()
+        assert error < 1e-6, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("twins", [False, True])
+def test_all_keys_at_large_energies(kernels, twins):
+    """position_attention itself, whose backward takes the rounding error of the logsumexp too."""
+    query, key, value, grad_output = exact_energies(torch.float32)
+    if twins:
+        key[..., 100:] = key[..., :100]
+    gradients = [grad_output, torch.randn(2, 1, 11, 14)]
+    mask = torch.zeros(2, 200, dtype=torch.bool)
+    inputs = [query, key, value]
+    exact = results_of_all(eager, [t.double() for t in inputs], [g.double() for g in gradients], mask, 1.0)
+
+    def function(*tensors):
+        return position_attention(*tensors[:4], return_logsumexp=True)
+
+    moved = on(kernels.device, inputs), on(kernels.device, gradients)
+    for name, g, x in zip(NAMES, results_of_all(function, *moved, mask, 1.0), exact, strict=True):
         error = (g.double() - x).norm() / x.norm()
         assert error < 1e-6, f"{name}: {error:.1e}"
 

@@ -15,8 +15,8 @@
 //             Deep       128 queries x 128 keys, E <= 64         132,096, four stages
 //             Flat       128 queries x 128 keys, E <= 64          99,328, two stages
 //             Any         64 queries x  64 keys, any E            256 E + 25,088: E <= 256 at 99 KB, 768 on sm_90
-//   TF32      Kept        64 queries x  64 keys, E <= 64          99,328, including 16,896 for P and the sums of dS
-//             Any         64 queries x  64 keys, any E            512 E + 66,560: E <= 64 at 99 KB, 320 on sm_90
+//   TF32      Kept        64 queries x  64 keys, E <= 64          99,584, including 16,896 for P and the sums of dS
+//             Any         64 queries x  64 keys, any E            512 E + 66,816: E <= 64 at 99 KB, 320 on sm_90
 // A chunk of Deep and Flat takes 256 mma, about 410 cycles on an H200 and 1,024 on sm_86. A read from L2 takes longer
 // than that on the former and less on the latter, so devices with shared memory for only two stages need no more.
 // Resident keeps grad_output of a query block in shared memory: with both operands streamed, L2 takes longer than the
