@@ -187,7 +187,10 @@ def _call_everything(operators, key_channels: int, value_channels: int, side: in
     value, weights = features(value_channels, side, side), features(2 * side - 1, side, side)
     call("position_attention", query, key, value, 1.0)
     call("position_attention", query, key, value, 1.0, False, torch.zeros(1, side, side, dtype=torch.bool))
+    call("position_attention_partial", query, key, value, 1.0)
     call("criss_cross_attention", query, key, value, 1.0)
+    call("criss_cross_rows", query, key, value, 1.0)
+    call("criss_cross_columns", query, key, value, 1.0)
     call("criss_cross_affinity", query, key)
     call("criss_cross_aggregation", weights, value)
     few = [features(value_channels, 8, 8) for _ in range(3)]  # small: torch's own products do run
@@ -195,6 +198,10 @@ def _call_everything(operators, key_channels: int, value_channels: int, side: in
     call("channel_self_attention", few[0], 1.0)
     gamma = torch.ones(1, value_channels, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
     call("channel_self_attention", few[0], 1.0, gamma)
+    call("channel_energy", *few[:2])
+    call("channel_energy", few[0])
+    energy = torch.zeros(1, value_channels, value_channels, dtype=gamma.dtype, requires_grad=True)
+    call("channel_apply", energy, few[0], 1.0, gamma)
 
 
 def launches(emulator: ModuleType, architectures: tuple[int, ...] = ARCHITECTURES) -> dict[tuple[str, int], Launch]:
