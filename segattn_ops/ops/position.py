@@ -267,7 +267,10 @@ def position_attention_partial_backward(
     if operators is None:
         check_position_attention_partial_backward(*tensors, scale, needs, key_padding_mask)
         with without_autocast(query.device.type):
-            return _derivatives.partial_gradients(*tensors, scale, needs, key_padding_mask)
+            gradients = reference.position_attention_partial_backward(*tensors, scale, key_padding_mask)
+        empty = empty_gradients(gradients, (False,) * 3)
+        grad_query, grad_key, grad_value = (g if n else e for g, e, n in zip(gradients, empty, needs, strict=True))
+        return grad_query, grad_key, grad_value
     grad_query, grad_key, grad_value = operators.position_attention_partial_backward(
         *tensors, scale, needs, key_padding_mask
     )

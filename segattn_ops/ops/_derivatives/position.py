@@ -1,9 +1,8 @@
-"""position_attention and position_attention_partial."""
+"""position_attention."""
 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .._check import accumulation_dtype
@@ -69,34 +68,3 @@ def _of_backward(arguments: Sequence[Any]) -> Attention:
     _, query, key, value, _, _, scale, *_, key_padding_mask, keys_complete = arguments
     of_backward.check_keys_complete("position_attention_backward", keys_complete)
     return _attention(query, key, value, scale, key_padding_mask)
-
-
-def partial_gradients(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    logsumexp: Tensor,
-    logsumexp_low: Tensor,
-    delta: Tensor,
-    scale: float,
-    needs_input_grad: Sequence[bool],
-    key_padding_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator position_attention_partial_backward in plain PyTorch, which stores the attention map."""
-    layout = _Positions(query, key, key_padding_mask)
-    q, g = layout.queries(query), layout.queries(grad_output)
-    k, v = layout.keys(key), layout.keys(value)
-    energy = scale * (q.mT @ k)  # (B, N, M)
-    if key_padding_mask is not None:
-        energy = energy.masked_fill(key_padding_mask.flatten(1).unsqueeze(1), -torch.inf)
-    shift = logsumexp.masked_fill(logsumexp == -torch.inf, torch.inf).flatten(1).unsqueeze(2)
-    weights = ((energy - shift) - logsumexp_low.flatten(1).unsqueeze(2)).exp()
-    grad_energy = scale * weights * (g.mT @ v - delta.flatten(1).unsqueeze(2))
-    needs_query, needs_key, needs_value = needs_input_grad
-    unneeded = k.new_empty(0)
-    return (
-        (k @ grad_energy.mT).reshape(query.shape) if needs_query else unneeded,
-        (q @ grad_energy).reshape(key.shape) if needs_key else unneeded,
-        (g @ weights).reshape(value.shape) if needs_value else unneeded,
-    )
