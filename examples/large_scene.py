@@ -332,9 +332,9 @@ def draw(colours: Tensor, labels: Tensor, logits: Tensor, tiled: Tensor, options
             axis.set_title(title)
             axis.set_axis_off()
     path = options.out / "large_scene.png"
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=81)
     plt.close(figure)
-    Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
+    Image.open(path).convert("RGB").quantize(96).save(path, optimize=True)
 
 
 # Starting the ranks
