@@ -7,6 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._agreement import in_step
+from ._collectives import all_reduce
+from ._mesh import Group
+
 Gradients = tuple[Tensor | None, ...]
 
 
@@ -14,6 +18,20 @@ def result(tensor: Tensor) -> Tensor:
     """A tensor that a Function returns. In a graph it is a copy: Dynamo of torch 2.11 drops the gradient of a tensor
     that was written in place, as one that arrives by a collective is."""
     return tensor.clone() if torch.compiler.is_compiling() else tensor
+
+
+class SumOverRanks(torch.autograd.Function):
+    """Each rank uses the sum, so the gradient for its own part is the sum of the ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, op: str, group: Group) -> Tensor:
+        ctx.op, ctx.group = op, group
+        with in_step(op, group):
+            return result(all_reduce(op, group, tensor))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return SumOverRanks.apply(gradient, ctx.op, ctx.group), None, None
 
 
 class _Refusal(torch.autograd.Function):

@@ -3,7 +3,6 @@ numbers a sample. Backward, they add up the gradients of the energies."""
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -17,25 +16,9 @@ from ..ops.channel import (
     check_channel_attention,
     check_channel_self_attention,
 )
-from ._agreement import agree, describe, in_step
-from ._collectives import all_reduce
-from ._functions import result
-from ._mesh import Group
+from ._agreement import agree, describe
+from ._functions import SumOverRanks
 from ._tensors import local_shards
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """Each rank uses the sum, so the gradient for its own part is the sum of the ranks' gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, op: str, group: Group) -> Tensor:
-        ctx.op, ctx.group = op, group
-        with in_step(op, group):
-            return result(all_reduce(op, group, tensor))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return _SumOverRanks.apply(gradient, ctx.op, ctx.group), None, None
 
 
 def channel_attention(
@@ -68,7 +51,7 @@ def channel_attention(
     mesh, local, wrap = local_shards(op, mesh, query=query, key=key, value=value)
     query, key, value = autocast(*local.values())
     space, _ = agree(op, mesh, describe(query=query, key=key, value=value), (("scale", scale),), _check)
-    energy = _SumOverRanks.apply(channel_energy(query, None if is_self else key), op, space.whole)
+    energy = SumOverRanks.apply(channel_energy(query, None if is_self else key), op, space.whole)
     return wrap(like_inputs(channel_apply(energy, query if is_self else value, scale), *local.values()))
 
 
@@ -103,7 +86,7 @@ def residual_channel_attention(
     arguments = describe(input=input, gamma=factor)
     options = (("scale", scale), ("constant", constant))
     space, _ = agree(op, mesh, arguments, options, _check_self)
-    energy = _SumOverRanks.apply(channel_energy(input), op, space.whole)
+    energy = SumOverRanks.apply(channel_energy(input), op, space.whole)
     return wrap(channel_apply(energy, input, scale, gamma))
 
 

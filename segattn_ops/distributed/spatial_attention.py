@@ -8,7 +8,8 @@ from torch import Tensor
 from .. import ops
 from .._autocast import without_autocast
 from ..nn import _pairwise
-from .channel import _SumOverRanks, channel_attention, residual_channel_attention
+from ._functions import SumOverRanks
+from .channel import channel_attention, residual_channel_attention
 from .criss_cross import criss_cross_attention
 from .position import position_attention
 from .spatial_map import SpatialMap, handles, maps_in, on_replicated, own_shape, part_of, refusal
@@ -105,5 +106,5 @@ def _dot_product(func: Any, theta: Any, phi: Any, g: Any) -> Any:
     with without_autocast(local.device.type):
         products = local.to(dtype) @ part_of(phi).to(dtype).mT
         group = g.lineage.space.whole
-        summary = _SumOverRanks.apply(products, "distributed.dot_product", group) / own_shape(g)[-1]
+        summary = SumOverRanks.apply(products, "distributed.dot_product", group) / own_shape(g)[-1]
         return theta.with_local((summary @ part_of(theta).to(dtype)).to(local.dtype))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..ops._check import accumulation_dtype
-from .channel import _SumOverRanks
+from ._functions import SumOverRanks
 from .spatial_map import (
     Parts,
     SpatialMap,
@@ -458,7 +458,7 @@ def _cell_means(input: SpatialMap, sizes: Sequence[int | None]) -> Tensor:
     rows, columns = _own_cells(input, sizes)
     sums = torch.stack([local[:, :, slice(*r)].sum(2, dtype=dtype) for r, _ in rows], 2)
     sums = torch.stack([sums[..., slice(*c)].sum(3) for c, _ in columns], 3)
-    total = _SumOverRanks.apply(sums, _OP, input.lineage.space.whole)
+    total = SumOverRanks.apply(sums, _OP, input.lineage.space.whole)
     counts = torch.tensor([[r * c for _, c in columns] for _, r in rows], dtype=dtype, device=local.device)
     mean: Tensor = (total / counts).to(local.dtype)
     return mean
@@ -488,7 +488,7 @@ def _first_largest(own: Tensor, input: SpatialMap) -> Tensor:
     """The largest of the ranks' values; its gradient goes to the first rank that has it."""
     group = input.lineage.space.whole
     slots = [own if index == group.index else torch.zeros_like(own) for index in range(group.size)]
-    largest: Tensor = _SumOverRanks.apply(torch.stack(slots), _OP, group).max(0).values
+    largest: Tensor = SumOverRanks.apply(torch.stack(slots), _OP, group).max(0).values
     return largest
 
 
@@ -528,7 +528,7 @@ def _reduction(
 def _sum(func: Any, input: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     group = input.lineage.space.whole
     return _reduction(
-        "sum", torch.sum, input, dim, keepdim, lambda part: _SumOverRanks.apply(part, _OP, group), dtype=dtype
+        "sum", torch.sum, input, dim, keepdim, lambda part: SumOverRanks.apply(part, _OP, group), dtype=dtype
     )
 
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..ops._check import accumulation_dtype
 from ._agreement import in_step
 from ._collectives import all_reduce, gather, spec_of
+from ._functions import differentiable_once
 from ._mesh import Group
 from .spatial_map import SpatialMap, handles, maps_in, on_replicated, own_shape, part_of, refusal
 
@@ -55,7 +55,7 @@ class _Standardize(torch.autograd.Function):
         return standard, mean, variance
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once(_OP)
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         standard, inverse = ctx.saved_tensors
         sums = torch.stack([gradient.sum(ctx.dims, keepdim=True), (gradient * standard).sum(ctx.dims, keepdim=True)])
