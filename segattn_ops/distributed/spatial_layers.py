@@ -45,6 +45,8 @@ def _check(function: str, input: Any, *others: Any) -> None:
 
 
 def _result(input: SpatialMap, local: Tensor, parts: Sequence[Parts]) -> SpatialMap:
+    if local.untyped_storage().data_ptr() == input.local.untyped_storage().data_ptr():
+        local = local.clone()  # rows that were taken over: an in-place function would change the input
     return SpatialMap(local, input.lineage, (parts[0], parts[1]), (-2, -1))
 
 
@@ -411,7 +413,7 @@ def _adaptive(
     kept = [axis for axis in range(len(lineage.space.along)) if sizes[axis] is None]
     if len(kept) == len(lineage.space.along):
         if sizes[1] is None:
-            return input
+            return _result(input, part_of(input), input.parts)
         return _result(input, _local_adaptive(func, part_of(input), sizes[1]), (input.parts[0], (sizes[1],)))
     if kept:
         raise refusal(f"{name} of one of two sharded dimensions", [input])

@@ -249,6 +249,20 @@ for _training in (True, False):
     ):  # fmt: skip
         check(f"{_norm()}, training={_training}", lambda norm=_norm: spread(norm()), training=_training)
 
+calls("gate of one column", lambda x, a: a(x.mean(3, keepdim=True).sigmoid() * x), lambda: nn.Conv2d(C, C, 3))
+for _name, _taken in {
+    "interpolate": lambda x: F.interpolate(x, x.shape[2:]),
+    "pad": lambda x: F.pad(x, (0, 0, -1, 0)),
+    "adaptive_avg_pool2d": lambda x: F.adaptive_avg_pool2d(x, (None, None)),
+}.items():
+    calls(f"in-place after {_name}", lambda x, taken=_taken: (y := x * 2, taken(y).relu_()))
+calls(
+    "whole tensors of a map's type",
+    lambda x: torch.cat(
+        [x + torch.arange(C).view(-1, 1, 1).to(x), torch.arange(x.shape[2]).view(-1, 1).expand_as(x[:, :1]).type_as(x)],
+        1,
+    ),
+)
 calls("cat and sum", lambda x: torch.cat([x, x.mean(1, keepdim=True), x.amax(dim=1, keepdim=True)], 1))
 calls("strided and back", lambda x, a, b: x + F.interpolate(b(F.relu(a(x))), x.shape[2:], mode="bilinear"),
       lambda: nn.Conv2d(C, 8, 3, 2, 1), lambda: nn.Conv2d(8, C, 3, padding=1))  # fmt: skip
@@ -737,7 +751,7 @@ def compiled(run: Run) -> None:
 
 
 CHECKS["compiled"] = compiled
-ON_TWO = {"compiled"}
+ON_TWO = {"compiled", "gate of one column"}  # the width is whole
 
 
 def dropped(run: Run) -> None:
