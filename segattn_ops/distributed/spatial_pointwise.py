@@ -40,7 +40,7 @@ neg or pos pow radd rand rdiv rfloordiv rmod rmul ror rpow rsub rtruediv sub tru
 _AS_IS = """contiguous clone detach to type double float half bfloat16 int long bool cpu cuda requires_grad_ type_as
 detach_ to_dense"""
 _OWN = """size dim ndimension numel nelement is_floating_point is_complex is_signed is_contiguous stride element_size
-register_hook __hash__ __format__ __len__ get_device is_same_size storage_offset"""
+__hash__ __format__ __len__ get_device is_same_size storage_offset"""
 _OWN_PROPERTIES = """shape ndim dtype device layout is_cuda is_cpu is_leaf is_sparse is_quantized is_meta
 is_mps is_xpu is_nested is_mkldnn names itemsize grad_fn _backward_hooks output_nr is_mkldnn"""
 

@@ -798,6 +798,59 @@ def dtypes(run: Run) -> None:
 CHECKS["dtypes"] = dtypes
 
 
+def after_the_call(run: Run) -> None:
+    """A feature map that a hook keeps."""
+    twin = spatially_parallel(nn.Sequential(nn.Conv2d(C, C, 3), nn.ReLU()).double(), run.mesh)
+    kept: list[Tensor] = []
+    twin[0].register_forward_hook(lambda module, inputs, output: kept.append(output))
+    parts = Run(run.mesh, wide(run.layout)).part(scene()[0][:, :1].expand(-1, C, -1, -1))
+    twin(parts).sum().backward()
+    raises(RuntimeError, "square is called on a feature map of a model that has returned", lambda: kept[0].square())
+    kept[0].detach().square().mean()
+    with torch.no_grad():
+        kept[0].square().mean()
+
+
+CHECKS["a map after the call"] = after_the_call
+
+
+def scaled_gradient(x: Tensor, layer: nn.Module) -> Tensor:
+    y = layer(x)
+    y.register_hook(lambda gradient: gradient * 3 + gradient.mean())
+    return y * 2
+
+
+calls("hook of a map", scaled_gradient, lambda: nn.Conv2d(C, C, 3, padding=1))
+
+
+class RunningMean(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(1, C, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = self.mean * 0.9 + x.detach().mean((0, 2, 3), keepdim=True) * 0.1
+        return x - self.mean
+
+
+def assigned_buffer(run: Run) -> None:
+    compare(run, RunningMean(), [images()], twin=(twin := spatially_parallel(RunningMean().double(), run.mesh)))
+    assert type(twin.mean) is Tensor
+
+
+CHECKS["a buffer that is assigned"] = assigned_buffer
+
+
+def autocast_on_one_rank(run: Run) -> None:
+    twin = spatially_parallel(nn.Conv2d(C, C, 3), run.mesh)
+    part = run.part(images().float())
+    with torch.autocast("cpu", torch.bfloat16, enabled=dist.get_rank() == 0):
+        raises(RuntimeError, "autocast", twin, part)
+
+
+CHECKS["autocast on one rank"] = autocast_on_one_rank
+
+
 def the_same_bits(run: Run) -> None:
     model, (image,) = danet().double(), scene()
     parts = Run(run.mesh, wide(run.layout))
