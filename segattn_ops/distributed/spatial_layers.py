@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..ops._check import accumulation_dtype
@@ -494,6 +495,36 @@ def _first_largest(own: Tensor, input: SpatialMap) -> Tensor:
     return largest
 
 
+def _evenly_largest(own: Tensor, ties: Tensor, input: SpatialMap) -> Tensor:
+    """The largest of the ranks' values; its gradient is shared by all positions that have it, of which a rank has so
+    many ties."""
+    group = input.lineage.space.whole
+    dtype = accumulation_dtype(own.dtype) if own.is_floating_point() else own.dtype
+    mine = torch.stack([own.to(dtype), ties.to(dtype)])
+    slots = [mine if index == group.index else torch.zeros_like(mine) for index in range(group.size)]
+    values, counts = _SumOverRanks.apply(torch.stack(slots, 1), _OP, group)
+    largest: Tensor = _Largest.apply(values, counts.detach())
+    return largest.to(own.dtype)
+
+
+class _Largest(torch.autograd.Function):
+    """values, counts (R, *) -> the largest values (*), whose gradient goes to the ranks that have them by their
+    counts."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, counts: Tensor) -> Tensor:
+        largest = values.amax(0)
+        counts = counts * (values == largest)
+        ctx.save_for_backward(counts)
+        return largest
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (counts,) = ctx.saved_tensors
+        return gradient * (counts / counts.sum(0)), None
+
+
 # Reductions
 
 
@@ -558,7 +589,14 @@ def _amax(func: Any, input: Any, dim: Any = (), keepdim: bool = False) -> Any:
 
     if not input.is_sharded:
         return on_replicated(func, (input, dim, keepdim), {})
-    return _reduction("amax", local, input, dim, keepdim, lambda part: _first_largest(part, input))
+
+    def over_ranks(part: Tensor) -> Tensor:
+        with torch.no_grad():
+            whole, dims = part_of(input), _reduced_dims("amax", input, dim)
+            ties = (whole == local(whole, dims, True)).sum(dims, keepdim)
+        return _evenly_largest(part, ties, input)
+
+    return _reduction("amax", local, input, dim, keepdim, over_ranks)
 
 
 @handles(F.pixel_shuffle, torch.pixel_shuffle)

@@ -798,6 +798,10 @@ def dtypes(run: Run) -> None:
 CHECKS["dtypes"] = dtypes
 
 
+calls("amax of ties", lambda x: (x.amax((2, 3), keepdim=True), x.amax((1, 2, 3))),
+      inputs=lambda: [images().clamp(-1, 1)], whole=[0, 1])  # fmt: skip
+
+
 def after_the_call(run: Run) -> None:
     """A feature map that a hook keeps."""
     twin = spatially_parallel(nn.Sequential(nn.Conv2d(C, C, 3), nn.ReLU()).double(), run.mesh)
