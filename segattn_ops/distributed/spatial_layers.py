@@ -311,10 +311,12 @@ def _arranged(rows: Tensor, dim: int, sources: Sequence[int], ranges: Sequence[R
 
 @functools.lru_cache(maxsize=256)
 def _coordinates(
-    length: int, count: int, scale: float | None, mode: str, align_corners: bool | None
-) -> tuple[float, ...]:
-    """Where in the input each output of F.interpolate lies, along one dimension: its result for a ramp."""
-    ramp = torch.arange(length, dtype=torch.float64)[None, None, :, None]
+    length: int, count: int, scale: float | None, mode: str, align_corners: bool | None, kind: torch.dtype,
+    device: torch.device,
+) -> tuple[float, ...]:  # fmt: skip
+    """Where in the input each output of F.interpolate lies, along one dimension: its result for a ramp. The nearest
+    input may be another one for another dtype or device, by the rounding of its index."""
+    ramp = torch.arange(length, dtype=kind, device=device)[None, None, :, None]
     if scale is None:
         made = F.interpolate(ramp, size=(count, 1), mode=mode, align_corners=align_corners)
     else:
@@ -355,6 +357,10 @@ def _interpolate(
     if mode != "bilinear":
         align_corners = None
     local, parts = part_of(input), []
+    if mode == "bilinear":
+        computed = torch.float64, torch.device("cpu")
+    else:
+        computed = torch.float64 if local.dtype == torch.float64 else torch.float32, local.device
     for axis, (count, scale) in enumerate(zip(counts, scales, strict=True)):
         length, index = shape[2 + axis], lineage.index(axis)
         held = input.parts[axis] if input.is_sharded else (length,)
@@ -363,7 +369,7 @@ def _interpolate(
         if length == count and (scale is None or scale == 1):
             places: Sequence[float] = range(count)
         else:
-            places = _coordinates(length, count, scale, mode, align_corners)
+            places = _coordinates(length, count, scale, mode, align_corners, *computed)
         sources = [_neighbours(places[slice(*own_range(made, i))], length) for i in range(len(made))]
         ranges = [(0, length)]
         if len(held) > 1:

@@ -802,6 +802,20 @@ calls("amax of ties", lambda x: (x.amax((2, 3), keepdim=True), x.amax((1, 2, 3))
       inputs=lambda: [images().clamp(-1, 1)], whole=[0, 1])  # fmt: skip
 
 
+def nearest(run: Run) -> None:
+    """The index is computed in float32 for float32, and rounds to another one than that in float64."""
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        image = images().to(dtype)
+        for size in ((22, 222), (5, 237)):
+            for mode in ("nearest", "nearest-exact"):
+                layer = nn.Upsample(size, mode=mode)
+                got = spatially_parallel(copy.deepcopy(layer), run.mesh)(run.part(image))
+                close(f"{mode} {dtype}", got, run.cut(layer(image), *run.parts_of(got)))
+
+
+CHECKS["nearest"] = nearest
+
+
 def after_the_call(run: Run) -> None:
     """A feature map that a hook keeps."""
     twin = spatially_parallel(nn.Sequential(nn.Conv2d(C, C, 3), nn.ReLU()).double(), run.mesh)
