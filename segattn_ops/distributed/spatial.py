@@ -96,7 +96,9 @@ class _Enter(_Hook):
         if not maps:
             raise RuntimeError(f"{_OP}: the model must be called with a tensor (B, C, H, W) (got none)")
         described = describe(**{f"input {number}": t for number, t in enumerate(maps)})
-        options = (("training", model.training), ("grad_enabled", torch.is_grad_enabled()))
+        kind = self.mesh.device_type
+        autocast = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+        options = (("training", model.training), ("grad_enabled", torch.is_grad_enabled()), ("autocast", autocast))
         space, shapes = agree(_OP, self.mesh, described, options, _no_check)
         parts = [extents(_OP, space, [of_rank[number][2:] for of_rank in shapes]) for number in range(len(maps))]
         lineage = Lineage(self.mesh, space, model)
@@ -122,6 +124,10 @@ class _Leave(_Hook):
         if not maps or maps[0].lineage.root() is not model:
             return output
         group = maps[0].lineage.space.whole
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if isinstance(buffer, SpatialMap) and not buffer.is_sharded:  # statistics of maps
+                    module._buffers[name] = part_of(buffer)
 
         def left(value: Any) -> Any:
             if isinstance(value, SpatialMap) and value.is_sharded:
@@ -130,7 +136,9 @@ class _Leave(_Hook):
                 return _SameOnEachRank.apply(part_of(value), group.index == 0)
             return part_of(value)
 
-        return pytree.tree_map_only(Tensor, left, output, is_leaf=lambda value: isinstance(value, SpatialMap))
+        results = pytree.tree_map_only(Tensor, left, output, is_leaf=lambda value: isinstance(value, SpatialMap))
+        maps[0].lineage.is_over = True
+        return results
 
 
 class _SameOnEachRank(torch.autograd.Function):

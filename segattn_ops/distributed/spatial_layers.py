@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..ops._check import accumulation_dtype
@@ -45,6 +46,8 @@ def _check(function: str, input: Any, *others: Any) -> None:
 
 
 def _result(input: SpatialMap, local: Tensor, parts: Sequence[Parts]) -> SpatialMap:
+    if local.untyped_storage().data_ptr() == input.local.untyped_storage().data_ptr():
+        local = local.clone()  # rows that were taken over: an in-place function would change the input
     return SpatialMap(local, input.lineage, (parts[0], parts[1]), (-2, -1))
 
 
@@ -308,10 +311,12 @@ def _arranged(rows: Tensor, dim: int, sources: Sequence[int], ranges: Sequence[R
 
 @functools.lru_cache(maxsize=256)
 def _coordinates(
-    length: int, count: int, scale: float | None, mode: str, align_corners: bool | None
-) -> tuple[float, ...]:
-    """Where in the input each output of F.interpolate lies, along one dimension: its result for a ramp."""
-    ramp = torch.arange(length, dtype=torch.float64)[None, None, :, None]
+    length: int, count: int, scale: float | None, mode: str, align_corners: bool | None, kind: torch.dtype,
+    device: torch.device,
+) -> tuple[float, ...]:  # fmt: skip
+    """Where in the input each output of F.interpolate lies, along one dimension: its result for a ramp. The nearest
+    input may be another one for another dtype or device, by the rounding of its index."""
+    ramp = torch.arange(length, dtype=kind, device=device)[None, None, :, None]
     if scale is None:
         made = F.interpolate(ramp, size=(count, 1), mode=mode, align_corners=align_corners)
     else:
@@ -352,6 +357,10 @@ def _interpolate(
     if mode != "bilinear":
         align_corners = None
     local, parts = part_of(input), []
+    if mode == "bilinear":
+        computed = torch.float64, torch.device("cpu")
+    else:
+        computed = torch.float64 if local.dtype == torch.float64 else torch.float32, local.device
     for axis, (count, scale) in enumerate(zip(counts, scales, strict=True)):
         length, index = shape[2 + axis], lineage.index(axis)
         held = input.parts[axis] if input.is_sharded else (length,)
@@ -360,7 +369,7 @@ def _interpolate(
         if length == count and (scale is None or scale == 1):
             places: Sequence[float] = range(count)
         else:
-            places = _coordinates(length, count, scale, mode, align_corners)
+            places = _coordinates(length, count, scale, mode, align_corners, *computed)
         sources = [_neighbours(places[slice(*own_range(made, i))], length) for i in range(len(made))]
         ranges = [(0, length)]
         if len(held) > 1:
@@ -411,7 +420,7 @@ def _adaptive(
     kept = [axis for axis in range(len(lineage.space.along)) if sizes[axis] is None]
     if len(kept) == len(lineage.space.along):
         if sizes[1] is None:
-            return input
+            return _result(input, part_of(input), input.parts)
         return _result(input, _local_adaptive(func, part_of(input), sizes[1]), (input.parts[0], (sizes[1],)))
     if kept:
         raise refusal(f"{name} of one of two sharded dimensions", [input])
@@ -492,6 +501,36 @@ def _first_largest(own: Tensor, input: SpatialMap) -> Tensor:
     return largest
 
 
+def _evenly_largest(own: Tensor, ties: Tensor, input: SpatialMap) -> Tensor:
+    """The largest of the ranks' values; its gradient is shared by all positions that have it, of which a rank has so
+    many ties."""
+    group = input.lineage.space.whole
+    dtype = accumulation_dtype(own.dtype) if own.is_floating_point() else own.dtype
+    mine = torch.stack([own.to(dtype), ties.to(dtype)])
+    slots = [mine if index == group.index else torch.zeros_like(mine) for index in range(group.size)]
+    values, counts = _SumOverRanks.apply(torch.stack(slots, 1), _OP, group)
+    largest: Tensor = _Largest.apply(values, counts.detach())
+    return largest.to(own.dtype)
+
+
+class _Largest(torch.autograd.Function):
+    """values, counts (R, *) -> the largest values (*), whose gradient goes to the ranks that have them by their
+    counts."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, counts: Tensor) -> Tensor:
+        largest = values.amax(0)
+        counts = counts * (values == largest)
+        ctx.save_for_backward(counts)
+        return largest
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (counts,) = ctx.saved_tensors
+        return gradient * (counts / counts.sum(0)), None
+
+
 # Reductions
 
 
@@ -556,7 +595,14 @@ def _amax(func: Any, input: Any, dim: Any = (), keepdim: bool = False) -> Any:
 
     if not input.is_sharded:
         return on_replicated(func, (input, dim, keepdim), {})
-    return _reduction("amax", local, input, dim, keepdim, lambda part: _first_largest(part, input))
+
+    def over_ranks(part: Tensor) -> Tensor:
+        with torch.no_grad():
+            whole, dims = part_of(input), _reduced_dims("amax", input, dim)
+            ties = (whole == local(whole, dims, True)).sum(dims, keepdim)
+        return _evenly_largest(part, ties, input)
+
+    return _reduction("amax", local, input, dim, keepdim, over_ranks)
 
 
 @handles(F.pixel_shuffle, torch.pixel_shuffle)

@@ -37,6 +37,7 @@ class Lineage:
         self.space = space
         self.root = weakref.ref(root)
         self.known: tuple[dict[int, Parts], dict[int, Parts]] = ({}, {})
+        self.is_over = False  # the model has returned
 
     def add(self, parts: tuple[Parts, Parts]) -> tuple[Parts, Parts]:
         """Of an argument of the model: maps of its height, or width, are sharded like the first such argument."""
@@ -132,6 +133,8 @@ class SpatialMap(Tensor):
         if func in OWN_FUNCTIONS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if torch.is_grad_enabled() and func not in _AFTER_THE_CALL:
+            _refuse_after_the_call(func, maps_in(*args, kwargs))
         handler = HANDLERS.get(func)
         if handler is not None:
             return handler(func, *args, **kwargs)
@@ -144,6 +147,23 @@ class SpatialMap(Tensor):
         if func is torch.ops.aten.detach.default:  # torch.utils.checkpoint and hooks look at the map, not into it
             return args[0].with_local(args[0].local.detach())
         raise refusal(str(func), [a for a in args if isinstance(a, SpatialMap)])
+
+
+_AFTER_THE_CALL = {Tensor.detach, Tensor.requires_grad.__get__}  # type: ignore[attr-defined]
+
+
+def _refuse_after_the_call(func: Any, maps: Sequence["SpatialMap"]) -> None:
+    """A loss of a map is the same on each rank, so its gradient would be counted once for each of them. What runs
+    again in the backward pass, as a checkpoint, goes on within the model.
+
+    Raises:
+        RuntimeError: for maps that have left the model in a hook, an attribute or an object, and require a gradient.
+    """
+    if any(m.lineage.is_over and m.local.requires_grad for m in maps) and torch._C._current_graph_task_id() < 0:
+        raise RuntimeError(
+            f"distributed.spatially_parallel: {name_of(func)} is called on a feature map of a model that has returned; "
+            "return it from the model, in a tuple, list or dict, or detach it"
+        )
 
 
 def refuse_compilation() -> None:
@@ -180,6 +200,17 @@ def _requires_grad(func: Any, sharded: SpatialMap) -> bool:
 
 
 HANDLERS[Tensor.requires_grad.__get__] = _requires_grad  # type: ignore[attr-defined]
+
+
+def _register_hook(func: Any, sharded: SpatialMap, hook: Callable[[Any], Any]) -> Any:
+    """The hook gets the gradient as a map. A rank has only a part of the gradient of a tensor that is the same on each
+    rank."""
+    if not sharded.is_sharded:
+        raise refusal("register_hook", [sharded], "it is the same on each rank, so it has no rule")
+    return part_of(sharded).register_hook(lambda gradient: part_of(hook(sharded.with_local(gradient))))
+
+
+HANDLERS[Tensor.register_hook] = _register_hook
 
 
 def own_shape(sharded: Tensor) -> torch.Size:

@@ -40,7 +40,7 @@ neg or pos pow radd rand rdiv rfloordiv rmod rmul ror rpow rsub rtruediv sub tru
 _AS_IS = """contiguous clone detach to type double float half bfloat16 int long bool cpu cuda requires_grad_ type_as
 detach_ to_dense"""
 _OWN = """size dim ndimension numel nelement is_floating_point is_complex is_signed is_contiguous stride element_size
-register_hook __hash__ __format__ __len__ get_device is_same_size storage_offset"""
+__hash__ __format__ __len__ get_device is_same_size storage_offset"""
 _OWN_PROPERTIES = """shape ndim dtype device layout is_cuda is_cpu is_leaf is_sparse is_quantized is_meta
 is_mps is_xpu is_nested is_mkldnn names itemsize grad_fn _backward_hooks output_nr is_mkldnn"""
 
@@ -83,7 +83,7 @@ def _pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
     sharded = [m for m in maps if m.is_sharded]
     if not sharded:
         return on_replicated(func, args, kwargs)
-    like = sharded[0]
+    like = max(sharded, key=lambda m: sum(m.parts[1]))  # not one with a width of 1, which is broadcast
     if "out" in kwargs or (name_of(func) in _IN_PLACE and args[0] is not like):
         raise refusal(name_of(func), maps, "it writes a part of another tensor, so it has no rule")
     aligned = [align(func, m, like) for m in maps]
@@ -117,7 +117,7 @@ def align(func: Any, one: SpatialMap, like: SpatialMap) -> Any:
     local, parts = part_of(one), list(one.parts)
     for axis in (0, 1):
         mine, its = one.parts[axis], like.parts[axis]
-        if mine == its or (len(mine) == 1 and 1 in (mine[0], its[0])):  # a whole width of 1 is broadcast
+        if mine == its or (len(mine) == 1 and 1 in (mine[0], its[0]) and len(like.dims) == 2):  # a whole width of 1
             continue
         if sum(mine) != sum(its) or len(like.dims) != 2:
             raise refusal(name_of(func), [one, like], "they must have the same height and width")
@@ -149,10 +149,9 @@ def cut(func: Any, whole: Tensor, like: SpatialMap, dims: int) -> Tensor:
 @handles(*_named(_AS_IS), Tensor.requires_grad_)
 def _as_is(func: Any, *args: Any, **kwargs: Any) -> Any:
     maps = maps_in(*args, kwargs)
-    first = maps[0]
-    if isinstance(args[0], SpatialMap):
-        first = args[0]
-    return run_on(maps, first.with_local, func, args, kwargs)
+    if not isinstance(args[0], SpatialMap):  # a whole tensor, as in `whole.to(map)`
+        return func(*mapped(part_of, args), **mapped(part_of, kwargs))
+    return run_on(maps, args[0].with_local, func, args, kwargs)
 
 
 @handles(F.dropout)

@@ -249,6 +249,20 @@ for _training in (True, False):
     ):  # fmt: skip
         check(f"{_norm()}, training={_training}", lambda norm=_norm: spread(norm()), training=_training)
 
+calls("gate of one column", lambda x, a: a(x.mean(3, keepdim=True).sigmoid() * x), lambda: nn.Conv2d(C, C, 3))
+for _name, _taken in {
+    "interpolate": lambda x: F.interpolate(x, x.shape[2:]),
+    "pad": lambda x: F.pad(x, (0, 0, -1, 0)),
+    "adaptive_avg_pool2d": lambda x: F.adaptive_avg_pool2d(x, (None, None)),
+}.items():
+    calls(f"in-place after {_name}", lambda x, taken=_taken: (y := x * 2, taken(y).relu_()))
+calls(
+    "whole tensors of a map's type",
+    lambda x: torch.cat(
+        [x + torch.arange(C).view(-1, 1, 1).to(x), torch.arange(x.shape[2]).view(-1, 1).expand_as(x[:, :1]).type_as(x)],
+        1,
+    ),
+)
 calls("cat and sum", lambda x: torch.cat([x, x.mean(1, keepdim=True), x.amax(dim=1, keepdim=True)], 1))
 calls("strided and back", lambda x, a, b: x + F.interpolate(b(F.relu(a(x))), x.shape[2:], mode="bilinear"),
       lambda: nn.Conv2d(C, 8, 3, 2, 1), lambda: nn.Conv2d(8, C, 3, padding=1))  # fmt: skip
@@ -737,7 +751,7 @@ def compiled(run: Run) -> None:
 
 
 CHECKS["compiled"] = compiled
-ON_TWO = {"compiled"}
+ON_TWO = {"compiled", "gate of one column"}  # the width is whole
 
 
 def dropped(run: Run) -> None:
@@ -782,6 +796,77 @@ def dtypes(run: Run) -> None:
 
 
 CHECKS["dtypes"] = dtypes
+
+
+calls("amax of ties", lambda x: (x.amax((2, 3), keepdim=True), x.amax((1, 2, 3))),
+      inputs=lambda: [images().clamp(-1, 1)], whole=[0, 1])  # fmt: skip
+
+
+def nearest(run: Run) -> None:
+    """The index is computed in float32 for float32, and rounds to another one than that in float64."""
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        image = images().to(dtype)
+        for size in ((22, 222), (5, 237)):
+            for mode in ("nearest", "nearest-exact"):
+                layer = nn.Upsample(size, mode=mode)
+                got = spatially_parallel(copy.deepcopy(layer), run.mesh)(run.part(image))
+                close(f"{mode} {dtype}", got, run.cut(layer(image), *run.parts_of(got)))
+
+
+CHECKS["nearest"] = nearest
+
+
+def after_the_call(run: Run) -> None:
+    """A feature map that a hook keeps."""
+    twin = spatially_parallel(nn.Sequential(nn.Conv2d(C, C, 3), nn.ReLU()).double(), run.mesh)
+    kept: list[Tensor] = []
+    twin[0].register_forward_hook(lambda module, inputs, output: kept.append(output))
+    parts = Run(run.mesh, wide(run.layout)).part(scene()[0][:, :1].expand(-1, C, -1, -1))
+    twin(parts).sum().backward()
+    raises(RuntimeError, "square is called on a feature map of a model that has returned", lambda: kept[0].square())
+    kept[0].detach().square().mean()
+    with torch.no_grad():
+        kept[0].square().mean()
+
+
+CHECKS["a map after the call"] = after_the_call
+
+
+def scaled_gradient(x: Tensor, layer: nn.Module) -> Tensor:
+    y = layer(x)
+    y.register_hook(lambda gradient: gradient * 3 + gradient.mean())
+    return y * 2
+
+
+calls("hook of a map", scaled_gradient, lambda: nn.Conv2d(C, C, 3, padding=1))
+
+
+class RunningMean(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(1, C, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = self.mean * 0.9 + x.detach().mean((0, 2, 3), keepdim=True) * 0.1
+        return x - self.mean
+
+
+def assigned_buffer(run: Run) -> None:
+    compare(run, RunningMean(), [images()], twin=(twin := spatially_parallel(RunningMean().double(), run.mesh)))
+    assert type(twin.mean) is Tensor
+
+
+CHECKS["a buffer that is assigned"] = assigned_buffer
+
+
+def autocast_on_one_rank(run: Run) -> None:
+    twin = spatially_parallel(nn.Conv2d(C, C, 3), run.mesh)
+    part = run.part(images().float())
+    with torch.autocast("cpu", torch.bfloat16, enabled=dist.get_rank() == 0):
+        raises(RuntimeError, "autocast", twin, part)
+
+
+CHECKS["autocast on one rank"] = autocast_on_one_rank
 
 
 def the_same_bits(run: Run) -> None:
