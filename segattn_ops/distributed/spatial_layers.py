@@ -508,7 +508,7 @@ def _evenly_largest(own: Tensor, ties: Tensor, input: SpatialMap) -> Tensor:
     dtype = accumulation_dtype(own.dtype) if own.is_floating_point() else own.dtype
     mine = torch.stack([own.to(dtype), ties.to(dtype)])
     slots = [mine if index == group.index else torch.zeros_like(mine) for index in range(group.size)]
-    values, counts = _SumOverRanks.apply(torch.stack(slots, 1), _OP, group)
+    values, counts = SumOverRanks.apply(torch.stack(slots, 1), _OP, group)
     largest: Tensor = _Largest.apply(values, counts.detach())
     return largest.to(own.dtype)
 
