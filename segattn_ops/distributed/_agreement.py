@@ -17,7 +17,8 @@ from .._dynamo import constant_in_graphs
 from ._collectives import all_gather_bytes
 from ._mesh import Group, Space, cache, space_of
 
-_SIZE = 4096  # bytes that a rank sends
+# Bytes that a rank sends. Odd: no message of a graph, on a rank that does not compile again, has this size.
+_SIZE = 4095
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -79,6 +80,9 @@ def agree(
         )
     error = _error_of(op, arguments, options, check)
     own = {"op": op, "arguments": arguments, "options": options, "error": None if error is None else str(error)}
+    if error is None and len(json.dumps(own, default=str)) > _SIZE:
+        error = RuntimeError(f"{op}: the call has too many tensors to be described in {_SIZE} bytes")
+        own["error"] = str(error)
     device = torch.device(arguments[0].device)
     with in_step(op, group):
         received = all_gather_bytes(op, group, _encoded(own, device))
@@ -119,9 +123,8 @@ def _error_of(
 def _encoded(description: dict[str, Any], device: torch.device) -> Tensor:
     text = json.dumps(description, default=str).encode()
     if len(text) > _SIZE:
-        text = json.dumps({**description, "error": str(description["error"])[: _SIZE // 4]}, default=str).encode()[
-            :_SIZE
-        ]
+        error = str(description["error"])[: _SIZE // 8]  # a character is up to 6 bytes
+        text = json.dumps({"op": description["op"], "arguments": [], "options": [], "error": error}).encode()
     return torch.frombuffer(bytearray(text.ljust(_SIZE, b"\0")), dtype=torch.uint8).to(device)
 
 

@@ -2,7 +2,8 @@
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -252,6 +253,37 @@ def compiled(name: str, backend: str, mesh: DeviceMesh) -> None:
         torch.testing.assert_close(g, e, rtol=0, atol=1e-13)
 
 
+def graphs_of_other_sizes(mesh: DeviceMesh) -> None:
+    """Each rank had its sizes before, beside others of the other rank, so none compiles again."""
+    for function, message in (
+        (lambda x: distributed.position_attention(x, x, x, mesh=mesh, method="gather"), "position_attention"),
+        (lambda x: distributed.unshard(x, mesh=mesh), "unshard"),
+    ):
+        torch._dynamo.reset()
+        graph = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=False)
+        for rows in ((4, 2), (3, 4)):
+            graph(torch.ones(1, 2, rows[dist.get_rank()], 3))
+        with raises_with(RuntimeError, f"{message}: the ranks run graphs that were compiled for different sizes"):
+            graph(torch.ones(1, 2, 4, 3))
+
+
+def long_description(mesh: DeviceMesh) -> None:
+    x = part_of(drawn(4)[0], mesh)
+    heads: object = "x" * 5000 if dist.get_rank() == 0 else 1
+    with raises_with(TypeError if dist.get_rank() == 0 else RuntimeError, "num_heads must be an int"):
+        distributed.position_attention(x, x, x, mesh=mesh, num_heads=heads)
+
+
+@contextmanager
+def raises_with(kind: type[Exception], message: str) -> Iterator[None]:
+    try:
+        yield
+    except kind as error:
+        assert message in str(error), str(error)
+    else:
+        raise AssertionError(f"no {kind.__name__}")
+
+
 def permuted_mesh(name: str, mesh: DeviceMesh) -> None:
     """The order is that of the mesh, not that of the ranks."""
     other = DeviceMesh("cpu", mesh.mesh.flip(tuple(range(mesh.ndim))))
@@ -447,6 +479,8 @@ def checks(shape: Sequence[int]) -> dict[str, Check]:
     if tuple(shape) == (2,):
         for name in ("position, ring", "position, gather", "channel"):
             found[f"{name}, compiled"] = functools.partial(compiled, name, "aot_eager")
+        found["graphs of other sizes"] = graphs_of_other_sizes
+        found["long description"] = long_description
         found["channel, inductor"] = functools.partial(compiled, "channel", "inductor")
     if tuple(shape) == (2, 2):
         found["a plane beside replicas"] = a_plane_beside_replicas
