@@ -4,10 +4,12 @@ A rank whose arguments are wrong takes part too, and says so: every rank then ra
 until the timeout.
 """
 
+import functools
 import json
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +23,16 @@ from ._mesh import Group, Space, cache, space_of
 _SIZE = 4095
 
 Shapes = tuple[tuple[int, ...], ...]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class _Started(threading.local):
+    """How many agreements this thread started."""
+
+    count = 0
+
+
+_started = _Started()
 
 
 class Described(NamedTuple):
@@ -71,6 +83,7 @@ def agree(
         RuntimeError: if dtype, batch, channels, options or what requires a gradient is another on some rank, and if an
             earlier call on this mesh failed on this rank between its messages.
     """
+    _started.count += 1
     space = space_of(op, mesh, torch.device(arguments[0].device).type)
     group = space.whole
     if group.name in cache().failed:
@@ -102,6 +115,39 @@ def agree(
             )
     shapes = tuple(tuple(tuple(argument[1]) for argument in other["arguments"]) for other in everyone)
     return space, shapes
+
+
+def tell(op: str, mesh: object, error: Exception) -> None:
+    """Takes part in the agreement of the other ranks with an error that this rank raises before it. Without the mesh,
+    as with DTensors, they wait."""
+    if not isinstance(mesh, DeviceMesh) or mesh.ndim not in (1, 2) or mesh.get_coordinate() is None:
+        return
+    group = space_of(op, mesh, mesh.device_type).whole
+    if group.name not in cache().failed:
+        description = {"op": op, "arguments": (), "options": (), "error": str(error)}
+        with in_step(op, group):
+            all_gather_bytes(op, group, _encoded(description, torch.device(mesh.device_type)))
+
+
+def tells_errors(op: str) -> Callable[[Function], Function]:
+    """Marks a function with the argument mesh, whose errors before its agreement the other ranks shall know."""
+
+    def decorator(function: Function) -> Function:
+        @functools.wraps(function)
+        def told(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return function(*args, **kwargs)
+            started = _started.count
+            try:
+                return function(*args, **kwargs)
+            except (RuntimeError, TypeError, ValueError) as error:
+                if _started.count == started:
+                    tell(op, kwargs.get("mesh"), error)
+                raise
+
+        return cast(Function, told)
+
+    return decorator
 
 
 def _error_of(

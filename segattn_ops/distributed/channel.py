@@ -17,7 +17,7 @@ from ..ops.channel import (
     check_channel_attention,
     check_channel_self_attention,
 )
-from ._agreement import agree, describe, in_step
+from ._agreement import agree, describe, in_step, tells_errors
 from ._collectives import all_reduce
 from ._functions import result
 from ._mesh import Group
@@ -38,6 +38,7 @@ class _SumOverRanks(torch.autograd.Function):
         return _SumOverRanks.apply(gradient, ctx.op, ctx.group), None, None
 
 
+@tells_errors("distributed.channel_attention")
 def channel_attention(
     query: Tensor, key: Tensor, value: Tensor, *, mesh: DeviceMesh | None = None, scale: float = -1.0
 ) -> Tensor:
@@ -76,6 +77,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
     check_channel_attention(query, key, value, scale, "distributed.channel_attention", positions_may_be_empty=True)
 
 
+@tells_errors("distributed.residual_channel_attention")
 def residual_channel_attention(
     input: Tensor, gamma: Tensor | float, *, mesh: DeviceMesh | None = None, scale: float = -1.0
 ) -> Tensor:

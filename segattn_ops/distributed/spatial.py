@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils import _pytree as pytree
 
-from ._agreement import agree, describe, in_step
+from ._agreement import agree, describe, in_step, tell
 from ._collectives import all_reduce
 from ._tensors import is_dtensor
 from .criss_cross import extents
@@ -94,7 +94,9 @@ class _Enter(_Hook):
         mapped(lambda a: tensors.append(a) if isinstance(a, Tensor) else None, [*args, *kwargs.values()])
         maps = [t for t in tensors if t.dim() == 4]
         if not maps:
-            raise RuntimeError(f"{_OP}: the model must be called with a tensor (B, C, H, W) (got none)")
+            error = RuntimeError(f"{_OP}: the model must be called with a tensor (B, C, H, W) (got none)")
+            tell(_OP, self.mesh, error)
+            raise error
         described = describe(**{f"input {number}": t for number, t in enumerate(maps)})
         kind = self.mesh.device_type
         autocast = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
