@@ -798,6 +798,9 @@ def dtypes(run: Run) -> None:
 CHECKS["dtypes"] = dtypes
 
 
+calls("names of arguments", lambda x: torch.cat([
+    F.normalize(x), x.sum(axis=1, keepdim=True), x.mean(axis=1, keepdim=True), *x.chunk(chunks=2, dim=1),
+    *x.split(split_size=3, dim=1), *torch.split(x, split_size_or_sections=[1, 3], dim=1)], 1))  # fmt: skip
 calls("amax of ties", lambda x: (x.amax((2, 3), keepdim=True), x.amax((1, 2, 3))),
       inputs=lambda: [images().clamp(-1, 1)], whole=[0, 1])  # fmt: skip
 
