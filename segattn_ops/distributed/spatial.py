@@ -1,5 +1,6 @@
 """Models whose feature maps are sharded over the ranks of a mesh."""
 
+import zlib
 from typing import Any, TypeVar
 
 import torch
@@ -171,7 +172,7 @@ def reduce_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
 
     Raises:
         TypeError: for gradients that are DTensors, as FSDP2's.
-        RuntimeError: if the gradients of the ranks differ in number, shape or dtype; if communication fails.
+        RuntimeError: if the gradients of the ranks differ in name, shape or dtype; if communication fails.
     """
     op = "distributed.reduce_gradients"
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -179,9 +180,9 @@ def reduce_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
         if is_dtensor(gradient):
             raise TypeError(f"{op}: the gradient of {name} must not be a DTensor; FSDP2 reduces its own")
     device = next(iter(gradients.values())).device if gradients else torch.device(mesh.device_type)
-    sizes = [0] + [g.numel() for g in gradients.values()]
-    summary = torch.tensor([len(gradients), sum(sizes), sum(i * n for i, n in enumerate(sizes))], device=device)
-    space, _ = agree(op, mesh, describe(gradients=summary), (("sizes", summary.tolist()),), _no_check)
+    named = [(name, tuple(g.shape), str(g.dtype)) for name, g in gradients.items()]
+    summary = torch.tensor([len(named), zlib.crc32(repr(named).encode())], device=device)
+    space, _ = agree(op, mesh, describe(gradients=summary), (("count and checksum", summary.tolist()),), _no_check)
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for gradient in gradients.values():
         by_dtype.setdefault(gradient.dtype, []).append(gradient)

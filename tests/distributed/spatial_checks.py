@@ -819,6 +819,15 @@ def nearest(run: Run) -> None:
 CHECKS["nearest"] = nearest
 
 
+def gradients_of_other_parameters(run: Run) -> None:
+    model = nn.Sequential(nn.Conv2d(C, C, 1), nn.Conv2d(C, C, 1)).double()
+    model[1 if dist.get_rank() == 0 else 0](images()).sum().backward()
+    raises(RuntimeError, "count and checksum", reduce_gradients, model, run.mesh)
+
+
+CHECKS["gradients of other parameters"] = gradients_of_other_parameters
+
+
 def after_the_call(run: Run) -> None:
     """A feature map that a hook keeps."""
     twin = spatially_parallel(nn.Sequential(nn.Conv2d(C, C, 3), nn.ReLU()).double(), run.mesh)
