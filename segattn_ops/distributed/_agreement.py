@@ -4,10 +4,12 @@ A rank whose arguments are wrong takes part too, and says so: every rank then ra
 until the timeout.
 """
 
+import functools
 import json
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,9 +19,20 @@ from .._dynamo import constant_in_graphs
 from ._collectives import all_gather_bytes
 from ._mesh import Group, Space, cache, space_of
 
-_SIZE = 4096  # bytes that a rank sends
+# Bytes that a rank sends. Odd: no message of a graph, on a rank that does not compile again, has this size.
+_SIZE = 4095
 
 Shapes = tuple[tuple[int, ...], ...]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class _Started(threading.local):
+    """How many agreements this thread started."""
+
+    count = 0
+
+
+_started = _Started()
 
 
 class Described(NamedTuple):
@@ -70,6 +83,7 @@ def agree(
         RuntimeError: if dtype, batch, channels, options or what requires a gradient is another on some rank, and if an
             earlier call on this mesh failed on this rank between its messages.
     """
+    _started.count += 1
     space = space_of(op, mesh, torch.device(arguments[0].device).type)
     group = space.whole
     if group.name in cache().failed:
@@ -79,6 +93,9 @@ def agree(
         )
     error = _error_of(op, arguments, options, check)
     own = {"op": op, "arguments": arguments, "options": options, "error": None if error is None else str(error)}
+    if error is None and len(json.dumps(own, default=str)) > _SIZE:
+        error = RuntimeError(f"{op}: the call has too many tensors to be described in {_SIZE} bytes")
+        own["error"] = str(error)
     device = torch.device(arguments[0].device)
     with in_step(op, group):
         received = all_gather_bytes(op, group, _encoded(own, device))
@@ -100,6 +117,39 @@ def agree(
     return space, shapes
 
 
+def tell(op: str, mesh: object, error: Exception) -> None:
+    """Takes part in the agreement of the other ranks with an error that this rank raises before it. Without the mesh,
+    as with DTensors, they wait."""
+    if not isinstance(mesh, DeviceMesh) or mesh.ndim not in (1, 2) or mesh.get_coordinate() is None:
+        return
+    group = space_of(op, mesh, mesh.device_type).whole
+    if group.name not in cache().failed:
+        description = {"op": op, "arguments": (), "options": (), "error": str(error)}
+        with in_step(op, group):
+            all_gather_bytes(op, group, _encoded(description, torch.device(mesh.device_type)))
+
+
+def tells_errors(op: str) -> Callable[[Function], Function]:
+    """Marks a function with the argument mesh, whose errors before its agreement the other ranks shall know."""
+
+    def decorator(function: Function) -> Function:
+        @functools.wraps(function)
+        def told(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return function(*args, **kwargs)
+            started = _started.count
+            try:
+                return function(*args, **kwargs)
+            except (RuntimeError, TypeError, ValueError) as error:
+                if _started.count == started:
+                    tell(op, kwargs.get("mesh"), error)
+                raise
+
+        return cast(Function, told)
+
+    return decorator
+
+
 def _error_of(
     op: str, arguments: Sequence[Described], options: Sequence[tuple[str, Any]], check: Callable[..., None]
 ) -> Exception | None:
@@ -119,9 +169,8 @@ def _error_of(
 def _encoded(description: dict[str, Any], device: torch.device) -> Tensor:
     text = json.dumps(description, default=str).encode()
     if len(text) > _SIZE:
-        text = json.dumps({**description, "error": str(description["error"])[: _SIZE // 4]}, default=str).encode()[
-            :_SIZE
-        ]
+        error = str(description["error"])[: _SIZE // 8]  # a character is up to 6 bytes
+        text = json.dumps({"op": description["op"], "arguments": [], "options": [], "error": error}).encode()
     return torch.frombuffer(bytearray(text.ljust(_SIZE, b"\0")), dtype=torch.uint8).to(device)
 
 

@@ -4,6 +4,7 @@ A message is a sequence of tensors of any dtypes, packed into bytes: one collect
 masks together. Each tensor starts on 16 bytes.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -196,9 +197,30 @@ def gather(op: str, group: Group, tensors: Sequence[Tensor], specs: Sequence[Seq
 
     specs: of each rank's message.
     """
+    if torch.compiler.is_compiling():
+        return _gather_in_graph(op, group, tensors, specs)
+    return _gather(op, group, tensors, specs)
+
+
+def _gather(op: str, group: Group, tensors: Sequence[Tensor], specs: Sequence[Sequence[Spec]]) -> list[list[Tensor]]:
     largest = max(size_of(message) for message in specs)
     packed = pack([tensors], tensors[0].device)
     if packed.numel() < largest:
         packed = torch.cat([packed, packed.new_zeros(largest - packed.numel())])
     parts = all_gather_bytes(op, group, packed)
     return [unpack(part, message) for part, message in zip(parts, specs, strict=True)]
+
+
+def _gather_in_graph(
+    op: str, group: Group, tensors: Sequence[Tensor], specs: Sequence[Sequence[Spec]]
+) -> list[list[Tensor]]:
+    """With a mark of the sizes that the graph was compiled for. Ranks whose graphs are for different sizes may send
+    messages of the same padded size."""
+    sizes = [size for message in specs for spec in message for size in spec.shape]
+    mark = functools.reduce(lambda so_far, size: (so_far * 1000003 + size + 1) % 2**61, sizes, 1)
+    own = torch.full((1,), mark, dtype=torch.int64, device=tensors[0].device)
+    marked = [[*message, Spec((1,), torch.int64)] for message in specs]
+    parts = _gather(op, group, [*tensors, own], marked)
+    same = torch.cat([part[-1] for part in parts]) == mark
+    torch._assert_async(same.all(), f"{op}: the ranks run graphs that were compiled for different sizes")
+    return [part[:-1] for part in parts]

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..ops._check import check_tensors
-from ._agreement import agree, describe, in_step
+from ._agreement import agree, describe, in_step, tells_errors
 from ._collectives import Spec, gather
 from ._functions import differentiable_once
 from ._mesh import Space, space_of
@@ -41,6 +41,7 @@ def shard(tensor: Tensor, *, mesh: DeviceMesh) -> Tensor:
     return tensor.contiguous()
 
 
+@tells_errors("distributed.unshard")
 def unshard(tensor: Tensor, *, mesh: DeviceMesh) -> Tensor:
     """The whole feature map from the parts of all ranks.
 

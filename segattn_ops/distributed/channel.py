@@ -16,11 +16,12 @@ from ..ops.channel import (
     check_channel_attention,
     check_channel_self_attention,
 )
-from ._agreement import agree, describe
+from ._agreement import agree, describe, tells_errors
 from ._functions import SumOverRanks
 from ._tensors import local_shards
 
 
+@tells_errors("distributed.channel_attention")
 def channel_attention(
     query: Tensor, key: Tensor, value: Tensor, *, mesh: DeviceMesh | None = None, scale: float = -1.0
 ) -> Tensor:
@@ -59,6 +60,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
     check_channel_attention(query, key, value, scale, "distributed.channel_attention", positions_may_be_empty=True)
 
 
+@tells_errors("distributed.residual_channel_attention")
 def residual_channel_attention(
     input: Tensor, gamma: Tensor | float, *, mesh: DeviceMesh | None = None, scale: float = -1.0
 ) -> Tensor:

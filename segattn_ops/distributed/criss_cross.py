@@ -21,7 +21,7 @@ from ..ops._heads import check_heads, logsumexp_of_heads, merge_heads, split_hea
 from ..ops._memory_format import like_inputs
 from ..ops.criss_cross import check_criss_cross_attention
 from . import _parts
-from ._agreement import agree, describe, in_step
+from ._agreement import agree, describe, in_step, tells_errors
 from ._collectives import Arriving, Spec, exchange
 from ._functions import differentiable_once, result
 from ._merge import Partial, delta_of, merge, without_any_key_is_nan
@@ -53,6 +53,7 @@ def criss_cross_attention(
     num_heads: int = 1,
     return_logsumexp: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
+@tells_errors(_OP)
 def criss_cross_attention(
     query: Tensor,
     key: Tensor,

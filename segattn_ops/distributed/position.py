@@ -21,7 +21,7 @@ from ..ops._heads import check_heads, logsumexp_of_heads, merge_heads, split_hea
 from ..ops._memory_format import like_inputs
 from ..ops.position import check_position_attention
 from . import _parts
-from ._agreement import agree, describe, in_step
+from ._agreement import agree, describe, in_step, tells_errors
 from ._collectives import Arriving, Spec, exchange, gather, shift, spec_of
 from ._functions import differentiable_once, result
 from ._merge import Partial, delta_of, merge, without_any_key_is_nan
@@ -60,6 +60,7 @@ def position_attention(
     return_logsumexp: Literal[True],
     method: Method = "auto",
 ) -> tuple[Tensor, Tensor]: ...
+@tells_errors(_OP)
 def position_attention(
     query: Tensor,
     key: Tensor,
@@ -103,6 +104,8 @@ def position_attention(
     that of Dao et al., "FlashAttention" (2022), section 3.1.
     """
     check_tensors(_OP, query=query, key=key, value=value)
+    if key_padding_mask is not None:
+        check_tensors(_OP, key_padding_mask=key_padding_mask)
     scale = number(_OP, "scale", scale)
     if method not in METHODS:
         raise ValueError(f"{_OP}: method must be one of {list(METHODS)} (got {method!r})")

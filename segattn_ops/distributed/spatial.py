@@ -1,5 +1,6 @@
 """Models whose feature maps are sharded over the ranks of a mesh."""
 
+import zlib
 from typing import Any, TypeVar
 
 import torch
@@ -8,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils import _pytree as pytree
 
-from ._agreement import agree, describe, in_step
+from ._agreement import agree, describe, in_step, tell
 from ._collectives import all_reduce
 from ._tensors import is_dtensor
 from .criss_cross import extents
@@ -31,7 +32,8 @@ def spatially_parallel(model: Model, mesh: DeviceMesh) -> Model:
     by itself runs on the part. Any other function is refused.
 
     A gradient of a parameter is this rank's part of it: the sum over the ranks is the gradient of one process for a
-    loss that is the sum of the ranks' losses. See :func:`reduce_gradients`.
+    loss that is the sum of the ranks' losses. See :func:`reduce_gradients`. The backward pass communicates: each rank's
+    loss must be of the same results, with weight 0 where one does not count, or gradients may be wrong, with no error.
 
     Args:
         model: its parameters and submodules stay as they are; forward hooks are added to it.
@@ -94,7 +96,9 @@ class _Enter(_Hook):
         mapped(lambda a: tensors.append(a) if isinstance(a, Tensor) else None, [*args, *kwargs.values()])
         maps = [t for t in tensors if t.dim() == 4]
         if not maps:
-            raise RuntimeError(f"{_OP}: the model must be called with a tensor (B, C, H, W) (got none)")
+            error = RuntimeError(f"{_OP}: the model must be called with a tensor (B, C, H, W) (got none)")
+            tell(_OP, self.mesh, error)
+            raise error
         described = describe(**{f"input {number}": t for number, t in enumerate(maps)})
         kind = self.mesh.device_type
         autocast = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
@@ -169,7 +173,7 @@ def reduce_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
 
     Raises:
         TypeError: for gradients that are DTensors, as FSDP2's.
-        RuntimeError: if the gradients of the ranks differ in number, shape or dtype; if communication fails.
+        RuntimeError: if the gradients of the ranks differ in name, shape or dtype; if communication fails.
     """
     op = "distributed.reduce_gradients"
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -177,9 +181,9 @@ def reduce_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
         if is_dtensor(gradient):
             raise TypeError(f"{op}: the gradient of {name} must not be a DTensor; FSDP2 reduces its own")
     device = next(iter(gradients.values())).device if gradients else torch.device(mesh.device_type)
-    sizes = [0] + [g.numel() for g in gradients.values()]
-    summary = torch.tensor([len(gradients), sum(sizes), sum(i * n for i, n in enumerate(sizes))], device=device)
-    space, _ = agree(op, mesh, describe(gradients=summary), (("sizes", summary.tolist()),), _no_check)
+    named = [(name, tuple(g.shape), str(g.dtype)) for name, g in gradients.items()]
+    summary = torch.tensor([len(named), zlib.crc32(repr(named).encode())], device=device)
+    space, _ = agree(op, mesh, describe(gradients=summary), (("count and checksum", summary.tolist()),), _no_check)
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for gradient in gradients.values():
         by_dtype.setdefault(gradient.dtype, []).append(gradient)

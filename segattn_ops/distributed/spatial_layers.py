@@ -564,7 +564,8 @@ def _reduction(
 
 
 @handles(torch.sum, torch.Tensor.sum)
-def _sum(func: Any, input: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+def _sum(func: Any, input: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, axis: Any = None) -> Any:
+    dim = dim if axis is None else axis
     group = input.lineage.space.whole
     return _reduction(
         "sum", torch.sum, input, dim, keepdim, lambda part: SumOverRanks.apply(part, _OP, group), dtype=dtype
@@ -572,7 +573,8 @@ def _sum(func: Any, input: Any, dim: Any = None, keepdim: bool = False, *, dtype
 
 
 @handles(torch.mean, torch.Tensor.mean)
-def _mean(func: Any, input: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+def _mean(func: Any, input: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, axis: Any = None) -> Any:
+    dim = dim if axis is None else axis
     if not input.is_sharded:
         return on_replicated(torch.mean, (input,) if dim is None else (input, dim, keepdim), {"dtype": dtype})
     count = 1

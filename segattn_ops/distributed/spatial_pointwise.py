@@ -281,7 +281,10 @@ _along("unsqueeze", 1, None, adds=True)
 _along("stack", 1, 0, adds=True)
 
 
-def _chunks(func: Any, tensor: SpatialMap, sizes: Any, dim: int = 0) -> Any:
+def _chunks(func: Any, tensor: SpatialMap, sizes: Any = None, dim: int = 0, **named: Any) -> Any:
+    """named: chunks, split_size, or another name of the sizes."""
+    if named:
+        (sizes,) = named.values()
     dim = _dimension(tensor, dim)
     if tensor.is_sharded and dim in tensor.dims:
         raise refusal(name_of(func), [tensor], "it is along height or width, so it has no rule")
@@ -311,8 +314,12 @@ def _select(func: Any, input: SpatialMap, dim: int, index: int) -> Any:
 
 
 @handles(F.normalize)
-def _normalize(func: Any, input: SpatialMap, p: float = 2.0, dim: int = 1, eps: float = 1e-12) -> Any:
+def _normalize(
+    func: Any, input: SpatialMap, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Tensor | None = None
+) -> Any:
     dim = _dimension(input, dim)
+    if out is not None:
+        raise refusal("normalize with out", [input])
     if input.is_sharded and dim in input.dims:
         raise refusal("normalize", [input], "it is along height or width, so it has no rule")
     return run_on([], input.with_local, F.normalize, (input, p, dim, eps), {})

@@ -252,6 +252,45 @@ def compiled(name: str, backend: str, mesh: DeviceMesh) -> None:
         torch.testing.assert_close(g, e, rtol=0, atol=1e-13)
 
 
+def graphs_of_other_sizes(mesh: DeviceMesh) -> None:
+    """Each rank had its sizes before, beside others of the other rank, so none compiles again."""
+    for function, message in (
+        (lambda x: distributed.position_attention(x, x, x, mesh=mesh, method="gather"), "position_attention"),
+        (lambda x: distributed.unshard(x, mesh=mesh), "unshard"),
+    ):
+        torch._dynamo.reset()
+        graph = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=False)
+        for rows in ((4, 2), (3, 4)):
+            graph(torch.ones(1, 2, rows[dist.get_rank()], 3))
+        error = f"{message}: the ranks run graphs that were compiled for different sizes"
+        assert_raises(RuntimeError, error, lambda: graph(torch.ones(1, 2, 4, 3)))  # noqa: B023
+
+
+def long_description(mesh: DeviceMesh) -> None:
+    x = part_of(drawn(4)[0], mesh)
+    heads: object = "x" * 5000 if dist.get_rank() == 0 else 1
+    kind = TypeError if dist.get_rank() == 0 else RuntimeError
+    call = functools.partial(distributed.position_attention, x, x, x, mesh=mesh, num_heads=heads)
+    assert_raises(kind, "num_heads must be an int", call)
+
+
+def errors_of_one_rank(mesh: DeviceMesh) -> None:
+    """Those that it finds before it communicates."""
+    x = part_of(drawn(4)[0], mesh)
+    first = dist.get_rank() == 0
+    for function, kind, wrong, message in (
+        (distributed.position_attention, ValueError, {"method": "x"}, "method must be one of"),
+        (distributed.position_attention, TypeError, {"scale": "x"}, "scale must be a number"),
+        (distributed.position_attention, TypeError, {"key_padding_mask": 5}, "key_padding_mask must be a torch.Tensor"),
+        (distributed.criss_cross_attention, TypeError, {"query": None}, "query must be a torch.Tensor"),
+        (distributed.channel_attention, TypeError, {"scale": "x"}, "scale must be a number"),
+    ):
+        arguments = {"query": x, "key": x, "value": x, **(wrong if first else {})}
+        assert_raises(kind if first else RuntimeError, message, functools.partial(function, **arguments, mesh=mesh))
+    unshard = functools.partial(distributed.unshard, None if first else x, mesh=mesh)
+    assert_raises(TypeError if first else RuntimeError, "tensor must be a torch.Tensor", unshard)
+
+
 def permuted_mesh(name: str, mesh: DeviceMesh) -> None:
     """The order is that of the mesh, not that of the ranks."""
     other = DeviceMesh("cpu", mesh.mesh.flip(tuple(range(mesh.ndim))))
@@ -447,6 +486,9 @@ def checks(shape: Sequence[int]) -> dict[str, Check]:
     if tuple(shape) == (2,):
         for name in ("position, ring", "position, gather", "channel"):
             found[f"{name}, compiled"] = functools.partial(compiled, name, "aot_eager")
+        found["graphs of other sizes"] = graphs_of_other_sizes
+        found["errors of one rank"] = errors_of_one_rank
+        found["long description"] = long_description
         found["channel, inductor"] = functools.partial(compiled, "channel", "inductor")
     if tuple(shape) == (2, 2):
         found["a plane beside replicas"] = a_plane_beside_replicas

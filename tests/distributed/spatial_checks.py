@@ -798,6 +798,9 @@ def dtypes(run: Run) -> None:
 CHECKS["dtypes"] = dtypes
 
 
+calls("names of arguments", lambda x: torch.cat([
+    F.normalize(x), x.sum(axis=1, keepdim=True), x.mean(axis=1, keepdim=True), *x.chunk(chunks=2, dim=1),
+    *x.split(split_size=3, dim=1), *torch.split(x, split_size_or_sections=[1, 3], dim=1)], 1))  # fmt: skip
 calls("amax of ties", lambda x: (x.amax((2, 3), keepdim=True), x.amax((1, 2, 3))),
       inputs=lambda: [images().clamp(-1, 1)], whole=[0, 1])  # fmt: skip
 
@@ -814,6 +817,15 @@ def nearest(run: Run) -> None:
 
 
 CHECKS["nearest"] = nearest
+
+
+def gradients_of_other_parameters(run: Run) -> None:
+    model = nn.Sequential(nn.Conv2d(C, C, 1), nn.Conv2d(C, C, 1)).double()
+    model[1 if dist.get_rank() == 0 else 0](images()).sum().backward()
+    raises(RuntimeError, "count and checksum", reduce_gradients, model, run.mesh)
+
+
+CHECKS["gradients of other parameters"] = gradients_of_other_parameters
 
 
 def after_the_call(run: Run) -> None:
