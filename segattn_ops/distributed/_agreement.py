@@ -7,6 +7,7 @@ until the timeout.
 import functools
 import json
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar, cast
@@ -21,6 +22,7 @@ from ._mesh import Group, Space, cache, space_of
 
 # Bytes that a rank sends. Odd: no message of a graph, on a rank that does not compile again, has this size.
 _SIZE = 4095
+CALL_SIZE = 16  # bytes that a rank sends before the messages of a backward pass
 
 Shapes = tuple[tuple[int, ...], ...]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -190,6 +192,40 @@ def _readable(description: dict[str, Any]) -> str:
     ]
     options = [f"{name}={value!r}" for name, value in description["options"]]
     return f"{description['op']}: {'; '.join([*arguments, *options])}"
+
+
+def number_call(group: Group) -> int:
+    """The number of a Function's call among those on the group, the same on each rank."""
+    if torch.compiler.is_compiling():
+        return 0
+    calls = cache().calls
+    calls[group.name] = calls.get(group.name, 0) + 1
+    return calls[group.name]
+
+
+def check_call(op: str, group: Group, number: int, device: torch.device) -> None:
+    """Before the messages of a backward pass. Ranks whose losses have other terms go backward through their results in
+    another order, and messages of the same size would be taken for those of another op.
+
+    Not in graphs. With CUDA the check does not wait for its outcome: PyTorch's assertion on the device raises later.
+
+    Raises:
+        RuntimeError: if the ranks are in the backward passes of different calls.
+    """
+    if torch.compiler.is_compiling() or group.size == 1:
+        return
+    own = torch.tensor([number, zlib.crc32(op.encode())], device=device)
+    received = torch.stack(all_gather_bytes(op, group, own))
+    if device.type != "cpu":
+        torch._assert_async((received == own).all(), f"{op}: the ranks go backward through different calls")
+        return
+    for rank, other in zip(group.ranks, received, strict=True):
+        if not torch.equal(other, received[0]):
+            raise RuntimeError(
+                f"{op}: the ranks must go backward through the same calls in the same order (got call "
+                f"{int(received[0, 0])} on rank {group.ranks[0]} and call {int(other[0])} on rank {rank}); give each "
+                "rank's loss the same terms, with weight 0 where one does not count"
+            )
 
 
 @contextmanager

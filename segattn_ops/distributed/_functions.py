@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._agreement import in_step
+from ._agreement import check_call, in_step, number_call
 from ._collectives import all_reduce
 from ._mesh import Group
 
@@ -25,12 +25,14 @@ class SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, op: str, group: Group) -> Tensor:
-        ctx.op, ctx.group = op, group
+        ctx.op, ctx.group, ctx.call = op, group, number_call(group)
         with in_step(op, group):
             return result(all_reduce(op, group, tensor))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        with in_step(ctx.op, ctx.group):
+            check_call(ctx.op, ctx.group, ctx.call, gradient.device)
         return SumOverRanks.apply(gradient, ctx.op, ctx.group), None, None
 
 

@@ -1,5 +1,7 @@
 """The mesh of a sharded feature map: which ranks hold which part, and whether their calls fit together."""
 
+import weakref
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,19 +46,22 @@ class Space:
 
 @dataclass
 class _Cache:
-    """What is known of the process groups.
+    """What is known of the process groups. It keeps none alive: one that outlives ``destroy_process_group`` ends the
+    process with an abort at its exit.
 
     Attributes:
-        world: the group of all ranks when the others were filled.
+        world: of the group of all ranks when the others were filled.
         spaces: of each mesh.
         groups: those of whole meshes, by device type and ranks.
         failed: the groups, by name, in which a call of this rank failed between its messages.
+        calls: how many Functions were called on each group, by name.
     """
 
-    world: Any = None
+    world: Callable[[], Any] = lambda: None
     spaces: dict[DeviceMesh, "Space"] = field(default_factory=dict)
-    groups: dict[tuple[str, tuple[int, ...]], Any] = field(default_factory=dict)
+    groups: MutableMapping[tuple[str, tuple[int, ...]], Any] = field(default_factory=weakref.WeakValueDictionary)
     failed: dict[str, str] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
 
 
 _cache = _Cache()
@@ -65,8 +70,9 @@ _cache = _Cache()
 def cache() -> _Cache:
     """The cache, empty again after the process groups were destroyed and made again."""
     global _cache
-    if _cache.world is not dist.group.WORLD:
-        _cache = _Cache(dist.group.WORLD)
+    world = dist.group.WORLD
+    if world is None or _cache.world() is not world:
+        _cache = _Cache() if world is None else _Cache(weakref.ref(world))
     return _cache
 
 
@@ -120,10 +126,11 @@ def _whole_group(mesh: DeviceMesh, ranks: tuple[int, ...]) -> Any:
         return dist.group.WORLD
     groups = cache().groups
     key = mesh.device_type, tuple(sorted(ranks))
-    if key not in groups:
+    group = groups.get(key)
+    if group is None:
         timeout = part._get_backend(torch.device(mesh.device_type)).options._timeout
-        groups[key] = dist.new_group(list(key[1]), timeout, backend, use_local_synchronization=True)
-    return groups[key]
+        groups[key] = group = dist.new_group(list(key[1]), timeout, backend, use_local_synchronization=True)
+    return group
 
 
 def _group(group: Any, ranks: tuple[int, ...], index: int) -> Group:

@@ -21,7 +21,7 @@ from ..ops._heads import check_heads, logsumexp_of_heads, merge_heads, split_hea
 from ..ops._memory_format import like_inputs
 from ..ops.criss_cross import check_criss_cross_attention
 from . import _parts
-from ._agreement import agree, describe, in_step, tells_errors
+from ._agreement import agree, check_call, describe, in_step, number_call, tells_errors
 from ._collectives import Arriving, Spec, exchange
 from ._functions import differentiable_once, result
 from ._merge import Partial, delta_of, merge, without_any_key_is_nan
@@ -188,7 +188,7 @@ class _CrissCrossAttention(torch.autograd.Function):
         widths: tuple[int, ...],
     ) -> tuple[Tensor, Tensor]:
         ctx.operators = _backend.operators("criss_cross_attention", query, key, value)
-        ctx.scale, ctx.group = scale, space.whole
+        ctx.scale, ctx.group, ctx.call = scale, space.whole, number_call(space.whole)
         ctx.lines = _directions(space, heights, widths)
         operands = [query, key, value]
         with in_step(_OP, space.whole):
@@ -220,6 +220,7 @@ class _CrissCrossAttention(torch.autograd.Function):
         delta = delta_of(grad_output, output, grad_logsumexp)
         sent = [grad_output.contiguous(), *(t.unsqueeze(1) for t in (logsumexp, low, delta))]
         with in_step(_OP, ctx.group):
+            check_call(_OP, ctx.group, ctx.call, query.device)
             arriving = [lines.start_to_lines(sent) for lines in ctx.lines if lines is not None]
             total: list[Tensor] | None = None
             for name, lines in zip(_OPERATORS, ctx.lines, strict=True):

@@ -295,7 +295,8 @@ class Sent:
 
     Attributes:
         agreement: the descriptions of the call, in the forward pass.
-        forward, backward: all others.
+        forward: all others.
+        backward: with the number of the call.
     """
 
     agreement: int
@@ -311,7 +312,7 @@ def sent(layout: Layout, rank: int) -> Sent:
     """What a rank sends."""
     others = layout.ranks - 1
     forward, backward = _SENT[layout.op](layout, rank) if others > 0 else (0, 0)
-    return Sent(_agreement._SIZE * others, forward, backward)
+    return Sent(_agreement._SIZE * others, forward, backward + _agreement.CALL_SIZE * others)
 
 
 def _sent_by_position(layout: Layout, rank: int) -> tuple[int, int]:

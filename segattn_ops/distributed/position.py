@@ -21,7 +21,7 @@ from ..ops._heads import check_heads, logsumexp_of_heads, merge_heads, split_hea
 from ..ops._memory_format import like_inputs
 from ..ops.position import check_position_attention
 from . import _parts
-from ._agreement import agree, describe, in_step, tells_errors
+from ._agreement import agree, check_call, describe, in_step, number_call, tells_errors
 from ._collectives import Arriving, Spec, exchange, gather, shift, spec_of
 from ._functions import differentiable_once, result
 from ._merge import Partial, delta_of, merge, without_any_key_is_nan
@@ -177,6 +177,7 @@ class _PositionAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.operators = _backend.operators("position_attention", query, key, value)
         ctx.scale, ctx.group, ctx.key_counts, ctx.gathers = scale, group, key_counts, gathers
+        ctx.call = number_call(group)
         keys = _Keys(group, key_counts, key, value, mask)
         with in_step(_OP, group):
             if gathers:
@@ -199,6 +200,7 @@ class _PositionAttention(torch.autograd.Function):
         delta = delta_of(grad_output, output, grad_logsumexp)
         keys = _Keys(ctx.group, ctx.key_counts, key, value, mask)
         with in_step(_OP, ctx.group):
+            check_call(_OP, ctx.group, ctx.call, query.device)
             differentiate = _differentiate_gathered if ctx.gathers else _differentiate_in_ring
             gradients = differentiate(ctx, grad_output.contiguous(), query, keys, (logsumexp, low, delta), needs)
         rounded = (None if g is None else g.to(query.dtype) for g in gradients)

@@ -33,7 +33,7 @@ def spatially_parallel(model: Model, mesh: DeviceMesh) -> Model:
 
     A gradient of a parameter is this rank's part of it: the sum over the ranks is the gradient of one process for a
     loss that is the sum of the ranks' losses. See :func:`reduce_gradients`. The backward pass communicates: each rank's
-    loss must be of the same results, with weight 0 where one does not count, or gradients may be wrong, with no error.
+    loss must be of the same results, with weight 0 where one does not count.
 
     Args:
         model: its parameters and submodules stay as they are; forward hooks are added to it.

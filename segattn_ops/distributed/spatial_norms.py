@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..ops._check import accumulation_dtype
-from ._agreement import in_step
+from ._agreement import check_call, in_step, number_call
 from ._collectives import all_reduce, gather, spec_of
 from ._functions import differentiable_once
 from ._mesh import Group
@@ -50,7 +50,7 @@ class _Standardize(torch.autograd.Function):
         inverse = (variance + eps).rsqrt()
         standard = (x - mean).mul_(inverse)
         ctx.save_for_backward(standard, inverse)
-        ctx.dims, ctx.total, ctx.group = dims, so_far, group
+        ctx.dims, ctx.total, ctx.group, ctx.call = dims, so_far, group, number_call(group)
         ctx.mark_non_differentiable(mean, variance)
         return standard, mean, variance
 
@@ -60,6 +60,7 @@ class _Standardize(torch.autograd.Function):
         standard, inverse = ctx.saved_tensors
         sums = torch.stack([gradient.sum(ctx.dims, keepdim=True), (gradient * standard).sum(ctx.dims, keepdim=True)])
         with in_step(_OP, ctx.group):
+            check_call(_OP, ctx.group, ctx.call, gradient.device)
             sums = all_reduce(_OP, ctx.group, sums) / ctx.total
         return (gradient - sums[0] - standard * sums[1]).mul_(inverse), None, None, None, None
 

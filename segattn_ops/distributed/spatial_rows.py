@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._agreement import in_step
+from ._agreement import check_call, in_step, number_call
 from ._collectives import Spec, exchange
 from ._mesh import Group
 
@@ -58,6 +58,7 @@ class _Fetch(torch.autograd.Function):
         ctx: Any, tensor: Tensor, dim: int, group: Group, held: Sequence[Range], wanted: Sequence[Sequence[Range]]
     ) -> Tensor:
         ctx.dim, ctx.group, ctx.held, ctx.wanted, ctx.shape = dim, group, held, wanted, tensor.shape
+        ctx.call = number_call(group)
         own, first = group.index, held[group.index][0]
 
         def rows(start: int, stop: int) -> Tensor:
@@ -104,6 +105,7 @@ class _Fetch(torch.autograd.Function):
         kept = messages[own]
         messages[own] = nothing
         with in_step(_OP, group):
+            check_call(_OP, group, ctx.call, gradient.device)
             arrived = exchange(_OP, group, messages, specs).wait()
         arrived[own] = kept
         total = gradient.new_zeros(ctx.shape)
