@@ -59,13 +59,13 @@ def test_other_ranks_end_with_an_error():
 
 @pytest.mark.parametrize("script, arguments", SCRIPTS, ids=[arguments.split()[-1] for _, arguments in SCRIPTS])
 def test_documented_scripts(script, arguments, tmp_path):
-    """As their first line says. The last lines of the ranks tell that they are done: torch 2.14's gloo can abort a process
+    """As their first line says. A line of each rank tells that it is done, because gloo of torch 2.14 can abort a process
     at its exit after an all-to-all."""
     *options, name = arguments.split()
     (tmp_path / name).write_text(script)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *options, str(tmp_path / name)]
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
     lines = sorted(re.findall(r"^rank (\d):", done.stdout, re.MULTILINE))
     assert lines == ["0", "1"], done.stderr
