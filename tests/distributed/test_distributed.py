@@ -59,8 +59,8 @@ def test_other_ranks_end_with_an_error():
 
 @pytest.mark.parametrize("script, arguments", SCRIPTS, ids=[arguments.split()[-1] for _, arguments in SCRIPTS])
 def test_documented_scripts(script, arguments, tmp_path):
-    """As their first line says. A line of each rank tells that it is done, because gloo of torch 2.14 can abort a process
-    at its exit after an all-to-all."""
+    """As their first line says. A line of each rank tells that it is done, not the exit status: gloo of torch 2.14 can
+    abort a process at its exit after an all-to-all."""
     *options, name = arguments.split()
     (tmp_path / name).write_text(script)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *options, str(tmp_path / name)]
