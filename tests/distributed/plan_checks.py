@@ -27,7 +27,7 @@ CASES = [(op, method) for op in METHODS for method in METHODS[op]]
 # The parts of a dimension of the mesh, by its size: uneven, one of them empty.
 UNEVEN = {1: (5,), 2: (4, 1), 3: (3, 0, 2), 4: (1, 4, 0, 3)}
 TOLERANCE = 0.02  # of the memory: vectors of a number a position are estimated
-RUNS = 3
+RUNS = 12
 
 
 class PeakMemory(TorchDispatchMode):
@@ -96,11 +96,21 @@ def bytes_sent(op: str, method: str, dtype: torch.dtype, mesh: DeviceMesh) -> No
         assert backward.bytes == expected.backward, (backward, expected)
 
 
-def peaks(layout: plan.Layout, mesh: DeviceMesh) -> tuple[int, int]:
-    """Of the forward and of the backward. The least of some runs: gloo's threads release a message a moment after it
-    arrived."""
-    found = [_peaks(layout, mesh) for _ in range(RUNS)]
-    return min(forward for forward, _ in found), min(backward for _, backward in found)
+def peaks(layout: plan.Layout, mesh: DeviceMesh, planned: Sequence[int]) -> list[int]:
+    """Of the forward and of the backward: the least of some runs, because gloo's threads release a message a moment
+    after it arrived. No further run once that of every rank is as planned."""
+    least = list(_peaks(layout, mesh))
+    for _ in range(RUNS - 1):
+        fits = torch.tensor(int(all(map(is_as_planned, least, planned))))
+        dist.all_reduce(fits, dist.ReduceOp.MIN)
+        if fits.item():
+            break
+        least = list(map(min, least, _peaks(layout, mesh)))
+    return least
+
+
+def is_as_planned(got: int, planned: int) -> bool:
+    return abs(got - planned) <= TOLERANCE * planned
 
 
 def _peaks(layout: plan.Layout, mesh: DeviceMesh) -> tuple[int, int]:
@@ -118,11 +128,10 @@ def _peaks(layout: plan.Layout, mesh: DeviceMesh) -> tuple[int, int]:
 def peak_memory(op: str, method: str, dtype: torch.dtype, mesh: DeviceMesh) -> None:
     """Of maps of 48 x 48, whose columns and rows are divided evenly: all messages of a ring are of one size."""
     layout = plan.even_layout(op, method, tuple(mesh.shape), 48, 48, 64, 16, dtype)
-    planned = plan.memory(layout, dist.get_rank())
-    for name, got, expected in zip(
-        ("forward", "backward"), peaks(layout, mesh), (planned.forward, planned.backward), strict=True
-    ):
-        assert abs(got - expected) <= TOLERANCE * expected, f"{name}: {got} (planned {expected}, {planned})"
+    memory = plan.memory(layout, dist.get_rank())
+    planned = memory.forward, memory.backward
+    for name, got, expected in zip(("forward", "backward"), peaks(layout, mesh, planned), planned, strict=True):
+        assert is_as_planned(got, expected), f"{name}: {got} (planned {expected}, {memory})"
 
 
 def flop(op: str, method: str, mesh: DeviceMesh) -> None:
@@ -167,7 +176,8 @@ def of_growing_map(op: str, method: str) -> int:
     """The peak of this rank for a map that grows with the number of ranks."""
     ranks = dist.get_world_size()
     layout = plan.even_layout(op, method, (ranks,), 8 * ranks, 48, 64, 16, torch.float32)
-    return max(peaks(layout, init_device_mesh("cpu", (ranks,))))
+    memory = plan.memory(layout, dist.get_rank())
+    return max(peaks(layout, init_device_mesh("cpu", (ranks,)), (memory.forward, memory.backward)))
 
 
 def weak_scaling() -> dict[str, list[int]]:
