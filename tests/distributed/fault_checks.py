@@ -19,7 +19,7 @@ from segattn_ops.distributed import _parts
 from .processes import fork
 
 RANKS = 3
-TIMEOUT = 4.0  # of the process group, in seconds
+TIMEOUT = 8.0  # of the process group, in seconds
 OPS: dict[str, Callable[..., Tensor]] = {
     "channel": lambda q, k, v, mesh: distributed.channel_attention(q, k, v, mesh=mesh),
     "ring": lambda *t, mesh: distributed.position_attention(*t, mesh=mesh, method="ring"),
