@@ -67,5 +67,5 @@ def test_documented_scripts(script, arguments, tmp_path):
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
-    lines = sorted(re.findall(r"^rank (\d):", done.stdout, re.MULTILINE))
-    assert lines == ["0", "1"], done.stderr
+    ranks = sorted(re.findall(r"rank (\d): ", done.stdout))  # lines of ranks may be mixed
+    assert ranks == ["0", "1"], done.stderr
