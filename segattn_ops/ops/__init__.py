@@ -16,7 +16,6 @@ from .position import (
     position_attention,
     position_attention_map,
     position_attention_partial,
-    position_attention_partial_backward,
 )
 
 OPERATORS = (*position.OPERATORS, *channel.OPERATORS, *criss_cross.OPERATORS)
@@ -36,7 +35,6 @@ __all__ = [
     "position_attention",
     "position_attention_map",
     "position_attention_partial",
-    "position_attention_partial_backward",
     "register",
     "residual_channel_attention",
 ]

@@ -224,62 +224,6 @@ def position_attention_partial(
     return results
 
 
-def position_attention_partial_backward(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    logsumexp: Tensor,
-    logsumexp_low: Tensor,
-    delta: Tensor,
-    scale: float = 1.0,
-    *,
-    needs_input_grad: Sequence[bool] = (True, True, True),
-    key_padding_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A part of the gradients of attention over all keys: that of the part of the keys that is given.
-
-    Args:
-        grad_output: (B, C, *S), of the output over all keys, in the inputs' dtype.
-        query, key, value, scale, key_padding_mask: as in :func:`position_attention_partial`.
-        logsumexp, logsumexp_low: (B, *S), over all keys, in the dtype of accumulation.
-        delta: (B, *S), in the dtype of accumulation: the sum over the channels of grad_output times the output over
-            all keys, less the gradient of the logsumexp.
-        needs_input_grad: which gradients are computed.
-
-    Returns:
-        In the dtype of accumulation: the gradient of query (B, E, *S), to be summed over the parts, and those of key
-        (B, E, *T) and value (B, C, *T). One that is not needed has the shape (0,).
-
-    Raises:
-        TypeError: for an argument that is not a tensor, and for a scale that is not a number.
-        RuntimeError: for mismatched shapes, dtypes or devices, for a scale that is not finite, and for another number
-            of entries in needs_input_grad.
-    """
-    op = "position_attention_partial_backward"
-    tensors = grad_output, query, key, value, logsumexp, logsumexp_low, delta
-    check_tensors(op, **dict(zip(_PARTIAL_BACKWARD_TENSORS, tensors, strict=True)))
-    if key_padding_mask is not None:
-        check_tensors(op, key_padding_mask=key_padding_mask)
-    scale = number(op, "scale", scale)
-    needs = list(needs_input_grad)
-    operators = _backend.operators(op, query, key, value)
-    if operators is None:
-        check_position_attention_partial_backward(*tensors, scale, needs, key_padding_mask)
-        with without_autocast(query.device.type):
-            gradients = reference.position_attention_partial_backward(*tensors, scale, key_padding_mask)
-        empty = empty_gradients(gradients, (False,) * 3)
-        grad_query, grad_key, grad_value = (g if n else e for g, e, n in zip(gradients, empty, needs, strict=True))
-        return grad_query, grad_key, grad_value
-    grad_query, grad_key, grad_value = operators.position_attention_partial_backward(
-        *tensors, scale, needs, key_padding_mask
-    )
-    return grad_query, grad_key, grad_value
-
-
-_PARTIAL_BACKWARD_TENSORS = ("grad_output", "query", "key", "value", "logsumexp", "logsumexp_low", "delta")
-
-
 def _needs_low(*tensors: Tensor) -> bool:
     """Whether the backward pass needs the rounding error of the output of 16-bit tensors. A traced graph keeps it:
     torch.jit.trace compares graphs traced with and without gradients, and the graph may be trained."""

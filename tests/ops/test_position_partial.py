@@ -1,13 +1,15 @@
 """Position attention over parts of the keys: merged, the parts are attention over all keys, forward and backward."""
 
 import functools
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-from segattn_ops import reference
-from segattn_ops.ops import position_attention, position_attention_partial, position_attention_partial_backward
+from segattn_ops import _backend, reference
+from segattn_ops.distributed import _parts
+from segattn_ops.ops import position_attention, position_attention_partial
 from segattn_ops.ops._check import accumulation_dtype
 
 from ..families import DTYPES
@@ -16,6 +18,15 @@ from .test_key_padding_mask import SHAPES, eager, make, padding_of, poisoned
 
 SCALE = 0.4
 NAMES = ("output", "logsumexp", "grad_query", "grad_key", "grad_value")
+
+
+def gradients_of_part(
+    *arguments: object, needs_input_grad: Sequence[bool] = (True, True, True), key_padding_mask: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """As segattn_ops.distributed gets them. arguments: grad_output, query, key, value, logsumexp, its rounding error,
+    delta and scale."""
+    operators = _backend.operators("position_attention_partial", *arguments[1:4])
+    return _parts.backward(operators, "position_attention_partial", arguments, needs_input_grad, key_padding_mask)
 
 
 def on(device: str, tensors: list[Tensor]) -> list[Tensor]:
@@ -55,7 +66,7 @@ def results_of_parts(
     mask: Tensor | None = None,
     scale: float = SCALE,
     forward=position_attention_partial,
-    backward=position_attention_partial_backward,
+    backward=gradients_of_part,
 ) -> list[Tensor]:
     """Merged output and logsumexp, and the gradients, in the dtype of accumulation. mask: (B, M)"""
     query, key, value = inputs
@@ -149,16 +160,16 @@ def test_no_keys_no_queries_no_samples(backend, dtype):
     output, logsumexp, low = position_attention_partial(query, key[..., :0], value[..., :0], 0.5)
     assert not output.any() and (logsumexp == -torch.inf).all() and not low.any()
     statistics = torch.ones_like(logsumexp), torch.zeros_like(logsumexp), torch.ones_like(logsumexp)
-    gradients = position_attention_partial_backward(grad_output, query, key[..., :0], value[..., :0], *statistics, 0.5)
+    gradients = gradients_of_part(grad_output, query, key[..., :0], value[..., :0], *statistics, 0.5)
     assert not gradients[0].any() and gradients[0].shape == query.shape
     assert gradients[1].shape == (2, 8, 5, 0) and gradients[2].shape == (2, 16, 5, 0)
     empty = [s[:, :0] for s in statistics]
-    gradients = position_attention_partial_backward(grad_output[:, :, :0], query[:, :, :0], key, value, *empty, 0.5)
+    gradients = gradients_of_part(grad_output[:, :, :0], query[:, :, :0], key, value, *empty, 0.5)
     assert gradients[0].shape == (2, 8, 0, 7) and not gradients[1].any() and not gradients[2].any()
     assert position_attention_partial(query[:, :, :0], key, value, 0.5)[0].shape == (2, 16, 0, 7)
     assert position_attention_partial(query[:0], key[:0], value[:0], 0.5)[0].shape == (0, 16, 5, 7)
     empty = [s[:0] for s in statistics]
-    gradients = position_attention_partial_backward(grad_output[:0], query[:0], key[:0], value[:0], *empty, 0.5)
+    gradients = gradients_of_part(grad_output[:0], query[:0], key[:0], value[:0], *empty, 0.5)
     assert gradients[2].shape == (0, 16, 5, 7)
 
 
@@ -259,9 +270,7 @@ def test_needs_input_grad(kernels, dtype, needs):
     inputs, gradients = make((2, 8, 16, (5, 7), (5, 7)), dtype)
     query, key, value, grad_output = on(kernels.device, [*inputs, gradients[0]])
     _, logsumexp, low = position_attention_partial(query, key, value, SCALE)
-    call = functools.partial(
-        position_attention_partial_backward, grad_output, query, key, value, logsumexp, low, low + 0.1, SCALE
-    )
+    call = functools.partial(gradients_of_part, grad_output, query, key, value, logsumexp, low, low + 0.1, SCALE)
     for needed, got, expected in zip(needs, call(needs_input_grad=needs), call(), strict=True):
         assert torch.equal(got, expected if needed else expected.new_empty(0))
 
@@ -353,7 +362,5 @@ def test_arguments_that_are_no_tensors():
     x = torch.zeros(1, 2, 3)
     with pytest.raises(TypeError, match=r"position_attention_partial: key must be a torch.Tensor \(got list\)"):
         position_attention_partial(x, [1.0], x)
-    with pytest.raises(TypeError, match=r"position_attention_partial_backward: delta must be a torch.Tensor"):
-        position_attention_partial_backward(x, x, x, x, x[:, 0], x[:, 0], 1.0)
     with pytest.raises(TypeError, match="position_attention_partial: scale must be a number"):
         position_attention_partial(x, x, x, "1")
