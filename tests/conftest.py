@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from . import backends
-from .emulated import emulator, register_backend, traced  # noqa: F401
-from .emulator.fixtures import emulated_library  # noqa: F401
+from .emulated import emulator, register_backend, traced, without_wgmma  # noqa: F401
+from .emulator.fixtures import emulated_library, variant  # noqa: F401
 
 
 def _parameters(names: list[str]) -> list:
@@ -12,12 +12,17 @@ def _parameters(names: list[str]) -> list:
 
 
 def pytest_generate_tests(metafunc) -> None:
-    """`backend` runs over all implementations, `kernels` over those with compiled operators."""
+    """`backend` runs over all implementations, `kernels` over those with compiled operators, `cuda_kernels` over the
+    CUDA kernels, emulated and on a GPU."""
     names = backends.chosen()
     if "backend" in metafunc.fixturenames:
         metafunc.parametrize("backend", _parameters(names), indirect=True)
     if "kernels" in metafunc.fixturenames:
         metafunc.parametrize("kernels", _parameters([n for n in names if n != "reference"]), indirect=True)
+    if "cuda_kernels" in metafunc.fixturenames:
+        metafunc.parametrize(
+            "cuda_kernels", _parameters([n for n in names if n in ("emulated", "cuda")]), indirect=True
+        )
 
 
 @pytest.fixture
@@ -33,7 +38,7 @@ def backend(request):
         yield chosen
 
 
-kernels = backend
+kernels = cuda_kernels = backend
 
 
 @pytest.fixture(autouse=True)

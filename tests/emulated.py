@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from segattn_ops import _selection
+from segattn_ops import _position_engine, _selection
 
 from .emulator import build
 
@@ -21,10 +21,18 @@ def emulator(emulated_library):
     emulated_library.set_device(90)
     emulated_library.set_current_stream(1)
     emulated_library.set_built_architectures([])
+    emulated_library.set_built_for_sm90a(True)
     emulated_library.set_failing_launch(-1)
     emulated_library.set_blocks_at_ends(-1)
     emulated_library.set_mma_rounding("truncate")
     torch.ops.segattn_emulated._set_allow_tf32(False)
+    torch.ops.segattn_emulated._set_position_engine(_position_engine.position_engine_setting("segattn_emulated"))
+
+
+@pytest.fixture
+def without_wgmma(emulator):
+    """The library as if it had no code for sm_90a: mma.sync serves 16-bit types on every device."""
+    emulator.set_built_for_sm90a(False)
 
 
 def register_backend():

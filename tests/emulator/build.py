@@ -148,6 +148,7 @@ def _libraries(variant_name: str) -> list[Library]:
             *variant.kernels,
             "-DSEGATTN_NAMESPACE=segattn_emulated",
             "-DSEGATTN_DISPATCH_KEY=CPU",
+            build_tools.SM90A_DEFINE,
             *build_tools.STABLE_ABI,
         ),
         ("-ltorch_cpu", "-ltorch", "-lc10", *variant.link),
@@ -251,10 +252,12 @@ def load(variant_name: str) -> ModuleType:
     """Builds a variant, registers the operators of `segattn_emulated` with their fakes and autograd, and returns the
     control module. A process can load only one variant."""
     import segattn_ops
+    from segattn_ops import _position_engine
 
     control = runtime(variant_name)
     torch.ops.load_library(build(variant_name, "kernels") / f"{library_name(variant_name, 'kernels')}.so")
     segattn_ops.register("segattn_emulated")
+    _position_engine.follow_environment("segattn_emulated")
     return control
 
 

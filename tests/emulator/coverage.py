@@ -22,6 +22,7 @@ CUDA_SOURCES = build.ROOT / "csrc" / "cuda"
 SUITE = (
     "tests/ops/test_ops.py",
     *(f"tests/cuda/test_{name}.py" for name in ("position", "channel", "criss_cross", "host")),
+    *sorted(str(path.relative_to(build.ROOT)) for path in (build.ROOT / "tests" / "cuda").glob("test_*_sm90.py")),
 )
 
 

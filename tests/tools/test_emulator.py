@@ -13,23 +13,23 @@ import torch
 from torch import Tensor
 
 from ..emulator import asan, build
+from ..emulator.fixtures import HERE, IN_ASAN
 from ..emulator.tensor_core_model import GENERATIONS, to_nearest, truncated
 
 NAN = float("nan")
 WRONG = "wrong numbers"  # no error, but the output differs from the right one
-IN_ASAN = os.environ.get("SEGATTN_EMULATOR_VARIANT") == "asan"
-# AddressSanitizer must be loaded first, so its tests run in a separate process (test_under_address_sanitizer).
-HERE = ["asan"] if IN_ASAN else ["plain", "race"]
 
 
-@pytest.fixture(params=HERE)
-def variant(request) -> Iterator[str]:
-    control = build.runtime(request.param)
-    control.set_device(90)
-    control.set_seed(0)
-    control.set_mma_rounding("truncate")
-    yield request.param
-    control.set_mma_rounding("truncate")
+runs_under_asan = pytest.mark.skipif(IN_ASAN, reason="runs in the process that this test starts")
+
+
+def run_under_asan(file: str) -> str:
+    """Runs a file's tests in the AddressSanitizer build; their output."""
+    build.build("asan", "selftest")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", file]
+    done = subprocess.run(command, env=asan.environment(), capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    return done.stdout
 
 
 @pytest.fixture
@@ -215,13 +215,10 @@ def test_fault_leaves_the_emulator_usable(variant):
     torch.testing.assert_close(run_case(variant, "deadlock", False, X, 128, 128), X)
 
 
-@pytest.mark.skipif(IN_ASAN, reason="runs in the process that this test starts")
+@runs_under_asan
 def test_under_address_sanitizer():
-    build.build("asan", "selftest")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(Path(__file__))]
-    done = subprocess.run(command, env=asan.environment(), capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert "test_fault_is_found[asan-global_bounds]" not in done.stdout  # listed only when skipped or failed
+    listed = run_under_asan(__file__)
+    assert "test_fault_is_found[asan-global_bounds]" not in listed  # listed only when skipped or failed
 
 
 # ---- instructions ------------------------------------------------------------------------------------------------

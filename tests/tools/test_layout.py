@@ -21,7 +21,9 @@ CPU_FILES_THAT_INCLUDE_TORCH = ["cpu/common/parallel.h", "cpu/common/simd.h", "c
 CPU_FILES_THAT_NAME_TORCH = ["cpu/common/parallel.h", "cpu/common/tensors.h"]
 
 # The files that, in an emulated build, include headers of tests/emulator/include.
-FILES_THAT_INCLUDE_THE_EMULATOR = ["cuda/common/device.cu", "cuda/common/launch.cuh", "cuda/common/ptx.cuh"]
+FILES_THAT_INCLUDE_THE_EMULATOR = [
+    f"cuda/common/{name}" for name in ("device.cu", "launch.cuh", "ptx.cuh", "ptx_sm90.cuh")
+]
 
 
 def includes(file: str, brackets: str) -> list[str]:

@@ -1,12 +1,13 @@
-// Kernel launches and dynamic shared memory: the two constructs of CUDA for which plain C++ has no syntax.
+// Kernel launches and dynamic shared memory: the constructs of CUDA for which plain C++ has no syntax.
 //
 //   SEGATTN_DYNAMIC_SHARED(type, name);    in a kernel: `type* name`, a block's dynamic shared memory, 16-byte aligned
 //   SEGATTN_LAUNCH((kernel<1, 2>), grid, block, shared_bytes, stream, arguments...);
+//   SEGATTN_LAUNCH_CLUSTER((kernel<1, 2>), cluster_size, grid, block, shared_bytes, stream, arguments...);
 //
 // A launch opts in to more than 48 KB of shared memory where needed, and throws std::runtime_error naming the kernel if
 // it fails. Nothing here synchronises, so launches can be captured into a CUDA graph.
 //
-// Under SEGATTN_EMULATED, "launch_emulated.h" (tests/emulator) implements both.
+// Under SEGATTN_EMULATED, "launch_emulated.h" (tests/emulator) implements them.
 #pragma once
 
 #include <cstddef>
@@ -42,10 +43,11 @@ inline unsigned grid_blocks(int64_t blocks) {
   return static_cast<unsigned>(blocks);
 }
 
+// cluster_size: so many blocks, which follow each other in x, run together as a cluster (sm_90).
 template <class... Parameters, class... Arguments>
-void launch_kernel(
-    void (*kernel)(Parameters...), const char* name, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-    const Arguments&... arguments) {
+void launch_cluster(
+    void (*kernel)(Parameters...), const char* name, unsigned cluster_size, dim3 grid, dim3 block, size_t shared_bytes,
+    cudaStream_t stream, const Arguments&... arguments) {
   constexpr size_t kWithoutOptIn = 48 * 1024;
   if (shared_bytes > kWithoutOptIn) {
     check_cuda(
@@ -55,14 +57,34 @@ void launch_kernel(
         name);
   }
 #ifdef SEGATTN_EMULATED
-  check_cuda(emulator::launch(name, kernel, grid, block, shared_bytes, stream, arguments...), name);
+  check_cuda(emulator::launch(name, kernel, cluster_size, grid, block, shared_bytes, stream, arguments...), name);
 #else
-  kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = cluster_size;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = cluster_size > 1 ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, arguments...);
   check_cuda(cudaGetLastError(), name);
 #endif
+}
+
+template <class... Parameters, class... Arguments>
+void launch_kernel(
+    void (*kernel)(Parameters...), const char* name, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+    const Arguments&... arguments) {
+  launch_cluster(kernel, name, 1, grid, block, shared_bytes, stream, arguments...);
 }
 
 }  // namespace segattn::cuda
 
 #define SEGATTN_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   ::segattn::cuda::launch_kernel(kernel, #kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
+#define SEGATTN_LAUNCH_CLUSTER(kernel, cluster_size, grid, block, shared_bytes, stream, ...) \
+  ::segattn::cuda::launch_cluster(kernel, #kernel, cluster_size, grid, block, shared_bytes, stream, __VA_ARGS__)

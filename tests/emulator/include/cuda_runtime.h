@@ -7,9 +7,9 @@
 #include "vector_types.h"
 
 #define threadIdx (::segattn::emulator::current->thread_index)
-#define blockIdx (::segattn::emulator::block.block_index)
-#define blockDim (::segattn::emulator::block.block_size)
-#define gridDim (::segattn::emulator::block.grid_size)
+#define blockIdx (::segattn::emulator::current->block->block_index)
+#define blockDim (::segattn::emulator::current->block->block_size)
+#define gridDim (::segattn::emulator::current->block->grid_size)
 
 inline constexpr int warpSize = 32;
 

@@ -18,17 +18,17 @@ constexpr int kWarpSize = 32;
 constexpr unsigned kFullMask = 0xffffffffu;
 
 // The running thread's built-in variables. `current` is null while host code runs.
-struct ThreadVariables {
-  uint3 thread_index;
-};
 struct BlockVariables {
   uint3 block_index;
   dim3 block_size;
   dim3 grid_size;
   void* dynamic_shared;
 };
+struct ThreadVariables {
+  uint3 thread_index;
+  const BlockVariables* block;
+};
 extern ThreadVariables* current;
-extern BlockVariables block;
 
 // Ends the launch with a RuntimeError that names kernel, block and thread; from host code it throws at once.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
@@ -64,6 +64,7 @@ void count_fma(int operations);
 // ---- the library ----------------------------------------------------------------------------------------------
 // The architectures the library counts as built for (nvcc's __CUDA_ARCH_LIST__, but 80 for sm_80).
 std::vector<int> built_architectures();
+bool built_for_sm90a();
 
 // ---- memory ---------------------------------------------------------------------------------------------------
 // Fills memory with 0xff: NaN in float16, bfloat16, float32 and float64, -1 in integers.

@@ -17,6 +17,7 @@ struct LaunchRequest {
   const char* name;  // for a kernel whose symbol cannot be found
   dim3 grid_size;
   dim3 block_size;
+  unsigned cluster_size;  // blocks along x that run together
   size_t dynamic_shared_bytes;
   cudaStream_t stream;
   void (*run_thread)(const void* kernel, const void* arguments);
@@ -30,8 +31,8 @@ cudaError_t launch(const LaunchRequest& request);
 
 template <class... P, class... A>
 cudaError_t launch(
-    const char* name, void (*kernel)(P...), dim3 grid_size, dim3 block_size, size_t dynamic_shared_bytes,
-    cudaStream_t stream, A&&... arguments) {
+    const char* name, void (*kernel)(P...), unsigned cluster_size, dim3 grid_size, dim3 block_size,
+    size_t dynamic_shared_bytes, cudaStream_t stream, A&&... arguments) {
   static_assert(sizeof...(P) == sizeof...(A), "one argument for each of the kernel's parameters");
   static_assert((std::is_trivially_copyable_v<P> && ...), "kernel parameters are copied to the device bit by bit");
   using Arguments = std::tuple<P...>;
@@ -40,13 +41,13 @@ cudaError_t launch(
     std::apply(reinterpret_cast<void (*)(P...)>(const_cast<void*>(function)), *static_cast<const Arguments*>(values));
   };
   return launch(LaunchRequest{
-      reinterpret_cast<const void*>(kernel), name, grid_size, block_size, dynamic_shared_bytes, stream, run_thread,
-      &packed, sizeof packed});
+      reinterpret_cast<const void*>(kernel), name, grid_size, block_size, cluster_size, dynamic_shared_bytes, stream,
+      run_thread, &packed, sizeof packed});
 }
 
 // The block's dynamic shared memory, exactly as many bytes as the launch requests.
 inline void* dynamic_shared_memory() {
-  return block.dynamic_shared;
+  return current->block->dynamic_shared;
 }
 
 }  // namespace segattn::emulator

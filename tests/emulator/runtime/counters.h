@@ -32,6 +32,7 @@ struct LaunchCounters {
   std::string kernel;
   dim3 grid_size;
   dim3 block_size;
+  int cluster_size = 1;
   std::string arguments;  // the bytes of the kernel's parameter; only those of the first are where a GPU has them
   size_t dynamic_shared_bytes = 0;
   size_t static_shared_bytes = 0;  // of all kernels of the library together
@@ -43,7 +44,13 @@ struct LaunchCounters {
   int64_t shuffles = 0;
   int64_t fma_operations = 0;        // through __fmaf_rn and __fma_rn only
   int64_t mma_instructions[3] = {};  // by MmaType
+  int64_t wgmma_operations[2] = {};  // multiply-adds, by MmaType
+  int64_t wgmma_a_bytes = 0;         // of shared memory; b's bytes count once for the four warps
+  int64_t wgmma_b_bytes = 0;
   int64_t async_copies = 0;
+  int64_t bulk_copy_bytes = 0;       // read from global memory, once for all blocks that a copy addresses
+  int64_t bulk_delivered_bytes = 0;  // written to shared memory, zeros included
+  int64_t mbarrier_waits = 0;        // by threads
   std::map<std::string, InstructionCounters> memory;  // "global_read", "shared_write", "shared_matrix_read", ...
   // By kind and source location: "global_read" and the return address or Site of the access.
   std::map<std::pair<std::string, const void*>, InstructionCounters> locations;

@@ -18,6 +18,7 @@
 #include "../include/launch_emulated.h"
 #include "block.h"
 #include "counters.h"
+#include "execution.h"
 #include "host.h"
 #include "memory.h"
 #include "random.h"
@@ -109,6 +110,11 @@ cudaError_t check(const LaunchRequest& request) {
   }
   if (threads > kMaxThreadsPerBlock)
     return cudaErrorInvalidConfiguration;
+  const unsigned cluster = request.cluster_size;
+  if (cluster == 0 || cluster > kMaxBlocks || request.grid_size.x % cluster != 0 ||
+      (cluster > 1 && device().architecture < 90)) {
+    return cudaErrorInvalidClusterSize;
+  }
   if (request.dynamic_shared_bytes > dynamic_shared_limit(request.kernel))
     return cudaErrorInvalidValue;
   return cudaSuccess;
@@ -189,6 +195,7 @@ cudaError_t launch(const LaunchRequest& request) {
   counters.kernel = kernel_name(request);
   counters.grid_size = request.grid_size;
   counters.block_size = request.block_size;
+  counters.cluster_size = int(request.cluster_size);
   counters.arguments.assign(static_cast<const char*>(request.arguments), request.argument_bytes);
   counters.dynamic_shared_bytes = request.dynamic_shared_bytes;
   counters.architecture = device().architecture;
@@ -196,28 +203,30 @@ cudaError_t launch(const LaunchRequest& request) {
 
   SharedMemory shared(request);
   counters.static_shared_bytes = shared.static_bytes();
-  block.grid_size = request.grid_size;
-  block.block_size = request.block_size;
-  block.dynamic_shared = shared.dynamic();
   start_execution(request, counters.kernel);
   if constexpr (kTrace)
     trace::launch_started(shared.memory());
 
   const dim3& grid = request.grid_size;
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
-  const int threads = int(request.block_size.x * request.block_size.y * request.block_size.z);
+  const unsigned in_cluster = request.cluster_size;
   Random random(seed());
-  BlockOrder order(blocks, random);
-  for (uint64_t i = 0; i < blocks; ++i) {
-    const uint64_t index = order.next();
-    if (!block_runs(index, blocks))
+  BlockOrder order(blocks / in_cluster, random);
+  for (uint64_t i = 0; i < blocks / in_cluster; ++i) {
+    const uint64_t cluster = order.next(), first = cluster * in_cluster;
+    if (!block_runs(first, blocks) && !block_runs(first + in_cluster - 1, blocks))
       continue;
-    block.block_index = {
-        unsigned(index % grid.x), unsigned(index / grid.x % grid.y), unsigned(index / grid.x / grid.y)};
+    BlockVariables variables[kMaxBlocks];
+    for (unsigned rank = 0; rank < in_cluster; ++rank) {
+      const uint64_t index = first + rank;
+      variables[rank] = {
+          {unsigned(index % grid.x), unsigned(index / grid.x % grid.y), unsigned(index / grid.x / grid.y)},
+          request.block_size,
+          request.grid_size,
+          shared.dynamic(int(rank))};
+    }
     shared.poison();
-    if constexpr (kTrace)
-      trace::block_started(threads);
-    run_block(seed() * 0x100000001b3u + index);
+    run_cluster(variables, int(in_cluster), seed() * 0x100000001b3u + cluster);
     if (const std::string error = take_memory_error(); !error.empty()) {
       throw std::runtime_error("emulator: bad memory access in kernel " + counters.kernel + "\n  " + error);
     }
@@ -249,6 +258,8 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "invalid device ordinal";
     case cudaErrorNoKernelImageForDevice:
       return "no kernel image is available for execution on the device";
+    case cudaErrorInvalidClusterSize:
+      return "invalid cluster size";
     case cudaErrorLaunchOutOfResources:
       return "too many resources requested for launch";
   }

@@ -27,14 +27,20 @@ char* stack_arena() {
         mmap(nullptr, kSlotBytes * kMaxFibers, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED)
       throw std::bad_alloc();
-    for (int i = 0; i < kMaxFibers; ++i) {
-      char* stack = static_cast<char*>(memory) + i * kSlotBytes + kGuardBytes;
-      if (mprotect(stack, kStackBytes, PROT_READ | PROT_WRITE) != 0)
-        throw std::bad_alloc();
-    }
     return static_cast<char*>(memory);
   }();
   return arena;
+}
+
+// The lowest address of stack number `index`, which is made accessible when it is first used.
+char* stack_bottom(int index) {
+  static int accessible = 0;
+  for (; accessible <= index; ++accessible) {
+    char* bottom = stack_arena() + accessible * kSlotBytes + kGuardBytes;
+    if (mprotect(bottom, kStackBytes, PROT_READ | PROT_WRITE) != 0)
+      throw std::bad_alloc();
+  }
+  return stack_arena() + index * kSlotBytes + kGuardBytes;
 }
 
 }  // namespace
@@ -138,7 +144,7 @@ bool on_fiber_stack(const void* address) {
 }
 
 void prepare_fiber(Fiber& fiber, int index, void (*entry)()) {
-  char* bottom = stack_arena() + index * kSlotBytes + kGuardBytes;
+  char* bottom = stack_bottom(index);
   fiber.stack_bottom = bottom;
   fiber.stack_bytes = kStackBytes;
   fiber.fake_stack = nullptr;

@@ -15,7 +15,7 @@ struct Fiber {
 };
 
 constexpr size_t kStackBytes = 256 * 1024;
-constexpr int kMaxFibers = 1024;
+constexpr int kMaxFibers = 8 * 1024;
 
 // The stacks of all fibers are in one reserved range, with guard pages between them; pages are committed on first use.
 bool on_fiber_stack(const void* address);

@@ -18,6 +18,7 @@ int64_t launches_before_failure = -1;
 int64_t blocks_at_ends = -1;
 std::atomic<int64_t> stream_number = 1;
 std::vector<int> built;
+std::atomic<bool> has_sm90a{true};
 
 }  // namespace
 
@@ -63,6 +64,15 @@ void set_built_architectures(std::vector<int> architectures) {
 
 std::vector<int> built_architectures() {
   return built.empty() ? std::vector<int>{device().architecture} : built;
+}
+
+void set_built_for_sm90a(bool built) {
+  has_sm90a = built;
+}
+
+bool built_for_sm90a() {
+  const std::vector<int> architectures = built_architectures();
+  return has_sm90a && std::find(architectures.begin(), architectures.end(), 90) != architectures.end();
 }
 
 int code_architecture(int device_architecture) {

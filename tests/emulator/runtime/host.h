@@ -28,6 +28,8 @@ bool block_runs(uint64_t index, uint64_t blocks);
 
 // The architectures the library counts as built for, 80 for sm_80; empty: that of the emulated device.
 void set_built_architectures(std::vector<int> architectures);
+// Whether a library that is built for sm_90 counts as having code for sm_90a too; at first it does.
+void set_built_for_sm90a(bool built);
 // The built architecture whose code would run on a device: the newest of the same generation that is not newer than the
 // device; 0 if there is none.
 int code_architecture(int device_architecture);

@@ -1,4 +1,5 @@
-// A launch's shared memory: the dynamic buffer, exactly as large as requested, and the library's static arrays.
+// A launch's shared memory: the dynamic buffer of each block of a cluster, exactly as large as requested, and the
+// library's static arrays, which only clusters of one block can use.
 #pragma once
 
 #include <cstddef>
@@ -16,7 +17,7 @@ class SharedMemory {
   SharedMemory(const SharedMemory&) = delete;
   SharedMemory& operator=(const SharedMemory&) = delete;
 
-  void* dynamic() const { return dynamic_; }
+  void* dynamic(int rank) const;
   size_t static_bytes() const { return static_bytes_; }
   const trace::Memory& memory() const { return memory_; }
   void poison();
@@ -24,6 +25,7 @@ class SharedMemory {
  private:
   void* dynamic_ = nullptr;
   size_t dynamic_bytes_ = 0;
+  int blocks_;
   char* static_ = nullptr;
   size_t static_bytes_ = 0;
   trace::Memory memory_;

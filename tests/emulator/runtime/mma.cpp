@@ -5,12 +5,10 @@
 #include <bit>
 #include <cstring>
 
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
-
+#include "../include/emulated_wgmma.h"
 #include "counters.h"
 #include "device.h"
+#include "element_formats.h"
 #include "execution.h"
 #include "mma_sum.h"
 #include "trace.h"
@@ -24,18 +22,6 @@ struct Mma {
   const uint32_t* b;
 };
 
-float from_float16(uint16_t bits) {
-#if defined(__F16C__)
-  return _cvtsh_ss(bits);
-#else
-  _Float16 value;
-  std::memcpy(&value, &bits, sizeof value);
-  return float(value);
-#endif
-}
-float from_bfloat16(uint16_t bits) {
-  return std::bit_cast<float>(uint32_t(bits) << 16);
-}
 // Tensor cores ignore the low 13 bits of a tf32 operand.
 float from_tf32(uint32_t bits) {
   return std::bit_cast<float>(bits & ~0x1fffu);
@@ -54,7 +40,7 @@ void for_accumulators(void* const* operands, F&& body) {
 }
 
 template <int kDepth>
-void accumulate(void* const* operands, MmaOperands<kDepth>& factors, int lowest_exponent) {
+void accumulate(void* const* operands, MmaOperands<kDepth, 8>& factors, int lowest_exponent) {
   float d[16][8];
   for_accumulators(operands, [&](float& element, int row, int column) { d[row][column] = element; });
   if (mma_rounding() == MmaRounding::kTruncate) {
@@ -68,7 +54,7 @@ void accumulate(void* const* operands, MmaOperands<kDepth>& factors, int lowest_
 template <MmaType kType>
 void run_mma_16bit(void* const* operands, unsigned lanes) {
   constexpr auto convert = kType == MmaType::kFloat16 ? from_float16 : from_bfloat16;
-  MmaOperands<16> factors;
+  MmaOperands<16, 8> factors;
   auto& [a, b] = factors;
   for (int lane = 0; lane < kWarpSize; ++lane) {
     const auto& mma = *static_cast<const Mma*>(operands[lane]);
@@ -91,7 +77,7 @@ void run_mma_16bit(void* const* operands, unsigned lanes) {
 }
 
 void run_mma_tf32(void* const* operands, unsigned lanes) {
-  MmaOperands<8> factors;
+  MmaOperands<8, 8> factors;
   auto& [a, b] = factors;
   for (int lane = 0; lane < kWarpSize; ++lane) {
     const auto& mma = *static_cast<const Mma*>(operands[lane]);
@@ -103,6 +89,26 @@ void run_mma_tf32(void* const* operands, unsigned lanes) {
   }
   accumulate(operands, factors, kLowestExponent);
   ++counters.mma_instructions[int(MmaType::kTf32)];
+  if constexpr (kTrace)
+    trace::warp_converged(self().warp, lanes);
+}
+
+struct MatrixStore {
+  const uint32_t* registers;
+  uint16_t* row;
+};
+
+// Element (row, column) of matrix i goes to the row whose address lane 8 i + row gives.
+void run_transposed_store(void* const* operands, unsigned lanes) {
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    for (int lane = 0; lane < kWarpSize; ++lane) {
+      const uint32_t pair = static_cast<const MatrixStore*>(operands[lane])->registers[matrix];
+      for (int i = 0; i < 2; ++i) {
+        const int row = lane % 4 * 2 + i, column = lane / 4;
+        static_cast<const MatrixStore*>(operands[8 * matrix + row])->row[column] = uint16_t(pair >> (16 * i));
+      }
+    }
+  }
   if constexpr (kTrace)
     trace::warp_converged(self().warp, lanes);
 }
@@ -157,6 +163,15 @@ void load_matrices(uint32_t* registers, const void* row, bool transposed, Site s
     trace::access(trace::Access::kMatrixRead, row, kRowBytes, location_of(site));
   MatrixLoad mine{registers, static_cast<const char*>(row)};
   collective({operation, true, true}, kFullMask, site, &mine, transposed ? run_load<true> : run_load<false>);
+}
+
+void store_matrices_transposed(void* row, const uint32_t* registers, Site site) {
+  constexpr const char* kOperation = "stmatrix.x4.trans";
+  check_shared(kOperation, row, kRowBytes, site);
+  if constexpr (kTrace)
+    trace::access(trace::Access::kWrite, row, kRowBytes, location_of(site));
+  MatrixStore mine{registers, static_cast<uint16_t*>(row)};
+  collective({kOperation, true, true}, kFullMask, site, &mine, run_transposed_store);
 }
 
 }  // namespace segattn::emulator

@@ -37,6 +37,7 @@ py::dict as_dict(const LaunchCounters& launch) {
   result["kernel"] = launch.kernel;
   result["grid"] = as_tuple(launch.grid_size);
   result["block"] = as_tuple(launch.block_size);
+  result["cluster"] = launch.cluster_size;
   result["arguments"] = py::bytes(launch.arguments);
   result["dynamic_shared_bytes"] = launch.dynamic_shared_bytes;
   result["static_shared_bytes"] = launch.static_shared_bytes;
@@ -47,6 +48,9 @@ py::dict as_dict(const LaunchCounters& launch) {
   result["warp_barriers"] = launch.warp_barriers;
   result["shuffles"] = launch.shuffles;
   result["async_copies"] = launch.async_copies;
+  result["bulk_copy_bytes"] = launch.bulk_copy_bytes;
+  result["bulk_delivered_bytes"] = launch.bulk_delivered_bytes;
+  result["mbarrier_waits"] = launch.mbarrier_waits;
   result["fma_flops"] = 2 * launch.fma_operations;
   int64_t mma_flops = 0;
   for (int i = 0; i < 3; ++i) {
@@ -55,6 +59,13 @@ py::dict as_dict(const LaunchCounters& launch) {
   }
   result["mma_flops"] = mma_flops;
   result["mma_flops_by_type"] = mma;
+  py::dict wgmma;
+  for (int i = 0; i < 2; ++i)
+    wgmma[kMmaNames[i]] = 2 * launch.wgmma_operations[i];
+  result["wgmma_flops"] = 2 * (launch.wgmma_operations[0] + launch.wgmma_operations[1]);
+  result["wgmma_flops_by_type"] = wgmma;
+  result["wgmma_shared_a_bytes"] = launch.wgmma_a_bytes;
+  result["wgmma_shared_b_bytes"] = launch.wgmma_b_bytes;
   if (kTrace) {
     for (const auto& [kind, counted] : launch.memory)
       memory[kind.c_str()] = as_dict(counted);
@@ -110,6 +121,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "set_built_architectures", &set_built_architectures, py::arg("architectures"),
       "Architectures the library reports as built for, 80 for sm_80; empty: that of the emulated device.");
+  m.def(
+      "set_built_for_sm90a", &set_built_for_sm90a, py::arg("built"),
+      "Whether a library built for sm_90 counts as having code for sm_90a; at first it does.");
   m.def("set_seed", &set_seed, py::arg("seed"), "Chooses the schedule of threads and blocks.");
   m.def(
       "set_mma_rounding", &set_mma_rounding, py::arg("rounding"),

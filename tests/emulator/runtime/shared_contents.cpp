@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "../include/emulator.h"
+#include "execution.h"
 #include "races.h"
 #include "source_locations.h"
 
@@ -10,11 +10,6 @@ namespace segattn::emulator {
 namespace {
 
 constexpr size_t kMaxReports = 8;
-
-std::string block_name() {
-  const uint3& b = block.block_index;
-  return "block (" + std::to_string(b.x) + ", " + std::to_string(b.y) + ", " + std::to_string(b.z) + ")";
-}
 
 }  // namespace
 
@@ -37,7 +32,7 @@ void SharedContents::copy_started(size_t first_unit, size_t units) {
   std::fill_n(units_.begin() + ptrdiff_t(first_unit), units, Unit{block_, true});
 }
 
-void SharedContents::read(size_t first_unit, size_t units, int thread, const void* location) {
+void SharedContents::read(size_t first_unit, size_t units, const Thread& thread, const void* location) {
   const auto begin = units_.begin() + ptrdiff_t(first_unit), end = begin + ptrdiff_t(units);
   const auto empty =
       std::find_if(begin, end, [this](const Unit& unit) { return unit.block != block_ || unit.in_flight; });
@@ -46,7 +41,7 @@ void SharedContents::read(size_t first_unit, size_t units, int thread, const voi
     return;
   const size_t byte = size_t(empty - units_.begin()) * RaceDetector::kUnitBytes;
   reports_.push_back(
-      "shared memory, byte " + std::to_string(byte) + ": thread " + std::to_string(thread) + " of " + block_name() +
+      name_of_shared(byte) + ": thread " + std::to_string(thread.index) + " of " + name_of(block_of(thread)) +
       " reads at " + describe_location(location) +
       (empty->block == block_ ? " what an asynchronous copy that was not waited for delivers"
                               : " what no thread of the block has written"));

@@ -10,6 +10,8 @@
 
 namespace segattn::emulator {
 
+struct Thread;
+
 class SharedContents {
  public:
   void start_launch(size_t units);
@@ -18,7 +20,7 @@ class SharedContents {
   // Offsets and sizes are in units of RaceDetector::kUnitBytes.
   void written(size_t first_unit, size_t units);
   void copy_started(size_t first_unit, size_t units);
-  void read(size_t first_unit, size_t units, int thread, const void* location);
+  void read(size_t first_unit, size_t units, const Thread& thread, const void* location);
 
   const std::vector<std::string>& reports() const { return reports_; }
 

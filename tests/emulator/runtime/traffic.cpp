@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <bit>
 
+#include "execution.h"
+
 namespace segattn::emulator {
 namespace {
 
@@ -70,7 +72,7 @@ const char* name_of(Traffic kind) {
 
 void TrafficCounter::start_launch() {
   warps_.clear();
-  warps_.resize(1024 / kWarpSize);
+  warps_.resize(kMaxWarps);
 }
 
 TrafficCounter::LocationTraffic& TrafficCounter::find(Warp& warp, Traffic kind, const void* location) {
