@@ -137,27 +137,37 @@ def cpu_extensions(sets: dict[str, list[str]]) -> list:
     return [schemas, *kernels]
 
 
-def cuda_extension():
+def cuda_extension() -> tuple[setuptools.Extension, list[str]]:
+    """The CUDA kernels, and the architectures that they are compiled for.
+
+    Where sm_90 is among them, the files named *_sm90.cu are compiled too, for sm_90a alone, by ``Build``: torch has one
+    set of flags an extension. Code for sm_90a runs on no other architecture, so elsewhere these files are left out.
+    """
     if not torch.cuda.is_available() and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         os.environ["TORCH_CUDA_ARCH_LIST"] = "8.0;9.0+PTX"
     flags = " ".join(cpp_extension._get_cuda_arch_flags())
-    architectures = ",".join(sorted(set(re.findall(r"compute_(\d+a?)", flags))))
-    return cpp_extension.CUDAExtension(
+    architectures = set(re.findall(r"compute_(\d+[af]?)", flags))
+    every_source = sources("cuda", ".cu")
+    for_sm90a = [source for source in every_source if source.endswith(build_tools["SM90A_SUFFIX"])]
+    defines = list(DEFINES)
+    if for_sm90a and architectures & {"90", "90a"}:
+        architectures.add("90a")
+        defines.append(build_tools["SM90A_DEFINE"])
+    else:
+        for_sm90a = []
+    extension = cpp_extension.CUDAExtension(
         "segattn_ops._C_cuda",
-        sources("cuda", ".cu"),
+        [source for source in every_source if not source.endswith(build_tools["SM90A_SUFFIX"])],
         include_dirs=[INCLUDE],
         extra_compile_args={
             "cxx": [*CXX_FLAGS, "-DUSE_CUDA"],
-            "nvcc": [
-                *build_tools["NVCC_FLAGS"],
-                *DEFINES,
-                f'-DSEGATTN_CUDA_ARCHITECTURES="{architectures}"',
-                "-Xcompiler=-fvisibility=hidden",
-            ],
+            "nvcc": [*build_tools["NVCC_FLAGS"], *defines, "-Xcompiler=-fvisibility=hidden"],
         },
-        depends=dependencies(),
+        depends=dependencies() + for_sm90a,
         py_limited_api=True,
-    ), architectures.split(",")
+    )
+    extension.sources_for_sm90a = for_sm90a
+    return extension, sorted(architectures)
 
 
 def check_tools() -> None:
@@ -217,16 +227,31 @@ def extension_arguments() -> dict:
         print(f"segattn_ops: {toolkit}, architectures {build_info['cuda']['architectures']}", flush=True)
 
     class Build(cpp_extension.BuildExtension):
-        """Gives each library its own object folder, since the CPU libraries share their sources, and writes
-        _build_info.json."""
+        """Gives each library its own object folder, since the CPU libraries share their sources, compiles the files
+        for sm_90a, and writes _build_info.json."""
 
         def build_extension(self, ext) -> None:
             shared = self.build_temp
             self.build_temp = str(Path(shared) / ext.name)
             try:
+                if for_sm90a := getattr(ext, "sources_for_sm90a", []):
+                    ext.extra_objects = self.compile_for_sm90a(ext, for_sm90a)
                 super().build_extension(ext)
             finally:
                 self.build_temp = shared
+
+        def compile_for_sm90a(self, ext, files: list[str]) -> list[str]:
+            """The objects of the files, by a ninja file of their own."""
+            flags = ext.extra_compile_args
+            return self.compiler.compile(
+                files,
+                output_dir=str(Path(self.build_temp) / "sm_90a"),
+                macros=ext.define_macros,
+                include_dirs=ext.include_dirs,
+                debug=self.debug,
+                extra_postargs=flags | {"nvcc": [*flags["nvcc"], build_tools["SM90A_TARGET"]]},
+                depends=ext.depends,
+            )
 
         def run(self) -> None:
             check_tools()

@@ -1,7 +1,7 @@
 """Exact attention for dense prediction (DANet, CCNet, ANN, Non-local) on CUDA and the CPU, without N x N attention
 maps."""
 
-from . import _backend, _dtensor, _flop_counters, _onnx, _ops
+from . import _backend, _dtensor, _flop_counters, _onnx, _ops, _position_engine
 from ._build_config import build_config, library_paths
 from ._flop_counters import flop_handles
 from ._selection import set_default_backend, use_backend
@@ -23,6 +23,8 @@ if _backend.LIBRARIES.serves("cpu"):
     register(_ops.ops.name)
     _onnx.register(_ops.ops.name, OPERATORS)
     _dtensor.register()
+if _backend.LIBRARIES.serves("cuda"):
+    _position_engine.follow_environment(_ops.ops.name)
 
 from . import checkpoints, nn
 from .conversion import ConversionReport, convert

@@ -11,9 +11,18 @@ from typing import Any
 
 import torch
 
+from ._backend import LIBRARIES
 from ._build_config import build_config
+from ._library import HOW_TO_BUILD
+from ._ops import ops
+from ._position_engine import VARIABLE
 
 WIDTH = 100
+POSITION_ENGINES = {
+    "wgmma": "wgmma for 16-bit types with at most 128 channels of query and key, mma.sync otherwise",
+    "mma": "mma.sync",
+    "simt": "no tensor cores",
+}
 
 
 def gpus() -> list[dict[str, Any]]:
@@ -23,8 +32,21 @@ def gpus() -> list[dict[str, Any]]:
     properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return [
         {"name": p.name, "capability": f"{p.major}.{p.minor}", "memory_gib": round(p.total_memory / 2**30, 1)}
-        for p in properties
+        | {"position_engine": position_engine(torch.device("cuda", index))}
+        for index, p in enumerate(properties)
     ]
+
+
+def position_engine(device: torch.device) -> str | None:
+    """The engine of position attention on the device in bfloat16 (segattn_ops/_position_engine.py), or why none
+    serves; None without the CUDA kernels."""
+    if not LIBRARIES.serves("cuda"):
+        return None
+    try:
+        found: str = ops._position_engine(torch.empty(1, 64, 1, dtype=torch.bfloat16, device=device))
+    except RuntimeError as error:
+        return str(error)
+    return found
 
 
 def driver() -> str | None:
@@ -78,6 +100,23 @@ def _gpu(found: list[dict[str, Any]], driver: str | None) -> str:
     return listed + (f"; driver {driver}" if driver else "")
 
 
+def _position_attention(found: list[dict[str, Any]], setting: str) -> str:
+    """The engines of the GPUs; empty where nothing is to be said."""
+    texts = []
+    for gpu in found:
+        engine = gpu["position_engine"]
+        text = POSITION_ENGINES.get(engine, engine)
+        if engine == "mma" and gpu["capability"] == "9.0" and setting == "auto":
+            text += (
+                "; the library was built without sm_90a, which has faster kernels: build it with "
+                f"TORCH_CUDA_ARCH_LIST=9.0 {HOW_TO_BUILD}"
+            )
+        if text is not None and text not in texts:
+            texts.append(text)
+    forced = [] if setting == "auto" else [f"{VARIABLE}={setting}"]
+    return "; ".join([*texts, *forced])
+
+
 def page(facts: dict[str, Any]) -> str:
     """The facts of :func:`describe` as aligned lines."""
     lines = {
@@ -89,6 +128,8 @@ def page(facts: dict[str, Any]) -> str:
         "CUDA kernels": _cuda(facts["cuda"]),
         "GPU": _gpu(facts["gpus"], facts["driver"]),
     }
+    if position := _position_attention(facts["gpus"], facts["cuda"]["position_engine"]):
+        lines["position attention"] = position
     if backend := os.environ.get("SEGATTN_BACKEND"):
         lines["SEGATTN_BACKEND"] = backend
     indent = max(map(len, lines)) + 2

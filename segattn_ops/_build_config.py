@@ -8,6 +8,7 @@ import torch
 
 from ._backend import LIBRARIES
 from ._library import has_extension
+from ._position_engine import position_engine_setting
 from ._version import __version__
 
 
@@ -22,7 +23,8 @@ def build_config() -> dict[str, Any]:
         - `cpu`: whether it is `native`, the `instruction_set` in use, the best one this processor `supports`, those
           `built`, and `why_not` if the reference serves;
         - `cuda`: whether the kernels were `built` and, `native`, are loaded; whether they are `usable`: loaded, and a
-          GPU is visible; the `architectures` and the `toolkit` of the build; and `why_not`.
+          GPU is visible; the `architectures` of the build ("90a": with the kernels for Hopper alone) and its
+          `toolkit`; the `position_engine` that is forced (SEGATTN_CUDA_POSITION), or "auto"; and `why_not`.
     """
     info = LIBRARIES.build_info
     cuda = info.get("cuda", {})
@@ -50,6 +52,7 @@ def build_config() -> dict[str, Any]:
             "built": cuda.get("built", False),
             "architectures": cuda.get("architectures", []),
             "toolkit": cuda.get("toolkit"),
+            "position_engine": position_engine_setting(),
             "why_not": LIBRARIES.missing.get("cuda", None if visible else "torch sees no GPU"),
         },
     }

@@ -16,6 +16,11 @@ STABLE_ABI = ("-DPy_LIMITED_API=0x030A0000", "-DTORCH_TARGET_VERSION=0x020a00000
 CXX_FLAGS = ("-O3", *LANGUAGE, "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", *STABLE_ABI)
 # What decides nvcc's device code; setup.py adds the architectures and the visibility of host symbols.
 NVCC_FLAGS = ("-O3", *LANGUAGE, "--expt-relaxed-constexpr", "-DUSE_CUDA", *STABLE_ABI)
+# Kernels with instructions of Hopper alone are in files of this name, which are compiled for sm_90a and nothing else.
+# The define tells all files of a library that it contains them.
+SM90A_SUFFIX = "_sm90.cu"
+SM90A_TARGET = "-gencode=arch=compute_90a,code=sm_90a"
+SM90A_DEFINE = "-DSEGATTN_SM90A"
 
 BUILD_SCRIPTS = ("setup.py", "segattn_ops/_build_tools.py")  # they hold the flags
 

@@ -85,10 +85,14 @@ def build_toml() -> str:
     headers = sorted(path for suffix in ("h", "cuh") for path in (ROOT / "csrc").rglob(f"*.{suffix}"))
     cpu = [*sorted((ROOT / "csrc").glob("*.cpp")), *sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))]
     cuda = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
+    for_sm90a = [path for path in cuda if path.name.endswith(build_tools.SM90A_SUFFIX)]
+    cuda = [path for path in cuda if path not in for_sm90a]
     # kernel-builder sets TORCH_TARGET_VERSION and Py_LIMITED_API.
     defines = ["-DTORCH_STABLE_ONLY", "-DSEGATTN_NAMESPACE=TORCH_EXTENSION_NAME"]
     cxx = ["-O3", *build_tools.LANGUAGE, "-Wno-psabi", *defines, '-DSEGATTN_CPU_CAPABILITY_NAME="baseline"']
     nvcc = [flag for flag in build_tools.NVCC_FLAGS if flag not in build_tools.STABLE_ABI] + defines
+    # kernel-builder compiles for every architecture of the CUDA version, so that sm_90 is always among them.
+    nvcc += [build_tools.SM90A_DEFINE]
 
     def listed(paths: list[Path]) -> str:
         return "[\n" + "".join(f'    "{path.relative_to(ROOT).as_posix()}",\n' for path in paths) + "]"
@@ -121,6 +125,15 @@ include = ["csrc"]
 cxx-flags = {json.dumps([*cxx, "-DUSE_CUDA"])}
 cuda-flags = {json.dumps(nvcc)}
 src = {listed(cuda + cpu + headers)}
+
+[kernel.segattn_cuda_sm90a]
+backend = "cuda"
+cuda-capabilities = ["9.0a"]
+depends = ["torch"]
+include = ["csrc"]
+cxx-flags = {json.dumps([*cxx, "-DUSE_CUDA"])}
+cuda-flags = {json.dumps(nvcc)}
+src = {listed(for_sm90a + headers)}
 """
 
 

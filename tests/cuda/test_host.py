@@ -1,12 +1,13 @@
 """Host code of all CUDA operators, emulated.
 
-Batches beyond the limit of a grid's second dimension, devices that the library was not built for, failing launches, and
-no waiting for the device, so that calls can be captured in a graph."""
+Batches beyond the limit of a grid's second dimension, devices that the library was not built for, the engine of
+position attention, failing launches, and no waiting for the device, so that calls can be captured in a graph."""
 
 import pytest
 import torch
 
 import segattn_ops
+from segattn_ops import _position_engine
 
 from ..emulated import register_backend
 from ..families import BY_OPERATOR, FAMILIES, Case
@@ -23,6 +24,7 @@ ONE_POSITION = {
     "criss_cross_attention": Case(((1, 2, 1, 2), (1, 2, 1, 2), (1, 3, 1, 2)), 1.0),
 }
 DTYPES = [torch.bfloat16, torch.float32, torch.float64]
+OPERATORS = torch.ops.segattn_emulated
 OPERATOR = pytest.mark.parametrize("operator", SMALL)
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
@@ -103,7 +105,125 @@ def test_the_compiled_architecture_decides_on_tensor_cores(emulator):
         emulator.set_built_architectures(built)
         emulator.reset()
         small_call("position_attention", torch.float16)()
-        assert any("Mma16" in launch["kernel"] for launch in emulator.report()) == tensor_cores
+        names = [launch["kernel"] for launch in emulator.report()]
+        assert any("Mma16" in name or "wgmma" in name for name in names) == tensor_cores
+
+
+def engine_of(dtype, key_channels=64):
+    return OPERATORS._position_engine(torch.empty(1, key_channels, 3, dtype=dtype))
+
+
+# Device and architectures of the library; the engines for float16 or bfloat16, float32, float64.
+CHOICES = [
+    (90, [90], ("wgmma", "mma", "simt")),
+    (90, [80, 90], ("wgmma", "mma", "simt")),
+    (80, [80, 90], ("mma", "mma", "simt")),
+    (86, [80, 90], ("mma", "mma", "simt")),
+    (100, [90, 100], ("mma", "mma", "simt")),  # code for sm_90a runs on no later architecture
+    (120, [90, 120], ("mma", "mma", "simt")),
+    (75, [75, 90], ("simt", "simt", "simt")),
+]
+
+
+@pytest.mark.parametrize(("device", "built", "engines"), CHOICES)
+def test_the_engine_of_position_attention(emulator, device, built, engines):
+    emulator.set_device(device)
+    emulator.set_built_architectures(built)
+    dtypes = (torch.bfloat16, torch.float32, torch.float64)
+    assert tuple(engine_of(dtype) for dtype in dtypes) == engines
+    assert engine_of(torch.float16) == engines[0]
+
+
+def test_wgmma_has_at_most_128_key_channels():
+    assert [engine_of(torch.bfloat16, channels) for channels in (1, 128, 129, 1024)] == ["wgmma", "wgmma", "mma", "mma"]
+
+
+# Device and architectures of the library, the forced engine, dtype and key channels; the engine, or why it cannot
+# serve.
+FORCED = [
+    (90, [90], "mma", torch.bfloat16, 64, "mma"),
+    (90, [90], "simt", torch.bfloat16, 64, "simt"),
+    (90, [90], "simt", torch.float32, 64, "simt"),
+    (90, [90], "wgmma", torch.float16, 128, "wgmma"),
+    (90, [90], "wgmma", torch.float32, 64, "mma"),
+    (90, [90], "wgmma", torch.float32, 129, "mma"),
+    (90, [90], "wgmma", torch.float64, 64, "simt"),
+    (90, [90], "mma", torch.float64, 64, "simt"),
+    (90, [90], "wgmma", torch.bfloat16, 129, r"query must have at most 128 channels \(got 129\)"),
+    (86, [80, 90], "wgmma", torch.bfloat16, 64, "it needs sm_90, and this device is sm_86"),
+    (100, [90, 100], "wgmma", torch.bfloat16, 64, "it needs sm_90, and this device is sm_100"),
+    (75, [75], "mma", torch.float16, 64, "needs code for sm_80 or later, and the code for this device is for sm_75"),
+    (75, [75], "wgmma", torch.float32, 64, "needs code for sm_80 or later, and the code for this device is for sm_75"),
+]
+
+
+@pytest.mark.parametrize(("device", "built", "engine", "dtype", "channels", "expected"), FORCED)
+def test_a_forced_engine(emulator, device, built, engine, dtype, channels, expected):
+    """It serves, passes on a dtype that it has no kernels for, or raises; none is taken silently in its place."""
+    emulator.set_device(device)
+    emulator.set_built_architectures(built)
+    with _position_engine.forced_position_engine(engine, "segattn_emulated"):
+        if expected in _position_engine.ENGINES:
+            assert engine_of(dtype, channels) == expected
+        else:
+            with pytest.raises(
+                RuntimeError, match=f"_position_engine: .*{engine if dtype.itemsize == 2 else 'mma'}.*{expected}"
+            ):
+                engine_of(dtype, channels)
+            leaves = [torch.zeros(1, size, 3, dtype=dtype, requires_grad=True) for size in (channels, channels, 5)]
+            with pytest.raises(RuntimeError, match=f"position_attention: .*{expected}"):
+                segattn_ops.position_attention(*leaves)
+            assert emulator.report() == []
+    assert OPERATORS._position_engine(torch.empty(1, 1, 1)) == engine_of(torch.float32)
+
+
+def test_wgmma_without_its_code_in_the_library(emulator):
+    """As of another build system that compiles for sm_90 alone: mma.sync serves, and forcing wgmma raises."""
+    emulator.set_device(90)
+    emulator.set_built_architectures([90])
+    assert engine_of(torch.bfloat16) == "wgmma"
+    emulator.set_built_for_sm90a(False)
+    assert engine_of(torch.bfloat16) == "mma"
+    message = 'built without code for sm_90a; build it with TORCH_CUDA_ARCH_LIST="9.0" pip install'
+    with (
+        _position_engine.forced_position_engine("wgmma", "segattn_emulated"),
+        pytest.raises(RuntimeError, match=message),
+    ):
+        engine_of(torch.bfloat16)
+
+
+def test_the_engine_that_is_forced_launches(emulator):
+    launched = {}
+    for engine in ("wgmma", "mma", "simt"):
+        emulator.reset()
+        with _position_engine.forced_position_engine(engine, "segattn_emulated"):
+            small_call("position_attention", torch.bfloat16)()
+        launched[engine] = {launch["kernel"] for launch in emulator.report()}
+    assert any("simt_sum" in name for name in launched["simt"])
+    assert not any("Mma16" in name or "wgmma" in name for name in launched["simt"])
+    assert any("Mma16" in name for name in launched["mma"])
+    assert not any("simt_sum" in name or "wgmma" in name for name in launched["mma"])
+    assert any("wgmma" in name for name in launched["wgmma"])
+    assert not any("simt_sum" in name or "Mma16" in name for name in launched["wgmma"])
+
+
+def test_mma_that_is_forced_and_has_no_tile(emulator):
+    """A query with more channels than shared memory holds is passed to the SIMT kernels, unless mma is forced."""
+    wide = [torch.zeros(1, 2048, 3, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    output = segattn_ops.position_attention(*wide)
+    assert "simt_sum" in emulator.report()[0]["kernel"]
+    message = "no tile of it has room for 2048 channels of query and key"
+    with _position_engine.forced_position_engine("mma", "segattn_emulated"):
+        with pytest.raises(RuntimeError, match=f"position_attention: .*{message}"):
+            segattn_ops.position_attention(*wide)
+        with pytest.raises(RuntimeError, match=f"position_attention_backward: .*{message}"):
+            output.sum().backward()
+
+
+def test_a_wrong_engine_is_named():
+    for function in (_position_engine.set_position_engine, OPERATORS._set_position_engine):
+        with pytest.raises((ValueError, RuntimeError), match="name must be one of .*got .?wgma"):
+            function("wgma")
 
 
 @OPERATOR
@@ -128,6 +248,8 @@ HARMLESS = {
     "cudaFuncGetAttributes",
     "cudaFuncSetAttribute",
     "cudaGetLastError",
+    "cudaGetDriverEntryPointByVersion",
+    "cuTensorMapEncodeTiled",
 }
 # Operators of torch that the host code and autograd may call: allocations, views and device work. None reads a value
 # back, except that aten::_to_copy is also the name of a copy to the host.

@@ -10,6 +10,9 @@ from ..emulated import assert_same_bits, global_bytes, run_in
 from .test_host import HARMLESS, HARMLESS_TORCH
 from .test_position import OPERATORS, exact, inputs, launches, relative_error
 
+# Of mma.sync; Hopper's kernels have tests of their own.
+pytestmark = pytest.mark.usefixtures("without_wgmma")
+
 RESULTS = ("output", "logsumexp", "grad_query", "grad_key", "grad_value")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float32: 2e-6, torch.float64: 1e-13}

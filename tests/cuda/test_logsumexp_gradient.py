@@ -9,6 +9,9 @@ from segattn_ops import reference
 
 from .test_position import OPERATORS, inputs, relative_error
 
+# Of mma.sync; Hopper's kernels have tests of their own.
+pytestmark = pytest.mark.usefixtures("without_wgmma")
+
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 4e-6, torch.float64: 1e-12}
 DTYPE = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 ARCHITECTURE = pytest.mark.parametrize("architecture", [75, 86, 90])

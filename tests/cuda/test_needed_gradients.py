@@ -9,6 +9,9 @@ import torch
 
 from ..emulated import global_bytes, run_in
 
+# Of mma.sync; Hopper's kernels have tests of their own.
+pytestmark = pytest.mark.usefixtures("without_wgmma")
+
 OPERATORS = torch.ops.segattn_emulated
 QUERY, KEY, VALUE = [True, False, False], [False, True, False], [False, False, True]
 ALL, NONE = [True] * 3, [False] * 3

@@ -81,8 +81,8 @@ def test_the_page_has_arguments(argument, status, capsys):
     assert "python -m segattn_ops" in "".join(capsys.readouterr())
 
 
-def gpu(name: str) -> dict:
-    return {"name": name, "capability": "9.0", "memory_gib": 79.2}
+def gpu(name: str, engine: str = "wgmma", capability: str = "9.0") -> dict:
+    return {"name": name, "capability": capability, "memory_gib": 79.2, "position_engine": engine}
 
 
 @pytest.mark.parametrize(
@@ -101,8 +101,40 @@ def gpu(name: str) -> dict:
 def test_the_page_tells_built_loaded_and_usable_apart(cuda, gpus, expected, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     facts = __main__.describe() | {"gpus": gpus, "driver": "580.1"}
-    facts["cuda"] = {"architectures": [], "toolkit": None, "why_not": None} | cuda
+    facts["cuda"] = {"architectures": [], "toolkit": None, "why_not": None, "position_engine": "auto"} | cuda
     assert expected in " ".join(__main__.page(facts).split())
+
+
+@pytest.mark.parametrize(
+    ("gpus", "setting", "expected"),
+    [
+        ([], "auto", None),
+        ([], "simt", "SEGATTN_CUDA_POSITION=simt"),
+        ([gpu("H200"), gpu("H200")], "auto", "wgmma for 16-bit types with at most 128 channels of query and key, mma"),
+        (
+            [gpu("H200", "mma")],
+            "auto",
+            "mma.sync; the library was built without sm_90a, which has faster kernels: build",
+        ),
+        ([gpu("H200", "mma")], "mma", "mma.sync; SEGATTN_CUDA_POSITION=mma"),
+        ([gpu("A100", "mma", "8.0"), gpu("T4", "simt", "7.5")], "auto", "mma.sync; no tensor cores"),
+        ([gpu("T4", "the CUDA kernels were built for sm_90", "7.5")], "auto", "the CUDA kernels were built for sm_90"),
+        ([gpu("T4", None)], "auto", None),
+    ],
+)
+def test_the_page_names_the_engine_of_position_attention(gpus, setting, expected):
+    facts = __main__.describe() | {"gpus": gpus}
+    facts["cuda"] = facts["cuda"] | {"position_engine": setting}
+    line = " ".join(__main__.page(facts).split())
+    assert ("position attention" in line) == (expected is not None)
+    assert expected is None or f"position attention {expected}" in line
+
+
+def test_a_wrong_position_engine_is_named():
+    result = run("import segattn_ops", SEGATTN_CUDA_POSITION="wgma")
+    assert result.returncode != 0
+    rule = "ValueError: SEGATTN_CUDA_POSITION must be one of ['auto', 'wgmma', 'mma', 'simt'] (got 'wgma')"
+    assert rule in result.stderr
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="torch is a build without CUDA")

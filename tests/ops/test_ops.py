@@ -5,7 +5,7 @@ from functools import lru_cache
 import pytest
 import torch
 
-from segattn_ops import reference
+from segattn_ops import _position_engine, reference
 
 from ..families import BY_OPERATOR, DTYPES, FAMILIES, Case, Family
 from ..tolerance import assert_as_exact_as_eager
@@ -64,6 +64,17 @@ def test_as_exact_as_eager(backend, family, case, dtype):
     got = results(family.function, moved, case.scalars, grad_output.to(backend.device))
     for name, *values in zip(names(family), got, eager, exact, strict=True):
         assert_as_exact_as_eager(name, *values)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("case", BY_OPERATOR["position_attention"].cases, ids=str)
+def test_position_by_mma_is_as_exact_as_eager(cuda_kernels, case, dtype):
+    """mma.sync where the other tests take Hopper's kernels."""
+    engine = cuda_kernels.operators._position_engine(torch.empty(1, 1, 1, dtype=dtype, device=cuda_kernels.device))
+    if engine != "wgmma":
+        pytest.skip(f"the other tests take {engine}")
+    with _position_engine.forced_position_engine("mma", cuda_kernels.namespace):
+        test_as_exact_as_eager(cuda_kernels, BY_OPERATOR["position_attention"], case, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -30,11 +30,14 @@ def layout(tmp_path_factory) -> Path:
 
 def test_every_source_is_listed(layout):
     config = tomllib.loads((layout / "build.toml").read_text())
-    cpu, cuda = (set(config["kernel"][f"segattn_{backend}"]["src"]) for backend in ("cpu", "cuda"))
-    for name in cpu | cuda | set(config["torch"]["src"]):
+    cpu, cuda, sm90a = (set(config["kernel"][f"segattn_{name}"]["src"]) for name in ("cpu", "cuda", "cuda_sm90a"))
+    for name in cpu | cuda | sm90a | set(config["torch"]["src"]):
         assert (layout / name).is_file(), name
     tree = {path.relative_to(ROOT).as_posix() for path in CSRC.rglob("*") if path.is_file()}
-    assert cuda == tree
+    assert cuda | sm90a == tree
+    for_sm90a = {name for name in tree if name.endswith("_sm90.cu")}
+    assert {name for name in sm90a if name.endswith(".cu")} == for_sm90a and not cuda & for_sm90a
+    assert config["kernel"]["segattn_cuda_sm90a"]["cuda-capabilities"] == ["9.0a"]
     # A header in csrc/cuda is listed for the CPU too: kernel-builder copies only what is listed.
     assert cpu == {name for name in tree if not name.endswith(".cu")}
     if KERNELS:

@@ -13,8 +13,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from segattn_ops import _build_tools, _version
+from tools.compilers import nvcc
 
 ROOT = Path(__file__).parents[2]
 
@@ -182,3 +184,39 @@ def test_an_old_setuptools_is_named():
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode != 0
     assert "setuptools >= 77 (got 65.5.0)" in result.stderr
+
+
+EXTENSIONS = """
+import json, runpy, setuptools
+setuptools.setup = lambda **arguments: found.update(arguments)
+found = {}
+runpy.run_path("setup.py", run_name="__main__")
+(cuda,) = [e for e in found["ext_modules"] if e.name == "segattn_ops._C_cuda"]
+flags = cuda.extra_compile_args["nvcc"]
+print(json.dumps([cuda.sources, cuda.sources_for_sm90a, "-DSEGATTN_SM90A" in flags, cuda.depends]))
+"""
+
+
+@pytest.mark.skipif(torch.version.cuda is None or nvcc() is None, reason="the CUDA kernels cannot be built here")
+@pytest.mark.parametrize(
+    ("architectures", "named", "has_sm90a"),
+    [
+        ("9.0", "['90', '90a']", True),
+        ("8.0;9.0+PTX", "['80', '90', '90a']", True),
+        ("9.0a", "['90a']", True),
+        ("8.0", "['80']", False),
+        ("10.0 12.0+PTX", "['100', '120']", False),
+    ],
+)
+def test_files_for_sm90a_are_compiled_where_the_build_is_for_sm_90(architectures, named, has_sm90a):
+    env = {**os.environ, "FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": architectures}
+    command = [sys.executable, "-c", EXTENSIONS]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert any(line.endswith(f"architectures {named}") for line in lines), lines
+    sources, for_sm90a, defined, depends = json.loads(lines[-1])
+    assert not [source for source in sources if source.endswith("_sm90.cu")]
+    there = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*_sm90.cu"))
+    assert there and for_sm90a == (there if has_sm90a else [])
+    assert defined == has_sm90a
+    assert set(for_sm90a) <= set(depends)

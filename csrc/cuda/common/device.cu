@@ -68,7 +68,15 @@ DeviceLimits device_limits() {
   const int minor = attribute(cudaDevAttrComputeCapabilityMinor, device);
   return {
       code_architecture(major, minor), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-      attribute(cudaDevAttrMultiProcessorCount, device)};
+      attribute(cudaDevAttrMultiProcessorCount, device), 10 * major + minor};
+}
+
+bool has_sm90a_code() {
+#ifdef SEGATTN_EMULATED
+  return emulator::built_for_sm90a();
+#else
+  return kHasSm90aFiles;
+#endif
 }
 
 bool allow_tf32() {

@@ -22,6 +22,9 @@ using torch::stable::Tensor;
 // Limits of the current device. Throws if the library contains no code for it.
 DeviceLimits device_limits();
 
+// kHasSm90aFiles, or what a test of the emulator has set.
+bool has_sm90a_code();
+
 // Whether float32 products may round to TF32: the last setting passed to _set_allow_tf32, initially false.
 bool allow_tf32();
 

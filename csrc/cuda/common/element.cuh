@@ -85,6 +85,14 @@ __device__ __forceinline__ void store_pair(Tf32* pair, float low, float high) {
   *reinterpret_cast<float2*>(pair) = make_float2(low, high);
 }
 
+// The same as the register of a matrix operand.
+template <class T>
+__device__ __forceinline__ uint32_t packed_pair(float low, float high) {
+  alignas(4) T pair[2];
+  store_pair(pair, low, high);
+  return *reinterpret_cast<const uint32_t*>(pair);
+}
+
 // The rounding error of a logsumexp as it is stored: 0 where the logsumexp is not finite.
 template <class Real>
 __device__ __forceinline__ Real rounding_error(Real logsumexp, Real error) {

@@ -1,5 +1,6 @@
-// Host side of the backward pass of position attention: weighted_sum.cuh for grad_value, query_key_gradient.cuh for the
-// others, simt.cuh for all where no tensor-core tile fits. Launches and allocates only what the needed gradients take.
+// Host side of the backward pass of position attention: weighted_sum.cuh (on Hopper wgmma/weighted_sum.cuh) for
+// grad_value, query_key_gradient.cuh for the others, simt.cuh for all where no tensor-core tile fits. Launches and
+// allocates only what the needed gradients take.
 #pragma once
 
 #include <optional>
@@ -10,9 +11,12 @@
 #include "cuda/common/launch_context.h"
 #include "cuda/common/math.h"
 #include "cuda/common/operands.h"
+#include "cuda/position/engine.h"
 #include "cuda/position/forward.h"
 #include "cuda/position/launch.h"
 #include "cuda/position/plan.cuh"
+#include "cuda/position/wgmma/query_key_gradient_launch.h"
+#include "cuda/position/wgmma/query_key_gradient_plan.h"
 
 namespace segattn::cuda {
 
@@ -156,23 +160,30 @@ inline void sum_partials(
 }
 
 // Returns false if no tile fits.
-template <class Mma>
-bool value_gradient_mma(const BackwardCall& call, const AlignedOperands& operands) {
+template <class Kernels>
+bool value_gradient_on(const BackwardCall& call, const AlignedOperands& operands) {
   const PositionSizes& sizes = call.sizes;
   const LaunchContext& context = call.context;
-  const WeightedSumPlan plan = weighted_sum_plan<Mma>(sizes, context.limits, Owned::kKeys);
+  const WeightedSumPlan plan = weighted_sum_plan<Kernels>(sizes, context.limits, Owned::kKeys);
   if (!plan.found) {
     return false;
   }
   WeightedSumParams params = weighted_sum_params(plan, sizes, call.scale, Owned::kKeys);
-  params.owned = operands.key.operand;
-  params.streamed = operands.query.operand;
-  params.values = operands.grad_output.operand;
   params.logsumexp = float_data(call.logsumexp);
   params.logsumexp_low = call.logsumexp_low_data();
-  weighted_sum<Mma, PositionSum::kValueGradient, Keys::kAll>(
-      context, plan, params, {call.grad_value, call.is_part, nullptr, nullptr, nullptr});
+  weighted_sum<Kernels, PositionSum::kValueGradient, Keys::kAll>(
+      context, plan,
+      {Kernels::ready(operands.key, context.stream), Kernels::ready(operands.query, context.stream),
+       Kernels::ready(operands.grad_output, context.stream)},
+      params, {call.grad_value, call.is_part, nullptr, nullptr, nullptr});
   return true;
+}
+
+template <class Mma>
+bool value_gradient_mma(const BackwardCall& call, const AlignedOperands& operands) {
+  return with_weighted_sum_kernels<Mma>(call.context, call.sizes.key_channels, [&]<class Kernels>() {
+    return value_gradient_on<Kernels>(call, operands);
+  });
 }
 
 // Whether query_key_gradient_mma computes dP from operands rounded to TF32.
@@ -183,10 +194,11 @@ inline bool rounds_weight_gradients_to_tf32(const LaunchContext& context, const 
              []<class Traits>() {});
 }
 
-// Returns false if no tile fits. The kernel computes both gradients together; the one that is not needed remains in its
-// partials.
-template <class Mma>
-bool query_key_gradient_mma(const BackwardCall& call, const AlignedOperands& operands) {
+// The kernel that `launch` launches, a function template of Keys, computes both gradients together; the one that is not
+// needed remains in its partials.
+template <class Launch>
+void query_key_gradient(
+    const BackwardCall& call, const AlignedOperands& operands, const QueryKeyGradientPlan& plan, const Launch& launch) {
   const PositionSizes& sizes = call.sizes;
   const LaunchContext& context = call.context;
   QueryKeyGradientParams params{};
@@ -195,11 +207,6 @@ bool query_key_gradient_mma(const BackwardCall& call, const AlignedOperands& ope
   params.keys = static_cast<int>(sizes.keys);
   params.key_channels = static_cast<int>(sizes.key_channels);
   params.value_channels = static_cast<int>(sizes.value_channels);
-  const QueryKeyGradientPlan plan = plan_query_key_gradient<Mma>(
-      params.batch, params.queries, params.keys, params.key_channels, params.value_channels, context.limits);
-  if (!plan.found) {
-    return false;
-  }
   const std::vector<int64_t> query_sizes{plan.groups, sizes.batch, sizes.key_channels, plan.padded_queries};
   const Tensor query_partials = allocate(call.logsumexp, query_sizes, ScalarType::Float);
   const Tensor key_partials =
@@ -223,7 +230,7 @@ bool query_key_gradient_mma(const BackwardCall& call, const AlignedOperands& ope
   params.groups = plan.groups;
   params.blocks_per_group = plan.blocks_per_group;
   std::optional<QueryCorrection> correction;
-  if (sizeof(typename Mma::Element) == 4) {
+  if (context.dtype == ScalarType::Float) {
     correction = QueryCorrection{
         allocate(call.logsumexp, query_sizes, ScalarType::Float),
         allocate(call.logsumexp, {plan.groups, sizes.batch, plan.padded_queries}, ScalarType::Float),
@@ -232,9 +239,7 @@ bool query_key_gradient_mma(const BackwardCall& call, const AlignedOperands& ope
     params.grad_sum_partials = float_data(correction->grad_sum);
   }
   params.key_counts = call.key_counts;
-  with_keys(call.key_counts, [&]<Keys kKeys>() {
-    launch_query_key_gradient<Mma, kKeys>(params, context.limits, context.stream);
-  });
+  with_keys(call.key_counts, [&]<Keys kKeys>() { launch.template operator()<kKeys>(params); });
   if (call.needs_query()) {
     sum_partials(
         context, query_partials, plan.groups, plan.padded_queries, params.scale, call.grad_query,
@@ -243,7 +248,42 @@ bool query_key_gradient_mma(const BackwardCall& call, const AlignedOperands& ope
   if (call.needs_key()) {
     sum_partials(context, key_partials, plan.ranges, plan.padded_keys, params.scale, call.grad_key);
   }
-  return true;
+}
+
+// Returns false if no tile fits.
+template <class Mma>
+bool query_key_gradient_mma(const BackwardCall& call, const AlignedOperands& operands) {
+  using Element = typename Mma::Element;
+  const PositionSizes& sizes = call.sizes;
+  const DeviceLimits& limits = call.context.limits;
+  const cudaStream_t stream = call.context.stream;
+  const int queries = static_cast<int>(sizes.queries), keys = static_cast<int>(sizes.keys);
+  const int key_channels = static_cast<int>(sizes.key_channels), channels = static_cast<int>(sizes.value_channels);
+  if constexpr (kHasSm90aFiles && sizeof(Element) == 2) {
+    if (choose_position_engine(call.context, key_channels) == PositionEngine::kWgmma) {
+      const QueryKeyGradientPlan plan =
+          plan_wgmma_query_key_gradient<Element>(sizes.batch, queries, keys, key_channels, channels, limits);
+      if (plan.found) {
+        const AlignedOperands mapped{
+            mappable(operands.grad_output, stream), mappable(operands.query, stream), mappable(operands.key, stream),
+            mappable(operands.value, stream)};
+        query_key_gradient(call, mapped, plan, [&]<Keys kKeys>(const QueryKeyGradientParams& params) {
+          const WgmmaQueryKeyGradientParams with_maps = wgmma_query_key_gradient_params<Element>(
+              params, mapped.query, mapped.key, mapped.value, mapped.grad_output, limits);
+          launch_wgmma_query_key_gradient<Element, kKeys>(with_maps, limits, stream);
+        });
+        return true;
+      }
+    }
+  }
+  const QueryKeyGradientPlan plan =
+      plan_query_key_gradient<Mma>(sizes.batch, queries, keys, key_channels, channels, limits);
+  if (plan.found) {
+    query_key_gradient(call, operands, plan, [&]<Keys kKeys>(const QueryKeyGradientParams& params) {
+      launch_query_key_gradient<Mma, kKeys>(params, limits, stream);
+    });
+  }
+  return plan.found;
 }
 
 }  // namespace segattn::cuda

@@ -1,5 +1,5 @@
-// Host side of the forward pass of position attention: weighted_sum.cuh, then merge_splits.cuh for split tiles.
-// float64, and shapes that no tensor-core tile fits, run on simt.cuh.
+// Host side of the forward pass of position attention: weighted_sum.cuh, on Hopper wgmma/weighted_sum.cuh, then
+// merge_splits.cuh for split tiles. float64, and shapes that no tensor-core tile fits, run on simt.cuh.
 #pragma once
 
 #include <cmath>
@@ -11,9 +11,13 @@
 #include "cuda/common/launch_context.h"
 #include "cuda/common/math.h"
 #include "cuda/common/operands.h"
+#include "cuda/common/tensor_map.h"
+#include "cuda/position/engine.h"
 #include "cuda/position/launch.h"
 #include "cuda/position/merge_splits.cuh"
 #include "cuda/position/plan.cuh"
+#include "cuda/position/wgmma/weighted_sum_launch.h"
+#include "cuda/position/wgmma/weighted_sum_plan.h"
 
 namespace segattn::cuda {
 
@@ -98,9 +102,76 @@ void with_mma(Arithmetic arithmetic, const Visit& visit) {
   }
 }
 
+// Of a weighted sum (WeightedSumParams), as Kernels::ready returns them.
+struct WeightedSumOperands {
+  FeatureMap owned;
+  FeatureMap streamed;
+  FeatureMap values;
+};
+
+// The kernels of a weighted sum on mma.sync. WgmmaKernels has the same members.
 template <class Mma>
+struct MmaKernels {
+  using Element = typename Mma::Element;
+
+  static FeatureMap ready(const FeatureMap& features, cudaStream_t stream) { return aligned(features, stream); }
+
+  template <class... Arguments>
+  static WeightedSumPlan plan(const Arguments&... arguments) {
+    return plan_weighted_sum<Mma>(arguments...);
+  }
+
+  template <PositionSum kSum, Keys kKeys>
+  static void launch(const LaunchContext& context, WeightedSumParams params, const WeightedSumOperands& operands) {
+    params.owned = operands.owned.operand;
+    params.streamed = operands.streamed.operand;
+    params.values = operands.values.operand;
+    launch_weighted_sum<Mma, kSum, kKeys>(params, context.limits, context.stream);
+  }
+};
+
+// On wgmma.
+template <class Element_>
+struct WgmmaKernels {
+  using Element = Element_;
+
+  static FeatureMap ready(const FeatureMap& features, cudaStream_t stream) { return mappable(features, stream); }
+
+  template <class... Arguments>
+  static WeightedSumPlan plan(const Arguments&... arguments) {
+    return plan_wgmma_weighted_sum<Element>(arguments...);
+  }
+
+  template <PositionSum kSum, Keys kKeys>
+  static void launch(
+      const LaunchContext& context, const WeightedSumParams& params, const WeightedSumOperands& operands) {
+    WgmmaWeightedSumParams all{params, {}, {}, {}};
+    with_wgmma_weighted_sum_tile<Element>(
+        params.key_channels, params.value_channels, params.owned_positions, [&]<class Traits>() {
+          all.owned = tensor_map(operands.owned, Traits::kKeyChannels);
+          all.streamed = tensor_map(operands.streamed, Traits::kStreamedBox);
+          all.values = tensor_map(operands.values, Traits::kValueBox);
+        });
+    launch_wgmma_weighted_sum<Element, kSum, kKeys>(all, context.stream);
+  }
+};
+
+// visit.operator()<Kernels>() with the kernels that compute the weighted sums of E = key_channels in the arithmetic of
+// Mma.
+template <class Mma, class Visit>
+auto with_weighted_sum_kernels(const LaunchContext& context, int64_t key_channels, const Visit& visit) {
+  using Element = typename Mma::Element;
+  if constexpr (kHasSm90aFiles && sizeof(Element) == 2) {
+    if (choose_position_engine(context, key_channels) == PositionEngine::kWgmma) {
+      return visit.template operator()<WgmmaKernels<Element>>();
+    }
+  }
+  return visit.template operator()<MmaKernels<Mma>>();
+}
+
+template <class Kernels>
 WeightedSumPlan weighted_sum_plan(const PositionSizes& sizes, const DeviceLimits& limits, Owned owned) {
-  return plan_weighted_sum<Mma>(
+  return Kernels::plan(
       sizes.batch, static_cast<int>(owned == Owned::kQueries ? sizes.queries : sizes.keys),
       static_cast<int>(owned == Owned::kQueries ? sizes.keys : sizes.queries), static_cast<int>(sizes.key_channels),
       static_cast<int>(sizes.value_channels), limits);
@@ -180,22 +251,22 @@ void merge_splits(
   });
 }
 
-// Launches the whole tiles, then the split tiles and their merge. Of params, the operands and the sizes are set; for
-// the value gradient also logsumexp and logsumexp_low. The whole tiles of a part of the keys are merged as one split:
+// Launches the whole tiles, then the split tiles and their merge. Of params, the sizes are set; for the value gradient
+// also logsumexp and logsumexp_low. The whole tiles of a part of the keys are merged as one split:
 // the kernel for 16-bit types stores no float32 result, and the merge knows queries without weights.
-template <class Mma, PositionSum kSum, Keys kKeys>
+template <class Kernels, PositionSum kSum, Keys kKeys>
 void weighted_sum(
-    const LaunchContext& context, const WeightedSumPlan& plan, WeightedSumParams params,
-    const WeightedSumResult& result) {
+    const LaunchContext& context, const WeightedSumPlan& plan, const WeightedSumOperands& operands,
+    WeightedSumParams params, const WeightedSumResult& result) {
   constexpr bool kForward = kSum == PositionSum::kForward;
-  constexpr bool kHasLow = kForward && sizeof(typename Mma::Element) == 4;
+  constexpr bool kHasLow = kForward && sizeof(typename Kernels::Element) == 4;
   grid_blocks(plan.whole_tiles + plan.split_tiles);  // tiles are counted in int
   const auto launch = [&](int64_t first_tile, int64_t tiles, int splits, int steps_per_split) {
     params.first_tile = static_cast<int>(first_tile);
     params.tiles = static_cast<int>(tiles);
     params.splits = splits;
     params.steps_per_split = steps_per_split;
-    launch_weighted_sum<Mma, kSum, kKeys>(params, context.limits, context.stream);
+    Kernels::template launch<kSum, kKeys>(context, params, operands);
   };
   const auto launch_and_merge = [&](int64_t first_tile, int64_t tiles, int splits, int steps_per_split) {
     const Tensor partials =
@@ -234,28 +305,31 @@ void weighted_sum(
 }
 
 // Returns false if no tile fits.
-template <class Mma>
-bool forward_mma(const ForwardCall& call) {
+template <class Kernels>
+bool forward_on(const ForwardCall& call) {
   const PositionSizes& sizes = call.sizes;
   const cudaStream_t stream = call.context.stream;
-  const WeightedSumPlan plan = weighted_sum_plan<Mma>(sizes, call.context.limits, Owned::kQueries);
+  const WeightedSumPlan plan = weighted_sum_plan<Kernels>(sizes, call.context.limits, Owned::kQueries);
   if (!plan.found) {
     return false;
   }
-  const FeatureMap query = aligned(call.query, stream), key = aligned(call.key, stream);
-  const FeatureMap value = aligned(call.value, stream);
+  const WeightedSumOperands operands{
+      Kernels::ready(call.query, stream), Kernels::ready(call.key, stream), Kernels::ready(call.value, stream)};
   WeightedSumParams params = weighted_sum_params(plan, sizes, call.scale, Owned::kQueries);
-  params.owned = query.operand;
-  params.streamed = key.operand;
-  params.values = value.operand;
   params.key_counts = call.key_counts;
   with_keys(call.key_counts, [&]<Keys kKeys>() {
-    weighted_sum<Mma, PositionSum::kForward, kKeys>(
-        call.context, plan, params,
+    weighted_sum<Kernels, PositionSum::kForward, kKeys>(
+        call.context, plan, operands, params,
         {call.output, call.is_part, call.output_low_data(), float_data(call.logsumexp),
          static_cast<float*>(call.logsumexp_low_data())});
   });
   return true;
+}
+
+template <class Mma>
+bool forward_mma(const ForwardCall& call) {
+  return with_weighted_sum_kernels<Mma>(
+      call.context, call.sizes.key_channels, [&]<class Kernels>() { return forward_on<Kernels>(call); });
 }
 
 }  // namespace segattn::cuda

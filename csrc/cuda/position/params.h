@@ -17,6 +17,10 @@ constexpr int kMaxSplits = 16;  // of the streamed positions
 // without a key padding mask, the bound is a launch parameter and takes no register.
 enum class Keys { kAll, kKept };
 
+// Gradients of query and key: whether grad_output passes through shared memory for every tile, or stays there for all
+// tiles of a query block.
+enum class GradOutput { kStreamed, kResident };
+
 // out[c, i] = sum_j weight(i, j) values[c, j]: a block owns positions i and streams all positions j. With the energy
 // e_ij = scale * owned_i . streamed_j:
 //                   owned   streamed  values       weight

@@ -98,11 +98,11 @@ struct WeightedSumPlan {
 
 // Divides the tiles. As many as fill the multiprocessors evenly are whole; the others would leave most multiprocessors
 // without work in the last wave, and have their streamed positions split where that is faster. Splits cost float32
-// partials that are written and read. The estimate in cycles: a step of a Wide tile takes about 1,100 at full rate, and
-// the device moves about 2,000 bytes of memory a cycle.
-inline void choose_splits(WeightedSumPlan& plan, int64_t tiles, int multiprocessors) {
-  constexpr double kCyclesPerStep = 1100, kBytesPerCycle = 2000;
-  const int64_t last = tiles % multiprocessors;
+// partials that are written and read. The device moves about 2,000 bytes of memory a cycle. Both ranges of tiles are
+// multiples of `unit`, as the number of tiles is: the tiles of a cluster are not parted.
+inline void choose_splits(WeightedSumPlan& plan, int64_t tiles, int unit, double cycles_per_step, int multiprocessors) {
+  constexpr double kBytesPerCycle = 2000;
+  const int64_t last = tiles - (tiles - tiles % multiprocessors) / unit * unit;
   const double partial_bytes = 8.0 * plan.tile_positions * plan.tile_channels * last;
   int best = 1;
   double least = 0;
@@ -113,7 +113,7 @@ inline void choose_splits(WeightedSumPlan& plan, int64_t tiles, int multiprocess
     }
     const double waves = ceil_div(last * splits, multiprocessors);
     const double cycles =
-        waves * per_split * kCyclesPerStep + (splits > 1 ? splits * partial_bytes / kBytesPerCycle : 0);
+        waves * per_split * cycles_per_step + (splits > 1 ? splits * partial_bytes / kBytesPerCycle : 0);
     if (splits == 1 || cycles < least) {
       best = splits;
       least = cycles;
@@ -136,7 +136,8 @@ WeightedSumPlan plan_weighted_sum(
     plan.tile_positions = Traits::kOwned;
     plan.tile_channels = Traits::kChannels;
     plan.steps = ceil_div(streamed_positions, Traits::kStreamed);
-    choose_splits(plan, batch * plan.owned_blocks * plan.channel_blocks, limits.multiprocessors);
+    constexpr double kCyclesPerStep = 1100;  // of a Wide tile, at full rate
+    choose_splits(plan, batch * plan.owned_blocks * plan.channel_blocks, 1, kCyclesPerStep, limits.multiprocessors);
   });
   return plan;
 }

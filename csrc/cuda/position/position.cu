@@ -12,6 +12,7 @@
 #include "cuda/common/launch_context.h"
 #include "cuda/common/operands.h"
 #include "cuda/position/backward.h"
+#include "cuda/position/engine.h"
 #include "cuda/position/forward.h"
 #include "cuda/position/kept_keys.h"
 #include "registration.h"
@@ -43,6 +44,15 @@ Tensor allocate_accumulated_gradient(const Tensor& input, bool needed) {
                 : allocate(input, {0}, accumulation_dtype(input.scalar_type()));
 }
 
+// Checks the numbers of positions and applies the choice of the engine.
+void prepare(LaunchContext& context, const PositionSizes& sizes) {
+  context.position_count("query", sizes.queries);
+  context.position_count("key", sizes.keys);
+  if (choose_position_engine(context, sizes.key_channels) == PositionEngine::kSimt) {
+    context.arithmetic = Arithmetic::kSimt;
+  }
+}
+
 struct ForwardResults {
   Tensor output, output_low, logsumexp, logsumexp_low;  // as in ForwardCall
   bool is_part;
@@ -72,6 +82,7 @@ void attend(
   bool done = false;
   with_mma(context.arithmetic, [&]<class Mma>() { done = forward_mma<Mma>(call); });
   if (!done) {
+    check_simt_may_serve(context, sizes.key_channels);
     forward_simt(call);
   }
 }
@@ -80,9 +91,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> position_attention(
     const Tensor& query, const Tensor& key, const Tensor& value, double scale, bool with_low,
     const std::optional<Tensor>& key_padding_mask) {
   const PositionSizes sizes = check_position_attention(query, key, value, scale, key_padding_mask);
-  const LaunchContext context("position_attention", query);
-  context.position_count("query", sizes.queries);
-  context.position_count("key", sizes.keys);
+  LaunchContext context("position_attention", query);
+  prepare(context, sizes);
   const ForwardResults results{
       allocate_feature_map(query, value.size(1)), allocate_feature_map(query, low_channels(value, with_low)),
       allocate_statistic(query), allocate(query, logsumexp_low_sizes(query), accumulation_dtype(context.dtype)), false};
@@ -96,9 +106,8 @@ std::tuple<Tensor, Tensor, Tensor> position_attention_partial(
     const Tensor& query, const Tensor& key, const Tensor& value, double scale,
     const std::optional<Tensor>& key_padding_mask) {
   const PositionSizes sizes = check_position_attention_partial(query, key, value, scale, key_padding_mask);
-  const LaunchContext context("position_attention_partial", query);
-  context.position_count("query", sizes.queries);
-  context.position_count("key", sizes.keys);
+  LaunchContext context("position_attention_partial", query);
+  prepare(context, sizes);
   ForwardResults results{
       allocate_accumulated(query, value.size(1)), allocate_accumulated(query, 0), allocate_statistic(query),
       allocate_statistic(query), true};
@@ -177,6 +186,9 @@ void differentiate(
     value_done = value_done || value_gradient_mma<Mma>(call, operands);
     query_key_done = query_key_done || query_key_gradient_mma<Mma>(call, operands);
   });
+  if (!value_done || !query_key_done) {
+    check_simt_may_serve(context, sizes.key_channels);
+  }
   if (!value_done) {
     value_gradient_simt(call);
   }
@@ -213,9 +225,8 @@ Backward position_attention_backward(
   const PositionSizes sizes = check_position_attention_backward(
       grad_output, query, key, value, output, logsumexp, scale, output_low, logsumexp_low, grad_logsumexp,
       needs_input_grad, key_padding_mask);
-  const LaunchContext context("position_attention_backward", query);
-  context.position_count("query", sizes.queries);
-  context.position_count("key", sizes.keys);
+  LaunchContext context("position_attention_backward", query);
+  prepare(context, sizes);
   const QueryStatistics statistics{
       torch::stable::contiguous(logsumexp), low_of(context, logsumexp, logsumexp_low), contiguous(grad_logsumexp),
       keys_complete, false};
@@ -241,9 +252,8 @@ Backward position_attention_partial_backward(
     const std::optional<Tensor>& key_padding_mask) {
   const PositionSizes sizes = check_position_attention_partial_backward(
       grad_output, query, key, value, logsumexp, logsumexp_low, delta, scale, needs_input_grad, key_padding_mask);
-  const LaunchContext context("position_attention_partial_backward", query);
-  context.position_count("query", sizes.queries);
-  context.position_count("key", sizes.keys);
+  LaunchContext context("position_attention_partial_backward", query);
+  prepare(context, sizes);
   const Backward gradients{
       allocate_accumulated_gradient(query, needs_input_grad[0]),
       allocate_accumulated_gradient(key, needs_input_grad[1]),

@@ -37,9 +37,6 @@ namespace segattn::cuda {
 // Where a block accumulates grad_query: in registers, for E <= kGradientRows, or in global memory, for any E.
 enum class QueryGradientSums { kRegisters, kGlobalMemory };
 
-// Whether grad_output passes through the ring for every tile, or stays in shared memory for all tiles of a query block.
-enum class GradOutput { kStreamed, kResident };
-
 template <
     class Mma_, int kQueries_, int kKeys_, int kQueryWarps_, int kKeyWarps_, int kStages_, QueryGradientSums kSums_,
     GradOutput kGradOutput_ = GradOutput::kStreamed>

@@ -25,6 +25,7 @@
 #include "cuda/common/mma.cuh"
 #include "cuda/common/tile.cuh"
 #include "cuda/position/params.h"
+#include "cuda/position/row_softmax.cuh"
 #include "cuda/position/weighted_sum_epilogue.cuh"
 #include "cuda/position/weighted_sum_softmax.cuh"
 #include "cuda/position/weighted_sum_traits.cuh"
@@ -130,13 +131,6 @@ struct WeightedSum : WeightedSumSoftmax<Traits_, kSum, kKeys> {
     }
   }
 
-  // Of the four lanes that share a row.
-  static __device__ __forceinline__ float sum_of_row(float sum) {
-    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    return sum;
-  }
-
   // kForward: divides by the sums of the weights and stores logsumexp and, for float32, its rounding error. A block
   // without kept keys has no steps: the first energies are all masked, which leaves a logsumexp of -inf, and its output
   // is 0.
@@ -157,12 +151,11 @@ struct WeightedSum : WeightedSumSoftmax<Traits_, kSum, kKeys> {
       if (lane % 4 == 0) {
         factors[row] = kKeys == Keys::kAll || first_step < end_step ? 1.0f / divisor : 0.0f;
         if (p.to_partials || (block_shared->channel_block == 0 && first_owned + row < p.owned_positions)) {
-          const float rest = __fmaf_rn(row_max[h], p.ln2_low, logf(sum));
-          const float rounded_logsumexp = __fmaf_rn(row_max[h], p.ln2, rest);
-          logsumexp[row] = rounded_logsumexp;
+          const RowLogsumexp of_row(row_max[h], sum, p);
+          logsumexp[row] = of_row.rounded;
           if constexpr (sizeof(Element) == 4) {
-            const float error = __fmaf_rn(row_max[h], p.ln2, -rounded_logsumexp) + rest;
-            of_block(p.logsumexp_low)[row] = rounding_error(rounded_logsumexp, error);
+            const float error = __fmaf_rn(row_max[h], p.ln2, -of_row.rounded) + of_row.rest;
+            of_block(p.logsumexp_low)[row] = rounding_error(of_row.rounded, error);
           }
         }
       }
@@ -301,7 +294,7 @@ struct WeightedSum : WeightedSumSoftmax<Traits_, kSum, kKeys> {
         for (int j = 0; j < Traits::kOwnedTiles; ++j) {
 #pragma unroll
           for (int c = 0; c < 4; ++c) {
-            sums[i][j][c] *= Softmax::kWeightUnit;
+            sums[i][j][c] *= kWeightUnit;
           }
         }
       }

@@ -78,8 +78,34 @@ __device__ __forceinline__ float part_of_sum(float x) {
   return kPart == SumPart::kRoundingError ? x - to_accumulator(from_accumulator<Element>(x)) : x;
 }
 
+// Stores a tile [channels][kPitch] of 16-bit elements in shared memory to rows of `output`, the sample's (C,
+// owned_positions). Warp `warp` of kWarps writes whole rows in 4-byte stores, starting at their first 4-byte boundary.
+template <int kPitch, int kWarps, class Element>
+__device__ __forceinline__ void store_rows(
+    Element* output, const Element* tile, int first_channel, int channels, int first_owned, int positions, int warp,
+    const WeightedSumParams& p) {
+  const int lane = lane_index();
+  for (int channel = warp; channel < channels; channel += kWarps) {
+    const Element* from = tile + channel * kPitch;
+    Element* row = output + static_cast<int64_t>(first_channel + channel) * p.owned_positions + first_owned;
+    const int before = reinterpret_cast<uintptr_t>(row) / 2 % 2;  // elements before the boundary
+    if (before != 0 && lane == 0) {
+      row[0] = from[0];
+    }
+    for (int i = before + 2 * lane; i < positions; i += 64) {
+      if (i + 1 < positions) {
+        const uint32_t low = *reinterpret_cast<const unsigned short*>(from + i);
+        const uint32_t high = *reinterpret_cast<const unsigned short*>(from + i + 1);
+        *reinterpret_cast<uint32_t*>(row + i) = low | high << 16;
+      } else {
+        row[i] = from[i];
+      }
+    }
+  }
+}
+
 // store_sums for 16-bit types, through shared memory: 8 positions are only half a sector, and unaligned rows would take
-// 2-byte stores. A warp writes whole rows in 4-byte stores, starting at their first 4-byte boundary.
+// 2-byte stores.
 template <class Traits, SumPart kPart>
 __device__ __forceinline__ void store_sums_by_rows(
     typename Traits::Element* output, unsigned char* shared, const WeightedSumAccumulators<Traits>& sums,
@@ -103,23 +129,8 @@ __device__ __forceinline__ void store_sums_by_rows(
   __syncthreads();
   const int positions = min(Traits::kOwned, p.owned_positions - block.first_owned);
   const int channels = min(Traits::kChannels, p.value_channels - block.first_channel);
-  for (int channel = warp_index(); channel < channels; channel += Traits::kWarps) {
-    const Element* from = tile + channel * kPitch;
-    Element* row = output + static_cast<int64_t>(block.first_channel + channel) * p.owned_positions + block.first_owned;
-    const int before = reinterpret_cast<uintptr_t>(row) / 2 % 2;  // elements before the boundary
-    if (before != 0 && lane == 0) {
-      row[0] = from[0];
-    }
-    for (int i = before + 2 * lane; i < positions; i += 64) {
-      if (i + 1 < positions) {
-        const uint32_t low = *reinterpret_cast<const unsigned short*>(from + i);
-        const uint32_t high = *reinterpret_cast<const unsigned short*>(from + i + 1);
-        *reinterpret_cast<uint32_t*>(row + i) = low | high << 16;
-      } else {
-        row[i] = from[i];
-      }
-    }
-  }
+  store_rows<kPitch, Traits::kWarps>(
+      output, tile, block.first_channel, channels, block.first_owned, positions, warp_index(), p);
 }
 
 }  // namespace segattn::cuda

@@ -3,8 +3,6 @@
 // warps.
 #pragma once
 
-#include <cfloat>
-
 #include <cuda_runtime.h>
 
 #include "cuda/common/element.cuh"
@@ -12,24 +10,19 @@
 #include "cuda/common/mma.cuh"
 #include "cuda/common/tile.cuh"
 #include "cuda/position/params.h"
+#include "cuda/position/row_softmax.cuh"
 #include "cuda/position/weighted_sum_traits.cuh"
 
 namespace segattn::cuda {
 
 template <class Traits_, PositionSum kSum, Keys kKeys>
-struct WeightedSumSoftmax {
+struct WeightedSumSoftmax : RowSoftmax<Traits_::kRoundsTiles> {
   using Traits = Traits_;
+  using Rows = RowSoftmax<Traits::kRoundsTiles>;
   using Mma = typename Traits::Mma;
   using OwnedTile = typename Traits::ReadyOwnedTile;
   using StreamedTile = typename Traits::ReadyStreamedTile;
   static constexpr int kEnergyTiles = Traits::kStreamed / 8;
-  // The accumulators are rescaled to a new maximum only if weights would exceed 2^8. This almost never happens after
-  // the first few steps, and float16 weights stay finite.
-  static constexpr float kRescaleAbove = 8.0f;
-  // The weights of the value gradient are about 1 / positions. A factor of 2^10 makes them normal numbers in float16.
-  static constexpr int kWeightExponent = 10;
-  static constexpr float kWeightUnit = 1.0f / (1 << kWeightExponent);
-
   // Whether the weights of the value gradient are exact to the rounding error of the logsumexp: that of 16-bit weights
   // is coarser.
   static constexpr bool kSubtractsLow = sizeof(typename Mma::Element) == 4;
@@ -48,17 +41,8 @@ struct WeightedSumSoftmax {
 
   typename Mma::A owned_fragments[Traits::kResidentSteps > 0 ? Traits::kResidentSteps : 1];
   float energies[1][kEnergyTiles][4];  // q.k, then the weights, in place
-  // Of rows g and g + 8 of the warp's 16 positions. The maximum is of the energies times log2(e), and finite: -inf less
-  // -inf would be NaN.
-  float row_max[2], row_sum[2];
-  // Traits::kRoundsTiles: the sums of the rounded weights. The output is divided by them, so that a row with one large
-  // weight has the value of that weight, as if delta were summed from P and dP. The logsumexp is not.
-  float rounded_sum[2];
 
-  __device__ __forceinline__ explicit WeightedSumSoftmax(const WeightedSumParams& params) : p(params) {
-    row_max[0] = row_max[1] = -FLT_MAX;
-    row_sum[0] = row_sum[1] = rounded_sum[0] = rounded_sum[1] = 0.0f;
-  }
+  __device__ __forceinline__ explicit WeightedSumSoftmax(const WeightedSumParams& params) : p(params) {}
 
   __device__ __forceinline__ int streamed_positions() const {
     if constexpr (kKeys == Keys::kKept) {
@@ -120,33 +104,27 @@ struct WeightedSumSoftmax {
     }
   }
 
-  // A weight as the products take it.
-  static __device__ __forceinline__ float rounded(float weight) {
-    if constexpr (Traits::kRoundsTiles) {
-      return round_to_tf32(weight);
-    } else {
-      return weight;
-    }
-  }
-
-  // Sets the elements of positions past the end.
-  __device__ __forceinline__ void mask_edge(int step, float value) {
-    const int left = streamed_positions() - step * Traits::kStreamed - lane_index() % 4 * 2;
-    if (left < Traits::kStreamed) {
-#pragma unroll
-      for (int j = 0; j < kEnergyTiles; ++j) {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          energies[0][j][c] = 8 * j + c % 2 < left ? energies[0][j][c] : value;
-        }
-      }
-    }
+  // The columns of the step's tile that are not past the end.
+  __device__ __forceinline__ int columns_left(int step) const {
+    return streamed_positions() - step * Traits::kStreamed;
   }
 
   // Turns q.k into weights, in registers; positions past the end have weight 0.
   __device__ __forceinline__ void compute_weights(int step) {
     if constexpr (kSum == PositionSum::kForward) {
-      online_softmax(step);
+      const int lane = lane_index();
+      Rows::compute_weights(
+          energies[0], columns_left(step), p,
+          [&](int h, float factor) {
+            if (lane % 4 == 0) {
+              factors[step % 2 * Traits::kOwned + 16 * warp_index() + lane / 4 + 8 * h] = factor;
+            }
+          },
+          [&](bool any_grows) {
+            if (lane == 0) {
+              rescales[step % 2 * Traits::kWarps + warp_index()] = any_grows && step > first_step;
+            }
+          });
     } else {
       // The change to base 2 follows the subtraction: before it, the rounding error would grow with the energies.
       const int column = step * Traits::kStreamed + lane_index() % 4 * 2;
@@ -161,73 +139,12 @@ struct WeightedSumSoftmax {
           for (int h = 0; h < 4; h += 2) {
             float& energy = energies[0][j][c + h];
             const float difference = __fmaf_rn(energy, p.scale, -shift);
-            energy = rounded(
+            energy = Rows::rounded(
                 ptx::exp2_approx(__fmaf_rn(kSubtractsLow ? difference - low : difference, kLog2E, kWeightExponent)));
           }
         }
       }
-      mask_edge(step, 0.0f);
-    }
-  }
-
-  // In base 2: q.k times scale_log2 less the maximum is rounded once, and the rounding of scale_log2 is the same for
-  // all energies (WeightedSumParams).
-  __device__ __forceinline__ void online_softmax(int step) {
-    const int lane = lane_index();
-    if (p.scale < 0.0f) {
-#pragma unroll
-      for (int j = 0; j < kEnergyTiles; ++j) {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          energies[0][j][c] = -energies[0][j][c];
-        }
-      }
-    }
-    mask_edge(step, -INFINITY);
-    float step_max[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float most = fmaxf(energies[0][0][2 * h], energies[0][0][2 * h + 1]);
-#pragma unroll
-      for (int j = 1; j < kEnergyTiles; ++j) {
-        most = fmaxf(most, fmaxf(energies[0][j][2 * h], energies[0][j][2 * h + 1]));
-      }
-      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
-      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
-      step_max[h] = most * p.scale_log2;
-    }
-    const bool grows = step_max[0] > row_max[0] + kRescaleAbove || step_max[1] > row_max[1] + kRescaleAbove;
-    const bool any_grows = __any_sync(0xffffffffu, grows);
-    if (any_grows) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float before = row_max[h];
-        row_max[h] = step_max[h] > before + kRescaleAbove ? step_max[h] : before;
-        const float factor = ptx::exp2_approx(before - row_max[h]);
-        row_sum[h] *= factor;
-        rounded_sum[h] *= factor;
-        if (lane % 4 == 0) {
-          factors[step % 2 * Traits::kOwned + 16 * warp_index() + lane / 4 + 8 * h] = factor;
-        }
-      }
-    }
-    if (lane == 0) {
-      rescales[step % 2 * Traits::kWarps + warp_index()] = any_grows && step > first_step;
-    }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-#pragma unroll
-      for (int j = 0; j < kEnergyTiles; ++j) {
-#pragma unroll
-        for (int c = 2 * h; c < 2 * h + 2; ++c) {
-          const float weight = ptx::exp2_approx(__fmaf_rn(energies[0][j][c], p.scale_log2, -row_max[h]));
-          row_sum[h] += weight;
-          energies[0][j][c] = rounded(weight);
-          if constexpr (Traits::kRoundsTiles) {
-            rounded_sum[h] += energies[0][j][c];
-          }
-        }
-      }
+      mask_columns(energies[0], columns_left(step), 0.0f);
     }
   }
 
