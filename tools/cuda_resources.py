@@ -1,5 +1,5 @@
 """Resources of every compiled CUDA kernel: registers, local memory (spills), shared memory, occupancy, tensor-core
-instructions.
+instructions; of the kernels for sm_90a also bulk copies and the registers of their warpgroups.
 
     python -m tools.cuda_resources      # writes docs/cuda_resources.md
 
@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -25,10 +25,14 @@ from .compilers import CSRC, ROOT, build_tools, cuobjdump, locked, ninja_path, n
 
 TABLE = ROOT / "docs" / "cuda_resources.md"
 ARCHITECTURES = (80, 86, 90)
+SM90A = ("90a",)  # of the files that build_tools.SM90A_SUFFIX names
 # The system reserves these of every block from sm_80 on. cuobjdump includes them from sm_90 on, for kernels that use
 # shared memory.
 RESERVED_SHARED_BYTES = 1024
 REGISTERS = 65536  # of a multiprocessor
+# What ptxas prints, as information, where the products of a warpgroup do not overlap as they are written: serialised
+# (C7510, C7511 and others), waits and fences that it inserts (C7517, C7519), setmaxnreg that it ignores (C7508).
+FAULTS = re.compile(r"^ptxas.*\(C75\d\d\).*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -52,11 +56,15 @@ class Kernel:
     """A kernel compiled for one architecture."""
 
     name: str
-    architecture: int
-    registers: int
+    architecture: int  # 90 for sm_90 and for sm_90a
+    registers: int  # of a thread at the launch
     local_bytes: int  # per thread: spilled registers, or an array indexed at run time
     static_shared_bytes: int
-    tensor_core_instructions: int  # in the SASS
+    # Counts in the SASS.
+    tensor_core_instructions: int  # of a warp (HMMA)
+    warpgroup_products: int  # HGMMA
+    bulk_copies: int  # UTMALDG
+    warpgroup_registers: tuple[int, ...]  # what setmaxnreg sets, in increasing order
 
 
 @dataclass(frozen=True, order=True)
@@ -103,12 +111,14 @@ def _dump(option: str, file: Path) -> str:
 
 def read(file: Path) -> list[Kernel]:
     """The kernels of a fat binary or of a shared library."""
-    tensor_core = {}
+    instructions = {}
     for part in re.split(r"code for sm_", _dump("-sass", file))[1:]:
         architecture = int(re.match(r"\d+", part)[0])
         for function in part.split("Function : ")[1:]:
             name = function.split("\n", 1)[0].strip()
-            tensor_core[architecture, name] = len(re.findall(r"\bHMMA\.", function))
+            counts = [len(re.findall(rf"\b{opcode}\.", function)) for opcode in ("HMMA", "HGMMA", "UTMALDG")]
+            registers = re.findall(r"\bUSETMAXREG\.[^;]*?(0x[0-9a-f]+) ;", function)
+            instructions[architecture, name] = (*counts, tuple(sorted({int(number, 16) for number in registers})))
     found = {}
     for part in re.split(r"^arch = sm_", _dump("-res-usage", file), flags=re.MULTILINE)[1:]:
         architecture = int(re.match(r"\d+", part)[0])
@@ -118,7 +128,7 @@ def read(file: Path) -> list[Kernel]:
             found[architecture, name] = (int(registers), int(stack) + int(local), static)
     names = readable(sorted({name for _, name in found}))
     return [
-        Kernel(names[name], architecture, *figures, tensor_core[architecture, name])
+        Kernel(names[name], architecture, *figures, *instructions[architecture, name])
         for (architecture, name), figures in sorted(found.items())
     ]
 
@@ -129,27 +139,42 @@ def library() -> Path | None:
 
 
 def sources() -> list[Path]:
-    return sorted((CSRC / "cuda").rglob("*.cu"))
+    """The files that are compiled for the architectures of a build."""
+    return [file for file in sorted((CSRC / "cuda").rglob("*.cu")) if not file.name.endswith(build_tools.SM90A_SUFFIX)]
 
 
-def fat_binaries(files: list[Path], architectures: tuple[int, ...] = ARCHITECTURES) -> list[Path]:
-    """Compiles some sources. ninja keeps the fat binaries in build/cuda_resources and compiles what changed."""
+def sm90a_sources() -> list[Path]:
+    """The files that are compiled for sm_90a alone."""
+    return sorted((CSRC / "cuda").rglob(f"*{build_tools.SM90A_SUFFIX}"))
+
+
+def fat_binaries(files: list[Path], architectures: tuple[int | str, ...] = ARCHITECTURES) -> list[Path]:
+    """Compiles some sources. ninja keeps the fat binaries in build/cuda_resources and compiles what changed.
+
+    Raises:
+        RuntimeError: if a file does not compile, or if ptxas prints one of :data:`FAULTS` for it.
+    """
     from torch.utils import cpp_extension
 
     folder = ROOT / "build" / "cuda_resources" / "_".join(map(str, architectures))
     flags = list(build_tools.NVCC_FLAGS)
     flags += [f"-I{path}" for path in (CSRC, *cpp_extension.include_paths(), sysconfig.get_paths()["include"])]
     flags += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
-    lines = ["rule compile", f"  command = {nvcc()} {' '.join(flags)} -MD -MF $out.d -fatbin $in -o $out"]
+    command = f"{nvcc()} {' '.join(flags)} -MD -MF $out.d -fatbin $in -o $out"
+    lines = ["rule compile", f"  command = {command} > $out.log 2>&1 || (cat $out.log; false)"]
     lines += ["  depfile = $out.d", "  deps = gcc"]
     binaries = {file: output_name(file, ".fatbin") for file in files}
     lines += [f"build {ninja_path(binary)}: compile {ninja_path(file)}" for file, binary in binaries.items()]
     with locked(folder):
         run_ninja(folder, "\n".join(lines) + "\n")
-    return [folder / binary for binary in binaries.values()]
+    found = [folder / binary for binary in binaries.values()]
+    faults = [line for binary in found for line in FAULTS.findall(Path(f"{binary}.log").read_text())]
+    if faults:
+        raise RuntimeError("\n".join(["ptxas did not compile wgmma or setmaxnreg as written:", *faults]))
+    return found
 
 
-def compiled(files: list[Path], architectures: tuple[int, ...] = ARCHITECTURES) -> list[Kernel]:
+def compiled(files: list[Path], architectures: tuple[int | str, ...] = ARCHITECTURES) -> list[Kernel]:
     """The kernels of some sources."""
     kernels = [kernel for binary in fat_binaries(files, architectures) for kernel in read(binary)]
     unique = {(k.name, k.architecture): k for k in kernels}
@@ -161,6 +186,8 @@ def compiled(files: list[Path], architectures: tuple[int, ...] = ARCHITECTURES) 
 # (key_channels, value_channels, height and width) of the problems whose launches are recorded: the papers' sizes first,
 # then sizes that take the other paths. The first problem that launches a kernel decides its row.
 PROBLEMS = ((64, 512, 97), (64, 128, 97), (200, 512, 97), (200, 128, 97), (1024, 512, 97), (8, 8, 300))
+# Of position attention for sm_90a, after those: two key tiles, and an odd number of owned tiles.
+SM90A_PROBLEMS = ((128, 512, 97), (128, 128, 97), (64, 640, 8), (128, 512, 8))
 # (dtype, whether TF32 is allowed)
 DTYPES = (
     (torch.bfloat16, False),
@@ -171,8 +198,10 @@ DTYPES = (
 )
 
 
-def _call_everything(operators, key_channels: int, value_channels: int, side: int, dtype: torch.dtype) -> None:
-    """Calls every operator forward and backward on one sample of side x side positions."""
+def _call(
+    operators, key_channels: int, value_channels: int, side: int, dtype: torch.dtype, only_position: bool
+) -> None:
+    """Calls the operators forward and backward on one sample of side x side positions."""
 
     def call(operator: str, *arguments) -> None:
         result = getattr(operators, operator)(*arguments)
@@ -188,6 +217,8 @@ def _call_everything(operators, key_channels: int, value_channels: int, side: in
     call("position_attention", query, key, value, 1.0)
     call("position_attention", query, key, value, 1.0, False, torch.zeros(1, side, side, dtype=torch.bool))
     call("position_attention_partial", query, key, value, 1.0)
+    if only_position:
+        return
     call("criss_cross_attention", query, key, value, 1.0)
     call("criss_cross_rows", query, key, value, 1.0)
     call("criss_cross_columns", query, key, value, 1.0)
@@ -204,8 +235,18 @@ def _call_everything(operators, key_channels: int, value_channels: int, side: in
     call("channel_apply", energy, few[0], 1.0, gamma)
 
 
+def _largest(reports: list[dict]) -> dict[str, Launch]:
+    """The largest launch of each kernel."""
+    found: dict[str, Launch] = {}
+    for report in reports:
+        name, (x, y, z) = short(report["kernel"]), report["block"]
+        launch = Launch(report["dynamic_shared_bytes"], x * y * z)
+        found[name] = max(launch, found.get(name, launch))
+    return found
+
+
 def launches(emulator: ModuleType, architectures: tuple[int, ...] = ARCHITECTURES) -> dict[tuple[str, int], Launch]:
-    """The launch of each (kernel, architecture) in the first of PROBLEMS that needs the kernel; the largest block of
+    """The launch of each (kernel, architecture) in the first problem that needs the kernel: the largest block of
     several launches (criss-cross attention uses different blocks for columns and rows).
 
     Args:
@@ -215,25 +256,29 @@ def launches(emulator: ModuleType, architectures: tuple[int, ...] = ARCHITECTURE
     found: dict[tuple[str, int], Launch] = {}
     emulator.set_blocks_at_ends(0)
     try:
-        for architecture, (dtype, tf32), sizes in product(architectures, DTYPES, PROBLEMS):
-            emulator.set_device(architecture)
-            operators._set_allow_tf32(tf32)
-            emulator.reset()
-            _call_everything(operators, *sizes, dtype)
-            largest: dict[str, Launch] = {}
-            for report in emulator.report():
-                name, (x, y, z) = short(report["kernel"]), report["block"]
-                launch = Launch(report["dynamic_shared_bytes"], x * y * z)
-                largest[name] = max(launch, largest.get(name, launch))
-            for name, launch in largest.items():
-                found.setdefault((name, architecture), launch)
+        for architecture, (dtype, tf32) in product(architectures, DTYPES):
+            calls = [(sizes, False, False) for sizes in PROBLEMS]
+            if architecture == 90 and dtype.itemsize == 2:
+                calls += [(sizes, True, True) for sizes in PROBLEMS + SM90A_PROBLEMS]
+            for sizes, only_position, has_sm90a in calls:
+                emulator.set_device(architecture)
+                emulator.set_built_for_sm90a(has_sm90a)
+                operators._set_allow_tf32(tf32)
+                emulator.reset()
+                _call(operators, *sizes, dtype, only_position)
+                for name, launch in _largest(emulator.report()).items():
+                    found.setdefault((name, architecture), launch)
     finally:
         emulator.set_blocks_at_ends(-1)
+        emulator.set_built_for_sm90a(True)
         operators._set_allow_tf32(False)
     return found
 
 
-# ---- table -----------------------------------------------------------------------------------------------------------
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+WARPGROUP_COLUMNS = ("kernel", "registers", "by setmaxnreg", "threads", "KiB", "blocks", "HGMMA", "UTMALDG")
 
 
 def cell(kernel: Kernel, launch: Launch | None) -> str:
@@ -247,20 +292,45 @@ def cell(kernel: Kernel, launch: Launch | None) -> str:
     return " / ".join(parts)
 
 
+def is_twin(name: str, names: Container[str]) -> bool:
+    """Whether a kernel is the float16 twin of a bfloat16 one, which the tables list instead."""
+    return "__half" in name and name.replace("__half", "bfloat16") in names
+
+
+def warpgroup_cells(kernel: Kernel, launch: Launch | None) -> list[str]:
+    """The cells of a kernel for sm_90a after its name."""
+    launched = ["-", "-", "-"]
+    if launch is not None:
+        blocks = blocks_per_multiprocessor(kernel, launch)
+        launched = [f"{launch.threads}", f"{launch.dynamic_shared_bytes / 1024:.1f}", f"{blocks}"]
+    registers = f"{kernel.registers} (+{kernel.local_bytes} B local)" if kernel.local_bytes else f"{kernel.registers}"
+    budgets = " / ".join(map(str, kernel.warpgroup_registers)) or "-"
+    return [registers, budgets, *launched, f"{kernel.warpgroup_products}", f"{kernel.bulk_copies}"]
+
+
+def warpgroup_rows(kernels: list[Kernel], found: dict[tuple[str, int], Launch]) -> Iterator[str]:
+    of_warpgroups = {kernel.name: kernel for kernel in kernels if kernel.warpgroup_products}
+    for name, kernel in sorted(of_warpgroups.items()):
+        if not is_twin(name, of_warpgroups):
+            cells = warpgroup_cells(kernel, found.get((name, kernel.architecture)))
+            yield f"| `{name}` | " + " | ".join(cells) + " |"
+
+
 def rows(kernels: list[Kernel], found: dict[tuple[str, int], Launch]) -> Iterator[str]:
     by_name: dict[str, dict[int, Kernel]] = {}
     for kernel in kernels:
-        by_name.setdefault(kernel.name, {})[kernel.architecture] = kernel
+        if not kernel.warpgroup_products:
+            by_name.setdefault(kernel.name, {})[kernel.architecture] = kernel
     for name, of in sorted(by_name.items()):
-        if "__half" in name and name.replace("__half", "bfloat16") in by_name:
-            continue  # the table lists the bfloat16 twin
+        if is_twin(name, by_name):
+            continue
         cells = [cell(of[a], found.get((name, a))) if a in of else "" for a in ARCHITECTURES]
         yield f"| `{name}` | {max(k.static_shared_bytes for k in of.values())} | " + " | ".join(cells) + " |"
 
 
 def table(kernels: list[Kernel], found: dict[tuple[str, int], Launch]) -> str:
     spilling = sum(k.local_bytes > 0 for k in kernels)
-    problems = ", ".join(f"({e}, {c}, {side})" for e, c, side in PROBLEMS)
+    problems, more = (", ".join(f"({e}, {c}, {side})" for e, c, side in of) for of in (PROBLEMS, SM90A_PROBLEMS))
     lines = [
         "# Resources of the CUDA kernels",
         "",
@@ -278,6 +348,17 @@ def table(kernels: list[Kernel], found: dict[tuple[str, int], Launch]) -> str:
         "| kernel | static shared bytes | " + " | ".join(f"sm_{a}" for a in ARCHITECTURES) + " |",
         "|---|---|" + "---|" * len(ARCHITECTURES),
         *rows(kernels, found),
+        "",
+        "## Kernels for sm_90a",
+        "",
+        "Registers per thread at the launch and after `setmaxnreg`, of the producer warpgroup / of the consumers;",
+        "products of a warpgroup (HGMMA) and bulk tensor copies (UTMALDG) in the SASS. ptxas compiles all products as",
+        "written: none is serialised, no wait is inserted, no `setmaxnreg` ignored; its messages about these fail the",
+        f"command and the test. The problems are those above, and {more}.",
+        "",
+        f"| {' | '.join(WARPGROUP_COLUMNS)} |",
+        "|---" * len(WARPGROUP_COLUMNS) + "|",
+        *warpgroup_rows(kernels, found),
     ]
     return "\n".join(lines) + "\n"
 
@@ -295,7 +376,8 @@ def main() -> int:
             reason = f"no {tool.__name__} on PATH or where CUDA is usually installed"
             print(f"python -m tools.cuda_resources: {reason}", file=sys.stderr)
             return 2
-    TABLE.write_text(table(compiled(sources()), launches(build.load("plain"))))
+    kernels = compiled(sources()) + compiled(sm90a_sources(), SM90A)
+    TABLE.write_text(table(kernels, launches(build.load("plain"))))
     print(TABLE.read_text())
     return 0
 

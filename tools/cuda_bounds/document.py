@@ -190,6 +190,7 @@ def document(done: Done) -> str:
         "  for the 80 multiprocessors of an RTX 3080 Ti;",
         "- L2's bandwidth, for which NVIDIA publishes a figure for the A100 alone;",
         f"- Hopper's `mma.sync`, which reaches about {HOPPER_MMA:.0%} of the published peak, a peak of `wgmma`;",
+        "- position attention on Hopper: its `mma.sync` kernels, although 16-bit types take those of `docs/hopper.md`;",
         "- memory: an input that an earlier launch left in L2 costs less, and a sector that two warps write in parts",
         "  counts twice, although L2 joins them.",
         "",

@@ -83,7 +83,8 @@ def _call(operators, problem: Problem) -> torch.Tensor:
 
 
 def record(emulator: ModuleType, problem: Problem, architecture: int, blocks: int = 0) -> list[Launch]:
-    """The launches of a problem's forward and backward.
+    """The launches of a problem's forward and backward. Those of position attention are of mma.sync: the walk follows
+    one warp at a time, and does not know what the warpgroups of Hopper's kernels wait for (docs/hopper.md).
 
     Args:
         emulator: the control module that ``tests.emulator.build.load`` returns.
@@ -93,6 +94,7 @@ def record(emulator: ModuleType, problem: Problem, architecture: int, blocks: in
     emulator.set_blocks_at_ends(blocks)
     emulator.set_device(architecture)
     emulator.reset()
+    emulator.set_built_for_sm90a(False)
     try:
         output = _call(torch.ops.segattn_emulated, problem)
         forward = len(emulator.report())
@@ -103,6 +105,7 @@ def record(emulator: ModuleType, problem: Problem, architecture: int, blocks: in
             found.append(Launch(name, n >= forward, grid, threads, report["arguments"], report["mma_flops"]))
     finally:
         emulator.set_blocks_at_ends(-1)
+        emulator.set_built_for_sm90a(True)
     return found
 
 
