@@ -25,8 +25,11 @@ SDPA_BACKENDS = {
     "sdpa_cudnn": "CUDNN_ATTENTION",
 }
 RIVALS = ("fused", "eager", "sdpa", "compile", "flex", *SDPA_BACKENDS, "sdpa_flash_split")
+# On a GPU whose position attention takes another engine: the package's kernels with mma.sync (benchmarks/gpu).
+FUSED_BY_MMA = "fused_mma"
 APPLICABLE = {
     "fused": OPS,
+    FUSED_BY_MMA: PAIRWISE,
     "eager": OPS,
     "compile": OPS,
     "sdpa": PAIRWISE,
@@ -36,6 +39,7 @@ APPLICABLE = {
 }
 TITLES = {
     "fused": "segattn_ops",
+    FUSED_BY_MMA: "segattn_ops, mma.sync",
     "eager": "eager",
     "sdpa": "SDPA",
     "compile": "compile",
@@ -205,6 +209,7 @@ def recurrent_block(
 _FORMULATIONS = {
     "eager": {"position": eager_position, "channel": eager_channel, "criss_cross": eager_criss_cross},
     "fused": {"position": fused_position, "channel": fused_channel, "criss_cross": fused_criss_cross},
+    FUSED_BY_MMA: {"position": fused_position},
     "sdpa": {"position": sdpa_position},
     **{name: {"position": partial(sdpa_position_by, backend)} for name, backend in SDPA_BACKENDS.items()},
     "sdpa_flash_split": {"position": sdpa_position_split},
@@ -214,7 +219,7 @@ _FORMULATIONS = {
 
 def formulation(rival: str, op: str) -> Callable[..., Tensor]:
     """The rival's function for ``op``; its arguments are the tensors of ``Workload.leaves``, in their order."""
-    if rival not in RIVALS:
+    if rival not in APPLICABLE:
         raise ValueError(f"rival must be one of {', '.join(RIVALS)} (got {rival})")
     if op not in APPLICABLE[rival]:
         raise ValueError(f"{rival} has no formulation of {op}")

@@ -8,7 +8,7 @@ from .. import rivals
 from ..run import record
 from ..workloads import Workload
 from .client import Refused, TooLong, Worker, WorkerLost
-from .selection import Selection
+from .selection import OURS, Selection
 from .state import Clock, State, combined
 from .steps import LEAST_SECONDS
 
@@ -24,7 +24,7 @@ def run(state: State, clock: Clock, selection: Selection, device: str) -> bool |
     """Runs the selection's cells that have no final record.
 
     Returns:
-        True if no fused cell failed, None if time ran out, False if a fused cell failed or the package's kernels for
+        True if no cell of ours failed, None if time ran out, False if one of ours failed or the package's kernels for
         the device are not loaded; then nothing is measured.
     """
     with Worker(device) as worker:
@@ -46,7 +46,7 @@ def run(state: State, clock: Clock, selection: Selection, device: str) -> bool |
 
 def _run_cell(state: State, clock: Clock, worker: Worker, workload: Workload, name: str) -> None:
     """Runs one cell and records its result."""
-    refusal = state.refusal(workload, name) if name != "fused" else None
+    refusal = state.refusal(workload, name) if name not in OURS else None
     if refusal:
         state.set_cell(record(workload, name, "skipped", refusal[:300]))
         return
@@ -64,7 +64,7 @@ def _run_cell(state: State, clock: Clock, worker: Worker, workload: Workload, na
             rival=name,
             eager_errors=eager.get("errors") if eager else None,
             # An eager cell that failed on its own would fail in this process too.
-            run_eager=name == "fused" and eager is None and not state.refusal(workload, "eager"),
+            run_eager=name in OURS and eager is None and not state.refusal(workload, "eager"),
         )
     except Refused as refused:  # raised outside the cell's own record: by its operands or a missing library
         entry = record(workload, name, "failed", str(refused))
@@ -93,7 +93,7 @@ def _verdict(state: State, selection: Selection) -> bool | None:
     for workload in selection.workloads():
         for name in selection.rivals_of(workload):
             found = state.cell(workload, name)
-            bad = found and name == "fused" and found["status"] not in ("measured", "skipped")
+            bad = found and name in OURS and found["status"] not in ("measured", "skipped")
             verdicts.append(None if found is None else not bad)
     return combined(verdicts)
 

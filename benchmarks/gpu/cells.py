@@ -12,6 +12,7 @@ import torch
 from .. import features, measure, rivals, run, validate
 from ..workloads import DTYPES, Workload
 from . import native
+from .selection import OURS
 
 ROUNDS = 25
 SECONDS = 0.5  # of repeats per cell and kind: 25 rounds of 20 ms; longer calls vary less and need fewer
@@ -70,14 +71,12 @@ class DeviceCell:
 
     def measure(self, rival: str) -> dict:
         """Errors, extra memory, seconds of forward, backward and both, and which of these include time the device
-        waited for the host. Raises what the rival raises, and ``NotNative`` for the fused op without its kernels."""
-        if rival != "fused":
+        waited for the host; of the package also the engine of position attention. Raises what the rival raises, and
+        for the package what ``native.selected`` raises."""
+        if rival not in OURS:
             return self._measure(rival)
-        native.require_native(self.device.type)
-        from segattn_ops import use_backend
-
-        with use_backend("native"):
-            return self._measure(rival)
+        with native.selected(rival, self.workload, self.device):
+            return {"engine": native.position_engine(self.workload, self.device)} | self._measure(rival)
 
     def _measure(self, rival: str) -> dict:
         leaves = tuple(self.leaves.values())
@@ -102,8 +101,8 @@ class DeviceCell:
         found = self.errors(output, gradients)
         if rival == "eager":
             self.eager_errors = found
-        if rival == "fused":
-            validate.check(self.workload, "segattn_ops", found, self.eager_errors)
+        if rival in OURS:
+            validate.check(self.workload, rivals.TITLES[rival], found, self.eager_errors)
         del output, gradients
         kinds = {
             "forward": lambda: self._repeat(forward),
@@ -167,6 +166,8 @@ def cell_record(workload: Workload, rival: str, cell: Callable[[], DeviceCell], 
         return entry | cell().measure(rival)
     except native.NotNative:
         raise  # not a property of this cell
+    except native.SameEngine as same:
+        return entry | {"status": "skipped", "reason": str(same)}
     except validate.WrongResult as wrong:
         return entry | {"status": "wrong", "reason": str(wrong)}
     except torch.cuda.OutOfMemoryError as error:

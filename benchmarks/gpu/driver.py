@@ -13,21 +13,19 @@ import torch
 from .. import command_line, features, rivals, validate
 from ..workloads import DTYPES, Workload
 from . import native
-from .selection import FAMILIES
+from .selection import FAMILIES, OURS
 
 SMALL = ((9, 11), (1, 33), (17, 1), (1, 1))
 
 
-def exercise(workload: Workload, device: torch.device, check: bool) -> None:
+def exercise(workload: Workload, device: torch.device, check: bool, rival: str = "fused") -> None:
     """Runs the native kernels forward and backward; ``check`` compares them with float64 under the tolerance rule."""
-    from segattn_ops import use_backend
-
     x = torch.randn(workload.batch, workload.channels, workload.height, workload.width, device=device).relu()
     leaves = {name: leaf.requires_grad_() for name, leaf in features.operands(workload, x).items()}
     grad_output = features.grad_output(workload, device=device)
     operands = list(leaves.values())
-    with use_backend("native"):
-        output = rivals.formulation("fused", workload.op)(*operands)
+    with native.selected(rival, workload, device):
+        output = rivals.formulation(rival, workload.op)(*operands)
         gradients = torch.autograd.grad(output, operands, grad_output)
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # a failed launch raises here, not in the comparison
@@ -38,7 +36,7 @@ def exercise(workload: Workload, device: torch.device, check: bool) -> None:
     eager_gradients = torch.autograd.grad(eager, operands, grad_output)
     eager_errors = validate.errors(workload, leaves, grad_output, expected, eager, eager_gradients)
     found = validate.errors(workload, leaves, grad_output, expected, output, gradients)
-    validate.check(workload, "segattn_ops", found, eager_errors)
+    validate.check(workload, rivals.TITLES[rival], found, eager_errors)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,13 +65,17 @@ def main(argv: list[str] | None = None) -> int:
                 workload = Workload(
                     op, height, width, dtype, arguments.batch, arguments.channels, arguments.key_channels
                 )
-                try:
-                    exercise(workload, device, not arguments.once)
-                except validate.WrongResult as error:
-                    wrong += 1
-                    print(f"wrong: {error}", flush=True)
-                else:
-                    print(f"{workload.label}: right" if not arguments.once else workload.label, flush=True)
+                # Until a GPU has confirmed wgmma, mma.sync is checked and profiled beside it.
+                twice = native.position_engine(workload, device) == "wgmma"
+                for rival in OURS if twice else OURS[:1]:
+                    label = f"{workload.label}, {rivals.TITLES[rival]}" if twice else workload.label
+                    try:
+                        exercise(workload, device, not arguments.once, rival)
+                    except validate.WrongResult as error:
+                        wrong += 1
+                        print(f"wrong: {error}", flush=True)
+                    else:
+                        print(f"{label}: right" if not arguments.once else label, flush=True)
     if wrong:
         print(f"benchmarks.gpu.driver: {wrong} results are wrong")
     return 1 if wrong else 0

@@ -17,8 +17,9 @@ DTYPES = ("bfloat16", "float32", "float16")
 BATCHES = {"position": (8, 1), "criss-cross": (8, 1, 32), "channel": (8, 1)}
 ONCE = ("rcca", "non_local", "ann")  # CCNet's whole block, Non-local's channels, few keys: at one size and dtype
 COMPILED = tuple(name for name in rivals.RIVALS if rivals.uses_compiler(name))
+OURS = ("fused", rivals.FUSED_BY_MMA)
 # Eager first: the fused op's error is compared with its error. Compilers last: they take longest to start.
-RIVALS = ("eager", "fused", *(name for name in rivals.RIVALS if name not in ("eager", "fused", *COMPILED)), *COMPILED)
+RIVALS = ("eager", *OURS, *(name for name in rivals.RIVALS if name not in ("eager", "fused", *COMPILED)), *COMPILED)
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,14 @@ class Selection:
         return [workload for _, workload in sorted(planned, key=lambda ranked: ranked[0])]
 
     def rivals_of(self, workload: Workload) -> list[str]:
-        """The rivals measured at a workload; those that compile only at the main size, dtype and first batch."""
+        """The rivals measured at a workload: those that compile only at the main size, dtype and first batch, and the
+        engine that is compared with wgmma only in the dtypes that wgmma has."""
         family = next(name for name, ops in FAMILIES.items() if workload.op in ops)
         first = (self.batches or BATCHES[family])[0]
         size, dtype = self.main
         compiles = ((workload.height, workload.width), workload.dtype, workload.batch) == (size, dtype, first)
-        return [name for name in rivals.applicable(self.rivals, workload) if compiles or not rivals.uses_compiler(name)]
+        names = rivals.applicable(self.rivals, workload)
+        left_out = {name for name in names if rivals.uses_compiler(name) and not compiles}
+        if workload.dtype not in ("bfloat16", "float16"):
+            left_out.add(rivals.FUSED_BY_MMA)
+        return [name for name in names if name not in left_out]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -19,8 +20,10 @@ def run_steps(
     clock: Clock,
     environment: dict | None = None,
     together: int = 1,
+    seconds: float = math.inf,
 ) -> bool | None:
-    """Runs the named commands that have not passed yet, ``together`` of them at a time."""
+    """Runs the named commands that have not passed yet, ``together`` of them at a time. One that takes longer than
+    ``seconds`` has failed: a kernel that hangs must leave time for the pieces that follow."""
     todo = [name for name in commands if not state.step(piece, name)]
     verdicts: list[bool | None] = []
     while todo:
@@ -28,17 +31,22 @@ def run_steps(
             return combined([*verdicts, None])
         names, todo = todo[:together], todo[together:]
         print(f"{piece}: {', '.join(names)}", flush=True)
-        results = children.run([commands[name] for name in names], clock.left - children.GRACE, environment)
+        limit = min(seconds, clock.left - children.GRACE)
+        results = children.run([commands[name] for name in names], limit, environment)
         for name, result in zip(names, results, strict=True):
             lines = result.output.strip().splitlines()
+            too_long = result.passed is None and limit == seconds
+            verdict = "failed" if too_long else result.verdict
+            if too_long:
+                lines.append(f"stopped after {seconds:.0f} s")
             facts = {"seconds": round(result.seconds, 1), "command": commands[name], "exit_status": result.status}
-            state.set_step(piece, name, result.verdict, **facts, output=lines)
-            shown = lines[-1:] if result.verdict == "passed" else lines[-8:]
+            state.set_step(piece, name, verdict, **facts, output=lines)
+            shown = lines[-1:] if verdict == "passed" else lines[-8:]
             print(
-                f"  {name} {result.verdict} in {result.seconds:.0f} s: " + "\n    ".join(line[:300] for line in shown),
+                f"  {name} {verdict} in {result.seconds:.0f} s: " + "\n    ".join(line[:300] for line in shown),
                 flush=True,
             )
-            verdicts.append(result.passed)
+            verdicts.append(False if too_long else result.passed)
     return combined(verdicts)
 
 

@@ -8,18 +8,22 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from .selection import Selection
-from .state import Clock, State
+from .state import Clock, State, combined
 from .steps import run_steps, shorten
 
 PROCESSES = 6  # each holds a CUDA context
 
 
+BY_MMA = "cuda, position by mma.sync"
+
+
 def steps(selection: Selection) -> list[str]:
-    return ["cuda"]
+    return ["cuda", f"{BY_MMA}, where the package takes wgmma"]
 
 
 def run(state: State, clock: Clock, selection: Selection, device: str) -> bool | None:
-    """Runs all tests marked ``cuda`` at once; their results are in tests.xml beside the state."""
+    """Runs all tests marked ``cuda`` at once; their results are in tests.xml beside the state. Where position attention
+    takes wgmma, its tests run again with mma.sync."""
     report = state.path.parent.resolve() / "tests.xml"
     if not state.step("tests", "cuda"):
         report.unlink(missing_ok=True)  # an interrupted run must not leave an earlier run's report
@@ -27,7 +31,8 @@ def run(state: State, clock: Clock, selection: Selection, device: str) -> bool |
     command += ["-m", "cuda", f"--junitxml={report}", "--continue-on-collection-errors"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(PROCESSES), "--dist", "worksteal"]
-    verdict = run_steps(state, "tests", {"cuda": command}, clock, {"SEGATTN_TEST_BACKENDS": "cuda"})
+    environment = {"SEGATTN_TEST_BACKENDS": "cuda"}
+    verdict = run_steps(state, "tests", {"cuda": command}, clock, environment)
     step = state.pieces.get("tests", {}).get("cuda")
     if step and report.exists():
         found = counts(report)
@@ -37,6 +42,10 @@ def run(state: State, clock: Clock, selection: Selection, device: str) -> bool |
             step["output"].append("no test ran: all were skipped")
         state.set_step("tests", "cuda", step.pop("status"), **(step | {"counts": found}))
         shorten(report)
+    if state.machine.get("position_engine") == "wgmma":
+        again = [word for word in command if not word.startswith("--junitxml=")] + ["-k", "position"]
+        environment |= {"SEGATTN_CUDA_POSITION": "mma"}
+        verdict = combined([verdict, run_steps(state, "tests", {BY_MMA: again}, clock, environment)])
     return verdict
 
 

@@ -28,15 +28,19 @@ class Server:
         self.held: cells.DeviceCell | None = None
 
     def identify(self) -> dict:
-        """The machine, the device's compute capability, what was built, and why the libraries cannot be used, if so."""
+        """The machine with the engine of position attention, the device's compute capability, what was built, and why
+        the libraries cannot be used, if so."""
+        engine = None
         try:
             import segattn_ops
 
             build, fault = segattn_ops.build_config(), native.fault(self.device)
+            if fault is None:
+                engine = native.position_engine(Workload("position", 1, 1, "bfloat16"), self.device)
         except Exception as error:  # such as operators with another tree's schemas
             build, fault = None, f"the libraries here cannot be used: {_reason(error)}"
         return {
-            "machine": report.machine(str(self.device), torch.get_num_threads()),
+            "machine": report.machine(str(self.device), torch.get_num_threads()) | {"position_engine": engine},
             "capability": torch.cuda.get_device_capability(self.device) if self.device.type == "cuda" else None,
             "build": build,
             "fault": fault,

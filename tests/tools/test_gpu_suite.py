@@ -53,7 +53,7 @@ def test_no_library_is_loaded_before_the_build(tmp_path):
     for piece in suite.PIECES:
         assert f"{piece}:" in done.stdout
     for expected in (
-        "position 97x97 B=8 bfloat16: eager, fused, sdpa",
+        "position 97x97 B=8 bfloat16: eager, fused, fused_mma, sdpa",
         "position 128x256 B=8 float16",
         "criss_cross 97x97 B=32 bfloat16",
         "channel racecheck",
@@ -78,8 +78,15 @@ class TestSelection:
         assert sorted(op for ops in FAMILIES.values() for op in ops) == sorted(OPS)
 
     def test_every_rival_with_eager_first(self):
-        assert set(RIVALS) == set(rivals.RIVALS)
-        assert RIVALS[:2] == ("eager", "fused")
+        assert set(RIVALS) == {*rivals.RIVALS, "fused_mma"}
+        assert RIVALS[:3] == ("eager", "fused", "fused_mma")
+
+    def test_engines_are_compared_in_16_bit_position_attention(self):
+        compared = {
+            (work.op, work.dtype) for work in Selection().workloads() if "fused_mma" in Selection().rivals_of(work)
+        }
+        assert {op for op, _ in compared} == {"position", "non_local", "ann"}
+        assert {dtype for _, dtype in compared} == {"bfloat16", "float16"}
 
     def test_order_without_duplicates(self):
         planned = ALL.workloads()
@@ -273,7 +280,7 @@ def commands(monkeypatch):
 
 
 class TestBuild:
-    CLOCK = gpu_state.Clock(1000)
+    CLOCK = gpu_state.Clock(86400)  # from when this file was imported, long before the tests run
 
     def identified(self, monkeypatch, *faults):
         """Makes ``identify`` report these faults in turn."""
@@ -352,7 +359,7 @@ class TestNative:
 
 
 class TestCommands:
-    CLOCK = gpu_state.Clock(1000)
+    CLOCK = gpu_state.Clock(86400)  # from when this file was imported, long before the tests run
 
     @pytest.fixture(autouse=True)
     def tools(self, monkeypatch):
@@ -392,6 +399,17 @@ class TestCommands:
         step = gpu_state.State(state.path).pieces["tests"]["cuda"]
         assert step["status"] == "failed"
         assert step["counts"] == {"tests": 12, "failures": 1, "errors": 0, "skipped": 2}
+
+    def test_position_is_tested_by_both_engines(self, state, commands):
+        """Where the package takes wgmma: the tests of position attention run again with mma.sync."""
+        for engine, runs in ((None, 1), ("mma", 1), ("wgmma", 2)):
+            commands.clear()
+            state.pieces.clear()
+            state.machine = {"position_engine": engine}
+            assert tests.run(state, self.CLOCK, ALL, "cuda") is True
+            assert len(commands) == runs
+        assert commands[1][-2:] == ["-k", "position"]
+        assert commands.environment == {"SEGATTN_TEST_BACKENDS": "cuda", "SEGATTN_CUDA_POSITION": "mma"}
 
     def test_a_run_in_which_every_test_is_skipped_has_failed(self, state, commands):
         """Tests are skipped without a device or without kernels, which pytest reports as a success."""
@@ -443,6 +461,14 @@ class TestCommands:
         commands.respond = lambda command: Finished(children.TIMED_OUT, "begun", 1.0)
         assert gpu_steps.run_steps(state, "smoke", {"a": ["true"]}, self.CLOCK) is None
         assert state.pieces["smoke"]["a"]["status"] == "stopped"
+
+    def test_a_step_that_hangs_has_failed_and_leaves_time(self, state, monkeypatch):
+        monkeypatch.setattr(children, "GRACE", 0.2)
+        steps = {"a": ["sleep", "60"], "b": ["true"]}
+        assert gpu_steps.run_steps(state, "smoke", steps, self.CLOCK, seconds=1.0) is False
+        found = state.pieces["smoke"]
+        assert (found["a"]["status"], found["a"]["output"]) == ("failed", ["stopped after 1 s"])
+        assert found["b"]["status"] == "passed"
 
     @pytest.mark.parametrize("verdicts, expected", [([True, True], True), ([True, None], None), ([None, False], False)])
     def test_verdicts(self, verdicts, expected):
@@ -564,6 +590,35 @@ class TestTable:
         assert rows == [["position", "97x97", "8", "2000.0", "1000.0", "2.00", "3000.0", "2000.0", "1.50"]]
         assert len(rows[0]) == len(report.BOUND_COLUMNS)
         assert report.bound_table(cells, "another GPU") == []
+
+    def test_bounds_are_of_mma_sync(self, monkeypatch):
+        monkeypatch.setattr(report, "bounds", lambda: {("position", "97x97", 8, "H200"): (0.001, 0.002)})
+        by_wgmma = self.entry("fused", 0.001, 0.002, engine="wgmma")
+        assert report.bound_table([by_wgmma], "H200") == []
+        (row,) = report.bound_table([by_wgmma, self.entry("fused_mma", 0.004, 0.008, engine="mma")], "H200")
+        assert (row[5], row[8]) == ("4.00", "4.00")
+
+    def test_engines_stand_side_by_side(self, state):
+        state.machine = machine("cpu", 1) | {"gpu": "a GPU", "cuda": "13.0"}
+        by_wgmma = self.entry("fused", 0.0014, 0.004, engine="wgmma")
+        by_mma = self.entry("fused_mma", 0.0028, 0.006, engine="mma")
+        forward, backward = report.engine_table([by_wgmma, by_mma])
+        assert forward[4:] == ["forward", "1.400", "582.8", "2e-03", "2.800", "291.4", "2e-03", "2.00"]
+        assert backward[4:6] + backward[-1:] == ["backward", "4.000", "1.50"]
+        assert len(forward) == len(report.ENGINE_COLUMNS)
+        state.set_cell(by_wgmma)
+        state.set_cell(by_mma)
+        text = report.write_table(state).read_text()
+        assert "forward: 583 TFLOP/s by wgmma; goals: 550 (reached), then 600 (missed)." in text
+        assert "backward: 408 TFLOP/s by wgmma; goals: 380 (reached), then 450 (missed)." in text
+
+    def test_an_engine_that_fails_is_shown_beside_the_other(self):
+        wrong = run.record(Workload("position", 97, 97, "bfloat16", 8), "fused", "wrong", "output: 1e-1")
+        rows = report.engine_table([wrong, self.entry("fused_mma", 0.0028, 0.006)])
+        assert rows[0][5:] == ["wrong: output: 1e-1", "", "", "2.800", "291.4", "2e-03", ""]
+        assert report.goals([wrong]) == []
+        skipped = run.record(Workload("position", 97, 97, "bfloat16", 8), "fused_mma", "skipped", "the same")
+        assert report.engine_table([self.entry("fused", 0.002, 0.004, engine="mma"), skipped]) == []
 
     def test_figures_of_other_sources_are_left_out(self, state):
         state.set_cell(self.entry("eager", 0.004, 0.008))
