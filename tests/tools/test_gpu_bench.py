@@ -298,6 +298,22 @@ class TestBench:
         assert bench.run(state, Clock(1000), work, "cpu") is False
         assert [entry["status"] for entry in state.cells.values()] == ["failed"]
 
+    def test_kernels_that_hang_take_the_time_of_one_cell(self, state, monkeypatch):
+        asked = []
+
+        class Hanging(Worker):
+            def ask(self, name, timeout, **arguments):
+                if name == "require_native":
+                    return {}
+                asked.append(arguments["workload"]["height"])
+                raise TooLong("took longer than it may and was stopped")
+
+        monkeypatch.setattr(bench, "Worker", Hanging)
+        work = chosen("channel", rivals=("fused",), sizes=((5, 7), (3, 3)))
+        assert bench.run(state, Clock(1000), work, "cpu") is False
+        assert asked == [5]
+        assert [entry["status"] for entry in state.cells.values()] == ["failed", "skipped"]
+
     def test_without_native_kernels_nothing_is_measured(self, state, inside, monkeypatch, capsys):
         monkeypatch.setitem(_backend.LIBRARIES.missing, "cpu", "no library (a test)")
         assert bench.run(state, Clock(1000), chosen("channel"), "cpu") is False
