@@ -13,6 +13,7 @@ from .state import Clock, State, combined
 from .steps import LEAST_SECONDS
 
 CELL_SECONDS = 100.0  # limit of a cell, including the start of its process and compilation
+_AFTER = "after "  # how the reason of a cell that took its whole time starts
 SDPA = tuple(name for name in rivals.RIVALS if name.startswith("sdpa"))
 
 
@@ -42,9 +43,6 @@ def run(state: State, clock: Clock, selection: Selection, device: str) -> bool |
                     return _verdict(state, selection)
                 _run_cell(state, clock, worker, workload, name)
     return _verdict(state, selection)
-
-
-_AFTER = "after "  # how the reason of a cell that took its whole time starts
 
 
 def _refusal(state: State, workload: Workload, name: str) -> str | None:

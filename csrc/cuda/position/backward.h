@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "checks/position.h"
-#include "cuda/common/aligned.h"
 #include "cuda/common/launch_context.h"
 #include "cuda/common/math.h"
 #include "cuda/common/operands.h"
@@ -15,7 +14,7 @@
 #include "cuda/position/forward.h"
 #include "cuda/position/launch.h"
 #include "cuda/position/plan.cuh"
-#include "cuda/position/wgmma/query_key_gradient_launch.h"
+#include "cuda/position/wgmma/launch.h"
 #include "cuda/position/wgmma/query_key_gradient_plan.h"
 
 namespace segattn::cuda {
@@ -47,8 +46,8 @@ struct BackwardCall {
   static bool is_needed(const Tensor& gradient) { return gradient.dim() > 1; }
 };
 
-// The operands of the backward pass with rows that start on 16 bytes, for the tensor-core kernels.
-struct AlignedOperands {
+// The operands of the backward pass as ready_operand returns them.
+struct ReadyOperands {
   FeatureMap grad_output;
   FeatureMap query;
   FeatureMap key;
@@ -161,7 +160,7 @@ inline void sum_partials(
 
 // Returns false if no tile fits.
 template <class Kernels>
-bool value_gradient_on(const BackwardCall& call, const AlignedOperands& operands) {
+bool value_gradient_on(const BackwardCall& call, const ReadyOperands& operands) {
   const PositionSizes& sizes = call.sizes;
   const LaunchContext& context = call.context;
   const WeightedSumPlan plan = weighted_sum_plan<Kernels>(sizes, context.limits, Owned::kKeys);
@@ -172,15 +171,13 @@ bool value_gradient_on(const BackwardCall& call, const AlignedOperands& operands
   params.logsumexp = float_data(call.logsumexp);
   params.logsumexp_low = call.logsumexp_low_data();
   weighted_sum<Kernels, PositionSum::kValueGradient, Keys::kAll>(
-      context, plan,
-      {Kernels::ready(operands.key, context.stream), Kernels::ready(operands.query, context.stream),
-       Kernels::ready(operands.grad_output, context.stream)},
-      params, {call.grad_value, call.is_part, nullptr, nullptr, nullptr});
+      context, plan, {operands.key, operands.query, operands.grad_output}, params,
+      {call.grad_value, call.is_part, nullptr, nullptr, nullptr});
   return true;
 }
 
 template <class Mma>
-bool value_gradient_mma(const BackwardCall& call, const AlignedOperands& operands) {
+bool value_gradient_mma(const BackwardCall& call, const ReadyOperands& operands) {
   return with_weighted_sum_kernels<Mma>(call.context, call.sizes.key_channels, [&]<class Kernels>() {
     return value_gradient_on<Kernels>(call, operands);
   });
@@ -198,7 +195,7 @@ inline bool rounds_weight_gradients_to_tf32(const LaunchContext& context, const 
 // needed remains in its partials.
 template <class Launch>
 void query_key_gradient(
-    const BackwardCall& call, const AlignedOperands& operands, const QueryKeyGradientPlan& plan, const Launch& launch) {
+    const BackwardCall& call, const ReadyOperands& operands, const QueryKeyGradientPlan& plan, const Launch& launch) {
   const PositionSizes& sizes = call.sizes;
   const LaunchContext& context = call.context;
   QueryKeyGradientParams params{};
@@ -252,7 +249,7 @@ void query_key_gradient(
 
 // Returns false if no tile fits.
 template <class Mma>
-bool query_key_gradient_mma(const BackwardCall& call, const AlignedOperands& operands) {
+bool query_key_gradient_mma(const BackwardCall& call, const ReadyOperands& operands) {
   using Element = typename Mma::Element;
   const PositionSizes& sizes = call.sizes;
   const DeviceLimits& limits = call.context.limits;
@@ -264,12 +261,9 @@ bool query_key_gradient_mma(const BackwardCall& call, const AlignedOperands& ope
       const QueryKeyGradientPlan plan =
           plan_wgmma_query_key_gradient<Element>(sizes.batch, queries, keys, key_channels, channels, limits);
       if (plan.found) {
-        const AlignedOperands mapped{
-            mappable(operands.grad_output, stream), mappable(operands.query, stream), mappable(operands.key, stream),
-            mappable(operands.value, stream)};
-        query_key_gradient(call, mapped, plan, [&]<Keys kKeys>(const QueryKeyGradientParams& params) {
+        query_key_gradient(call, operands, plan, [&]<Keys kKeys>(const QueryKeyGradientParams& params) {
           const WgmmaQueryKeyGradientParams with_maps = wgmma_query_key_gradient_params<Element>(
-              params, mapped.query, mapped.key, mapped.value, mapped.grad_output, limits);
+              params, operands.query, operands.key, operands.value, operands.grad_output, limits);
           launch_wgmma_query_key_gradient<Element, kKeys>(with_maps, limits, stream);
         });
         return true;

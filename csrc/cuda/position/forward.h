@@ -16,7 +16,7 @@
 #include "cuda/position/launch.h"
 #include "cuda/position/merge_splits.cuh"
 #include "cuda/position/plan.cuh"
-#include "cuda/position/wgmma/weighted_sum_launch.h"
+#include "cuda/position/wgmma/launch.h"
 #include "cuda/position/wgmma/weighted_sum_plan.h"
 
 namespace segattn::cuda {
@@ -102,19 +102,23 @@ void with_mma(Arithmetic arithmetic, const Visit& visit) {
   }
 }
 
-// Of a weighted sum (WeightedSumParams), as Kernels::ready returns them.
+// Of a weighted sum (WeightedSumParams), as ready_operand returns them.
 struct WeightedSumOperands {
   FeatureMap owned;
   FeatureMap streamed;
   FeatureMap values;
 };
 
+// An operand as the tensor-core kernels of E = key_channels take it.
+inline FeatureMap ready_operand(const LaunchContext& context, int64_t key_channels, const FeatureMap& features) {
+  return choose_position_engine(context, key_channels) == PositionEngine::kWgmma ? mappable(features, context.stream)
+                                                                                 : aligned(features, context.stream);
+}
+
 // The kernels of a weighted sum on mma.sync. WgmmaKernels has the same members.
 template <class Mma>
 struct MmaKernels {
   using Element = typename Mma::Element;
-
-  static FeatureMap ready(const FeatureMap& features, cudaStream_t stream) { return aligned(features, stream); }
 
   template <class... Arguments>
   static WeightedSumPlan plan(const Arguments&... arguments) {
@@ -134,8 +138,6 @@ struct MmaKernels {
 template <class Element_>
 struct WgmmaKernels {
   using Element = Element_;
-
-  static FeatureMap ready(const FeatureMap& features, cudaStream_t stream) { return mappable(features, stream); }
 
   template <class... Arguments>
   static WeightedSumPlan plan(const Arguments&... arguments) {
@@ -308,13 +310,14 @@ void weighted_sum(
 template <class Kernels>
 bool forward_on(const ForwardCall& call) {
   const PositionSizes& sizes = call.sizes;
-  const cudaStream_t stream = call.context.stream;
   const WeightedSumPlan plan = weighted_sum_plan<Kernels>(sizes, call.context.limits, Owned::kQueries);
   if (!plan.found) {
     return false;
   }
-  const WeightedSumOperands operands{
-      Kernels::ready(call.query, stream), Kernels::ready(call.key, stream), Kernels::ready(call.value, stream)};
+  const auto ready = [&](const FeatureMap& features) {
+    return ready_operand(call.context, sizes.key_channels, features);
+  };
+  const WeightedSumOperands operands{ready(call.query), ready(call.key), ready(call.value)};
   WeightedSumParams params = weighted_sum_params(plan, sizes, call.scale, Owned::kQueries);
   params.key_counts = call.key_counts;
   with_keys(call.key_counts, [&]<Keys kKeys>() {

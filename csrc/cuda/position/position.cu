@@ -180,9 +180,9 @@ void differentiate(
   }
   bool value_done = !needs_value, query_key_done = !uses_value;
   with_mma(context.arithmetic, [&]<class Mma>() {
-    const AlignedOperands operands{
-        aligned(call.grad_output, context.stream), aligned(call.query, context.stream),
-        aligned(call.key, context.stream), uses_value ? aligned(call.value, context.stream) : call.value};
+    const auto ready = [&](const FeatureMap& features) { return ready_operand(context, sizes.key_channels, features); };
+    const ReadyOperands operands{
+        ready(call.grad_output), ready(call.query), ready(call.key), uses_value ? ready(call.value) : call.value};
     value_done = value_done || value_gradient_mma<Mma>(call, operands);
     query_key_done = query_key_done || query_key_gradient_mma<Mma>(call, operands);
   });

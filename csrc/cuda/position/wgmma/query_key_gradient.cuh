@@ -24,7 +24,7 @@
 #include "cuda/common/math.h"
 #include "cuda/common/ptx_sm90.cuh"
 #include "cuda/common/ring.cuh"
-#include "cuda/position/wgmma/query_key_gradient_params.h"
+#include "cuda/position/wgmma/params.h"
 #include "cuda/position/wgmma/query_key_gradient_traits.cuh"
 
 namespace segattn::cuda {

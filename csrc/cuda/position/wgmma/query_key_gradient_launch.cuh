@@ -2,8 +2,8 @@
 #pragma once
 
 #include "cuda/common/launch.cuh"
+#include "cuda/position/wgmma/launch.h"
 #include "cuda/position/wgmma/query_key_gradient.cuh"
-#include "cuda/position/wgmma/query_key_gradient_launch.h"
 #include "cuda/position/wgmma/query_key_gradient_tiles.h"
 
 namespace segattn::cuda {

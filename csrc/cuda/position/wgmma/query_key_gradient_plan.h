@@ -8,7 +8,7 @@
 #include "cuda/common/operands.h"
 #include "cuda/common/tensor_map.h"
 #include "cuda/position/plan.cuh"
-#include "cuda/position/wgmma/query_key_gradient_params.h"
+#include "cuda/position/wgmma/params.h"
 #include "cuda/position/wgmma/query_key_gradient_tiles.h"
 
 namespace segattn::cuda {

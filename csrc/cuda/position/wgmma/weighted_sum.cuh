@@ -27,8 +27,8 @@
 #include "cuda/common/ring.cuh"
 #include "cuda/position/params.h"
 #include "cuda/position/row_softmax.cuh"
+#include "cuda/position/wgmma/params.h"
 #include "cuda/position/wgmma/weighted_sum_epilogue.cuh"
-#include "cuda/position/wgmma/weighted_sum_params.h"
 #include "cuda/position/wgmma/weighted_sum_traits.cuh"
 
 namespace segattn::cuda {

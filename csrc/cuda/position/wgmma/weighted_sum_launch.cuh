@@ -2,8 +2,8 @@
 #pragma once
 
 #include "cuda/common/launch.cuh"
+#include "cuda/position/wgmma/launch.h"
 #include "cuda/position/wgmma/weighted_sum.cuh"
-#include "cuda/position/wgmma/weighted_sum_launch.h"
 #include "cuda/position/wgmma/weighted_sum_tiles.h"
 
 namespace segattn::cuda {
