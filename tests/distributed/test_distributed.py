@@ -16,7 +16,10 @@ import torch.distributed as dist
 from . import fault_checks
 from .processes import run_module
 
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo"),
+    pytest.mark.slow,
+]
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text()
 SCRIPTS = re.findall(r'^```python\n("""torchrun (.*?)""".*?)^```', DOCUMENT, re.DOTALL | re.MULTILINE)
