@@ -375,7 +375,9 @@ def _spawned(rank: int, options: argparse.Namespace, folder: str) -> None:
     result = run_rank(options)
     if rank == 0:
         (Path(folder) / "result.json").write_text(json.dumps(result))
-    dist.destroy_process_group()
+    # Without destroying the group: gloo of torch 2.14 can abort a process that does ("terminate called without an
+    # active exception").
+    os._exit(0)
 
 
 def report(result: dict, options: argparse.Namespace, console: Console) -> None:

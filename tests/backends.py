@@ -47,8 +47,10 @@ ALL = {
 
 
 def chosen() -> list[str]:
-    """SEGATTN_TEST_BACKENDS, a comma-separated list, narrows the suite."""
-    names = os.environ.get("SEGATTN_TEST_BACKENDS", ",".join(ALL)).split(",")
+    """The implementations of SEGATTN_TEST_BACKENDS, a comma-separated list, or all that this machine can run."""
+    if not (listed := os.environ.get("SEGATTN_TEST_BACKENDS")):
+        return [name for name in ALL if name != "cuda" or torch.cuda.is_available()]
+    names = listed.split(",")
     unknown = set(names) - set(ALL)
     if unknown:
         raise pytest.UsageError(f"SEGATTN_TEST_BACKENDS must name some of {sorted(ALL)} (got {sorted(unknown)})")

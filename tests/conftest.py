@@ -25,6 +25,19 @@ def pytest_generate_tests(metafunc) -> None:
         )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Drops the large cases of the emulator, and puts slow tests first: at the end of a run on several processes,
+    each has short tests left."""
+    items[:] = [item for item in items if not _is_too_large(getattr(item, "callspec", None))]
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def _is_too_large(callspec) -> bool:
+    parameters = callspec.params if callspec else {}
+    chosen = next((parameters[name] for name in ("backend", "kernels", "cuda_kernels") if name in parameters), None)
+    return chosen is not None and not chosen.runs_large and getattr(parameters.get("case"), "large", False)
+
+
 @pytest.fixture
 def backend(request):
     chosen = request.param

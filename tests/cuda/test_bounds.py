@@ -7,6 +7,7 @@ import pytest
 from tools import compilers, cuda_resources
 from tools.cuda_bounds import document, launches
 
+pytestmark = pytest.mark.slow  # the fixture
 ARCHITECTURE = 90
 # The most instructions and the most passes for each mma in bfloat16, by operator and kernel. A change that needs fewer
 # lowers the limit; docs/cuda_bounds.md has the bounds that follow.

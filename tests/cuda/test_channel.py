@@ -149,10 +149,12 @@ def test_float64_gradients(emulator):
 # ---- sanitizer builds ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_race_build(emulator):
     """Shared-memory races fail; memory accesses are counted."""
     run_in("race", __file__, "traffic or conflicts or odd_sizes or same_bits or every_device")
 
 
+@pytest.mark.slow
 def test_asan_build(emulator):
     run_in("asan", __file__, "odd_sizes or split or every_device")

@@ -107,9 +107,11 @@ def test_any_schedule_gives_the_same_bits(emulator, dtype):
     assert_same_bits(emulator, lambda: run(*tensors))
 
 
+@pytest.mark.slow
 def test_race_build(emulator):
     run_in("race", __file__, "odd_sizes or same_bits or every_device or splits")
 
 
+@pytest.mark.slow
 def test_asan_build(emulator):
     run_in("asan", __file__, "odd_sizes or splits or every_device or scale")

@@ -417,10 +417,12 @@ def test_float64_gradients(emulator):
 # ---- instrumented builds --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_race_build(emulator):
     """Fails on races in shared memory; also counts memory accesses."""
     run_in("race", __file__, "traffic or conflicts or long_lines or missing or gradients or same_bits or rise_or_fall")
 
 
+@pytest.mark.slow
 def test_asan_build(emulator):
     run_in("asan", __file__, "every_device or long_lines or gradients or any_layout")

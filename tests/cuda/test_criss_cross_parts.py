@@ -130,10 +130,12 @@ def test_parts_of_one_line(emulator):
         assert (g.double() - w).norm() < 3e-6 * w.norm()
 
 
+@pytest.mark.slow
 def test_race_build(emulator):
     """Fails on races, and on reads of shared memory that nobody has written."""
     run_in("race", __file__, "same_bits or direction or single")
 
 
+@pytest.mark.slow
 def test_asan_build(emulator):
     run_in("asan", __file__, "direction or single")

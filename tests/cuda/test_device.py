@@ -16,6 +16,7 @@ CASES = [
     pytest.param(family, case, id=f"{family.operator}-{case}")
     for family in FAMILIES
     for case in (family.cases[0], next(c for c in family.cases if c.large))
+    if torch.cuda.is_available() or not case.large  # for overlapping launches
 ]
 FIRST_CASES = [pytest.param(family, family.cases[0], id=family.operator) for family in FAMILIES]
 DTYPE = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=lambda d: str(d).removeprefix("torch."))

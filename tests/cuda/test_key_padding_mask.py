@@ -177,10 +177,12 @@ def test_traffic(traced):
 # ---- sanitizer builds ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_race_build(emulator):
     """Shared-memory races fail; memory accesses are counted."""
     run_in("race", __file__, "traffic or numbers_at_once or (splits_and_groups and 90 and not float16 and not float64)")
 
 
+@pytest.mark.slow
 def test_asan_build(emulator):
     run_in("asan", __file__, "numbers_at_once or (splits_and_groups and not 86 and not float16)")

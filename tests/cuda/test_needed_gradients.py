@@ -201,6 +201,7 @@ def test_memory_traffic(traced, attention):
             assert moved[needs] < moved[other], (needs, other, moved)
 
 
+@pytest.mark.slow
 def test_race_build(emulator):
     """Counts memory accesses."""
     run_in("race", __file__, "traffic")

@@ -484,10 +484,12 @@ def test_float64_gradients(emulator):
 # ---- sanitizer builds ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_race_build(emulator):
     """Shared-memory races fail; memory accesses are counted."""
     run_in("race", __file__, "not build and not float64")
 
 
+@pytest.mark.slow
 def test_asan_build(emulator):
     run_in("asan", __file__, "split or packed or has_a_kernel or precision")

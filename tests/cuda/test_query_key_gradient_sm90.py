@@ -158,9 +158,11 @@ def test_forced_engine(emulator):
 # ---- sanitizer builds ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_race_build(emulator):
     run_in("race", __file__, "not build")
 
 
+@pytest.mark.slow
 def test_asan_build(emulator):
     run_in("asan", __file__, "tiles or groups or kept")

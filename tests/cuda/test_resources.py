@@ -10,6 +10,7 @@ import pytest
 
 from tools import compilers, cuda_resources
 
+pytestmark = pytest.mark.slow  # the fixture
 COMPILED = 80
 
 

@@ -171,9 +171,11 @@ def test_no_bank_conflicts(traced):
             assert count["wavefronts"] == count["ideal_wavefronts"] > 0, access
 
 
+@pytest.mark.slow
 def test_race_build(emulator):
     run_in("race", __file__, "tiles or kept or conflicts or same_bits or expanded")
 
 
+@pytest.mark.slow
 def test_asan_build(emulator):
     run_in("asan", __file__, "tiles or kept or split")

@@ -16,7 +16,10 @@ import torch.distributed as dist
 from . import fault_checks
 from .processes import run_module
 
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo"),
+    pytest.mark.slow,
+]
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text()
 SCRIPTS = re.findall(r'^```python\n("""torchrun (.*?)""".*?)^```', DOCUMENT, re.DOTALL | re.MULTILINE)
@@ -33,28 +36,26 @@ def test_other_ranks_end_with_an_error():
     """Where one raises, ends or stalls between the messages of an op."""
     command = [sys.executable, "-m", "tests.distributed.fault_checks"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])
     for op, messages in results["orders"].items():
         for message in messages:
             assert "must go backward through the same calls in the same order" in message, f"{op}: {message}"
-    found: dict[str, list[tuple[str, float] | None]] = results["faults"]
+    found: dict[str, list[str | None]] = results["faults"]
     assert len(found) == len(OPS) * len(fault_checks.FAULTS) * len(fault_checks.PASSES)
     for case, (*others, faulty) in found.items():
         op, fault, _ = case.split()
-        for result in others:
-            assert result is not None, f"{case}: a rank ended without an error"
-            message, seconds = result
+        for message in others:
+            assert message is not None, f"{case}: a rank ended without an error"
             assert f"distributed.{OPS[op]}: communication failed on rank" in message, f"{case}: {message}"
             assert "an earlier call on this mesh failed" in message, f"{case}: {message}"
-            assert seconds < fault_checks.TIMEOUT + 10, f"{case}: after {seconds} s"
         if fault == "ends":
             assert faulty is None, case
         elif fault == "raises":
-            assert "of this rank alone" in faulty[0] and "an earlier call on this mesh failed" in faulty[0], case
+            assert "of this rank alone" in faulty and "an earlier call on this mesh failed" in faulty, case
         else:
-            assert "communication failed" in faulty[0], case
+            assert "communication failed" in faulty, case
 
 
 @pytest.mark.parametrize("script, arguments", SCRIPTS, ids=[arguments.split()[-1] for _, arguments in SCRIPTS])
@@ -66,6 +67,6 @@ def test_documented_scripts(script, arguments, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *options, str(tmp_path / name)]
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
     ranks = sorted(re.findall(r"rank (\d): ", done.stdout))  # lines of ranks may be mixed
     assert ranks == ["0", "1"], done.stderr

@@ -19,6 +19,7 @@ needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch
 SCENE = {"height": 96, "width": 80, "channels": 64, "key_channels": 8}
 
 
+@pytest.mark.slow
 @needs_gloo
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_the_ops_do_what_is_planned(ranks):
@@ -27,6 +28,7 @@ def test_the_ops_do_what_is_planned(ranks):
     assert errors and not failed, "\n".join(f"{name}: {error}" for name, error in failed.items())
 
 
+@pytest.mark.slow
 @needs_gloo
 def test_memory_of_a_rank_stays_when_map_and_ranks_double():
     peaks: Any = run_module("tests.distributed.plan_checks", "weak")

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from .processes import run_module
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 def test_on_processes():
     """All checks in one test: the processes take longer to start than most of them."""

@@ -233,6 +233,7 @@ def test_what_holds_no_weights(block) -> None:
         checkpoints.load(block, {"epoch": 3, "optimizer": optimizer.state_dict()})
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 def test_tensors_without_usable_values(block, tmp_path) -> None:
     state = block.state_dict()
     with pytest.raises(ValueError, match="of PositionAttention is on the meta device, .*to_empty"):

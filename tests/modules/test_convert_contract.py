@@ -418,6 +418,7 @@ class TestScripting:
         assert expected.isfinite().all()
         torch.testing.assert_close(scripted(theta, phi, g), expected, rtol=0, atol=0)
 
+    @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
     def test_trace(self) -> None:
         model = tnn.Sequential(converted(randomise(blocks.CAM_Module(16))))
         x = torch.randn(1, 16, 4, 5)

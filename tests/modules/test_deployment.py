@@ -52,7 +52,7 @@ def made(name: str, dtype: torch.dtype = torch.float32) -> tnn.Module:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", MODULES)
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_a_traced_module_passes_torchs_check_and_takes_other_sizes(name, dtype):
     """The check traces again without gradients and compares the graphs."""
     module = made(name, dtype)
@@ -62,7 +62,7 @@ def test_a_traced_module_passes_torchs_check_and_takes_other_sizes(name, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_saved_programs_need_the_package(tmp_path):
     """They load after `import segattn_ops`, and fail before."""
     module, x = made("position"), torch.randn(1, 16, 8, 10)
@@ -135,7 +135,7 @@ def contents(package: Path) -> list[bytes]:
 
 
 @pytest.mark.parametrize("name", ["position", "channel", "criss_cross", "non_local", "non_local_dot_product"])
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_fvcore_counts_what_pytorch_counts(name):
     fvcore = pytest.importorskip("fvcore.nn")
     module, x = made(name), torch.randn(2, 16, 9, 8)
@@ -145,7 +145,7 @@ def test_fvcore_counts_what_pytorch_counts(name):
     assert analysis.total() == counter.get_total_flops() // 2  # PyTorch counts two FLOP for a multiply-add
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_mmengine_counts_after_registration():
     pytest.importorskip("mmengine")
     analysis = importlib.import_module("mmengine.analysis")

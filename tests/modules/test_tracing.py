@@ -46,7 +46,7 @@ def test_fx(name):
 
 
 @each_module
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_trace(name):
     """Also after a file: no Python is called in a saved trace."""
     module, inputs, other = made(name)
@@ -59,7 +59,7 @@ def test_trace(name):
         torch.testing.assert_close(call(*other), expected)
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_a_trace_in_float64_computes_in_float64():
     """DAModule's scale is a power of the number of positions, which a trace computes."""
     module, inputs, other = made("da_module")
@@ -95,7 +95,7 @@ def test_meta(name):
     assert all(leaf.grad.shape == x.shape for leaf, x in zip(leaves, inputs, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_a_trace_in_16_bits_can_be_trained():
     """with_low is the same in the trace, in its check without gradients and in training."""
     module = randomise(nn.PositionAttention(16)).bfloat16()
@@ -149,14 +149,12 @@ def test_a_layer_of_dfn_that_is_not_affine_is_not_pooled_first():
     assert seen == [(2, 2)]
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 @each_module
 def test_script_is_refused(name):
     with pytest.raises(RuntimeError, match=r"^\w+: torch.jit.script cannot compile this module; use torch.export"):
         torch.jit.script(made(name)[0])
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 @pytest.mark.parametrize("head", [models.DANetHead, models.CCNetHead, models.NonLocalHead])
 def test_script_of_a_network_is_refused(head):
     with pytest.raises(RuntimeError, match="torch.jit.script cannot compile this module; use torch.export"):

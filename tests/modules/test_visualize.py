@@ -360,6 +360,7 @@ class InAThread(torch.nn.Module):
         return x
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_what_is_not_seen_is_an_error():
     x = torch.randn(1, 16, 5, 6)
     for model in (torch.nn.Identity(), nn.ChannelAttention(16), nn.NonLocal2d(16, mode="dot_product")):

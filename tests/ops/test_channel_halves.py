@@ -63,11 +63,6 @@ CASES = (
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
-def skip_large(case, backend):
-    if case.large and not backend.runs_large:
-        pytest.skip("too large for the emulator")
-
-
 def eager_energy(q: Tensor, k: Tensor) -> Tensor:
     dtype = accumulation_dtype(q.dtype)
     return q.flatten(2).to(dtype) @ k.flatten(2).to(dtype).mT
@@ -95,7 +90,6 @@ def compare(names, got, eager, exact, energy=12.0):
 @each_dtype
 @each_case
 def test_energy_as_exact_as_eager(backend, case, dtype):
-    skip_large(case, backend)
     query, key, _, _ = case.draw(dtype, backend.device)
     inputs = [query] if key is None else [query, key]
     functions = (channel_energy, lambda q, k=None: eager_energy(q, q if k is None else k))
@@ -112,7 +106,6 @@ def test_energy_as_exact_as_eager(backend, case, dtype):
 @each_dtype
 @each_case
 def test_apply_as_exact_as_eager(backend, case, dtype, with_gamma):
-    skip_large(case, backend)
     if with_gamma and case.keys not in (None, case.channels):
         pytest.skip("gamma is for as many channels as keys")
     query, key, value, gradient = case.draw(dtype, backend.device)
@@ -139,7 +132,6 @@ def test_apply_as_exact_as_eager(backend, case, dtype, with_gamma):
 @each_dtype
 @each_case
 def test_the_composition_is_channel_attention_to_the_bit(kernels, case, dtype):
-    skip_large(case, kernels)
     query, key, value, gradient = case.draw(dtype, kernels.device)
     operators = kernels.operators
     energy = operators.channel_energy(query, key)

@@ -37,7 +37,7 @@ def test_full_graph(name):
 
 
 @pytest.mark.parametrize("name", MAPS)
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_traced(name):
     traced = torch.jit.trace(MAPS[name], arguments(2, 6, 7))
     inputs = arguments(3, 9, 5)

@@ -437,7 +437,7 @@ def test_onnx(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     tensors = tuple(inputs((1, 4, 5, 6, 7), torch.float32)[:3])
     path = tmp_path / "both.onnx"
-    torch.onnx.export(Both(), tensors, path, verbose=False)
+    torch.onnx.export(Both().eval(), tensors, path, verbose=False)
     session = onnxruntime.InferenceSession(path)
     feed = {a.name: t.numpy() for a, t in zip(session.get_inputs(), tensors, strict=True)}
     for got, want in zip(session.run(None, feed), Both()(*tensors), strict=True):

@@ -169,6 +169,7 @@ def test_a_batched_backward_pass():
         torch.testing.assert_close(gradient, torch.autograd.grad(y, x, g, retain_graph=True)[0])
 
 
+@pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd")  # of a function without boxed arguments
 def test_graphs_contain_the_operators():
     """jit.trace, make_fx and AOTAutograd called directly record operators, no Python function."""
     from torch._functorch.aot_autograd import aot_function

@@ -21,6 +21,9 @@ from segattn_ops import _backend, _selection
 
 CPU = torch.device("cpu")
 
+# PyTorch warns of the reasons for which a backend of its attention refuses a workload; sdpa_choice asks each.
+REASONS = pytest.mark.filterwarnings("ignore:Flash attention:UserWarning")
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -201,6 +204,7 @@ class TestServer:
 
 
 class TestBench:
+    @REASONS
     @pytest.mark.parametrize("family", FAMILIES)
     def test_cells_are_recorded_once(self, family, state, inside):
         work = chosen(family)
@@ -255,6 +259,7 @@ class TestBench:
         assert bench.run(state, Clock(1000), chosen("channel"), "cpu") is True
         assert all(entry["reason"].startswith("would not fit") for entry in state.cells.values())
 
+    @REASONS
     def test_a_failed_rival_is_skipped_at_the_other_sizes(self, state, inside):
         work = chosen("position", sizes=((5, 7), (3, 3)), rivals=("sdpa_cudnn",))
         assert bench.run(state, Clock(1000), work, "cpu") is True

@@ -17,6 +17,8 @@ import torch
 from tools import hf_kernels
 from tools.compilers import CSRC, ROOT, build_tools, compiler
 
+from .quick_compiler import without_optimisation
+
 # `kernels` is not a requirement: where it is installed, its own readers and its loader are used.
 KERNELS = importlib.util.find_spec("kernels") is not None
 
@@ -133,6 +135,7 @@ def compare(folder: Path, cwd: Path) -> str:
 @pytest.mark.slow
 def test_builds_are_loaded_beside_the_package(layout, tmp_path, monkeypatch):
     monkeypatch.setenv("SEGATTN_CPU_ONLY", "baseline")
+    monkeypatch.setenv("CXX", without_optimisation(tmp_path))
     folder = hf_kernels.build(tmp_path, "cpu")
     identifier = hf_kernels.namespace("cpu")
     assert folder.name == f"torch-stable-abi210-cpu-{os.uname().machine}-linux"
