@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LIST = Path(__file__).with_name("faults.toml")
+COPIES = Path(os.environ.get("SEGATTN_MUTATION_COPIES", ROOT / "build" / "mutation"))
 INSTRUCTION_SET = "baseline"  # of the CPU library: every processor has it, and it compiles fastest
 SOURCES = (".cpp", ".cu", ".cuh", ".h", ".py", ".toml", ".txt")
 SECONDS = 1200  # for a build, and for the tests of a fault
@@ -73,7 +74,8 @@ def listed() -> tuple[tuple[str, ...], tuple[Fault, ...]]:
 
 
 class Copy:
-    """A copy of the source tree with its own builds, which later runs use again."""
+    """A copy of the source tree with its own builds, which later runs use again. The faults in Python are tested over
+    the libraries of the tree, until the first fault in the CPU kernels builds others."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -81,7 +83,13 @@ class Copy:
             kept.replace(kept.with_suffix(""))
         self._copy_sources()
         self._passing: set[tuple[object, ...]] = set()
-        self.build("cpu", "plain")  # the faults in Python are tested over this library
+        if not self._has_cpu_build():
+            package = ROOT / "segattn_ops"
+            for path in (*package.glob("*.so"), package / "_build_info.json"):
+                shutil.copyfile(path, root / "segattn_ops" / path.name)
+
+    def _has_cpu_build(self) -> bool:
+        return any(self.root.glob("build/temp*"))
 
     def _copy_sources(self) -> None:
         listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
@@ -115,6 +123,9 @@ class Copy:
     def build(self, builds: str, variant: str) -> None:
         """Compiles what is missing or older than its sources."""
         if builds == "cpu":
+            if not self._has_cpu_build():
+                for path in (self.root / "segattn_ops").glob("*.so"):
+                    path.unlink()
             done = self.run("setup.py", "build_ext", "--inplace", SEGATTN_CPU_ONLY=INSTRUCTION_SET)
         elif builds == "emulated":
             done = self.run("-c", f"from tests.emulator.build import build; build({variant!r}, 'kernels')")

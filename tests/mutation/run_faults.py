@@ -3,7 +3,8 @@
     python -m pytest tests/mutation/run_faults.py -n 2            # all; collected only where it is named
     python -m pytest tests/mutation/run_faults.py -k "gamma"      # those whose id or kind contains it
 
-A worker has its copy, with its builds, in build/mutation. A fault that does not compile, or whose tests do not pass
+A worker has its copy, with its builds, in build/mutation, or in the folder SEGATTN_MUTATION_COPIES. The emulator is
+built for the first fault in CUDA sources, which takes minutes. A fault that does not compile, or whose tests do not pass
 without it, is an error of its entry.
 """
 
@@ -11,14 +12,14 @@ import os
 
 import pytest
 
-from .faults import ROOT, Copy, Fault, failures, listed
+from .faults import COPIES, Copy, Fault, failures, listed
 
 _, FAULTS = listed()
 
 
 @pytest.fixture(scope="session")
 def copy() -> Copy:
-    return Copy(ROOT / "build" / "mutation" / os.environ.get("PYTEST_XDIST_WORKER", "alone"))
+    return Copy(COPIES / os.environ.get("PYTEST_XDIST_WORKER", "alone"))
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=[f"{fault.id}: {fault.kind}" for fault in FAULTS])
