@@ -195,10 +195,11 @@ class TestHooks:
         x = torch.randn(1, 16, 3, 4)
         close(block(x), original(x))
 
-    def test_backward_hook(self) -> None:
+    @pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+    def test_backward_hook(self, register: str) -> None:
         block = converted(forks.Fork())
         seen = []
-        block.softmax.register_full_backward_hook(lambda *_: seen.append(1))
+        getattr(block.softmax, register)(lambda *_: seen.append(1) or None)
         block(torch.randn(1, 16, 3, 4)).sum().backward()
         assert seen == [1]
 
