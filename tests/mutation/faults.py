@@ -6,11 +6,12 @@ import re
 import shutil
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
 LIST = Path(__file__).with_name("faults.toml")
@@ -106,7 +107,7 @@ class Copy:
                 path.unlink()
 
     def run(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Python in the copy. No bytecode is kept: a fault may leave a file's size and second of change as they were."""
+        """Python in the copy. No bytecode is kept: a fault may leave size and second of change as they were."""
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SEGATTN_", "PYTEST_"))}
         defaults = {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "FORCE_CUDA": "0", "MAX_JOBS": "1"}
         return subprocess.run(

@@ -4,8 +4,8 @@
     python -m pytest tests/mutation/run_faults.py -k "gamma"      # those whose id or kind contains it
 
 A worker has its copy, with its builds, in build/mutation, or in the folder SEGATTN_MUTATION_COPIES. The emulator is
-built for the first fault in CUDA sources, which takes minutes. A fault that does not compile, or whose tests do not pass
-without it, is an error of its entry.
+built for the first fault in CUDA sources, which takes minutes. A fault that does not compile, and one whose tests do
+not pass without it, is an error of its entry.
 """
 
 import os
@@ -30,7 +30,7 @@ def test_the_suite_catches(copy: Copy, fault: Fault, record_property) -> None:
         done = copy.test(fault)
     caught_by = failures(done.stdout)
     assert done.returncode in (0, 1), f"{fault.id}: pytest ended with {done.returncode}\n{done.stdout[-4000:]}"
+    print(f"{fault.id}: caught by {caught_by[0]}" if caught_by else f"{fault.id} survives")
     assert caught_by, f"{fault.id} survives {' '.join(fault.tests)}\n{done.stdout[-1000:]}"
-    print(f"{fault.id}: caught by {caught_by[0]}")
     record_property("faults caught", 1)
     record_property(f"faults caught: {fault.kind}", 1)

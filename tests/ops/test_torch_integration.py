@@ -265,6 +265,18 @@ def test_autocast(backend, operator, dtype):
         assert gradient.dtype == torch.float32
 
 
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_autocast_leaves_float64_alone(backend, operator):
+    """As PyTorch's products do."""
+    family = BY_OPERATOR[operator]
+    case = family.cases[0]
+    inputs = family.make(case, torch.float64, backend.device)
+    with torch.autocast(backend.device, dtype=torch.bfloat16):
+        output = family.function(*inputs, *case.scalars)
+    assert output.dtype == torch.float64
+    assert torch.equal(output, family.function(*inputs, *case.scalars))
+
+
 # FLOP of a forward and a forward with backward, by the sizes of the second case below
 FLOPS = {
     "position_attention": lambda n, m, e, c: (2 * n * m * (e + c), 2 * n * m * (4 * e + 3 * c)),
