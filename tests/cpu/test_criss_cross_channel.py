@@ -191,19 +191,6 @@ def test_long_lines_go_in_blocks_of_queries(shape, dtype):
         assert_as_exact_as_eager(name, *tensors)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_many_positions_are_split(dtype):
-    """From 2,048 positions on, the energies are sums of several splits: none may be missing."""
-    x, key = (torch.randn(1, c, 50, 60, dtype=torch.float64).to(dtype) for c in (20, 13))
-    scale = -0.02  # energies off the diagonal of about 1, where each split shows
-    pairs = [
-        (OPERATORS.channel_self_attention(x, scale)[0], reference.channel_self_attention(x.double(), scale, None)[0]),
-        (OPERATORS.channel_energy(x, key), reference.channel_energy(x.double(), key.double())),
-    ]
-    for got, exact in pairs:
-        assert (got - exact).abs().max() <= 16 * torch.finfo(got.dtype).eps * exact.abs().max()
-
-
 def test_a_batch_in_several_groups_is_its_samples():
     """512 x 512 energies of 17 samples: forward 16 samples share a buffer, backward 5."""
     x, grad = (torch.randn(17, 512, 2, 2) for _ in range(2))

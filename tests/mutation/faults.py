@@ -4,6 +4,7 @@ import functools
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -110,16 +111,17 @@ class Copy:
         """Python in the copy. No bytecode is kept: a fault may leave size and second of change as they were."""
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SEGATTN_", "PYTEST_"))}
         defaults = {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "FORCE_CUDA": "0", "MAX_JOBS": "1"}
-        return subprocess.run(
-            [sys.executable, *arguments],
-            cwd=self.root,
-            env=inherited | defaults | variables,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=SECONDS,
-            check=False,
-        )
+        command = [sys.executable, *arguments]
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        with subprocess.Popen(
+            command, cwd=self.root, env=inherited | defaults | variables, start_new_session=True, **streams
+        ) as process:
+            try:
+                printed, _ = process.communicate(timeout=SECONDS)
+            except BaseException:  # a compiler that outlives its build would replace an object that was put back
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
+        return subprocess.CompletedProcess(command, process.returncode, printed)
 
     def build(self, builds: str, variant: str) -> None:
         """Compiles what is missing or older than its sources."""

@@ -14,7 +14,7 @@ import segattn_ops
 
 from ..families import BY_OPERATOR, OPERATORS
 from ..region_features import region_features
-from .test_ops import MEDIUM_CASES, grad_output_of, results
+from .test_ops import MEDIUM_CASES, RECTANGULAR, grad_output_of, results
 
 
 def backward_arguments(kernels, family, case, inputs):
@@ -43,6 +43,20 @@ def test_opcheck_backward(kernels, operator):
     inputs = family.make(case, torch.float32, kernels.device)
     arguments = backward_arguments(kernels, family, case, inputs)
     torch.library.opcheck(getattr(kernels.operators, f"{operator}_backward").default, arguments)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_fake_results_of_rectangles(kernels, operator):
+    """Queries and keys, and the positions of energies and values, have sizes of their own."""
+    family = BY_OPERATOR[operator]
+    case = family.cases[RECTANGULAR[operator]]
+    inputs = family.make(case, torch.float32, kernels.device)
+    calls = {
+        operator: (*inputs, *case.scalars),
+        f"{operator}_backward": backward_arguments(kernels, family, case, inputs),
+    }
+    for name, arguments in calls.items():
+        torch.library.opcheck(getattr(kernels.operators, name).default, arguments, test_utils="test_faketensor")
 
 
 def test_opcheck_with_low(kernels):
