@@ -140,6 +140,29 @@ def test_position_against_float64_autograd(shape, dtype):
         assert error <= 2 * eager_error + floor * exact.abs().max()
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_batch_in_several_groups_is_its_samples(masked):
+    """17 samples of 4,096 keys: forward 16 samples share a buffer, backward 7."""
+    query, key, value, grad_output = position_inputs((17, 8, 120, 8, 4096), torch.float32)
+    mask = torch.rand(17, 4096, generator=torch.Generator().manual_seed(1)) < 0.3 if masked else None
+
+    def results(one):
+        tensors = [t[one] for t in (query, key, value, grad_output)]
+        own_mask = None if mask is None else mask[one]
+        operators = torch.ops.segattn
+        output, logsumexp, _, low = operators.position_attention(*tensors[:3], 0.3, True, own_mask)
+        gradients = operators.position_attention_backward(
+            tensors[3], *tensors[:3], output, logsumexp, 0.3, None, low, None, [True] * 3, own_mask, True
+        )
+        return output, logsumexp, *gradients
+
+    whole = results(slice(None))
+    for sample in (0, 7, 16):
+        one = slice(sample, sample + 1)
+        for got, expected in zip(whole, results(one), strict=True):
+            torch.testing.assert_close(got[one], expected)
+
+
 def test_energies_of_minus_infinity():
     """Energies of -inf for a whole tile of keys, and finite ones later, give no NaN from -inf - -inf."""
     query, key, value, grad_output = position_inputs((1, 4, 8, 20, 400), torch.float32)

@@ -9,7 +9,7 @@ from ..region_features import region_features
 from ..tolerance import assert_as_exact_as_eager, assert_norm_as_exact_as_eager
 from .test_key_padding_mask import every_nth, poisoned
 from .test_key_padding_mask import run as run_masked
-from .test_position import OPERATORS, eager, exact, inputs, launches, run
+from .test_position import OPERATORS, eager, exact, inputs, launches, relative_error, run
 
 KERNEL = "wgmma_query_key_gradient_kernel"
 GRADIENTS = ("grad_query", "grad_key")
@@ -126,6 +126,22 @@ def test_infinite_operands_affect_no_other_position(emulator, operand, expected)
     tensors[operand][0, 3, 149] = float("inf")
     for name, got, by_eager in zip(GRADIENTS, gradients(run(*tensors)), gradients(eager(*tensors)), strict=True):
         assert torch.equal(got.isfinite() | ~by_eager.isfinite(), torch.ones_like(got, dtype=torch.bool)), name
+
+
+@pytest.mark.parametrize("queries", [33, 130])
+@pytest.mark.parametrize("key_channels", [8, 72])
+def test_keys_of_minus_infinity(emulator, key_channels, queries):
+    """Energies of -inf: such keys have no weight, and their gradient is 0, also where a tile extends past the last
+    query: queries are 0 there, and 0 times -inf is NaN."""
+    emulator.set_device(90, 1)
+    query, key, value, grad_output = inputs(1, key_channels, 24, queries, 150, torch.bfloat16)
+    query = query.abs() + 0.25
+    dropped, kept = [3, 90, 149], [i for i in range(150) if i not in (3, 90, 149)]
+    key[:, :, dropped] = -float("inf")
+    grad_key = run(query, key, value, grad_output, 0.1)[3]
+    expected = exact(query, key[:, :, kept], value[:, :, kept], grad_output, 0.1)[3]
+    assert relative_error(grad_key[:, :, kept], expected) < 2e-2
+    assert not grad_key[:, :, dropped].any()
 
 
 def test_expanded_operands(emulator):

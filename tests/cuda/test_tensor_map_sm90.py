@@ -17,6 +17,11 @@ def in_wider_rows(t, gap):
     return torch.nn.functional.pad(t, (0, gap))[..., : t.shape[-1]]
 
 
+def in_wider_samples(t, gap):
+    """Samples with a gap between them, whose rows are adjacent."""
+    return torch.nn.functional.pad(t.flatten(1), (0, gap))[:, : t[0].numel()].unflatten(1, t.shape[1:])
+
+
 def channels_outermost(t):
     """The stride of the samples is smaller than that of the channels."""
     return t.transpose(0, 1).contiguous().transpose(0, 1)
@@ -32,6 +37,8 @@ LAYOUTS = {
     "rows with an aligned gap": (lambda t: in_wider_rows(t, 8), False),
     "channels outermost": (channels_outermost, True),
     "rows with a gap of 2 bytes": (lambda t: in_wider_rows(t, 1), True),
+    "samples with an aligned gap": (lambda t: in_wider_samples(t, 8), False),
+    "samples with a gap of 2 bytes": (lambda t: in_wider_samples(t, 1), True),
     "offset": (offset, True),
     "samples expanded": (samples_expanded, True),
 }

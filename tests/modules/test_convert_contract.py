@@ -16,7 +16,7 @@ from segattn_ops.conversion import scripting
 from segattn_ops.conversion.block import FusedBlock
 from segattn_ops.nn import _pairwise
 
-from ..peers import blocks, randomise
+from ..peers import ann, blocks, randomise
 from . import convert_blocks as forks
 from .interop import need
 
@@ -195,10 +195,11 @@ class TestHooks:
         x = torch.randn(1, 16, 3, 4)
         close(block(x), original(x))
 
-    def test_backward_hook(self) -> None:
+    @pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+    def test_backward_hook(self, register: str) -> None:
         block = converted(forks.Fork())
         seen = []
-        block.softmax.register_full_backward_hook(lambda *_: seen.append(1))
+        getattr(block.softmax, register)(lambda *_: seen.append(1) or None)
         block(torch.randn(1, 16, 3, 4)).sum().backward()
         assert seen == [1]
 
@@ -409,6 +410,12 @@ class TestScripting:
                 scripted.train()(x)
         else:
             scripted.train()(x)
+
+    def test_script_of_two_inputs(self) -> None:
+        """ANN's stage takes (low, high), and its queries are of high."""
+        block = converted(randomise(ann.AFNB(8, 16, 16, 4, 6, 0.05).stages[0]).eval())
+        low, high = torch.randn(2, 8, 11, 9), torch.randn(2, 16, 7, 5)
+        close(torch.jit.script(block)(low, high), block(low, high))
 
     def test_dot_products_in_half_precision_are_summed_in_float32(self) -> None:
         """Sums over 2,000 positions of values of 30 overflow float16."""

@@ -5,6 +5,9 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from segattn_ops.ops import channel_apply, channel_energy, criss_cross_rows, position_attention_partial
 
 from ..families import BY_OPERATOR, FAMILIES
 
@@ -109,6 +112,59 @@ def test_fake_results_are_like_the_kernels(kernels, operator):
             arguments | {"needs_input_grad": needs},
             test_utils="test_faketensor",
         )
+
+
+class _Masks(TorchDispatchMode):
+    """Collects needs_input_grad of the backward operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[list[bool]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.__name__.partition(".")[0].endswith("_backward"):
+            given = [list(a) for a in args if isinstance(a, (list, tuple)) and all(isinstance(n, bool) for n in a)]
+            defaults = [a.default_value for a in func._schema.arguments if a.name == "needs_input_grad"]
+            self.found += given or [list(d) for d in defaults]  # the dispatcher leaves out what equals the default
+        return func(*args, **(kwargs or {}))
+
+
+PUBLIC = {f.operator: (f.function, f.cases[0].shapes, f.cases[0].scalars) for f in FAMILIES} | {
+    "channel_energy": (channel_energy, ((2, 3, 4, 5), (2, 6, 4, 5)), ()),
+    "channel_energy of one input": (channel_energy, ((2, 3, 4, 5),), ()),
+    "channel_apply": (channel_apply, ((2, 3, 4), (2, 4, 5)), (0.5,)),
+    "channel_apply with gamma": (
+        lambda energy, value, gamma: channel_apply(energy, value, 0.5, gamma),
+        ((2, 4, 4), (2, 4, 5), (2, 4)),
+        (),
+    ),
+    "position_attention_partial": (
+        lambda *tensors: position_attention_partial(*tensors)[0],
+        ((2, 3, 4), (2, 3, 5), (2, 6, 5)),
+        (),
+    ),
+    "criss_cross_rows": (
+        lambda *tensors: criss_cross_rows(*tensors)[0],
+        ((1, 3, 4, 5), (1, 3, 4, 5), (1, 2, 4, 5)),
+        (),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_the_backward_operator_is_told_what_is_needed(kernels, name):
+    """A gradient that no input asks for is not computed, nor is that of an optional input that is not given."""
+    function, shapes, scalars = PUBLIC[name]
+    for needs in masks(len(shapes)):
+        if not any(needs):
+            continue
+        leaves = [torch.randn(s, device=kernels.device).requires_grad_(n) for s, n in zip(shapes, needs, strict=True)]
+        output = function(*leaves, *scalars)
+        with _Masks() as called:
+            gradients = torch.autograd.grad(output.sum(), [t for t in leaves if t.requires_grad])
+        assert all(g.isfinite().all() for g in gradients)
+        (told,) = called.found
+        assert told == [*needs, *[False] * (len(told) - len(needs))]
 
 
 AUTOGRAD = [pytest.param(f, id=f.operator) for f in FAMILIES]

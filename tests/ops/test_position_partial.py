@@ -329,6 +329,18 @@ def test_opcheck(kernels):
     )
 
 
+def test_fake_results_of_16_bits(kernels):
+    """Results and gradients are in the dtype of accumulation."""
+    (query, key, value), (grad_output, _) = make((2, 8, 6, (3, 4), (5,)), torch.bfloat16)
+    tensors = on(kernels.device, [query, key, value])
+    forward = kernels.operators.position_attention_partial.default
+    _, logsumexp, low = forward(*tensors, 0.5)
+    arguments = (grad_output.to(kernels.device), *tensors, logsumexp, low, low, 0.5)
+    torch.library.opcheck(forward, (*tensors, 0.5), test_utils="test_faketensor")
+    backward = kernels.operators.position_attention_partial_backward.default
+    torch.library.opcheck(backward, arguments, test_utils="test_faketensor")
+
+
 def test_vmap(kernels):
     (query, key, value), _ = make((3, 8, 6, (3, 4), (5,)), torch.float32)
     tensors = [t.unsqueeze(1) for t in on(kernels.device, [query, key, value])]

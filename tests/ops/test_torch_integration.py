@@ -14,7 +14,7 @@ import segattn_ops
 
 from ..families import BY_OPERATOR, OPERATORS
 from ..region_features import region_features
-from .test_ops import MEDIUM_CASES, grad_output_of, results
+from .test_ops import MEDIUM_CASES, RECTANGULAR, grad_output_of, results
 
 
 def backward_arguments(kernels, family, case, inputs):
@@ -43,6 +43,20 @@ def test_opcheck_backward(kernels, operator):
     inputs = family.make(case, torch.float32, kernels.device)
     arguments = backward_arguments(kernels, family, case, inputs)
     torch.library.opcheck(getattr(kernels.operators, f"{operator}_backward").default, arguments)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_fake_results_of_rectangles(kernels, operator):
+    """Queries and keys, and the positions of energies and values, have sizes of their own."""
+    family = BY_OPERATOR[operator]
+    case = family.cases[RECTANGULAR[operator]]
+    inputs = family.make(case, torch.float32, kernels.device)
+    calls = {
+        operator: (*inputs, *case.scalars),
+        f"{operator}_backward": backward_arguments(kernels, family, case, inputs),
+    }
+    for name, arguments in calls.items():
+        torch.library.opcheck(getattr(kernels.operators, name).default, arguments, test_utils="test_faketensor")
 
 
 def test_opcheck_with_low(kernels):
@@ -263,6 +277,18 @@ def test_autocast(backend, operator, dtype):
     assert torch.equal(output, family.function(*(t.to(dtype) for t in inputs), *case.scalars))
     for gradient in torch.autograd.grad(output.float().square().sum(), inputs):
         assert gradient.dtype == torch.float32
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_autocast_leaves_float64_alone(backend, operator):
+    """As PyTorch's products do."""
+    family = BY_OPERATOR[operator]
+    case = family.cases[0]
+    inputs = family.make(case, torch.float64, backend.device)
+    with torch.autocast(backend.device, dtype=torch.bfloat16):
+        output = family.function(*inputs, *case.scalars)
+    assert output.dtype == torch.float64
+    assert torch.equal(output, family.function(*inputs, *case.scalars))
 
 
 # FLOP of a forward and a forward with backward, by the sizes of the second case below
