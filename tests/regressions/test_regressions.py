@@ -1,0 +1,22 @@
+"""Calls for which a property once did not hold. `make fuzz` adds those that it finds, shrunk."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ..properties.calls import Call, settings
+from ..properties.properties import PROPERTIES
+
+FILES = sorted(Path(__file__).parent.glob("*.json"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_kept_call(backend, file, record_property):
+    kept = json.loads(file.read_text())
+    if backend.name not in kept["backends"]:
+        pytest.skip(f"a call of {', '.join(kept['backends'])}")
+    call = Call.from_json(kept["call"])
+    with settings(call, backend):
+        PROPERTIES[kept["property"]](call, backend)
+    record_property("inputs tried", 1)
