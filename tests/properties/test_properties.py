@@ -21,7 +21,7 @@ def strategy(backend, **options):
 
 def examples(backend, on_the_cpu: int) -> int:
     """In `make test`."""
-    return {"cpu": on_the_cpu, "cuda": on_the_cpu, "reference": on_the_cpu // 4, "emulated": on_the_cpu // 6}[
+    return {"cpu": on_the_cpu, "cuda": on_the_cpu, "reference": on_the_cpu // 4, "emulated": on_the_cpu // 3}[
         backend.name
     ]
 
