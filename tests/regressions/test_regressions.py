@@ -12,11 +12,11 @@ FILES = sorted(Path(__file__).parent.glob("*.json"))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_kept_call(backend, file, record_property):
+def test_kept_call(backend, file, request):
     kept = json.loads(file.read_text())
     if backend.name not in kept["backends"]:
         pytest.skip(f"a call of {', '.join(kept['backends'])}")
     call = Call.from_json(kept["call"])
     with settings(call, backend):
         PROPERTIES[kept["property"]](call, backend)
-    record_property("inputs tried", 1)
+    request.node.user_properties.append(("inputs tried", 1))
