@@ -230,9 +230,7 @@ def parts_of_the_keys_merge_to_the_whole(call: Call, backend: Backend) -> None:
 
 def _of_sample(call: Call, data: Data, sample: int) -> tuple[Call, Data]:
     one = slice(sample, sample + 1)
-    relabel: Relabelling = dict.fromkeys(
-        (*ARGUMENTS[call.op], "output", "logsumexp", "mask"), lambda t: t[one]
-    )
+    relabel: Relabelling = dict.fromkeys((*ARGUMENTS[call.op], "output", "logsumexp", "mask"), lambda t: t[one])
     return _relabelled(call, data, relabel)
 
 

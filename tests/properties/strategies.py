@@ -1,5 +1,5 @@
 """Strategies that draw calls. Sizes lie on both sides of the tiles of the kernels. A budget of multiply-adds bounds the
-cost of a call; nothing is drawn and rejected."""
+cost of a call, so that nothing is drawn and rejected."""
 
 from hypothesis import strategies as st
 
@@ -17,6 +17,9 @@ MAGNITUDES = (1.0, 0.1, 3.0, 1e-3, 8.0, 30.0)
 ARCHITECTURES = (90, 86, 80, 75, 70)
 ENGINES = ("auto", "mma", "simt", "wgmma")
 LAYOUT_NAMES = tuple(LAYOUTS)
+# Multiply-adds of a forward pass. Threads share the work from a million on.
+BUDGETS = (20_000, 20_000, 100_000, 100_000, 100_000, 3_000_000)
+EMULATED_BUDGETS = (10_000, 40_000)
 
 
 def size(limit: int, least: int = 1) -> st.SearchStrategy[int]:
@@ -49,7 +52,7 @@ def calls(
     draw,
     ops: tuple[str, ...] = OPS,
     emulated: bool = False,
-    budget: int = 2_000_000,
+    budgets: tuple[int, ...] = BUDGETS,
     dtypes: tuple[str, ...] = DTYPES,
     repeating: bool = True,
     empty: bool = True,
@@ -57,10 +60,11 @@ def calls(
     batches: tuple[int, ...] = (1, 2, 3, 5),
     heads: tuple[int, ...] = (1, 1, 1, 2, 4),
 ) -> Call:
-    """repeating: layouts in which elements share memory; empty: sizes of 0, where they are allowed."""
+    """repeating: layouts in which elements share memory; empty: sizes of 0, where they are allowed; budgets: of
+    multiply-adds."""
     op = draw(st.sampled_from(ops))
     batch = draw(st.sampled_from((*batches, 0) if empty and draw(st.integers(0, 19)) == 19 else batches))
-    left = budget // max(1, batch)
+    left = draw(st.sampled_from(budgets)) // max(1, batch)
     most = 128 if emulated else SIZES[-1]
     groups = 1
     if op == "position_attention":

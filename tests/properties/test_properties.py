@@ -7,7 +7,7 @@ import pytest
 
 from . import properties
 from .calls import OPS, SOFTMAX_OPS
-from .strategies import calls
+from .strategies import EMULATED_BUDGETS, calls
 
 THREE_INPUTS = ("position_attention", "channel_attention", "criss_cross_attention")
 CRISS_CROSS = tuple(op for op in OPS if op.startswith("criss_cross"))
@@ -15,7 +15,7 @@ CRISS_CROSS = tuple(op for op in OPS if op.startswith("criss_cross"))
 
 def strategy(backend, **options):
     if backend.name == "emulated":
-        return calls(emulated=True, **({"budget": 40_000} | options))
+        return calls(emulated=True, **(options | {"budgets": EMULATED_BUDGETS}))
     return calls(**options)
 
 
@@ -64,7 +64,7 @@ def test_samples_do_not_reach_each_other(kernels, explore):
 
 
 def test_memory_and_threads_change_no_bit(kernels, explore):
-    check(explore, kernels, properties.memory_and_threads_change_no_bit, budget=4_000_000)
+    check(explore, kernels, properties.memory_and_threads_change_no_bit, budgets=(20_000, 100_000, 4_000_000))
 
 
 def test_a_gradient_does_not_depend_on_the_others(kernels, explore):
