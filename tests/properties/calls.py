@@ -2,8 +2,6 @@
 repeated to the bit."""
 
 import dataclasses
-import json
-import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,8 +21,8 @@ from ..emulator import build
 
 @dataclass(frozen=True)
 class Call:
-    """`layouts`, `contents` and `sizes` have an entry for each tensor and a last one for grad_output. `needs` says which
-    tensors require a gradient; `mask_layout` and `padding` are of position attention's key_padding_mask."""
+    """`layouts`, `contents` and `sizes` have an entry for each tensor and a last one for grad_output. `needs` says
+    which tensors require a gradient; `mask_layout` and `padding` are of position attention's key_padding_mask."""
 
     op: str
     dtype: str
@@ -56,9 +54,6 @@ class Call:
             return tuple(map(frozen, value)) if isinstance(value, list) else value
 
         return cls(**{name: frozen(value) for name, value in data.items()})
-
-    def __str__(self) -> str:
-        return json.dumps(self.to_json())
 
 
 # The names of the tensors
@@ -361,14 +356,3 @@ def settings(call: Call, backend: Backend) -> Iterator[None]:
             torch.set_num_threads(call.threads)
             stack.callback(torch.set_num_threads, before)
         yield
-
-
-def multiply_adds(call: Call) -> int:
-    """Of the forward pass."""
-    batch, channels, *spatial = call.shapes[0]
-    others = call.shapes[-1]
-    if call.op == "position_attention":
-        return batch * math.prod(spatial) * math.prod(others[2:]) * (channels + others[1])
-    if call.op.startswith("criss_cross"):
-        return batch * math.prod(others[2:]) * sum(others[2:]) * (channels + others[1])
-    return batch * channels * call.shapes[min(1, len(call.shapes) - 1)][1] * math.prod(spatial) * 2

@@ -182,10 +182,7 @@ def adding_a_constant_to_all_energies_changes_nothing(call: Call, backend: Backe
         if f"grad_{name}" in after:
             shape = before[f"grad_{name}"].shape
             gradient = after[f"grad_{name}"]
-            if is_channel:
-                gradient = gradient[..., :-1]
-            else:
-                gradient = gradient.unflatten(1, (call.heads, -1))[:, :, :-1]
+            gradient = gradient[..., :-1] if is_channel else gradient.unflatten(1, (call.heads, -1))[:, :, :-1]
             after[f"grad_{name}"] = gradient.reshape(shape)
     shift = call.scale * of_query * of_key
     if "logsumexp" in after:
