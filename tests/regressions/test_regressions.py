@@ -1,4 +1,5 @@
-"""Calls for which a property once did not hold. `make fuzz` adds those that it finds, shrunk."""
+"""Calls for which a property once did not hold, of the product or of a copy with a planted fault ("found" in the file
+says which). `make fuzz` adds those that it finds, shrunk."""
 
 import json
 from pathlib import Path
