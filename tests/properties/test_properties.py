@@ -52,7 +52,9 @@ def test_adding_a_constant_to_all_energies_changes_nothing(backend, explore):
 
 
 def test_parts_of_the_keys_merge_to_the_whole(backend, explore):
-    check(explore, backend, properties.parts_of_the_keys_merge_to_the_whole, ops=THREE_INPUTS, heads=(1,))
+    # tests/ops has parts without keys, queries or samples
+    options = {"ops": THREE_INPUTS, "heads": (1,), "empty": False}
+    check(explore, backend, properties.parts_of_the_keys_merge_to_the_whole, **options)
 
 
 def test_a_batch_is_its_samples(backend, explore):
