@@ -592,13 +592,18 @@ def _backward(
     if grad_output is None and grad_logsumexp is None:  # as set_materialize_grads(False) allows
         return (None,) * 4
     query, key, value, output, logsumexp, logsumexp_low = ctx.saved_tensors
-    if grad_output is None:
-        grad_output = torch.zeros_like(output)
     needs = list(ctx.needs_input_grad[:3])
+    inputs, needed = (query, key, value), needs
+    if grad_output is None:
+        # The logsumexp alone: one channel of zeros in place of the values, which may be infinite, and of the output.
+        value = output = grad_output = value.new_zeros(value[:, :1].shape)
+        needed = [*needs[:2], False]
     gradients = operator(
-        grad_output, query, key, value, output, logsumexp, ctx.scale, logsumexp_low, grad_logsumexp, needs, True
+        grad_output, query, key, value, output, logsumexp, ctx.scale, logsumexp_low, grad_logsumexp, needed, True
     )
-    return *wanted(gradients, needs, (query, key, value)), None
+    if needed is not needs and needs[2]:
+        gradients = [*gradients[:2], torch.zeros_like(inputs[2])]
+    return *wanted(gradients, needs, inputs), None
 
 
 def _part_backward(

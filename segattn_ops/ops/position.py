@@ -474,9 +474,12 @@ def _backward(
     if grad_output is None and grad_logsumexp is None:  # as set_materialize_grads(False) allows
         return (None,) * 6
     query, key, value, output, logsumexp, output_low, logsumexp_low, key_padding_mask = ctx.saved_tensors
-    if grad_output is None:
-        grad_output = torch.zeros_like(output)
     needs = list(ctx.needs_input_grad[:3])
+    inputs, needed = (query, key, value), needs
+    if grad_output is None:
+        # The logsumexp alone: one channel of zeros in place of the values, which may be infinite, and of the output.
+        value, grad_output = key.new_zeros((key.shape[0], 1, *key.shape[2:])), output.new_zeros(output[:, :1].shape)
+        output, output_low, needed = grad_output, None, [*needs[:2], False]
     gradients = operator(
         grad_output,
         query,
@@ -488,11 +491,13 @@ def _backward(
         output_low,
         logsumexp_low,
         grad_logsumexp,
-        needs,
+        needed,
         key_padding_mask,
         True,
     )
-    return *wanted(gradients, needs, (query, key, value)), None, None, None
+    if needed is not needs and needs[2]:
+        gradients = [*gradients[:2], torch.zeros_like(inputs[2])]
+    return *wanted(gradients, needs, inputs), None, None, None
 
 
 def _fake_partial(

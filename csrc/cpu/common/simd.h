@@ -6,6 +6,7 @@
 //   broadcast<V>(x)      one value in all lanes; + - * / and comparisons are the language's operators
 //   fma(a, b, c)         a * b + c, fused where the processor has FMA
 //   max(a, b)            a > b ? a : b, so a NaN in `b` is kept
+//   min(a, b)            a < b ? a : b, so a NaN in `b` is kept
 //   select(mask, a, b)   lane-wise mask ? a : b
 //   widen / narrow       float16, bfloat16, float32, float64 elements in memory <-> lanes of the accumulator type
 //   transpose(rows)      square transpose in registers
@@ -147,6 +148,11 @@ inline V fma(V a, V b, V c) {
 template <class V>
 inline V max(V a, V b) {
   return a > b ? a : b;
+}
+
+template <class V>
+inline V min(V a, V b) {
+  return a < b ? a : b;
 }
 
 template <class M, class V>

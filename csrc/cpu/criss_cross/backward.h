@@ -15,9 +15,9 @@
 // corrected.
 #pragma once
 
+#include "cpu/common/attention_softmax.h"
 #include "cpu/criss_cross/column_backward.h"
 #include "cpu/criss_cross/row_products.h"
-#include "cpu/criss_cross/softmax.h"
 
 namespace segattn::cpu {
 

@@ -4,10 +4,10 @@
 
 #include <utility>
 
+#include "cpu/common/attention_softmax.h"
 #include "cpu/common/parallel.h"
 #include "cpu/criss_cross/arguments.h"
 #include "cpu/criss_cross/column_strip.h"
-#include "cpu/criss_cross/softmax.h"
 
 namespace segattn::cpu {
 

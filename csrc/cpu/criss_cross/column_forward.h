@@ -2,10 +2,10 @@
 // itself, into the row pass's output, or writes it alone.
 #pragma once
 
+#include "cpu/common/attention_softmax.h"
 #include "cpu/common/parallel.h"
 #include "cpu/criss_cross/arguments.h"
 #include "cpu/criss_cross/column_strip.h"
-#include "cpu/criss_cross/softmax.h"
 
 namespace segattn::cpu {
 
@@ -15,8 +15,8 @@ class ColumnForward {
   static constexpr std::int64_t kLane = kLanes<A>;
 
  public:
-  // On entry output is the attention over rows alone, logsumexp the rows' maximum (softmax.h), and row_total (B, H, W)
-  // the rows' sum of exp(energy - that of maximum). With Keys::kColumn nothing is read of the three.
+  // On entry output is the attention over rows alone, logsumexp the rows' maximum (attention_softmax.h), and row_total
+  // (B, H, W) the rows' sum of exp(energy - that of maximum). With Keys::kColumn nothing is read of the three.
   ColumnForward(const CrissCrossForwardArguments<T, R>& arguments, const A* row_total)
       : arguments_(arguments), image_{arguments.sizes.height, arguments.sizes.width}, row_total_(row_total) {}
 
@@ -98,9 +98,10 @@ class ColumnForward {
       for (std::int64_t j = 0; j < strip.height(); ++j) {
         most = j == self ? most : softmax.maximum(most, load<V>(row + j * lanes));
       }
+      const V offset = softmax.offset(most);
       V total{};
       for (std::int64_t j = 0; j < strip.height(); ++j) {
-        const V weight = j == self ? V{} : softmax.weight(load<V>(row + j * lanes), most);
+        const V weight = j == self ? V{} : softmax.weight(load<V>(row + j * lanes), offset);
         store(row + j * lanes, weight);
         total += weight;
       }

@@ -3,9 +3,9 @@
 // the position itself, into it. For one of the two alone, its pass writes the results.
 #pragma once
 
+#include "cpu/common/attention_softmax.h"
 #include "cpu/criss_cross/column_forward.h"
 #include "cpu/criss_cross/row_products.h"
-#include "cpu/criss_cross/softmax.h"
 
 namespace segattn::cpu {
 
@@ -76,9 +76,10 @@ class CrissCrossForward {
       for (std::int64_t j = 0; j < keys; ++j) {
         most = softmax.maximum(most, load<V>(products + j * width));
       }
+      const V offset = softmax.offset(most);
       V sum{};
       for (std::int64_t j = 0; j < keys; ++j) {
-        const V weight = softmax.weight(load<V>(products + j * width), most);
+        const V weight = softmax.weight(load<V>(products + j * width), offset);
         store(products + j * width, weight);
         sum += weight;
       }

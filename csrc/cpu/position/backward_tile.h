@@ -6,6 +6,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "cpu/common/attention_softmax.h"
 #include "cpu/common/exp.h"
 #include "cpu/common/pack.h"
 #include "cpu/common/parallel.h"
@@ -96,7 +97,7 @@ class PositionBackwardTile {
       for_each_vector(keys, width, [&](std::int64_t row, std::int64_t i) {
         A* const element = weights_ + row * width + i;
         const V weight =
-            exp(fma(load<V>(element), scale, -load<V>(logsumexp + column + i)) - load<V>(logsumexp_low + column + i));
+            weight_of(load<V>(element), scale, load<V>(logsumexp + column + i), load<V>(logsumexp_low + column + i));
         store(element, weight);
         if (for_value) {
           store_row(weight_rows_, row * columns + column + i, weight);
@@ -160,6 +161,16 @@ class PositionBackwardTile {
       for (std::int64_t i = 0; i < width; i += kLane) {
         use(row, i);
       }
+    }
+  }
+
+  // 16-bit types have no logsumexp_low, and a logsumexp of 10^8 is rounded by 4. At most 1 then, not exp(4): the
+  // gradients stay finite.
+  static V weight_of(V product, V scale, V logsumexp, V logsumexp_low) {
+    if constexpr (sizeof(T) == 2) {
+      return exp(min(V{}, fma(product, scale, -logsumexp) - logsumexp_low));
+    } else {
+      return backward_weight(product, scale, logsumexp, logsumexp_low);
     }
   }
 

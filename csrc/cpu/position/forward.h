@@ -12,7 +12,7 @@
 #include <cmath>
 #include <limits>
 
-#include "cpu/common/exp.h"
+#include "cpu/common/attention_softmax.h"
 #include "cpu/common/pack.h"
 #include "cpu/common/parallel.h"
 #include "cpu/common/range.h"
@@ -154,27 +154,26 @@ class PositionForward {
     store_results(sample, block, sums, maximum, total);
   }
 
-  // Overwrites q.k in `products` (keys x width, one panel) with exp(energy - maximum). Updates the running maximum and
-  // total of each column. `rescale` becomes the factor for sums that were computed with the old maximum.
+  // Overwrites q.k in `products` (keys x width, one panel) with exp(energy - largest energy). Updates the running
+  // maximum (of ForwardSoftmax) and total of each column. `rescale` becomes the factor for sums that were computed with
+  // the old maximum.
   void softmax_columns(A* products, std::int64_t keys, std::int64_t width, A* maximum, A* total, A* rescale) const {
-    const V scale = broadcast<V>(arguments_.scale);
+    const ForwardSoftmax<V> softmax(arguments_.scale);
     for (std::int64_t i = 0; i < width; i += kLane) {
       const V old_maximum = load<V>(maximum + i);
       V new_maximum = old_maximum;
       for (std::int64_t j = 0; j < keys; ++j) {
-        new_maximum = max(new_maximum, load<V>(products + j * width + i) * scale);
+        new_maximum = softmax.maximum(new_maximum, load<V>(products + j * width + i));
       }
-      // While all energies are -inf, so is the maximum. -inf - -inf would make the sums NaN; an offset of 0 gives
-      // weights of 0.
-      const V offset = select(new_maximum == -std::numeric_limits<A>::infinity(), V{}, new_maximum);
+      const V offset = softmax.offset(new_maximum);
       V sum{};
       for (std::int64_t j = 0; j < keys; ++j) {
         A* const element = products + j * width + i;
-        const V weight = exp(fma(load<V>(element), scale, -offset));
+        const V weight = softmax.weight(load<V>(element), offset);
         store(element, weight);
         sum += weight;
       }
-      const V factor = exp(old_maximum - offset);
+      const V factor = softmax.factor(old_maximum, new_maximum);
       store(total + i, fma(load<V>(total + i), factor, sum));
       store(maximum + i, new_maximum);
       store(rescale + i, factor);
@@ -185,11 +184,12 @@ class PositionForward {
   void store_results(std::int64_t sample, Range block, const A* sums, const A* maximum, A* total) const {
     A* const logsumexp = arguments_.logsumexp + sample * n_ + block.begin;
     A* const logsumexp_low = advance(arguments_.logsumexp_low, sample * n_ + block.begin);
+    const A size = std::abs(arguments_.scale);
     for (std::int64_t i = 0; i < block.size(); ++i) {
-      const A log = std::log(total[i]);
-      logsumexp[i] = maximum[i] + log;
+      const auto [value, low] = split_logsumexp(maximum[i], size, maximum[i] * size, total[i]);
+      logsumexp[i] = value;
       if (logsumexp_low != nullptr) {
-        logsumexp_low[i] = std::isfinite(logsumexp[i]) ? (maximum[i] - logsumexp[i]) + log : A(0);
+        logsumexp_low[i] = low;
       }
       total[i] = arguments_.is_part && total[i] == A(0) ? A(0) : A(1) / total[i];
     }

@@ -1,4 +1,4 @@
-// The softmax of criss-cross attention, whose energies, scale * product of query and key, may be in the thousands.
+// The softmax of position and criss-cross attention, whose energies, scale * product of query and key, may be large.
 //
 // The backward pass recomputes the weights as exp(energy - logsumexp). In float a logsumexp of 1000 is rounded by up to
 // 3e-5, which would be a relative error of all weights of its query. Therefore the forward pass stores the rounding
@@ -24,13 +24,22 @@ struct ForwardSoftmax {
   static V lowest() { return broadcast<V>(-std::numeric_limits<A>::infinity()); }
   V maximum(V maximum, V product) const { return max(maximum, product * sign); }
 
-  // exp(energy - largest energy). If all energies are -inf, the weights are 0, not exp(-inf - -inf) = NaN.
-  V weight(V product, V maximum) const {
-    return exp(fma(product, sign, -select(maximum == lowest(), V{}, maximum)) * size);
+  // exp(energy - largest energy). The difference is that of the products, times scale: energies of 10^9 are rounded by
+  // more than exp takes.
+  V weight(V product, V offset) const { return exp(fma(product, sign, -offset) * size); }
+
+  // What products are compared with, for a maximum. If all energies are -inf, the weights are 0, not
+  // exp(-inf - -inf) = NaN. A largest energy of inf makes them NaN, also where scale overflows a finite product.
+  V offset(V maximum) const {
+    const V energy = maximum * size;
+    const V or_nan = select(energy == -lowest(), energy - energy, maximum);
+    return select(energy == lowest(), V{}, or_nan);
   }
 
   // exp(largest energy - a larger one); 0 without a finite energy
-  V factor(V maximum, V common) const { return select(maximum == lowest(), V{}, exp((maximum - common) * size)); }
+  V factor(V maximum, V common) const {
+    return select(maximum * size == lowest(), V{}, exp((maximum - common) * size));
+  }
 };
 
 template <class A>
