@@ -6,8 +6,8 @@
 //                           With an empty name: those of all libraries, made by the thread that calls segattn_arm.
 //   segattn_arm(n, last)    From here on the counted allocations from the n-th, counted from 0, to the last one fail.
 //   segattn_disarm()        Returns how many were counted.
-//   segattn_failed_in_boxing()
-//                           Whether the first one that failed was in a function that torch itself calls: TORCH_BOX's.
+//   segattn_stack(offsets)  The library's frames above the first one that failed, the innermost first, as offsets; the
+//                           array has room for 64.
 //   segattn_places(...)     The places in the library that made a counted allocation, as offsets; returns their number.
 //   segattn_fail_threads(fails)
 //                           Whether pthread_create fails from here on.
@@ -51,12 +51,15 @@ struct Untracked {
   bool operator==(const Untracked&) const { return true; }
 };
 
+constexpr int kMostFrames = 64;
+
 struct State {
   std::recursive_mutex mutex;                   // backtrace() may free memory
   std::uintptr_t code_begin = 0, code_end = 0;  // of the watched library; both 0: every library counts
   std::uintptr_t base = 0;
   pthread_t thread{};  // that armed
-  bool failed_in_boxing = false;
+  std::int64_t stack[kMostFrames];
+  std::int64_t stack_size = 0;
   std::int64_t counted = 0, first_failing = 0, last_failing = 0;
   std::set<std::uintptr_t, std::less<>, Untracked<std::uintptr_t>> places;
   std::unordered_set<void*, std::hash<void*>, std::equal_to<>, Untracked<void*>> live;
@@ -75,17 +78,18 @@ std::atomic<bool> tracks{false};  // some blocks may be live
 
 enum class Function { kNew, kTensor };
 
-// Whether the function of the library that contains `place` was called by another library.
-bool is_called_from_outside(std::uintptr_t place) {
-  void* frames[16];
-  const int count = backtrace(frames, 16);
-  for (int i = 0; i + 1 < count; ++i) {
-    if (reinterpret_cast<std::uintptr_t>(frames[i]) == place) {
-      const auto next = reinterpret_cast<std::uintptr_t>(frames[i + 1]);
-      return next < state().code_begin || next >= state().code_end;
+// The calls of the library that lead to the allocation, the innermost first.
+void remember_stack() {
+  State& s = state();
+  void* frames[kMostFrames];
+  const int count = backtrace(frames, kMostFrames);
+  s.stack_size = 0;
+  for (int i = 0; i < count; ++i) {
+    const auto address = reinterpret_cast<std::uintptr_t>(frames[i]);
+    if (address >= s.code_begin && address < s.code_end) {
+      s.stack[s.stack_size++] = static_cast<std::int64_t>(address - s.base);
     }
   }
-  return false;
 }
 
 bool fails(Function function, std::uintptr_t caller) {
@@ -103,7 +107,7 @@ bool fails(Function function, std::uintptr_t caller) {
   const std::int64_t number = s.counted++;
   const bool result = number >= s.first_failing && number <= s.last_failing;
   if (result && number == s.first_failing) {
-    s.failed_in_boxing = in_library && is_called_from_outside(caller);
+    remember_stack();
   }
   return result;
 }
@@ -214,7 +218,7 @@ void segattn_arm(std::int64_t first_failing, std::int64_t last_failing) {
   State& s = state();
   s.thread = pthread_self();
   s.counted = 0;
-  s.failed_in_boxing = false;
+  s.stack_size = 0;
   s.first_failing = first_failing;
   s.last_failing = last_failing;
   armed = true;
@@ -225,8 +229,10 @@ std::int64_t segattn_disarm() {
   return state().counted;
 }
 
-int segattn_failed_in_boxing() {
-  return state().failed_in_boxing ? 1 : 0;
+std::int64_t segattn_stack(std::int64_t* offsets) {
+  const State& s = state();
+  std::memcpy(offsets, s.stack, sizeof(s.stack));
+  return s.stack_size;
 }
 
 std::int64_t segattn_places(std::int64_t* offsets, std::int64_t room) {

@@ -10,6 +10,7 @@ One leak is torch's: TORCH_BOX takes the arguments over one by one, and where an
 bool, the count of a shared_ptr: less than 100 bytes), nobody owns the rest. It is counted and not a problem.
 """
 
+import bisect
 import ctypes
 import functools
 import gc
@@ -45,11 +46,12 @@ class Hook:
     def __init__(self) -> None:
         self._library = ctypes.CDLL(None)
         self._library.segattn_arm.argtypes = [ctypes.c_int64, ctypes.c_int64]
-        for name in ("disarm", "live", "places"):
+        for name in ("disarm", "live", "places", "stack"):
             getattr(self._library, f"segattn_{name}").restype = ctypes.c_int64
 
-    def watch(self, library: str) -> None:
-        assert self._library.segattn_watch(library.encode()) == 1, f"{library} is not loaded"
+    def watch(self, library: Path) -> None:
+        assert self._library.segattn_watch(library.name.encode()) == 1, f"{library} is not loaded"
+        self._functions = functions_of(library)
 
     def arm(self, first_failing: int, last_failing: int) -> None:
         self._library.segattn_arm(first_failing, last_failing)
@@ -58,7 +60,15 @@ class Hook:
         return self._library.segattn_disarm()
 
     def failed_in_boxing(self) -> bool:
-        return self._library.segattn_failed_in_boxing() == 1
+        """Whether the first allocation that failed was made by torch's code around an operator, not by the operator."""
+        offsets = (ctypes.c_int64 * 64)()
+        for offset in offsets[: self._library.segattn_stack(offsets)]:
+            name = self._functions[bisect.bisect(self._functions, (offset,)) - 1][1]
+            if "torch::stable::detail::" in name.split("(")[0]:
+                return True
+            if "segattn::" in name:
+                return False
+        return False
 
     def live(self) -> int:
         return self._library.segattn_live()
@@ -66,6 +76,14 @@ class Hook:
     def places(self) -> int:
         """How many places in the library made a counted allocation."""
         return self._library.segattn_places(None, 0)
+
+
+@functools.cache
+def functions_of(library: Path) -> list[tuple[int, str]]:
+    """The offset and the name of each function, in order."""
+    printed = subprocess.run(["nm", "-C", str(library)], capture_output=True, text=True, check=True).stdout
+    symbols = (line.split(maxsplit=2) for line in printed.splitlines() if not line.startswith(" "))
+    return sorted((int(offset, 16), name) for offset, kind, name in symbols if kind in "tTwW")
 
 
 def same_bits(a: Iterable[Tensor | None], b: Iterable[Tensor | None]) -> bool:
@@ -121,10 +139,10 @@ def fail_each(
 KINDS: tuple[Callable[[int], int], ...] = (lambda first: first, lambda first: ALL_LATER)
 
 
-def library_of(backend: str) -> str:
+def library_of(backend: str) -> Path:
     if backend == "emulated":
-        return f"{build.library_name('plain', 'kernels')}.so"
-    return f"_cpu_{_backend.LIBRARIES.cpu_capability}.abi3.so"
+        return build.build("plain", "kernels") / f"{build.library_name('plain', 'kernels')}.so"
+    return _backend.LIBRARIES.paths[1]
 
 
 @contextmanager
