@@ -176,11 +176,11 @@ def main(backend: str, dtype: str, step: str, *names: str) -> None:
 
 
 def preload(folder: Path) -> dict[str, str]:
-    """Builds the hook and returns the environment of a process that has it."""
+    """Builds the hook and returns what the environment of a process that has it needs."""
     library = folder / "failing_allocations.so"
     command = [compiler(), "-std=c++20", "-O2", "-fPIC", "-shared", "-o", str(library), str(SOURCE)]
     subprocess.run(command, check=True)
-    return os.environ | {"LD_PRELOAD": str(library)}
+    return {"LD_PRELOAD": str(library)}
 
 
 def in_new_process(folder: Path, backend: str, dtype: str, names: Iterable[str], threads: int, step: int = 1) -> Any:
@@ -189,7 +189,7 @@ def in_new_process(folder: Path, backend: str, dtype: str, names: Iterable[str],
     done = subprocess.run(
         [sys.executable, "-m", module, backend, dtype, str(step), *names],
         cwd=ROOT,
-        env=preload(folder) | {"OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR"},
+        env=os.environ | preload(folder) | {"OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR"},
         capture_output=True,
         text=True,
         check=False,

@@ -96,6 +96,13 @@ def test_parallel_calls_in_eight_threads(record_property):
     check_large_calls_in_threads(1, record_property)
 
 
+def test_more_threads_than_processors(record_property):
+    expected = large_call()
+    torch.set_num_threads(64)
+    assert same_bits(large_call(), expected)
+    record_property("threads", 64)
+
+
 def test_one_graph_differentiated_in_several_threads(backend):
     """The results that an op saves are shared by all backward passes."""
     leaves = [torch.randn(1, 4, 5, 6, requires_grad=True) for _ in range(3)]
