@@ -39,9 +39,9 @@ def emulated_backend(emulator):
         yield
 
 
-def check_launches(emulator, record_property, name, kernels, after_each=False):
+def check_launches(emulator, record_property, name, chosen, after_each=False):
     """Each launch of a call fails: an error with the kernel's name, none left behind, and the next call is right."""
-    dtype, engine = KERNELS[kernels]
+    dtype, engine = KERNELS[chosen]
     call = BY_NAME[name]
     inputs = call.make(dtype)
     with _position_engine.forced_position_engine(engine, "segattn_emulated"):
@@ -59,10 +59,10 @@ def check_launches(emulator, record_property, name, kernels, after_each=False):
     record_property("launches failed", len(launched))
 
 
-def check_runtime_calls(emulator, record_property, name, kernels):
+def check_runtime_calls(emulator, record_property, name, chosen):
     """Each call of the runtime API fails: an error with the function's name, or that of the kernel whose shared memory
     is set."""
-    dtype, engine = KERNELS[kernels]
+    dtype, engine = KERNELS[chosen]
     call = BY_NAME[name]
     inputs = call.make(dtype)
     with _position_engine.forced_position_engine(engine, "segattn_emulated"):
@@ -79,18 +79,18 @@ def check_runtime_calls(emulator, record_property, name, kernels):
     record_property("runtime calls failed", made)
 
 
-@pytest.mark.parametrize(("name", "kernels"), SAMPLE)
-def test_each_launch_fails(emulator, record_property, name, kernels):
-    check_launches(emulator, record_property, name, kernels)
+@pytest.mark.parametrize(("name", "chosen"), SAMPLE)
+def test_each_launch_fails(emulator, record_property, name, chosen):
+    check_launches(emulator, record_property, name, chosen)
 
 
 @pytest.mark.parametrize(
-    ("name", "kernels"),
+    ("name", "chosen"),
     [
         ("position_attention backward", "wgmma"),
         ("channel_attention backward", "3xtf32"),
         ("criss_cross_attention backward", "mma"),
     ],
 )
-def test_each_call_of_the_runtime_fails(emulator, record_property, name, kernels):
-    check_runtime_calls(emulator, record_property, name, kernels)
+def test_each_call_of_the_runtime_fails(emulator, record_property, name, chosen):
+    check_runtime_calls(emulator, record_property, name, chosen)

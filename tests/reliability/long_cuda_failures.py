@@ -7,16 +7,16 @@ from ..cuda.test_failures import KERNELS, check_launches, check_runtime_calls, e
 from ..ops.every_call import CALLS
 
 each_call = pytest.mark.parametrize("name", [call.name for call in CALLS])
-each_set_of_kernels = pytest.mark.parametrize("kernels", KERNELS)
+each_set_of_kernels = pytest.mark.parametrize("chosen", KERNELS)
 
 
 @each_call
 @each_set_of_kernels
-def test_each_launch_fails(emulator, record_property, name, kernels):
-    check_launches(emulator, record_property, name, kernels, after_each=True)
+def test_each_launch_fails(emulator, record_property, name, chosen):
+    check_launches(emulator, record_property, name, chosen, after_each=True)
 
 
 @each_call
 @each_set_of_kernels
-def test_each_call_of_the_runtime_fails(emulator, record_property, name, kernels):
-    check_runtime_calls(emulator, record_property, name, kernels)
+def test_each_call_of_the_runtime_fails(emulator, record_property, name, chosen):
+    check_runtime_calls(emulator, record_property, name, chosen)
