@@ -23,6 +23,7 @@ def emulator(emulated_library):
     emulated_library.set_built_architectures([])
     emulated_library.set_built_for_sm90a(True)
     emulated_library.set_failing_launch(-1)
+    emulated_library.set_failing_call(-1)
     emulated_library.set_blocks_at_ends(-1)
     emulated_library.set_mma_rounding("truncate")
     torch.ops.segattn_emulated._set_allow_tf32(False)

@@ -14,7 +14,7 @@
 //   Buffer<T>(count)
 //       An aligned, uninitialized array shared by all threads of an op (packed operands, partial sums).
 //   thread_count()
-//       Threads of torch's pool; 1 for small problems.
+//       Threads of torch's pool; 1 for small problems, and after a fork that the pool did not survive.
 //   SerialIfSmall
 //       While it lives, its thread takes no other threads if the problem is small: a parallel region takes 2.5 us, and
 //       two threads are no faster below 10^6 multiply-adds.
@@ -26,7 +26,9 @@
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <pthread.h>
 #include <stdexcept>
+#include <string>
 
 #include <torch/csrc/stable/ops.h>
 
@@ -42,8 +44,13 @@ struct AlignedDelete {
 };
 using AlignedMemory = std::unique_ptr<std::byte[], AlignedDelete>;
 
+// Throws std::runtime_error, with the size, where there is no memory.
 inline AlignedMemory allocate_aligned(std::size_t bytes) {
-  return AlignedMemory(static_cast<std::byte*>(::operator new(bytes, std::align_val_t{kAlignment})));
+  void* const memory = ::operator new(bytes, std::align_val_t{kAlignment}, std::nothrow);
+  if (memory == nullptr) {
+    throw std::runtime_error("segattn_ops: cannot allocate " + std::to_string(bytes) + " bytes of working memory");
+  }
+  return AlignedMemory(static_cast<std::byte*>(memory));
 }
 
 template <class T>
@@ -98,8 +105,15 @@ class SerialIfSmall {
   bool before_;
 };
 
+// A fork copies the calling thread alone. If that thread has used OpenMP's pool, its next parallel region waits for
+// threads that do not exist in the child, so there it takes no other threads. Other threads of the child start a pool
+// of their own. That torch's own parallel ops have used the pool cannot be seen here; they, too, hang in such a child.
+inline thread_local bool used_pool = false;
+inline thread_local bool pool_is_lost = false;
+inline const int fork_handler = pthread_atfork(nullptr, nullptr, [] { pool_is_lost = used_pool; });
+
 inline std::int64_t thread_count() {
-  return serial ? 1 : static_cast<std::int64_t>(torch::stable::get_num_threads());
+  return serial || pool_is_lost ? 1 : static_cast<std::int64_t>(torch::stable::get_num_threads());
 }
 
 template <class Work>
@@ -124,6 +138,7 @@ void parallel_units(std::int64_t units, std::size_t scratch_bytes, const Work& w
     run(0);
     return;
   }
+  used_pool = true;
   // One iteration per thread. torch may give several to one thread, or run all serially in a nested parallel region.
   torch::stable::parallel_for(0, threads, 1, [&](std::int64_t begin, std::int64_t end) {
     for (; begin < end; ++begin) {

@@ -31,6 +31,7 @@ namespace segattn::cuda {
 
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
+    cudaGetLastError();  // forgets the error, which the next launch would report as its own, PyTorch's included
     throw std::runtime_error(std::string("segattn_ops: ") + what + " failed: " + cudaGetErrorString(error));
   }
 }
@@ -70,8 +71,7 @@ void launch_cluster(
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = cluster_size > 1 ? 1 : 0;
-  cudaLaunchKernelEx(&config, kernel, arguments...);
-  check_cuda(cudaGetLastError(), name);
+  check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...), name);
 #endif
 }
 

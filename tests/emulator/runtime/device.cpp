@@ -177,6 +177,9 @@ MmaBlocks mma_blocks(int mma_depth) {
   // Since Hopper 32 bytes of an mma's contraction are added at once, before 16.
   return device().architecture >= 90 ? MmaBlocks{mma_depth, 25} : MmaBlocks{mma_depth / 2, 24};
 }
+std::string pending_error() {
+  return last_error == cudaSuccess ? "" : cudaGetErrorString(last_error);
+}
 void reset_function_attributes() {
   dynamic_shared_limits.clear();
   last_error = cudaSuccess;
@@ -272,13 +275,15 @@ cudaError_t cudaGetLastError() {
 }
 
 cudaError_t cudaGetDevice(int* device) {
-  count_call(__func__);
+  if (call_fails(__func__))
+    return record(cudaErrorInvalidValue);
   *device = 0;
   return cudaSuccess;
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ordinal) {
-  count_call(__func__);
+  if (call_fails(__func__))
+    return record(cudaErrorInvalidValue);
   if (ordinal != 0)
     return record(cudaErrorInvalidDevice);
   const Device& d = device();
@@ -296,7 +301,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ord
 }
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
-  count_call(__func__);
+  if (call_fails(__func__))
+    return record(cudaErrorInvalidValue);
   if (value < 0 || size_t(value) > device().shared_per_block_optin)
     return record(cudaErrorInvalidValue);
   const std::lock_guard lock(launch_mutex);
@@ -305,7 +311,8 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int valu
 }
 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
-  count_call(__func__);
+  if (call_fails(__func__))
+    return record(cudaErrorInvalidValue);
   const int code = code_architecture(device().architecture);
   if (code == 0)
     return record(cudaErrorNoKernelImageForDevice);

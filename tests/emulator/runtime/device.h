@@ -37,6 +37,10 @@ struct MmaBlocks {
 // mma_depth: of the instruction, 16 for 16-bit elements, 8 for TF32
 MmaBlocks mma_blocks(int mma_depth);
 
+// What cudaGetLastError would return, in words; empty for none. Host code that leaves an error makes the next launch of
+// anyone in the process fail.
+std::string pending_error();
+
 // Undoes cudaFuncSetAttribute, so that a test starts like a new process.
 void reset_function_attributes();
 

@@ -15,6 +15,7 @@ namespace {
 std::mutex mutex;  // autograd calls from its own threads
 std::map<std::string, int64_t> counted_calls;
 int64_t launches_before_failure = -1;
+int64_t calls_before_failure = -1;
 int64_t blocks_at_ends = -1;
 std::atomic<int64_t> stream_number = 1;
 std::vector<int> built;
@@ -33,6 +34,16 @@ std::map<std::string, int64_t> calls() {
 void forget_calls() {
   const std::lock_guard lock(mutex);
   counted_calls.clear();
+}
+
+void set_failing_call(int64_t calls) {
+  const std::lock_guard lock(mutex);
+  calls_before_failure = calls;
+}
+bool call_fails(const char* function) {
+  const std::lock_guard lock(mutex);
+  ++counted_calls[function];
+  return calls_before_failure >= 0 && calls_before_failure-- == 0;
 }
 
 void set_failing_launch(int64_t launches) {

@@ -14,6 +14,12 @@ void count_call(const char* function);
 std::map<std::string, int64_t> calls();
 void forget_calls();
 
+// After `calls` more calls of these functions one fails with cudaErrorInvalidValue; negative: none does. Launches and
+// cudaGetLastError do not count.
+void set_failing_call(int64_t calls);
+// Counts the call as well.
+bool call_fails(const char* function);
+
 // After `launches` successful launches one fails with cudaErrorLaunchOutOfResources; negative: none does.
 void set_failing_launch(int64_t launches);
 bool launch_fails();

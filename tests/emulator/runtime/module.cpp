@@ -108,6 +108,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "set_failing_launch", &set_failing_launch, py::arg("launches"),
       "One launch fails with a lack of resources after so many have succeeded; negative: none.");
   m.def(
+      "set_failing_call", &set_failing_call, py::arg("calls"),
+      "One call of the runtime API or of cuTensorMapEncodeTiled fails after so many more; negative: none.");
+  m.def("pending_error", &pending_error, "The error that cudaGetLastError would return; empty for none.");
+  m.def(
       "set_current_stream",
       [](int64_t stream) {
         if (stream == 0)

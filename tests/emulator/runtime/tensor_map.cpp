@@ -58,7 +58,8 @@ CUresult cuTensorMapEncodeTiled(
     const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* element_strides,
     CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
     CUtensorMapFloatOOBfill fill) {
-  count_call(__func__);
+  if (call_fails(__func__))
+    return CUDA_ERROR_INVALID_VALUE;
   const int element_bytes = bytes_of(type);
   if (map == nullptr || !aligned(map, 64) || element_bytes == 0 || rank == 0 || rank > TensorMap::kMaxRank)
     return CUDA_ERROR_INVALID_VALUE;
@@ -101,7 +102,8 @@ CUresult cuTensorMapEncodeTiled(
 cudaError_t cudaGetDriverEntryPointByVersion(
     const char* symbol, void** function, unsigned version, unsigned long long,
     cudaDriverEntryPointQueryResult* result) {
-  count_call(__func__);
+  if (call_fails(__func__))
+    return cudaErrorInvalidValue;
   const bool known = std::strcmp(symbol, "cuTensorMapEncodeTiled") == 0 && version >= 12000;
   *function = known ? reinterpret_cast<void*>(&cuTensorMapEncodeTiled) : nullptr;
   *result = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
