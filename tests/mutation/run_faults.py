@@ -1,7 +1,7 @@
 """Plants every fault of faults.toml in a copy of the source tree and expects its tests to fail.
 
     python -m pytest tests/mutation/run_faults.py -n 2 --dist loadgroup    # all; collected only where it is named
-    python -m pytest tests/mutation/run_faults.py -k "gamma"               # those whose id or kind contains it
+    python -m pytest tests/mutation/run_faults.py -k "gamma"               # those whose build, id or kind contains it
 
 A worker has its copy, with its builds, in build/mutation, or in the folder SEGATTN_MUTATION_COPIES. The emulator is
 built for the first fault in CUDA sources, which takes minutes. A fault that does not compile, and one whose tests do
@@ -20,7 +20,7 @@ _, FAULTS = listed()
 def parameter(fault: Fault):
     """Faults that need one build are for one worker."""
     marks = [pytest.mark.xdist_group(f"{fault.builds} {fault.variant}")] if fault.builds else []
-    return pytest.param(fault, id=f"{fault.id}: {fault.kind}", marks=marks)
+    return pytest.param(fault, id=f"{fault.builds or 'python'}: {fault.id}: {fault.kind}", marks=marks)
 
 
 @pytest.fixture(scope="session")
