@@ -182,14 +182,13 @@ def _sentence(error: Exception) -> str:
 
 def _read_safetensors(file: IO[bytes], name: str) -> Mapping[str, Any]:
     try:
-        from safetensors import SafetensorError
         from safetensors.torch import load, load_file
     except ImportError as error:
         raise ImportError(_SAFETENSORS) from error
     file.seek(0)
     try:
         return load(file.read()) if isinstance(file, io.BytesIO) else load_file(name)
-    except SafetensorError as error:
+    except Exception as error:  # SafetensorError, and KeyError and others for dtypes that torch does not have
         raise ValueError(
             f"checkpoints.read: {shown(name)} is a damaged safetensors file ({_sentence(error)}): download it again"
         ) from error

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from .._files import shown
-from .unpickle import Damaged, Window, check_archive
+from .unpickle import Window, check_archive
 
 HEADER = 256  # bytes that tell the kinds apart
 _AGAIN = "download it again"
@@ -129,12 +129,11 @@ def pickled(file: IO[bytes]) -> list[str] | None:
     zipped = zipfile.is_zipfile(file)
     stream: IO[bytes] | Window = Window(file, size)
     if zipped:
-        archive = zipfile.ZipFile(file)
-        data = next((name for name in archive.namelist() if name.endswith("data.pkl")), None)
         try:
+            archive = zipfile.ZipFile(file)
             check_archive(archive.infolist(), size)
-            stream = io.BytesIO(archive.read(data or ""))
-        except (Damaged, KeyError, zipfile.BadZipFile):
+            stream = io.BytesIO(archive.read(next(n for n in archive.namelist() if n.endswith("data.pkl"))))
+        except Exception:  # zipfile raises many kinds for damaged files
             return None
     else:
         file.seek(0)

@@ -205,7 +205,7 @@ def _records(file: IO[bytes], size: int) -> dict[str, tuple[int, int]]:
 
 
 def _start(file: IO[bytes], size: int, header: int, length: int) -> int:
-    file.seek(header)
+    file.seek(min(header, size))  # a seek of 2**63 is an error of its own
     fixed = file.read(30)
     if len(fixed) < 30 or not fixed.startswith(b"PK\3\4"):
         raise _broken("an entry of the zip has no header")

@@ -4,6 +4,7 @@
 0) and prints what happened as JSON. The last line before a crash or a hang names the input.
 """
 
+import codecs
 import io
 import json
 import pickle
@@ -305,7 +306,10 @@ def structures() -> Iterator[tuple[str, bytes]]:
     body = b"".join(b"}" + text("a") for _ in range(100_000)) + b"N" + b"s" * 100_000
     yield "dictionaries 100,000 deep", zipped(b"\x80\x02" + body + b".")
     yield "a key of nested tuples", zipped(b"\x80\x02}N" + b"\x85" * (1 << 20) + b"Ns.")
-    yield "a member of nested tuples", zipped(b"\x80\x02" + call("builtins set", b"](N" + b"\x85" * (1 << 20) + b"e") + b".")
+    yield (
+        "a member of nested tuples",
+        zipped(b"\x80\x02" + call("builtins set", b"](N" + b"\x85" * (1 << 20) + b"e") + b"."),
+    )
     yield "nested tuples as a kind of storage", zipped(b"\x80\x02N" + b"\x85" * (1 << 20) + b"Q.")
     for keys in (1, 1000):
         named = b"".join(text(f"k{index}") + b"h\1" for index in range(keys))
@@ -343,14 +347,18 @@ def archives() -> Iterator[tuple[str, bytes]]:
     for field, length in ((10, 2), (8, 2), (20, 4), (24, 4), (28, 2), (30, 2), (32, 2), (42, 4), (6, 2)):
         for value in (0, 1, 8, (1 << 8 * length) - 1):
             start = directory + field
-            yield f"field {field} of the directory is {value}", (
-                good[:start] + value.to_bytes(length, "little") + good[start + length :]
+            yield (
+                f"field {field} of the directory is {value}",
+                (good[:start] + value.to_bytes(length, "little") + good[start + length :]),
             )
     end = good.rindex(b"PK\5\6")
     for field, length in ((4, 2), (8, 2), (10, 2), (12, 4), (16, 4), (20, 2)):
         for value in (0, 1, (1 << 8 * length) - 1):
             start = end + field
-            yield f"field {field} of the end is {value}", good[:start] + value.to_bytes(length, "little") + good[start + length :]
+            yield (
+                f"field {field} of the end is {value}",
+                good[:start] + value.to_bytes(length, "little") + good[start + length :],
+            )
     twice = io.BytesIO()
     with warnings.catch_warnings(), zipfile.ZipFile(twice, "w") as archive:
         warnings.simplefilter("ignore", UserWarning)
@@ -369,8 +377,12 @@ def archives() -> Iterator[tuple[str, bytes]]:
     yield "a header alone", b"PK\3\4" + bytes(300)
     entry = struct.pack("<4s6H3L5H2L", b"PK\1\2", 20, 20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
     count = 100_000
-    yield "100,000 entries of no name", b"PK\3\4" + bytes(26) + entry * count + struct.pack(
-        "<4s4H2LH", b"PK\5\6", 0, 0, count & 0xFFFF, count & 0xFFFF, len(entry) * count, 30, 0
+    yield (
+        "100,000 entries of no name",
+        b"PK\3\4"
+        + bytes(26)
+        + entry * count
+        + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, count & 0xFFFF, count & 0xFFFF, len(entry) * count, 30, 0),
     )
 
 
@@ -399,8 +411,14 @@ def headers() -> Iterator[tuple[str, bytes]]:
     yield "one name twice", of(b'{"a":' + json.dumps(part).encode() + b',"a":' + json.dumps(part).encode() + b"}")
     yield "deep JSON", of(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}")
     yield "a million sizes", of(one(shape=[0] * 500_000, data_offsets=[0, 0]), b"")
-    yield "many empty tensors", of(
-        json.dumps({str(i): {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(20_000)}).encode(), b""
+    yield (
+        "many empty tensors",
+        of(
+            json.dumps(
+                {str(i): {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(20_000)}
+            ).encode(),
+            b"",
+        ),
     )
     yield "metadata that is no text", of(json.dumps({"__metadata__": {"a": 1}, "w": part}).encode())
     for count, name in enumerate(NAMES):
@@ -526,11 +544,17 @@ def crafted_pictures() -> Iterator[tuple[str, bytes]]:
         yield f"png of {width} x {height}", png(width, height, zlib.compress(b""))
         yield f"ppm of {width} x {height}", b"P6 %d %d 255\n" % (width, height)
         size = struct.pack("<2i", width & 0x7FFFFFFF, -(height & 0x7FFFFFFF))
-        yield f"bmp of {width} x {height}", b"BM" + struct.pack("<3I", 54, 0, 54) + struct.pack("<I", 40) + size + bytes(28)
+        yield (
+            f"bmp of {width} x {height}",
+            b"BM" + struct.pack("<3I", 54, 0, 54) + struct.pack("<I", 40) + size + bytes(28),
+        )
         yield f"gif of {width} x {height}", b"GIF89a" + struct.pack("<2H", width & 65535, height & 65535) + bytes(99)
     yield "ppm of a long number", b"P6 " + b"9" * 10_000 + b" 1 255\n"
-    yield "postscript", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(%pipe%touch " + CANARY.encode() + b") (w) file\n"
-    yield "xpm", b"/* XPM */\nstatic char *x[] = {\n\"1 1 1 1\",\n\"a c \x1b[2J\",\n\"a\"};"
+    yield (
+        "postscript",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(%pipe%touch " + CANARY.encode() + b") (w) file\n",
+    )
+    yield "xpm", b'/* XPM */\nstatic char *x[] = {\n"1 1 1 1",\n"a c \x1b[2J",\n"a"};'
     yield "svg", b'<svg xmlns="http://www.w3.org/2000/svg" width="9999999" height="9999999"/>'
     yield "nothing", b""
     yield "a checkpoint", saved(state())
@@ -613,9 +637,11 @@ def watched(kind: str, seed: int, count: int) -> dict[str, Any]:
 
     sys.addaudithook(audit)
     outcomes = {"refused": 0, "opened": 0}
-    slowest = largest = 0.0
+    slowest, largest = (0.0, ""), 0.0
     tried = 0
     limit, constant = (MULTIPLE, CONSTANT) if kind == "checkpoints" else (MULTIPLE, PICTURE_CONSTANT)
+    for codec in ("cp437", "unicode_escape", "idna"):  # zipfile's, that of messages, that of temporary folders
+        codecs.lookup(codec)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"hostile{suffix}"
         for warm in (valid() if kind == "checkpoints" else pictures()).values():
@@ -647,7 +673,7 @@ def watched(kind: str, seed: int, count: int) -> dict[str, Any]:
             watching = False
             tried += 1
             seconds = time.perf_counter() - begin
-            slowest = max(slowest, seconds)
+            slowest = max(slowest, (seconds, name[:200]))
             taken = (peak_of_status() if measurable else peak()) - before
             largest = max(largest, taken / (limit * size + constant))
             if taken > limit * size + constant:
