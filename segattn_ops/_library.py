@@ -177,7 +177,8 @@ def load() -> Libraries:
     if not has_extension():
         reason = f"the compiled library {_path('_C').name} is not in {PACKAGE}; build it with {HOW_TO_BUILD}"
         if not state.build_info.get("extension", True):
-            reason = f"installed without the extension ({state.build_info.get('reason', 'unknown')}); build it with {HOW_TO_BUILD}"
+            why = state.build_info.get("reason", "unknown")
+            reason = f"installed without the extension ({why}); build it with {HOW_TO_BUILD}"
         elif (PACKAGE.parent / "setup.py").exists():
             reason += "; if that is done, start Python outside the source tree, whose package hides the installed one"
         state.missing = {"cpu": reason, "cuda": reason}

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 
-from .compilers import ROOT
+from .compilers import ROOT, files
 
 TABLE = ROOT / "docs" / "compatibility.md"
 RESULTS = ROOT / "build" / "wheel_matrix.json"
@@ -186,8 +186,9 @@ def main(argv: list[str] | None = None) -> int:
             name = f"{torch}/{python}"
             if name not in known:
                 known[name] = asdict(run(torch, python, wheel, Path(scratch)))
-                RESULTS.write_text(json.dumps({mark: known}, indent=1))
-                TABLE.write_text(page(wheel, [Cell(**known[f"{t}/{p}"]) for t, p in CELLS if f"{t}/{p}" in known]))
+                files.write_text(RESULTS, json.dumps({mark: known}, indent=1))
+                cells = [Cell(**known[f"{t}/{p}"]) for t, p in CELLS if f"{t}/{p}" in known]
+                files.write_text(TABLE, page(wheel, cells))
             print(name, known[name]["versions"], known[name]["counts"] or known[name]["fault"], flush=True)
     failed = [
         name
