@@ -41,7 +41,8 @@ def overlay(
     Raises:
         TypeError: for an image or a map of another type.
         ValueError: for other shapes, values that are not finite or outside these ranges (a normalised image), a file
-            that is not an image or has more pixels than PIL.Image.MAX_IMAGE_PIXELS (each takes up to 36 bytes), an opacity or a colormap that does not exist.
+            that is not an image or has more pixels than
+            PIL.Image.MAX_IMAGE_PIXELS (each takes up to 36 bytes), an opacity or a colormap that does not exist.
         ModuleNotFoundError: without matplotlib.
     """
     try:

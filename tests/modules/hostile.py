@@ -26,7 +26,7 @@ import torch
 from segattn_ops import checkpoints, nn
 
 CANARY = "hostile-code-ran"
-MULTIPLE, CONSTANT = 24, 256 << 20  # of segattn_ops.checkpoints.read
+MULTIPLE, CONSTANT = 24, 256 << 20  # of segattn_ops.checkpoints.read, with a safetensors file's header
 MESSAGE = 60_000  # characters: six lists of names of 8000 each, and sentences
 SECONDS = 30  # for one file
 # What a file must not cause while it is read. "import" and "exec" are also those of modules that are first needed then:
@@ -253,8 +253,8 @@ def repeated(body: bytes, count: int) -> bytes:
     return b"\x80\x02" + body * count + b"."
 
 
-def crafted() -> Iterator[tuple[str, bytes]]:
-    """Every hostile file, with what is hostile about it."""
+def crafted(many: int) -> Iterator[tuple[str, bytes]]:
+    """Every hostile file, with what is hostile about it. ``many``: bytes of instructions that build much."""
     for name, body in {**GADGETS, **SHAPES}.items():
         yield f"{name}, zip", zipped(whole(body))
         yield f"{name}, old", legacy(whole(body))
@@ -264,23 +264,22 @@ def crafted() -> Iterator[tuple[str, bytes]]:
         for value in ({name: torch.ones(2)}, {name: {"gamma": torch.zeros(1)}}, {**state(), name: torch.ones(1)}):
             yield f"name {count}", saved(value)
         yield f"name {count}, not of a tensor", saved({name: 1, "epoch": 2})
-    yield from bombs()
-    yield from structures()
+    yield from bombs(many)
+    yield from structures(many)
     yield from archives()
     yield from headers()
 
 
-def bombs() -> Iterator[tuple[str, bytes]]:
+def bombs(many: int) -> Iterator[tuple[str, bytes]]:
     """Short instructions that build much."""
-    many = 1 << 20
     for name, body in {
         "sets": b"\x8f", "dictionaries": b"}", "lists": b"]", "marks": b"(", "tuples in tuples": b"\x85",
         "integers": b"M\0\xff", "pairs": b"NN\x86", "ordered dictionaries": b"ccollections\nOrderedDict\n)R",
         "big integers": b"\x8a\x08" + b"\x7f" * 8, "fractions": b"G" + b"\x01" * 8, "empty strings": b"U\x01a",
     }.items():  # fmt: skip
         data = b"N" * (name == "tuples in tuples") + body * (many // len(body))
-        yield f"a million {name}, zip", zipped(b"\x80\x02" + data + b".")
-        yield f"a million {name}, old", legacy(b"\x80\x02" + data + b".")
+        yield f"many {name}, zip", zipped(b"\x80\x02" + data + b".")
+        yield f"many {name}, old", legacy(b"\x80\x02" + data + b".")
     memo = b"N" + b"".join(b"r" + struct.pack("<I", index * 4096) for index in range(many // 5))
     yield "far memo indices", zipped(b"\x80\x02" + memo + b".")
     doubled = text("x" * 64)
@@ -298,19 +297,16 @@ def bombs() -> Iterator[tuple[str, bytes]]:
     yield "thousands of views", zipped(b"\x80\x02}(" + body + b"u.")
 
 
-def structures() -> Iterator[tuple[str, bytes]]:
+def structures(many: int) -> Iterator[tuple[str, bytes]]:
     """Mappings and tuples that are deep or contain themselves."""
-    deep: Any = torch.ones(1)
-    for depth in range(100_000):
-        deep = {str(depth % 7): deep}
     body = b"".join(b"}" + text("a") for _ in range(100_000)) + b"N" + b"s" * 100_000
     yield "dictionaries 100,000 deep", zipped(b"\x80\x02" + body + b".")
-    yield "a key of nested tuples", zipped(b"\x80\x02}N" + b"\x85" * (1 << 20) + b"Ns.")
+    yield "a key of nested tuples", zipped(b"\x80\x02}N" + b"\x85" * many + b"Ns.")
     yield (
         "a member of nested tuples",
-        zipped(b"\x80\x02" + call("builtins set", b"](N" + b"\x85" * (1 << 20) + b"e") + b"."),
+        zipped(b"\x80\x02" + call("builtins set", b"](N" + b"\x85" * many + b"e") + b"."),
     )
-    yield "nested tuples as a kind of storage", zipped(b"\x80\x02N" + b"\x85" * (1 << 20) + b"Q.")
+    yield "nested tuples as a kind of storage", zipped(b"\x80\x02N" + b"\x85" * many + b"Q.")
     for keys in (1, 1000):
         named = b"".join(text(f"k{index}") + b"h\1" for index in range(keys))
         inside = text("gamma") + tensor(storage(1), 0, (1,), (1,))
@@ -332,7 +328,6 @@ def structures() -> Iterator[tuple[str, bytes]]:
     ):
         value = tensor(storage(1), 0, (1,), (1,))
         yield f"{len(names)} names", zipped(b"\x80\x02}(" + b"".join(text(name) + value for name in names) + b"u.")
-    deep.clear()
 
 
 def archives() -> Iterator[tuple[str, bytes]]:
@@ -477,7 +472,7 @@ def cuts(original: bytes) -> list[int]:
 def hostile_checkpoints(seed: int, count: int) -> Iterator[tuple[str, bytes]]:
     originals = valid()
     if seed == 0:
-        yield from crafted()
+        yield from crafted(1 << 20 if count >= 5000 else 1 << 16)
         for name, original in originals.items():
             yield from ((f"{name} of {end} bytes", original[:end]) for end in cuts(original)[:: 1 + (count < 5000) * 3])
     generator = random.Random(seed)
@@ -599,7 +594,7 @@ KINDS: dict[str, tuple[Callable[[int, int], Iterator[tuple[str, bytes]]], Callab
     "pictures": (hostile_pictures, open_picture, ".png"),
 }
 # Of pictures: the pixels of the largest picture as float32, and their copies (segattn_ops.visualize.overlay).
-PICTURE_CONSTANT = 1 << 30
+PICTURE_CONSTANT = 36 * 89_478_485
 
 
 def peak() -> int:
