@@ -38,7 +38,10 @@ class Libraries:
     def load(self, name: str) -> None:
         path = _path(name)
         _require_library(path, schemas=name == "_C")
-        torch.ops.load_library(path)
+        try:
+            torch.ops.load_library(path)
+        except OSError as error:
+            raise error.__cause__ or error from None  # the loader's own says what is wrong
         self.paths.append(path)
 
     def serves(self, device_type: str) -> bool:

@@ -61,10 +61,12 @@ def _open(path: Path) -> Any:
         found = "a folder" if os.path.isdir(path) else "a device or a pipe" if os.path.exists(path) else "no file"
         raise ValueError(f"visualize: image must be a file (got {found}: {shown(path)})")
     most = pillow.MAX_IMAGE_PIXELS
+    pillow.init()
+    formats = [name for name in _FORMATS if name in pillow.OPEN]  # PIL may be built without some
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metadata, and of a size that is refused below
-            with pillow.open(path, formats=_FORMATS) as opened:
+            with pillow.open(path, formats=formats) as opened:
                 width, height = opened.size
                 if most is not None and width * height > most:
                     raise ValueError(f"it has {width} x {height} pixels, and PIL.Image.MAX_IMAGE_PIXELS is {most}")
