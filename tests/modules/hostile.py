@@ -5,6 +5,7 @@
 """
 
 import codecs
+import contextlib
 import io
 import json
 import pickle
@@ -172,12 +173,15 @@ GADGETS: dict[str, bytes] = {
         "torch._tensor _rebuild_from_type_v2", b"cos\nsystem\n", b"ctorch\nTensor\n", b"(" + text(COMMAND) + b"t", b"}"
     ),
     "_rebuild_from_type_v2 of itself": call(
-        "torch._tensor _rebuild_from_type_v2", b"ctorch._tensor\n_rebuild_from_type_v2\n", b"ctorch\nTensor\n", b")", b"}"
+        "torch._tensor _rebuild_from_type_v2", b"ctorch._tensor\n_rebuild_from_type_v2\n", b"ctorch\nTensor\n", b")",
+        b"}",
     ),
     "_rebuild_wrapper_subclass": call(
         "torch._utils _rebuild_wrapper_subclass", b"cos\nsystem\n", b"N", b")", b")", b"K\0", b"N", b"N", b"\x89"
     ),
-    "a tensor of a function": call("torch._utils _rebuild_tensor_v2", b"cos\nsystem\n", b"K\0", b")", b")", b"\x89", b"}"),
+    "a tensor of a function": call(
+        "torch._utils _rebuild_tensor_v2", b"cos\nsystem\n", b"K\0", b")", b")", b"\x89", b"}"
+    ),
     "a parameter of a function": call("torch._utils _rebuild_parameter", b"cos\nsystem\n", b"\x89", b"}"),
     "INST": b"(" + text(COMMAND) + b"ios\nsystem\n",
     "OBJ": b"(cos\nsystem\n" + text(COMMAND) + b"o",
@@ -244,7 +248,8 @@ SHAPES: dict[str, bytes] = {
     ),
 }  # fmt: skip
 NAMES = [
-    "\0", "a\nb", "\x1b[2Jx", "\ud800", "\u202egpj", "x" * (1 << 20), "__class__", "__dict__", "../../x", "a." * 240 + "b",
+    "\0", "a\nb", "\x1b[2Jx", "\ud800", "\u202egpj", "x" * (1 << 20), "__class__", "__dict__", "../../x",
+    "a." * 240 + "b",
     "query_conv.weight\n", "gamma\r", "module." * 60 + "gamma", "%s%n{0.__class__}", "", ".", "...", "\u0301" * 400,
 ]  # fmt: skip
 
@@ -642,10 +647,8 @@ def watched(kind: str, seed: int, count: int) -> dict[str, Any]:
         for warm in (valid() if kind == "checkpoints" else pictures()).values():
             for content in (warm, warm[: len(warm) // 2], warm[:20]):
                 path.write_bytes(content)
-                try:
+                with contextlib.suppress(ValueError):
                     opened(path, 0)
-                except ValueError:
-                    pass
         measurable = reset_peak()
         for index, (name, content) in enumerate(make(seed, count)):
             print(f"{index} {name[:200]!r}", file=sys.stderr, flush=True)
