@@ -4,12 +4,17 @@
 The folders hold a copy named segattn_ops; the program is run by its path, so that no other one is imported.
 """
 
+import contextlib
 import json
 import os
 import sys
 import warnings
 
 import torch
+import torch.utils.flop_counter  # here what segattn_ops imports: once, not in every fork
+
+with contextlib.suppress(ImportError):
+    import fvcore.nn  # noqa: F401
 
 
 def described(folder: str) -> dict:
