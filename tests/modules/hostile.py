@@ -640,7 +640,7 @@ def watched(kind: str, seed: int, count: int) -> dict[str, Any]:
     slowest, largest = (0.0, ""), 0.0
     tried = 0
     limit, constant = (MULTIPLE, CONSTANT) if kind == "checkpoints" else (MULTIPLE, PICTURE_CONSTANT)
-    for codec in ("cp437", "unicode_escape", "idna"):  # zipfile's, that of messages, that of temporary folders
+    for codec in ("cp437", "unicode_escape", "raw_unicode_escape", "idna"):  # of zipfile, messages and pickletools
         codecs.lookup(codec)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"hostile{suffix}"
