@@ -191,7 +191,9 @@ def check_tools() -> None:
 
 def write_build_info(package: Path, info: dict) -> None:
     """For segattn_ops.build_config()."""
-    (package / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
+    runpy.run_path(str(ROOT / "segattn_ops" / "_files.py"))["write_text"](
+        package / "_build_info.json", json.dumps(info, indent=1) + "\n"
+    )
 
 
 class PythonFiles(build_py):

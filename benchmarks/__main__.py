@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 import segattn_ops
+from tools.compilers import files
 
 from . import command_line, features, measure, picture, plots, report, rivals, workloads
 from .command_line import Refused
@@ -237,7 +238,7 @@ def _run(argv: list[str], arguments: argparse.Namespace) -> int:
         return command_line.fail(PROG, error, 1)
     result |= {"pictures": [path.name for path in pictures], "seconds": round(schedule.elapsed, 1)}
     report.write_json(result, arguments.output / "report.json")
-    (arguments.output / "report.md").write_text(report.markdown(result))
+    files.write_text(arguments.output / "report.md", report.markdown(result))
     report.print_tables(result, console)
     written = ", ".join(["report.json", "report.md", *result["pictures"]])
     console.print(f"{schedule.elapsed:.0f} s; {arguments.output}/: {written}", highlight=False, soft_wrap=True)

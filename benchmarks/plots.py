@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from tools.compilers import files
+
 from . import rivals
 from .report import MIB, groups, title
 
@@ -62,7 +64,8 @@ def finish(figure, axes, path: Path, heading: str) -> Path:
     figure.legend(
         [handles[label] for label in labels], labels, loc="outside lower center", ncols=columns, frameon=False
     )
-    figure.savefig(path, dpi=150)
+    with files.replacing(path) as part:
+        figure.savefig(part, dpi=150)
     pyplot.close(figure)
     return path
 

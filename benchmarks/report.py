@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from tools.compilers import files
+
 from . import rivals, validate, workloads
 
 MIB = 2**20
@@ -99,10 +101,8 @@ def build(command: str, device: str, threads: int, records: list[dict], **extra)
 
 
 def write_json(report: dict, path: Path) -> None:
-    """Writes the file atomically, so that an interrupted run leaves no partial one."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(report, indent=1, default=str) + "\n")
-    part.replace(path)
+    """Writes the file whole or not at all: an interrupt or a full disk leaves the earlier one."""
+    files.write_text(path, json.dumps(report, indent=1, default=str) + "\n")
 
 
 def groups(records: list[dict]) -> dict[tuple, list[dict]]:

@@ -25,6 +25,7 @@ from rich.table import Table
 import segattn_ops
 from benchmarks import command_line
 from segattn_ops import checkpoints
+from segattn_ops.checkpoints.files import save_whole
 from segattn_ops.models import SegmentationModel, segmentation_loss
 
 from .shapes import batch, mean_iou, small_network
@@ -112,7 +113,7 @@ def train(
             state = {name: part.state_dict() for name, part in parts.items()}
             state |= {"step": done, "rng": torch.get_rng_state(), "seconds": run.seconds}
             state["settings"] = {name: getattr(options, name) for name in SETTINGS}
-            torch.save(state | {"losses": run.losses, "validation": run.validation}, checkpoint)
+            save_whole(state | {"losses": run.losses, "validation": run.validation}, checkpoint)
         if progress:
             progress.update(task, advance=1, description=f"{label} loss {run.losses[-1]:.3f}")
     return model, run

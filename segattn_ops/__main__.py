@@ -78,7 +78,8 @@ def _cpu(cpu: dict[str, Any]) -> str:
     if not cpu["native"]:
         return f"none: {cpu['why_not']}"
     built = ", ".join(cpu["built"]) or "unknown"
-    return f"{cpu['instruction_set']} in use (processor: {cpu['supports']}; built: {built})"
+    skipped = "".join(f"; {name} did not load: {reason}" for name, reason in cpu["skipped"].items())
+    return f"{cpu['instruction_set']} in use (processor: {cpu['supports']}; built: {built}{skipped})"
 
 
 def _cuda(cuda: dict[str, Any]) -> str:

@@ -21,7 +21,8 @@ def build_config() -> dict[str, Any]:
         - `version`; whether there is an `extension`, the compiled libraries; `python`, `platform` and `torch`, which
           are running; `torch_at_build`, `python_at_build` and the C++ `compiler`, of the build (None if unknown);
         - `cpu`: whether it is `native`, the `instruction_set` in use, the best one this processor `supports`, those
-          `built`, and `why_not` if the reference serves;
+          `built`, those `skipped` because their library did not load (instruction set -> why), and `why_not` if the
+          reference serves;
         - `cuda`: whether the kernels were `built` and, `native`, are loaded; whether they are `usable`: loaded, and a
           GPU is visible; the `architectures` of the build ("90a": with the kernels for Hopper alone) and its
           `toolkit`; the `position_engine` that is forced (SEGATTN_CUDA_POSITION), or "auto"; and `why_not`.
@@ -44,6 +45,7 @@ def build_config() -> dict[str, Any]:
             "instruction_set": LIBRARIES.cpu_capability,
             "supports": LIBRARIES.cpu_capability_supported,
             "built": info.get("cpu_instruction_sets", []),
+            "skipped": dict(LIBRARIES.skipped),
             "why_not": LIBRARIES.missing.get("cpu"),
         },
         "cuda": {

@@ -2,17 +2,24 @@
 
 import ctypes
 import json
+import mmap
 import os
+import struct
+import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ._files import shown
 from ._ops import ops
 
 PACKAGE = Path(__file__).parent
 CPU_CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_bf16")  # indexed by csrc/cpu_capability.cpp's result
+_SYMBOL = b"segattn_cpu_capability"  # that the library with the schemas exports, and no other
+_OPERATOR = b"position_attention"  # a name that every library of the operators contains
 HOW_TO_BUILD = "`pip install --no-build-isolation .` in the source tree (needs a C++20 compiler and ninja)"
 
 
@@ -26,10 +33,15 @@ class Libraries:
     missing: dict[str, str] = field(default_factory=dict)
     build_info: dict[str, Any] = field(default_factory=dict)
     paths: list[Path] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)  # instruction set -> why its library does not serve
 
     def load(self, name: str) -> None:
         path = _path(name)
-        torch.ops.load_library(path)
+        _require_library(path, schemas=name == "_C")
+        try:
+            torch.ops.load_library(path)
+        except OSError as error:
+            raise error.__cause__ or error from None  # the loader's own says what is wrong
         self.paths.append(path)
 
     def serves(self, device_type: str) -> bool:
@@ -56,15 +68,69 @@ def _linked_into_one() -> bool:
     return not _path("_C").exists() and hasattr(ops, "position_attention")
 
 
+def _require_library(path: Path, schemas: bool) -> None:
+    """Raises OSError for a file whose loading would end the process instead of raising: one that is cut off (its pages
+    are missing when they are touched), and one that registers the operators a second time. Also for a library of
+    something else.
+
+    Args:
+        schemas: the library is that of the schemas, or one of kernels.
+    """
+    with open(path, "rb") as file:
+        header = file.read(64)
+        size = file.seek(0, os.SEEK_END)
+        if not sys.platform.startswith("linux"):
+            return  # another format; the loader of the system judges it
+        if len(header) < 64 or not header.startswith(b"\x7fELF"):
+            raise OSError(f"{path} is no library: it has {size} bytes and begins {header[:8]!r}")
+        with open("/proc/self/exe", "rb") as program:
+            own = program.read(20)
+        if (header[4:6], header[18:20]) != (own[4:6], own[18:20]):
+            machines = [int.from_bytes(one[18:20], "little") for one in (header, own)]
+            raise OSError(f"{path} is of another architecture: ELF machine {machines[0]}, this Python's {machines[1]}")
+        if header[4:6] != b"\2\1":
+            return  # 32 bits or big-endian, as this Python is
+        programs, sections = struct.unpack_from("<2Q", header, 32)
+        each, count, section_each, section_count = struct.unpack_from("<4H", header, 54)
+        ends = [programs + each * count, sections + section_each * section_count]
+        if each == 56 and ends[0] <= size:
+            file.seek(programs)
+            table = file.read(each * count)
+            ends += [sum(struct.unpack_from("<Q16xQ", table, at + 8)) for at in range(0, each * count, each)]
+        if each != 56 or max(ends) > size:
+            raise OSError(f"{path} is cut off: it has {size} bytes of {max(ends)}; perhaps its build was interrupted")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if content.find(_OPERATOR) < 0 or (content.find(_SYMBOL) >= 0) != schemas:
+                raise OSError(f"{path} is another library than its name says")
+    if schemas and hasattr(ops, "position_attention"):
+        raise OSError(f"another library in this process has registered the operators {ops.name} before {path}")
+
+
 def _read_build_info() -> dict[str, Any]:
+    """The record of the build; empty where it is missing, and with a warning where it cannot be read."""
     path = PACKAGE / "_build_info.json"
-    info: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        info = json.loads(path.read_text())
+        if not isinstance(info, dict) or not isinstance(info.get("cuda", {}), dict):
+            raise ValueError("it is no record of a build")
+        if not isinstance(info.get("cpu_instruction_sets", []), list):
+            raise ValueError("cpu_instruction_sets is no list")
+    except (OSError, ValueError, RecursionError) as error:
+        warnings.warn(
+            f"segattn_ops: {path} cannot be read ({shown(error)}); build_config() does not know the build, which is "
+            f"repeated with {HOW_TO_BUILD}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return {}
     return info
 
 
-def _choose_cpu_capability(supported: str, build_info: dict[str, Any]) -> str:
-    """The best instruction set of the last build that the processor supports, or the one in SEGATTN_CPU_CAPABILITY. A
-    library that an earlier build left is not used: its sources may be others."""
+def _usable_cpu_capabilities(supported: str, build_info: dict[str, Any]) -> list[str]:
+    """The instruction sets of the last build that the processor supports, the best one first, or the one in
+    SEGATTN_CPU_CAPABILITY. A library that an earlier build left is not used: its sources may be others."""
     wanted = build_info.get("cpu_instruction_sets", CPU_CAPABILITIES)
     built = [name for name in CPU_CAPABILITIES if name in wanted and _path(f"_cpu_{name}").exists()]
     usable = [name for name in built if CPU_CAPABILITIES.index(name) <= CPU_CAPABILITIES.index(supported)]
@@ -72,13 +138,40 @@ def _choose_cpu_capability(supported: str, build_info: dict[str, Any]) -> str:
     if chosen is None:
         if not usable:
             raise OSError(f"no CPU library for this processor ({supported}) was built (built: {built})")
-        return usable[-1]
+        return usable[::-1]
     if chosen not in usable:
         raise ValueError(
             f"SEGATTN_CPU_CAPABILITY must be one of {usable}, which were built and this processor can run "
             f"(got {chosen!r})"
         )
-    return chosen
+    return [chosen]
+
+
+def _load_cpu(state: Libraries, supported: str) -> str:
+    """Loads the kernels for the best instruction set whose library is whole, and returns its name.
+
+    Raises:
+        OSError: if none loads.
+    """
+    usable = _usable_cpu_capabilities(supported, state.build_info)
+    for name in usable:
+        try:
+            state.load(f"_cpu_{name}")
+        except OSError as error:
+            if name == usable[-1]:
+                raise
+            state.skipped[name] = str(error)
+            continue
+        if state.skipped:
+            reasons = "; ".join(state.skipped.values())
+            warnings.warn(
+                f"segattn_ops: the CPU kernels for {name} serve, not the faster ones for {', '.join(state.skipped)}, "
+                f"whose library did not load ({reasons}); build it again with {HOW_TO_BUILD}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return name
+    raise OSError("no CPU library was built")
 
 
 def load() -> Libraries:
@@ -87,7 +180,8 @@ def load() -> Libraries:
     if not has_extension():
         reason = f"the compiled library {_path('_C').name} is not in {PACKAGE}; build it with {HOW_TO_BUILD}"
         if not state.build_info.get("extension", True):
-            reason = f"installed without the extension ({state.build_info['reason']}); build it with {HOW_TO_BUILD}"
+            why = state.build_info.get("reason", "unknown")
+            reason = f"installed without the extension ({why}); build it with {HOW_TO_BUILD}"
         elif (PACKAGE.parent / "setup.py").exists():
             reason += "; if that is done, start Python outside the source tree, whose package hides the installed one"
         state.missing = {"cpu": reason, "cuda": reason}
@@ -102,9 +196,8 @@ def load() -> Libraries:
         state.load("_C")
         supported = CPU_CAPABILITIES[ctypes.CDLL(str(_path("_C"))).segattn_cpu_capability()]
         state.cpu_capability_supported = supported
-        state.cpu_capability = _choose_cpu_capability(supported, state.build_info)
-        state.load(f"_cpu_{state.cpu_capability}")
-    except OSError as error:
+        state.cpu_capability = _load_cpu(state, supported)
+    except (OSError, AttributeError) as error:
         reason = f"the compiled library did not load ({error}); build it again with {HOW_TO_BUILD}"
         state.missing = {"cpu": reason, "cuda": reason}
         return state

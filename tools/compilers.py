@@ -18,16 +18,17 @@ ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 
 
-def _load_build_tools() -> ModuleType:
+def _load_alone(name: str) -> ModuleType:
     # By path: importing it from the package would load the libraries that the process may be about to rebuild.
-    path = ROOT / "segattn_ops" / "_build_tools.py"
-    spec = importlib.util.spec_from_file_location("segattn_build_tools", path)
+    path = ROOT / "segattn_ops" / f"_{name}.py"
+    spec = importlib.util.spec_from_file_location(f"segattn_{name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-build_tools = _load_build_tools()
+build_tools = _load_alone("build_tools")
+files = _load_alone("files")
 
 
 def compiler() -> str:

@@ -21,7 +21,7 @@ from types import ModuleType
 
 import torch
 
-from .compilers import CSRC, ROOT, build_tools, cuobjdump, locked, ninja_path, nvcc, output_name, run_ninja
+from .compilers import CSRC, ROOT, build_tools, cuobjdump, files, locked, ninja_path, nvcc, output_name, run_ninja
 
 TABLE = ROOT / "docs" / "cuda_resources.md"
 ARCHITECTURES = (80, 86, 90)
@@ -377,7 +377,7 @@ def main() -> int:
             print(f"python -m tools.cuda_resources: {reason}", file=sys.stderr)
             return 2
     kernels = compiled(sources()) + compiled(sm90a_sources(), SM90A)
-    TABLE.write_text(table(kernels, launches(build.load("plain"))))
+    files.write_text(TABLE, table(kernels, launches(build.load("plain"))))
     print(TABLE.read_text())
     return 0
 

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 
-from .compilers import ROOT
+from .compilers import ROOT, files
 
 TABLE = ROOT / "docs" / "compatibility.md"
 RESULTS = ROOT / "build" / "wheel_matrix.json"
@@ -131,6 +131,19 @@ def test(torch: str, python: str, program: Path, tree: Path) -> Cell:
     return Cell(torch, python, versions, counts.group(1))
 
 
+FILES = """\
+## Checkpoints and pictures from anywhere
+
+`segattn_ops.checkpoints` reads what `torch.save` writes (the zip, and the format before PyTorch 1.6) and safetensors.
+It calls nothing that the file names, and takes at most 24 times the file's size and 256 MiB, whatever the file says of
+its tensors; a file that `torch.save` wrote takes its own size. Refused with a `ValueError` are zips with compressed
+entries, tensors with more elements than their storage (expanded views), sparse, quantized and nested tensors, names of
+more than 500 characters or with unprintable ones, and pipes and devices. `segattn_ops.visualize` opens pictures of at
+most `PIL.Image.MAX_IMAGE_PIXELS` pixels, each of which takes up to 36 bytes; not PostScript, which PIL gives to another
+program.
+"""
+
+
 def fingerprint(wheel: Path) -> str:
     """Of the wheel, of the tests, and of which of them are run."""
     digest = hashlib.sha256(wheel.read_bytes() + repr((TESTS, LARGE)).encode())
@@ -163,7 +176,7 @@ def page(wheel: Path, cells: list[Cell]) -> str:
     for cell in cells:
         outcome = cell.counts or f"not run: {cell.fault}"
         lines.append(f"| {cell.torch} | {cell.python} | {cell.versions or '-'} | {outcome} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n\n" + FILES
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -186,8 +199,9 @@ def main(argv: list[str] | None = None) -> int:
             name = f"{torch}/{python}"
             if name not in known:
                 known[name] = asdict(run(torch, python, wheel, Path(scratch)))
-                RESULTS.write_text(json.dumps({mark: known}, indent=1))
-                TABLE.write_text(page(wheel, [Cell(**known[f"{t}/{p}"]) for t, p in CELLS if f"{t}/{p}" in known]))
+                files.write_text(RESULTS, json.dumps({mark: known}, indent=1))
+                cells = [Cell(**known[f"{t}/{p}"]) for t, p in CELLS if f"{t}/{p}" in known]
+                files.write_text(TABLE, page(wheel, cells))
             print(name, known[name]["versions"], known[name]["counts"] or known[name]["fault"], flush=True)
     failed = [
         name

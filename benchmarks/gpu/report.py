@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tools.compilers import files
 from tools.cuda_bounds.document import bounds
 from tools.cuda_bounds.launches import VALUE_CHANNELS
 
@@ -169,5 +170,5 @@ def write_table(state: State) -> Path:
         parts.append(markdown_table(BOUND_COLUMNS, beside))
     parts.append(f"{EXPOSED} the device waited for the host: the time includes launches.")
     path = state.path.with_suffix(".md")
-    path.write_text("\n\n".join(parts) + "\n")
+    files.write_text(path, "\n\n".join(parts) + "\n")
     return path

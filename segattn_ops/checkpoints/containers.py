@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._files import shown
+
 State = dict[str, Tensor]
 
 # Entries beside a model's weights that hold tensors too: optimizers, schedulers, loss scalers, callbacks, metadata.
@@ -16,6 +18,9 @@ _NOT_WEIGHTS = re.compile(
 # Wrappers inside names: torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _DEPTH = 4
+# What no state dict of a network reaches, so that hostile ones (a mapping that contains itself a thousand times, a name
+# of a megabyte) end in an error instead of taking all memory or hours.
+_ENTRIES, _TENSORS, _NAME = 1_000_000, 50_000, 500
 
 
 def unwrap(checkpoint: Any, prefix: str | None = None) -> tuple[State, list[str]]:
@@ -29,7 +34,8 @@ def unwrap(checkpoint: Any, prefix: str | None = None) -> tuple[State, list[str]
 
     Raises:
         TypeError: if it is neither a mapping nor a module.
-        ValueError: if there are no tensors in it, none of the prefix, or two copies of the weights and no prefix.
+        ValueError: if there are no tensors in it, none of the prefix, or two copies of the weights and no prefix; if
+            a name has more than 500 characters or unprintable ones; for more than 50,000 tensors or 1,000,000 entries.
     """
     if prefix is not None and not isinstance(prefix, str):
         raise TypeError(f"checkpoints: prefix must be a string or None (got {type(prefix).__name__})")
@@ -41,7 +47,7 @@ def unwrap(checkpoint: Any, prefix: str | None = None) -> tuple[State, list[str]
             f"(got {type(checkpoint).__name__})"
         )
     entries: dict[str, State] = {}
-    _collect(checkpoint, "", 0, entries)
+    _collect(checkpoint, "", 0, entries, [_ENTRIES, _TENSORS])
     if not entries:
         raise ValueError(f"checkpoints: {_nothing(checkpoint)}")
     notes: list[str] = []
@@ -79,15 +85,21 @@ def unwrapped(module: nn.Module) -> nn.Module:
         module = inner
 
 
-def _collect(value: Mapping[Any, Any], path: str, depth: int, entries: dict[str, State]) -> None:
+def _collect(value: Mapping[Any, Any], path: str, depth: int, entries: dict[str, State], left: list[int]) -> None:
     """Adds the tensors of ``value`` to ``entries``, those of a mapping inside it under its path.
 
+    Args:
+        left: how many entries and tensors more are taken.
+
     Raises:
-        ValueError: if two names are the same without those of wrappers.
+        ValueError: if two names are the same without those of wrappers; for the limits of :func:`unwrap`.
     """
     import numpy as np  # here: the Hugging Face build may import torch alone
 
     for key, item in value.items():
+        left[0] -= 1
+        if left[0] < 0:
+            raise ValueError(f"checkpoints: there are more than {_ENTRIES} entries in its nested mappings")
         if not isinstance(key, str):
             continue
         if isinstance(item, nn.Module):
@@ -95,6 +107,10 @@ def _collect(value: Mapping[Any, Any], path: str, depth: int, entries: dict[str,
         if isinstance(item, np.ndarray) and item.dtype.kind in "fiub":
             item = torch.from_numpy(item.copy())
         if isinstance(item, Tensor):
+            _require_name(path + key)
+            left[1] -= 1
+            if left[1] < 0:
+                raise ValueError(f"checkpoints: there are more than {_TENSORS} tensors, more than a network has")
             name, state = _WRAPPERS.sub("", key), entries.setdefault(path, {})
             if name in state:
                 raise ValueError(
@@ -102,12 +118,21 @@ def _collect(value: Mapping[Any, Any], path: str, depth: int, entries: dict[str,
                     f"({key}); remove one of the copies"
                 )
             state[name] = item
-        elif isinstance(item, Mapping) and depth < _DEPTH and not _NOT_WEIGHTS.fullmatch(key.lower()):
-            _collect(item, f"{path}{key}.", depth + 1, entries)
+        elif isinstance(item, Mapping) and depth < _DEPTH:
+            start = key[: _NAME + 1]  # of a longer name: too long for the tensors in it
+            if not _NOT_WEIGHTS.fullmatch(start.lower()):
+                _collect(item, f"{path}{start}.", depth + 1, entries, left)
+
+
+def _require_name(name: str) -> None:
+    if len(name) > _NAME or not name.isprintable():
+        raise ValueError(
+            f"checkpoints: a name must have at most {_NAME} characters, all of them printable (got {shown(name, 80)!r})"
+        )
 
 
 def _nothing(checkpoint: Mapping[Any, Any]) -> str:
-    keys = ", ".join(map(str, list(checkpoint)[:5])) or "none"
+    keys = ", ".join(shown(key, 80) for key in list(checkpoint)[:5]) or "none"
     if "param_groups" in checkpoint:
         return f"this is the state of an optimizer, not of a model (its keys are {keys})"
     return (

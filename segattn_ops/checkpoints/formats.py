@@ -1,12 +1,16 @@
 """Says what a file is that is no checkpoint, and what to do about it."""
 
 import io
+import os
 import pickletools
 import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
+
+from .._files import shown
+from .unpickle import Window, check_archive
 
 HEADER = 256  # bytes that tell the kinds apart
 _AGAIN = "download it again"
@@ -88,6 +92,8 @@ def _archive(file: IO[bytes], size: int) -> str | None:
         names = zipfile.ZipFile(file).namelist()
     except zipfile.BadZipFile:
         return f"a zip without its end, after {size} bytes: the download or the copy was cut off; {_AGAIN}"
+    except Exception as error:  # zipfile raises many kinds for damaged directories
+        return f"a zip with a damaged directory ({shown(type(error).__name__)}): {_AGAIN}"
     parts = [name.partition("/")[2] or name for name in names]
     if "constants.pkl" in parts:
         return "a TorchScript archive: pass torch.jit.load(path), whose state dict is taken"
@@ -97,7 +103,8 @@ def _archive(file: IO[bytes], size: int) -> str | None:
         return None
     if names and all(name.endswith(".npy") for name in names):
         return "an archive of numpy arrays: pass dict(numpy.load(path))"
-    return f"a zip that torch.save did not write (it holds {', '.join(names[:3]) or 'nothing'}): unpack it first"
+    held = ", ".join(shown(name, 80) for name in names[:3])
+    return f"a zip that torch.save did not write (it holds {held or 'nothing'}): unpack it first"
 
 
 def directory(path: Path) -> str:
@@ -111,25 +118,29 @@ def directory(path: Path) -> str:
     if "zero_to_fp32.py" in files:
         return "a directory of DeepSpeed: run the zero_to_fp32.py in it, which writes one file"
     weights = [name for name in files if name.endswith((".safetensors", ".bin", ".pth", ".pt", ".ckpt"))]
-    return f"a directory: name a file in it ({', '.join((weights or files)[:4]) or 'it is empty'})"
+    listed = ", ".join(shown(name, 80) for name in (weights or files)[:4])
+    return f"a directory: name a file in it ({listed or 'it is empty'})"
 
 
 def pickled(file: IO[bytes]) -> list[str] | None:
     """The classes and functions that a pickle wants beyond tensors; None if it is no pickle. Nothing is run."""
+    size = file.seek(0, os.SEEK_END)
     file.seek(0)
-    stream: IO[bytes] = file
-    if zipfile.is_zipfile(file):
-        archive = zipfile.ZipFile(file)
-        data = next((name for name in archive.namelist() if name.endswith("data.pkl")), None)
-        if data is None:
+    zipped = zipfile.is_zipfile(file)
+    stream: IO[bytes] | Window = Window(file, size)
+    if zipped:
+        try:
+            archive = zipfile.ZipFile(file)
+            check_archive(archive.infolist(), size)
+            stream = io.BytesIO(archive.read(next(n for n in archive.namelist() if n.endswith("data.pkl"))))
+        except Exception:  # zipfile raises many kinds for damaged files
             return None
-        stream = io.BytesIO(archive.read(data))
     else:
         file.seek(0)
     found: dict[str, None] = {}
     parsed = 0
     try:
-        while parsed < (1 if stream is not file else 4):  # the old format begins with three short pickles
+        while parsed < (1 if zipped else 4):  # the old format begins with three short pickles
             for name in _globals(stream):
                 found[name] = None
             parsed += 1
@@ -144,12 +155,12 @@ def is_numpy(names: list[str]) -> bool:
     return bool(names) and all(_NUMPY.fullmatch(name) for name in names)
 
 
-def _globals(stream: IO[bytes]) -> Iterator[str]:
+def _globals(stream: IO[bytes] | Window) -> Iterator[str]:
     """The names that one pickle imports, in order."""
     strings: list[str] = []
     memo: dict[int, str] = {}
     last = ""
-    for opcode, argument, _ in pickletools.genops(stream):
+    for opcode, argument, _ in pickletools.genops(cast(IO[bytes], stream)):
         if opcode.name == "GLOBAL":
             yield str(argument).replace(" ", ".")
         elif opcode.name == "STACK_GLOBAL":

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._files import bounded
 from .containers import State, unwrap, unwrapped
 from .explain import Hint, differences, hints
 from .files import Source, read
@@ -65,7 +67,7 @@ class LoadReport:
         for name in ("missing", "unknown", "mismatched", "left_out", "filled", "folded", "ignored", "notes"):
             entries = getattr(self, name)
             if entries:
-                lines.append(f"{name.replace('_', ' ')} ({len(entries)}): {', '.join(entries)}")
+                lines.append(bounded(f"{name.replace('_', ' ')} ({len(entries)}): {', '.join(entries)}"))
         if self.preprocessing is not None:
             lines.append(f"preprocessing: {self.preprocessing}")
         return "\n".join(lines)
@@ -128,7 +130,7 @@ def load(
 
     Raises:
         TypeError: if ``source`` or ``module`` is of another type.
-        ValueError: with all names, if ``strict`` and something is missing, unknown or of the wrong shape; if nothing
+        ValueError: with the names, if ``strict`` and something is missing, unknown or of the wrong shape; if nothing
             fits the module; if the layout is not known or fits the module in several places; if there are several
             networks in the checkpoint and no ``prefix``; and for tensors on the meta device, quantized or sparse.
     """
@@ -174,7 +176,7 @@ def load(
     different = _not_finite(found) + differences(translation, module, found, inplace_abn)
     report.notes += different
     for text in different:
-        warnings.warn(f"checkpoints.load: {text}", UserWarning, stacklevel=2)
+        warnings.warn(bounded(f"checkpoints.load: {text}"), UserWarning, stacklevel=2)
     report.notes += _overflows(found, target)
     with torch.no_grad():
         module.load_state_dict(found, strict=False)
@@ -286,7 +288,7 @@ def _does_not_fit(module: nn.Module, report: LoadReport, reasons: list[Hint], tr
 
 def _norm_weights(state: State) -> Iterator[tuple[str, Tensor]]:
     for name, value in state.items():
-        if name.endswith(".weight") and f"{name[:-7]}.running_mean" in state:
+        if name.endswith(".weight") and f"{name[:-7]}.running_mean" in state and value.is_floating_point():
             yield name, value
 
 
@@ -301,25 +303,38 @@ def _has_part(target: State, prepend: str) -> bool:
 
 
 def _place(translation: Translation, target: State, module: str) -> _Place:
-    """Where most tensors of the module are found; of equals, where there is the least else."""
+    """Where most tensors of the module are found; of equals, where there is the least else.
+
+    One step through each name of the checkpoint for each of its dots, and the same for the module: with a step through
+    all names for each prefix, a file of many names would take hours.
+    """
     shapes = {name: tuple(value.shape) for name, value in target.items()}
+    state = translation.state
 
-    def place(strip: str, prepend: str) -> _Place:
-        matches, extras, covered = 0, 0, set()
-        for name, value in translation.state.items():
-            if not name.startswith(strip):
-                continue
-            ours = prepend + name[len(strip) :]
-            if ours in shapes and (shapes[ours] == tuple(value.shape) or value.numel() == 1):
-                matches += 1
-                covered.add(ours)
-            else:
-                extras += 1
-        inside = sum(name.startswith(prepend) for name in shapes) if prepend else 0
-        return _Place(strip, prepend, matches, extras + max(inside - len(covered), 0))
+    def fits(name: str, ours: str) -> bool:
+        return ours in shapes and (shapes[ours] == tuple(state[name].shape) or state[name].numel() == 1)
 
-    places = [place(strip, "") for strip in dotted_prefixes(translation.state)]
-    places += [place("", prepend) for prepend in dotted_prefixes(target) if prepend]
+    matches: Counter[str] = Counter()  # prefix of the checkpoint -> names that fit without it, and names under it
+    for name in state:
+        matches.update(strip for strip in dotted_prefixes([name]) if fits(name, name[len(strip) :]))
+    inside = Counter(strip for name in state for strip in dotted_prefixes([name]) if strip in matches)
+    places = [_Place("", "", matches[""], len(state) - matches[""])]
+    places += [
+        _Place(strip, "", matches[strip], inside[strip] - matches[strip])
+        for strip in sorted(matches, key=lambda prefix: (prefix.count("."), prefix))
+        if strip
+    ]
+    ours_inside: Counter[str] = Counter()
+    found: Counter[str] = Counter()
+    for ours in shapes:
+        for prepend in dotted_prefixes([ours])[1:]:
+            ours_inside[prepend] += 1
+            name = ours[len(prepend) :]
+            found[prepend] += name in state and fits(name, ours)
+    places += [
+        _Place("", prepend, found[prepend], len(state) - found[prepend] + ours_inside[prepend] - found[prepend])
+        for prepend in dotted_prefixes(target)[1:]
+    ]
     best = max(one.matches for one in places)
     tied = [one for one in places if one.matches == best]
     if best == 0 or tied[0].strip == tied[0].prepend == "":
@@ -327,7 +342,7 @@ def _place(translation: Translation, target: State, module: str) -> _Place:
     least = min(one.extras for one in tied)
     tied = [one for one in tied if one.extras == least]
     if len(tied) > 1:
-        choices = ", ".join(repr(one.strip or one.prepend) for one in tied)
+        choices = bounded(", ".join(repr(one.strip or one.prepend) for one in tied))
         raise ValueError(
             f"checkpoints.load: a checkpoint of {translation.recognised.system} fits {module} equally well in several "
             f"places: {choices}; load into the part itself, or choose a part of the checkpoint with prefix="
@@ -350,7 +365,9 @@ def _fold(
     if mean is None or mean not in target:
         return False
     stored = translation.state.get(place.strip + mean[len(place.prepend) :])
-    if stored is None or stored.shape != target[mean].shape:
+    if stored is None or not stored.shape == bias.shape == target[mean].shape:
+        return False
+    if not (_castable(stored.dtype, target[mean].dtype) and _castable(bias.dtype, target[mean].dtype)):
         return False
     found[mean] = stored - bias
     report.folded.append(f"{name} into {mean}")

@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._files import bounded
 from .containers import State, unwrap
 from .names import AUXILIARY, BLOCKS, HEADS, IGNORED, PREFIXES, STAGES, STEMS, Naming, Pairs
 from .preprocessing import Preprocessing, of_layout
+
+_MOST = 256  # ResNets, and heads or blocks of a kind, among which a choice is looked for
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,8 @@ def backbones(keys: Iterable[str]) -> list[tuple[str, str]]:
         stem = next((stem for stem, mark in marks if f"{prefix}{mark}.weight" in keys), None)
         if stem is not None:
             found.append((prefix, stem))
+    if len(found) > _MOST:
+        raise ValueError(f"checkpoints: there are {len(found)} ResNets in this checkpoint; choose some with prefix=")
     return found
 
 
@@ -177,8 +182,10 @@ def several(found: Sequence[Found], prefix: str | None) -> ValueError:
     what = {f"{one.recognised.format} {one.recognised.system}" for one in found}
     choices = ", ".join(repr(outer + label) for label in labels(found))
     return ValueError(
-        f"checkpoints: there are several of {', '.join(sorted(what))} in this checkpoint; choose with prefix=, one of "
-        f"{choices}"
+        bounded(
+            f"checkpoints: there are several of {', '.join(sorted(what))} in this checkpoint; choose with prefix=, one "
+            f"of {choices}"
+        )
     )
 
 
@@ -226,6 +233,8 @@ def _find(state: State, naming: Naming) -> list[str]:
     keys = list(state)
     found = [set(_prefixes(keys, anchor)) for anchor in naming.anchors]
     together = sorted(set.intersection(*found), key=lambda prefix: (len(prefix), prefix))
+    if len(together) > _MOST:
+        raise ValueError(f"checkpoints: there are {len(together)} of {naming.system}; choose some with prefix=")
     return [
         prefix
         for prefix in together
@@ -273,8 +282,10 @@ def _network(naming: Naming, prefix: str, resnets: Sequence[tuple[str, str]], ke
         if len(inside) > 1:
             choices = ", ".join(repr(resnet[0]) for resnet in inside)
             raise ValueError(
-                f"checkpoints: the head {prefix!r} has several backbones beside it ({choices}); choose with prefix=, "
-                "or leave out the names of the others"
+                bounded(
+                    f"checkpoints: the head {prefix!r} has several backbones beside it ({choices}); choose with "
+                    "prefix=, or leave out the names of the others"
+                )
             )
         auxiliary = tuple(root + name for name in AUXILIARY)
         if inside or any(key.startswith(auxiliary) for key in keys):

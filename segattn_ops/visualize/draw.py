@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._files import replacing
 from .images import Image, as_image, as_map
 from .record import Points, fractions
 
@@ -40,7 +41,8 @@ def overlay(
     Raises:
         TypeError: for an image or a map of another type.
         ValueError: for other shapes, values that are not finite or outside these ranges (a normalised image), a file
-            that is not an image, an opacity or a colormap that does not exist.
+            that is not an image or has more pixels than
+            PIL.Image.MAX_IMAGE_PIXELS (each takes up to 36 bytes), an opacity or a colormap that does not exist.
         ModuleNotFoundError: without matplotlib.
     """
     try:
@@ -125,7 +127,8 @@ def draw_attention(
     if caption:
         figure.supxlabel(caption, fontsize=8, color="#555555")
     if path is not None:
-        figure.savefig(path)
+        with replacing(path) as part:
+            figure.savefig(part)
     return figure
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import warnings
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._files import shown
+
 Image = Any  # a path, PIL.Image.Image, numpy.ndarray or Tensor
 _WHITES = (1.0, 255.0, 65535.0)
 _NORMALISED_WHITE = 3.0  # white is 2.2 to 2.6 after ImageNet's normalisation
+# Formats that PIL decodes itself. For PostScript it runs another program.
+_FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 _OVERSHOOT = 0.05  # of resizing with a bicubic filter, as a share of white
 
 
@@ -51,14 +57,24 @@ def as_map(attention: Any, name: str = "attention", rank: int = 2) -> Tensor:
 def _open(path: Path) -> Any:
     from PIL import Image as pillow
 
-    if not path.is_file():
-        raise ValueError(f"visualize: image must be a file (got {'a folder' if path.is_dir() else 'no file'}: {path})")
+    if not os.path.isfile(path):
+        found = "a folder" if os.path.isdir(path) else "a device or a pipe" if os.path.exists(path) else "no file"
+        raise ValueError(f"visualize: image must be a file (got {found}: {shown(path)})")
+    most = pillow.MAX_IMAGE_PIXELS
+    pillow.init()
+    formats = [name for name in _FORMATS if name in pillow.OPEN]  # PIL may be built without some
     try:
-        with pillow.open(path) as opened:
-            opened.load()
-            return opened.copy()
-    except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
-        raise ValueError(f"visualize: {path} is not an image that PIL can read ({error})") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of metadata, and of a size that is refused below
+            with pillow.open(path, formats=formats) as opened:
+                width, height = opened.size
+                if most is not None and width * height > most:
+                    raise ValueError(f"it has {width} x {height} pixels, and PIL.Image.MAX_IMAGE_PIXELS is {most}")
+                opened.load()
+                return opened.copy()
+    except Exception as error:  # PIL raises many kinds for damaged files
+        reason = shown(str(error) or type(error).__name__)
+        raise ValueError(f"visualize: {shown(path)} is not an image that PIL can read ({reason})") from error
 
 
 def _without_palette(image: Any) -> Any:

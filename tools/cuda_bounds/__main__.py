@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ..compilers import ROOT, cuobjdump, nvcc
+from ..compilers import files as whole_files
 from ..cuda_resources import fat_binaries, sources
 from . import document, launches, sass
 
@@ -36,8 +37,9 @@ def write_document(emulator: ModuleType) -> None:
     for problem in document.PROBLEMS:
         if (problem, document.ARCHITECTURES[-1]) not in done:
             done |= document.measure(emulator, files, (problem,))
-            RESULTS.write_bytes(pickle.dumps((mark, done)))
-        document.DOCUMENT.write_text(document.document(done))
+            with whole_files.replacing(RESULTS) as part:
+                part.write_bytes(pickle.dumps((mark, done)))
+        whole_files.write_text(document.DOCUMENT, document.document(done))
 
 
 def loop_rows(function: sass.Function) -> list[str]:
