@@ -23,9 +23,7 @@ def main() -> int:
     package = build.build(variant, instruction_set, os.environ.get("SEGATTN_SANITIZER_FAMILY"))
     with tempfile.TemporaryDirectory() as folder:
         reports = Path(folder)
-        return process.run(
-            command, process.watching_environment(variant, package, reports, instruction_set), reports
-        )
+        return process.run(command, process.watching_environment(variant, package, reports, instruction_set), reports)
 
 
 if __name__ == "__main__":

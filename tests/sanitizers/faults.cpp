@@ -1,6 +1,8 @@
 // Functions with one fault each and their corrected twins, compiled like the CPU library: each tool must report the
 // first and not the second (tests/tools/test_sanitizers.py). They are called through ctypes.
+#include <chrono>
 #include <cstdint>
+#include <thread>
 #include <vector>
 
 #include "cpu/common/parallel.h"
@@ -16,6 +18,11 @@ template <class T>
 T hidden(T value) {
   asm volatile("" : "+r"(value));
   return value;
+}
+
+// Lets the other threads take units.
+void pause() {
+  std::this_thread::sleep_for(std::chrono::milliseconds(1));
 }
 
 constexpr std::int64_t kCount = 21;  // of 4 bytes: no multiple of the alignment
@@ -77,7 +84,10 @@ SEGATTN_FAULT float segattn_fault_misaligned(bool broken) {
 SEGATTN_FAULT float segattn_fault_race(bool broken) {
   std::vector<float> results(64);
   float* const data = results.data();
-  parallel_units(64, 64, [&](std::int64_t unit, Scratch&) { data[broken ? 0 : unit] = 1; });
+  parallel_units(64, 64, [&](std::int64_t unit, Scratch&) {
+    pause();
+    data[broken ? 0 : unit] = 1;
+  });
   return results[0];
 }
 
@@ -87,6 +97,7 @@ SEGATTN_FAULT float segattn_fault_unordered_units(bool broken) {
   float* const data = results.data();
   std::atomic<std::int64_t> done{0};
   parallel_units(64, 64, [&](std::int64_t unit, Scratch&) {
+    pause();
     if (unit > 0) {
       while (!broken && done.load(std::memory_order_acquire) < unit) {
       }

@@ -1,6 +1,6 @@
 """Every operator of the CPU library once, forward and backward, for tools that take a minute for a second:
 
-    python -m tests.sanitizers.smoke
+python -m tests.sanitizers.smoke
 """
 
 import torch
