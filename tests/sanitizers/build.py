@@ -1,7 +1,7 @@
 """Builds the CPU libraries for a tool that watches them, into a copy of the package.
 
-The copy is a folder ``segattn_ops`` with links to the Python files and with libraries of its own, so that nothing in the
-package knows of the tools. tests/sanitizers/__main__.py puts it first on the path.
+The copy is a folder ``segattn_ops`` with links to the Python files and with libraries of its own, so that nothing in
+the package knows of the tools. tests/sanitizers/__main__.py puts it first on the path.
 """
 
 import ctypes

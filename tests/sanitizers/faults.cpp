@@ -21,7 +21,7 @@ T hidden(T value) {
 }
 
 // Lets the other threads take units.
-void pause() {
+void wait_a_moment() {
   std::this_thread::sleep_for(std::chrono::milliseconds(1));
 }
 
@@ -85,7 +85,7 @@ SEGATTN_FAULT float segattn_fault_race(bool broken) {
   std::vector<float> results(64);
   float* const data = results.data();
   parallel_units(64, 64, [&](std::int64_t unit, Scratch&) {
-    pause();
+    wait_a_moment();
     data[broken ? 0 : unit] = 1;
   });
   return results[0];
@@ -97,7 +97,7 @@ SEGATTN_FAULT float segattn_fault_unordered_units(bool broken) {
   float* const data = results.data();
   std::atomic<std::int64_t> done{0};
   parallel_units(64, 64, [&](std::int64_t unit, Scratch&) {
-    pause();
+    wait_a_moment();
     if (unit > 0) {
       while (!broken && done.load(std::memory_order_acquire) < unit) {
       }

@@ -22,12 +22,11 @@ _seen = 0  # characters
 
 
 @pytest.fixture(autouse=True)
-def _no_reports(record_property):
+def _no_reports(request):
     global _seen
     yield
     text = written(REPORTS)
     found, _seen = text[_seen:], len(text)
-    record_property(f"tests under {NAME}", 1)
-    record_property(f"reports of {NAME}", int(bool(found)))
+    request.node.user_properties += [(f"tests under {NAME}", 1), (f"reports of {NAME}", int(bool(found)))]
     if found:
         pytest.fail(f"{NAME} reports:\n{found[:5000]}", pytrace=False)

@@ -38,8 +38,8 @@ def runtime_library(name: str) -> str:
 
 
 def environment(sanitizer: str, **options: object) -> dict[str, str]:
-    """The environment of a process under a sanitizer, which must be loaded before anything allocates memory. ``options``
-    are added to OPTIONS."""
+    """The environment of a process under a sanitizer, which must be loaded before anything allocates memory.
+    ``options`` are added to OPTIONS."""
     # With libstdc++, whose functions the sanitizer looks up at the start; Python does not load it.
     libraries = [runtime_library(RUNTIMES[sanitizer]), runtime_library("libstdc++.so.6")]
     joined = ":".join(f"{name}={value}" for name, value in (OPTIONS[sanitizer] | options).items())
