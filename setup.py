@@ -65,16 +65,7 @@ if not NO_EXTENSION:
 NAMESPACE = os.environ.get("SEGATTN_NAMESPACE")
 DEFINES = [f"-DSEGATTN_NAMESPACE={NAMESPACE}"] if NAMESPACE else []
 CXX_FLAGS = [*build_tools["CXX_FLAGS"], *DEFINES]
-
-# -Wno-psabi: GCC splits vectors wider than a register, but none crosses a library boundary. The other two: GCC 12's own
-# AVX-512 intrinsics start from undefined registers.
-CPU_WARNINGS = ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
-
-AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-CPU_INSTRUCTION_SETS = {"baseline": []}
-if platform.machine() in ("x86_64", "AMD64"):
-    CPU_INSTRUCTION_SETS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+CPU_INSTRUCTION_SETS = build_tools["CPU_INSTRUCTION_SETS"]
 
 
 def decide_cuda() -> tuple[bool, str]:
@@ -107,14 +98,14 @@ def dependencies() -> list[str]:
     ]
 
 
-def wanted_instruction_sets() -> dict[str, list[str]]:
+def wanted_instruction_sets() -> dict[str, tuple[str, ...]]:
     only = os.environ.get("SEGATTN_CPU_ONLY")
     if only is not None and only not in CPU_INSTRUCTION_SETS:
         raise SystemExit(f"SEGATTN_CPU_ONLY must be one of {list(CPU_INSTRUCTION_SETS)} (got {only!r})")
     return {name: f for name, f in CPU_INSTRUCTION_SETS.items() if only is None or name in (only, "baseline")}
 
 
-def cpu_extensions(sets: dict[str, list[str]]) -> list:
+def cpu_extensions(sets: dict[str, tuple[str, ...]]) -> list:
     schemas = cpp_extension.CppExtension(
         "segattn_ops._C",
         ["csrc/ops.cpp", "csrc/cpu_capability.cpp"],
@@ -128,7 +119,9 @@ def cpu_extensions(sets: dict[str, list[str]]) -> list:
             f"segattn_ops._cpu_{name}",
             sources("cpu", ".cpp"),
             include_dirs=[INCLUDE],
-            extra_compile_args={"cxx": [*CXX_FLAGS, *flags, *CPU_WARNINGS, f'-DSEGATTN_CPU_CAPABILITY_NAME="{name}"']},
+            extra_compile_args={
+                "cxx": [*CXX_FLAGS, *flags, *build_tools["CPU_WARNINGS"], f'-DSEGATTN_CPU_CAPABILITY_NAME="{name}"']
+            },
             depends=dependencies(),
             py_limited_api=True,
         )

@@ -4,6 +4,7 @@ and without the package."""
 import glob
 import hashlib
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -14,6 +15,17 @@ LANGUAGE = ("-std=c++20",)
 # PyTorch's stable ABI from 2.10 on and the limited API of Python 3.10: one wheel serves every later version.
 STABLE_ABI = ("-DPy_LIMITED_API=0x030A0000", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY")
 CXX_FLAGS = ("-O3", *LANGUAGE, "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", *STABLE_ABI)
+
+# The CPU kernels are compiled once for each.
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+CPU_INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {"baseline": ()}
+if platform.machine() in ("x86_64", "AMD64"):
+    CPU_INSTRUCTION_SETS |= {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": (*_AVX512, "-mavx512bf16")}
+# -Wno-psabi: GCC splits vectors wider than a register, but none crosses a library boundary. The other two: GCC 12's own
+# AVX-512 intrinsics start from undefined registers.
+CPU_WARNINGS = ("-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized")
+
 # What decides nvcc's device code; setup.py adds the architectures and the visibility of host symbols.
 NVCC_FLAGS = ("-O3", *LANGUAGE, "--expt-relaxed-constexpr", "-DUSE_CUDA", *STABLE_ABI)
 # Kernels with instructions of Hopper alone are in files of this name, which are compiled for sm_90a and nothing else.

@@ -22,7 +22,7 @@ struct ExpConstants;
 
 template <>
 struct ExpConstants<float> {
-  using Bits = std::int32_t;
+  using Bits = std::uint32_t;  // unsigned: for x out of range the sum of the bit patterns wraps, and is not used
   static constexpr int mantissa_bits = 23;
   static constexpr float round_magic = 0x1.8p23f;  // x + round_magic holds round(x) in its low bits
   static constexpr float inverse_ln2 = 0x1.715476p+0f;
@@ -37,7 +37,7 @@ struct ExpConstants<float> {
 
 template <>
 struct ExpConstants<double> {
-  using Bits = std::int64_t;
+  using Bits = std::uint64_t;
   static constexpr int mantissa_bits = 52;
   static constexpr double round_magic = 0x1.8p52;
   static constexpr double inverse_ln2 = 0x1.71547652b82fep+0;
