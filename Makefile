@@ -6,14 +6,23 @@ MAX_JOBS ?= 2
 export MAX_JOBS
 # The CUDA kernels are built wherever nvcc is, without a GPU too: their compilation is part of what is tested.
 TEST_CUDA_ARCHITECTURES ?= 9.0
+# What is missing fails its tests instead of skipping them.
+REQUIRED = SEGATTN_REQUIRE_INTEROP=1 SEGATTN_REQUIRE_HEADERS=1 SEGATTN_REQUIRE_SANITIZERS=1
 
-.PHONY: bench test environment build wheels lint format clean
+.PHONY: bench test fuzz sanitize mutate reliability environment build wheels lint format clean
 
 bench: build
 	$(BIN)/python -m benchmarks
 
 test: build $(VENV)/.interop build/torch_headers/.complete
-	SEGATTN_REQUIRE_INTEROP=1 SEGATTN_REQUIRE_HEADERS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+	$(REQUIRED) $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+# What is too long for `make test`. Each writes its records and docs/reliability.md; `make reliability` is all of it.
+fuzz sanitize mutate: build
+	$(BIN)/python -m tools.reliability run $@
+
+reliability: build $(VENV)/.interop build/torch_headers/.complete
+	$(REQUIRED) $(BIN)/python -m tools.reliability run
 
 $(VENV)/.environment: requirements/dev.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)

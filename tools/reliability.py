@@ -65,6 +65,11 @@ INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16")
 FUZZ_MINUTES = "8"  # of each run
 
 AREAS = {
+    "suite": Area(
+        "The suite",
+        "What `make test` runs, the builds for the emulator and the sanitizers among it. Warnings are errors.",
+        (Run("All tests", "-n 2 --dist worksteal", slowest=True),),
+    ),
     "fuzz": Area(
         "Properties",
         "Calls that hypothesis draws: ops, sizes around the tiles, dtypes, strides, scales, threads, devices. Each is "
