@@ -62,6 +62,8 @@ class Area:
 
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16")
+OPS = 'tests/ops/test_ops.py -k "not float64 and not -float16"'
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 FUZZ_MINUTES = "8"  # of each run
 
 AREAS = {
@@ -95,6 +97,37 @@ AREAS = {
                 "-q tests/properties",
                 environment={"SEGATTN_TEST_BACKENDS": "emulated", "SEGATTN_FUZZ_MINUTES": FUZZ_MINUTES},
             ),
+        ),
+    ),
+    "sanitize": Area(
+        "Sanitizers",
+        "The op tests over builds of the CPU library for AddressSanitizer, UndefinedBehaviorSanitizer and "
+        "ThreadSanitizer, and over the emulated CUDA kernels with AddressSanitizer and with the race detector, which "
+        "also reports shared memory that is read before it is written. A report fails its test (`docs/emulator.md`).",
+        (
+            Run("Planted faults", "-q tests/tools/test_sanitizers.py -k planted"),
+            *(
+                Run(
+                    f"CPU, {sanitizer}, {name}",
+                    f"-q {OPS}",
+                    launcher=f"-m tests.sanitizers {sanitizer}",
+                    environment={"SEGATTN_TEST_BACKENDS": "cpu", "SEGATTN_CPU_CAPABILITY": name} | ONE_THREAD,
+                )
+                for sanitizer in ("address", "undefined", "thread")
+                for name in ("baseline", "avx2", "avx512_bf16")
+            ),
+            Run(
+                "CUDA emulated, address",
+                f"-q {OPS}",
+                launcher="-m tests.emulator.asan",
+                environment={"SEGATTN_TEST_BACKENDS": "emulated"} | ONE_THREAD,
+            ),
+            Run(
+                "CUDA emulated, race",
+                f"-q {OPS}",
+                environment={"SEGATTN_TEST_BACKENDS": "emulated", "SEGATTN_EMULATOR_VARIANT": "race"} | ONE_THREAD,
+            ),
+            Run("Valgrind", "-q tests/sanitizers/valgrind_checks.py"),
         ),
     ),
     "mutate": Area(
