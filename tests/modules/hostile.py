@@ -638,7 +638,7 @@ def watched(kind: str, seed: int, count: int) -> dict[str, Any]:
     sys.addaudithook(audit)
     outcomes = {"refused": 0, "opened": 0}
     slowest, largest = (0.0, ""), 0.0
-    tried = 0
+    tried = ran = 0
     limit, constant = (MULTIPLE, CONSTANT) if kind == "checkpoints" else (MULTIPLE, PICTURE_CONSTANT)
     for codec in ("cp437", "unicode_escape", "raw_unicode_escape", "idna"):  # of zipfile, messages and pickletools
         codecs.lookup(codec)
@@ -680,6 +680,7 @@ def watched(kind: str, seed: int, count: int) -> dict[str, Any]:
                 faults.append(f"{name}: {seconds:.0f} s")
             if events:
                 faults.append(f"{name}: {events}")
+                ran += 1
                 events = []
             if message is not None and (len(message) > MESSAGE or not message.replace("\n", "").isprintable()):
                 faults.append(f"{name}: a message of {len(message)} characters, {message[:300]!r}")
@@ -687,8 +688,9 @@ def watched(kind: str, seed: int, count: int) -> dict[str, Any]:
                 faults.append(f"{name}: {message[:300]!r}")
             if Path(CANARY).exists():
                 faults.append(f"{name}: the canary is there")
+                ran += 1
                 Path(CANARY).unlink()
-    return {"tried": tried, **outcomes, "faults": faults, "slowest": slowest, "largest share": largest}
+    return {"tried": tried, "ran": ran, **outcomes, "faults": faults, "slowest": slowest, "largest share": largest}
 
 
 if __name__ == "__main__":
