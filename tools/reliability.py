@@ -13,11 +13,14 @@ import argparse
 import datetime
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
 import tempfile
+import textwrap
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -267,8 +270,33 @@ def run_areas(names: Iterable[str], only: str = "") -> list[str]:
     return bad
 
 
-def _counted(record: dict) -> str:
-    return "; ".join(f"{number:,} {name}" for name, number in sorted(record["counts"].items())) or "-"
+# What divides the name of a part of a count, "inputs tried of position_attention", from that of the count.
+_PART = re.compile(r"(.+?)( of |: | by )(.+)")
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    whole = sorted((name, number) for name, number in counts.items() if not _PART.fullmatch(name))
+    return "; ".join(f"{number:,} {name}" for name, number in whole) or "-"
+
+
+def _parts(counts: Mapping[str, int]) -> list[str]:
+    """A line for every count that is given in parts."""
+    lines: dict[str, list[str]] = {}
+    for name, number in sorted(counts.items()):
+        if part := _PART.fullmatch(name):
+            lines.setdefault(part[1] + part[2].rstrip(": "), []).append(f"{part[3]} {number:,}")
+    return [f"{name}: {', '.join(parts)}." for name, parts in lines.items()]
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, 120, break_on_hyphens=False, break_long_words=False)
+
+
+def _total(records: Iterable[dict]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for record in records:
+        total.update(record["counts"])
+    return dict(total)
 
 
 def _tests(record: dict) -> str:
@@ -298,19 +326,15 @@ def page() -> str:
     ]
     for name, area in AREAS.items():
         records = load(name)
-        total: dict[str, int] = {}
-        for record in records:
-            for label, number in record["counts"].items():
-                total[label] = total.get(label, 0) + number
         summed = {key: sum(record[key] for record in records) for key in ("passed", "failed", "skipped")}
         link = f"[{area.title}](#{area.title.lower().replace(' ', '-').replace(',', '')})"
-        lines.append(f"| {link} | {_counted({'counts': total})} | {_tests(summed)} | {len(records)} |")
+        lines.append(f"| {link} | {_counted(_total(records))} | {_tests(summed)} | {len(records)} |")
     for name, area in AREAS.items():
         lines += [
             "",
             f"## {area.title}",
             "",
-            area.text,
+            _filled(area.text),
             "",
             "| run | counts | tests | time | date |",
             "|---|---|---|---|---|",
@@ -319,13 +343,16 @@ def page() -> str:
         for record in records:
             cells = [
                 record["title"],
-                _counted(record),
+                _counted(record["counts"]),
                 _tests(record),
                 _duration(record["seconds"]),
                 record["date"][:10],
             ]
             lines.append("| " + " | ".join(cells) + " |")
-        lines += ["", "```sh", *(record["command"] for record in records), "```"]
+        recorded = {record["title"] for record in records}
+        lines += [f"| {run.title} | not run | | | |" for run in area.runs if run.title not in recorded]
+        lines += ["", *(line for part in _parts(_total(records)) for line in (_filled(part), ""))]
+        lines += ["```sh", *(run.command for run in area.runs), "```", ""]
         for record in records:
             lines += [f"- Failed in {record['title']}: `{test}`" for test in record["failures"]]
         for record in records:
@@ -334,7 +361,7 @@ def page() -> str:
                 lines += [f"| `{test}` | {seconds} |" for test, seconds in record["slowest"]]
         places = dict.fromkeys(_where(record) for record in records)
         lines += ["", *(f"{place}." for place in places)]
-    return "\n".join(lines) + "\n"
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines) + "\n")
 
 
 def main() -> int:

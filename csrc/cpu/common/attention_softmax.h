@@ -36,9 +36,11 @@ struct ForwardSoftmax {
     return select(energy == lowest(), V{}, or_nan);
   }
 
-  // exp(largest energy - a larger one); 0 without a finite energy
+  // exp(largest energy - a larger one); 0 without a finite energy. The first test is for a scale of 0, times which the
+  // maximum of no products is NaN.
   V factor(V maximum, V common) const {
-    return select(maximum * size == lowest(), V{}, exp((maximum - common) * size));
+    const V finite = select(maximum * size == lowest(), V{}, exp((maximum - common) * size));
+    return select(maximum == lowest(), V{}, finite);
   }
 };
 
