@@ -20,7 +20,6 @@ PACKAGE = Path(__file__).parent
 CPU_CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_bf16")  # indexed by csrc/cpu_capability.cpp's result
 _SYMBOL = b"segattn_cpu_capability"  # that the library with the schemas exports, and no other
 _NAMES = 1 << 20  # bytes at the start of a library, where its exported names are; a CUDA library may have gigabytes
-_OPERATOR = b"position_attention"  # a name that every library of the operators contains
 HOW_TO_BUILD = "`pip install --no-build-isolation .` in the source tree (needs a C++20 compiler and ninja)"
 
 
@@ -101,7 +100,7 @@ def _require_library(path: Path, schemas: bool) -> None:
         if each != 56 or max(ends) > size:
             raise OSError(f"{path} is cut off: it has {size} bytes of {max(ends)}; perhaps its build was interrupted")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            if content.find(_OPERATOR) < 0 or (content.find(_SYMBOL, 0, _NAMES) >= 0) != schemas:
+            if content.find(ops.name.encode()) < 0 or (content.find(_SYMBOL, 0, _NAMES) >= 0) != schemas:
                 raise OSError(f"{path} is another library than its name says")
     if schemas and hasattr(ops, "position_attention"):
         raise OSError(f"another library in this process has registered the operators {ops.name} before {path}")

@@ -67,7 +67,7 @@ class Area:
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16")
 OPS = 'tests/ops/test_ops.py -k "not float64 and not -float16"'
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-FUZZ_MINUTES = "8"  # of each run
+FUZZ_MINUTES = "2"  # of each run
 
 AREAS = {
     "suite": Area(
