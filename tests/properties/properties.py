@@ -30,7 +30,7 @@ def rows_of_weights_sum_to_one(call: Call, backend: Backend) -> None:
     output = function(call, data.mask)(*data.inputs[:2], ones)[0].double()
     kept = torch.ones(output.shape[0], dtype=torch.bool) if data.mask is None else ~data.mask.flatten(1).all(1)
     assert not output[~kept].any()
-    keys = ones[0, 0].numel() if call.op == "position_attention" else sum(ones.shape[1:])
+    keys = torch.Size(ones.shape[2:]).numel() if call.op == "position_attention" else sum(ones.shape[1:])
     # Weights of 16 bits are rounded, their sum is not. On tensor cores the sums of float32 are truncated.
     allowed = 2 * torch.finfo(call.torch_dtype).eps
     allowed += (16 + keys / 4) * torch.finfo(accumulation_dtype(call.torch_dtype)).eps

@@ -47,6 +47,7 @@ class Request:
 
 def test_a_failing_call_is_shrunk_and_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(exploration, "REGRESSIONS", tmp_path)
+    monkeypatch.setattr(exploration, "SEED", 0)  # one that draws more than eight in its first round
     monkeypatch.setattr(Request.node, "user_properties", [])
     box = exploration.TimeBox(0.0)
     box.add(Request.node.nodeid, 1.0)
