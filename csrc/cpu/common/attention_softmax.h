@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 #include <limits>
 
 #include "cpu/common/exp.h"
@@ -42,6 +43,24 @@ struct ForwardSoftmax {
     const V finite = select(maximum * size == lowest(), V{}, exp((maximum - common) * size));
     return select(maximum == lowest(), V{}, finite);
   }
+};
+
+// A sum over keys, in blocks of 16: of 481 equal weights one running sum was 14 units in the last place off, 10 times
+// eager's error, since every step rounds in the same direction.
+template <class V>
+class BlockedSum {
+ public:
+  void add(V term, std::int64_t index) {
+    block_ += term;
+    if (index % 16 == 15) {
+      blocks_ += block_;
+      block_ = V{};
+    }
+  }
+  V total() const { return blocks_ + block_; }
+
+ private:
+  V blocks_{}, block_{};
 };
 
 template <class A>

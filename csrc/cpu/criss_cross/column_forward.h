@@ -99,12 +99,13 @@ class ColumnForward {
         most = j == self ? most : softmax.maximum(most, load<V>(row + j * lanes));
       }
       const V offset = softmax.offset(most);
-      V total{};
+      BlockedSum<V> sum;
       for (std::int64_t j = 0; j < strip.height(); ++j) {
         const V weight = j == self ? V{} : softmax.weight(load<V>(row + j * lanes), offset);
         store(row + j * lanes, weight);
-        total += weight;
+        sum.add(weight, j);
       }
+      const V total = sum.total();
       const std::int64_t at = sample * pass.image_.positions() + strip.offset(self);
       if constexpr (kKeys == Keys::kColumn) {
         store_logsumexp(at, softmax, most, total);

@@ -77,14 +77,14 @@ class CrissCrossForward {
         most = softmax.maximum(most, load<V>(products + j * width));
       }
       const V offset = softmax.offset(most);
-      V sum{};
+      BlockedSum<V> sum;
       for (std::int64_t j = 0; j < keys; ++j) {
         const V weight = softmax.weight(load<V>(products + j * width), offset);
         store(products + j * width, weight);
-        sum += weight;
+        sum.add(weight, j);
       }
       store(maximum + column, most);
-      store(total + column, sum);
+      store(total + column, sum.total());
     });
   }
 
