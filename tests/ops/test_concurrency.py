@@ -65,7 +65,6 @@ def check_calls_in_threads(calls, rounds, record_property, backend=backends.ALL[
         return wrong
 
     assert [name for wrong in in_threads(work, backend) for name in wrong] == []
-    record_property("threads", THREADS)
     record_property("inputs tried", THREADS * rounds * len(calls))
 
 
@@ -88,7 +87,6 @@ def check_large_calls_in_threads(rounds, record_property):
         return all(results)
 
     assert all(in_threads(work))
-    record_property("threads", THREADS)
     record_property("inputs tried", THREADS * rounds * len(INPUTS))
 
 
@@ -100,7 +98,6 @@ def test_more_threads_than_processors(record_property):
     expected = large_call()
     torch.set_num_threads(64)
     assert same_bits(large_call(), expected)
-    record_property("threads", 64)
 
 
 def test_one_graph_differentiated_in_several_threads(backend):
