@@ -94,7 +94,7 @@ def test_parallel_calls_in_eight_threads(record_property):
     check_large_calls_in_threads(1, record_property)
 
 
-def test_more_threads_than_processors(record_property):
+def test_more_threads_than_processors():
     expected = large_call()
     torch.set_num_threads(64)
     assert same_bits(large_call(), expected)
