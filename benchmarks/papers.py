@@ -1,6 +1,6 @@
 """The cost tables of the CCNet and ANN papers, by formula, counted on this package's modules, and measured.
 
-``python -m benchmarks.papers`` prints them; ``--measure`` also measures the memory of CCNet's blocks at the paper's
+``python -m benchmarks papers`` prints them; ``--measure`` also measures the memory of CCNet's blocks at the paper's
 size. Conventions differ: CCNet counts FLOPs as 2 x multiply-accumulates, including the block's convolutions; ANN counts
 multiply-accumulates of "three convolutions and two products", without the last convolution.
 """
@@ -8,7 +8,6 @@ multiply-accumulates of "three convolutions and two products", without the last 
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,8 @@ from . import command_line, features
 from .processes import CellFailed, CellProcess
 from .workloads import Workload
 
-PROG = "python -m benchmarks.papers"
+PROG = "python -m benchmarks papers"
+SUMMARY = "the cost tables of the CCNet and ANN papers: published, by formula, counted, measured"
 
 # Huang et al., "CCNet: Criss-Cross Attention for Semantic Segmentation" (2019): a 769 x 769 image, a feature map of
 # 1 x 512 x 97 x 97, 64 key channels. GFLOP and MB of the attention block alone. The paper does not say what the MB
@@ -178,7 +178,3 @@ def _run(arguments: argparse.Namespace) -> int:
             table.add_row(*line)
         console.print(table)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -420,9 +420,10 @@ def test_float64_gradients(emulator):
 @pytest.mark.slow
 def test_race_build(emulator):
     """Fails on races in shared memory; also counts memory accesses."""
-    run_in("race", __file__, "traffic or conflicts or long_lines or missing or gradients or same_bits or rise_or_fall")
+    chosen = "traffic or conflicts or long_lines or missing or gradients or same_bits or rise_or_fall"
+    run_in("race", __file__, f"({chosen}) and not 1700 and not 400 and not 500")
 
 
 @pytest.mark.slow
 def test_asan_build(emulator):
-    run_in("asan", __file__, "every_device or long_lines or gradients or any_layout")
+    run_in("asan", __file__, "(every_device or long_lines or gradients or any_layout) and not 1700")

@@ -63,8 +63,13 @@ def run_script(script: str, seconds: float = 120, **environment: str) -> subproc
     )
 
 
+# A process that a shell starts in the background ignores SIGINT, and so do its children.
+INTERRUPTIBLE = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+"""
 LARGE = """
-import os, signal, sys, threading
+import os, sys, threading
 import torch
 import segattn_ops
 torch.manual_seed(0)
@@ -76,7 +81,8 @@ def check(expected):
     assert all(torch.equal(a, b) for a, b in zip(call(), expected, strict=True))
 """
 INTERRUPTED = (
-    LARGE
+    INTERRUPTIBLE
+    + LARGE
     + """
 expected = call()
 pid = os.getpid()
@@ -104,8 +110,10 @@ def test_an_interrupt_ends_the_call_and_leaves_nothing_behind(record_property):
     record_property("interrupts", 20)
 
 
-LOADER = """
-import os, signal, threading
+LOADER = (
+    INTERRUPTIBLE
+    + """
+import os
 import torch
 import segattn_ops
 from torch.utils.data import DataLoader, Dataset
@@ -128,6 +136,7 @@ except KeyboardInterrupt:
     assert torch.equal(segattn_ops.position_attention(x, x, x), x)
     print("interrupted")
 """
+)
 
 
 def test_an_interrupt_of_a_data_loader():

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import __main__ as main_job
-from benchmarks import features, measure, papers, plots, report, rivals, run, schedule, validate, workloads
+from benchmarks import features, measure, ops, papers, plots, report, rivals, run, schedule, validate, workloads
 from benchmarks.cell import CellSpec, save_inputs
 from benchmarks.processes import CellFailed, CellProcess
 from benchmarks.workloads import Workload
@@ -464,16 +463,12 @@ def test_every_time_axis_has_numbers_to_read(ends, tmp_path, monkeypatch):
         assert 2 <= len(read) <= 12, read
 
 
-def run_main(*arguments: str) -> int:
-    return main_job.main([*arguments])
-
-
 @pytest.mark.slow
 def test_main_job_writes_a_report(tmp_path, capsys):
     folder = tmp_path / "report"
-    status = run_main(
-        *("--sizes", "8x8,9x12", "--channels", "16", "--rivals", "fused,eager,sdpa", "--backend", "reference"),
-        *("--repeats", "1", "--threads", "1", "--output", str(folder)),
+    status = ops.main(
+        ["--sizes", "8x8,9x12", "--channels", "16", "--rivals", "fused,eager,sdpa", "--backend", "reference"]
+        + ["--repeats", "1", "--threads", "1", "--output", str(folder)]
     )
     printed = capsys.readouterr().out
     assert status == 0, printed
@@ -484,7 +479,7 @@ def test_main_job_writes_a_report(tmp_path, capsys):
         assert cell["forward_backward"]["median"] > cell["forward"]["median"] > 0
         assert validate.worst(cell["errors"]) < 1e-4
     assert result["machine"]["threads"] == 1
-    assert result["command"].startswith("python -m benchmarks --sizes 8x8,9x12")
+    assert result["command"].startswith("python -m benchmarks ops --sizes 8x8,9x12")
     assert "random weights" in result["features"]
     text = (folder / "report.md").read_text()
     assert "## Position attention (DANet), float32" in text

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import __main__ as main_job
-from benchmarks import command_line, features, papers, processes, readme_pictures, report, run
+from benchmarks import __main__ as dispatcher
+from benchmarks import command_line, features, ops, papers, processes, readme_pictures, report, run
 from benchmarks.validate import WrongResult
 
 SMALL = ("--sizes", "4x4", "--ops", "position", "--channels", "8", "--threads", "1", "--backend", "reference")
@@ -63,8 +63,24 @@ def refused(main, arguments: list[str], capsys, status: int = 2) -> str:
 )
 def test_bad_arguments_are_named(arguments, message, capsys, tmp_path):
     given = [*SMALL, *arguments, "--output", tmp_path / "report"]
-    assert message in refused(main_job.main, given, capsys)
+    assert message in refused(ops.main, given, capsys)
     assert not (tmp_path / "report").exists()
+
+
+def test_the_dispatcher(capsys, monkeypatch):
+    """Every subcommand is described in --help and gets the arguments after its name; without one it is the main job."""
+    assert dispatcher.main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    for number, name in enumerate(dispatcher.SUBCOMMANDS):
+        module = dispatcher.module(name)
+        assert f"  {name}" in printed and module.SUMMARY in printed
+        monkeypatch.setattr(module, "main", lambda arguments, number=number: (number, arguments))
+        assert dispatcher.main([name, "--help"]) == (number, ["--help"])
+    main_job = list(dispatcher.SUBCOMMANDS).index("ops")
+    assert dispatcher.main([]) == (main_job, [])
+    assert dispatcher.main(["--sizes", "4x4"]) == (main_job, ["--sizes", "4x4"])
+    line = refused(dispatcher.main, ["op"], capsys)
+    assert "the subcommand must be one of ops, " in line and "(got 'op'" in line
 
 
 def test_names_and_sizes_are_taken_once():
@@ -87,7 +103,7 @@ def test_files_that_are_not_what_they_should_be(capsys, tmp_path):
         ("--weights", "other.pth", "is not a ResNet-50: size mismatch"),
         ("--weights", "", "no such file"),
     ]:
-        line = refused(main_job.main, [*SMALL, option, tmp_path / name, "--output", tmp_path / "report"], capsys)
+        line = refused(ops.main, [*SMALL, option, tmp_path / name, "--output", tmp_path / "report"], capsys)
         assert message in line, name
     assert not (tmp_path / "report").exists()
 
@@ -95,15 +111,15 @@ def test_files_that_are_not_what_they_should_be(capsys, tmp_path):
 def test_outputs_that_cannot_be_written(capsys, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     for output in (tmp_path / "file", tmp_path / "file" / "report"):
-        assert "cannot be made" in refused(main_job.main, [*SMALL, "--output", output], capsys)
+        assert "cannot be made" in refused(ops.main, [*SMALL, "--output", output], capsys)
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
-    assert "is not writable" in refused(main_job.main, [*SMALL, "--output", tmp_path], capsys)
+    assert "is not writable" in refused(ops.main, [*SMALL, "--output", tmp_path], capsys)
 
 
 @pytest.mark.parametrize("missing", ["matplotlib", "rich"])
 def test_missing_extras_are_named_before_anything_runs(missing, capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
-    line = refused(main_job.main, [*SMALL, "--output", tmp_path / "report"], capsys)
+    line = refused(ops.main, [*SMALL, "--output", tmp_path / "report"], capsys)
     assert f"needs {missing}: pip install 'segattn_ops[bench]'" in line
     assert not (tmp_path / "report").exists()
 
@@ -123,8 +139,8 @@ def quick(monkeypatch):
     monkeypatch.setattr(features, "load_photograph", lambda name: np.zeros((8, 8, 3), np.uint8))
     monkeypatch.setattr(features, "Extractor", extractor)
     monkeypatch.setattr(features, "FeatureSource", lambda *arguments: Source())
-    monkeypatch.setattr(main_job, "start_server", lambda: None)
-    monkeypatch.setattr(main_job, "_draw", lambda records, source, arguments, weights: [])
+    monkeypatch.setattr(ops, "start_server", lambda: None)
+    monkeypatch.setattr(ops, "_draw", lambda records, source, arguments, weights: [])
     monkeypatch.setattr(run.Runner, "run", lambda self, planned, source: iter([[]]))
 
 
@@ -134,7 +150,7 @@ def test_an_earlier_report_is_kept(quick, capsys, tmp_path):
     (tmp_path / "time.png").write_bytes(b"a picture")
     (tmp_path / "notes.txt").write_text("mine")
     os.utime(tmp_path / "report.json", (1_700_000_000, 1_700_000_000))
-    assert main_job.main(arguments) == 0
+    assert ops.main(arguments) == 0
     (kept,) = (path for path in tmp_path.iterdir() if path.is_dir())
     assert f"The earlier report is kept in {kept}/" in capsys.readouterr().out
     assert {path.name for path in kept.iterdir()} == {"report.json", "time.png"}
@@ -142,7 +158,7 @@ def test_an_earlier_report_is_kept(quick, capsys, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {kept.name, "notes.txt", "report.json", "report.md"}
     os.utime(tmp_path / "report.json", (1_700_000_000, 1_700_000_000))  # two reports of one second
     second = json.loads((tmp_path / "report.json").read_text())
-    assert main_job.main(arguments) == 0
+    assert ops.main(arguments) == 0
     assert json.loads((tmp_path / f"{kept.name}_2" / "report.json").read_text()) == second
     assert (kept / "report.json").read_text() == "of the first run"
 
@@ -166,8 +182,8 @@ def raising(error: BaseException):
 )
 def test_a_run_that_stops_says_why_in_a_line(error, status, message, quick, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(run.Runner, "run", raising(error))
-    line = refused(main_job.main, [*SMALL, "--output", tmp_path], capsys, status)
-    assert line.startswith("python -m benchmarks: ") and message in line
+    line = refused(ops.main, [*SMALL, "--output", tmp_path], capsys, status)
+    assert line.startswith("python -m benchmarks ops: ") and message in line
 
 
 def test_the_server_of_the_cells_ignores_interrupts(monkeypatch):
@@ -216,7 +232,7 @@ def test_papers_say_what_is_missing(capsys, monkeypatch):
 
 
 def test_help_is_no_error(capsys):
-    for main in (main_job.main, papers.main, readme_pictures.main):
+    for main in (dispatcher.main, ops.main, papers.main, readme_pictures.main):
         with contextlib.suppress(SystemExit):
             main(["--help"])
         printed = capsys.readouterr()

@@ -1,6 +1,6 @@
 """Attention of a sharded feature map over the number of ranks, from the formulas of segattn_ops.distributed.plan:
 
-python -m benchmarks.scaling     # writes docs/images/scaling.png
+python -m benchmarks.sharded_scaling     # writes docs/images/scaling.png
 
 Above a scene of one size (strong scaling), below one that grows with the ranks (weak scaling). Nothing is measured.
 """
@@ -17,7 +17,7 @@ from segattn_ops.distributed import plan
 from . import command_line, plots
 from .readme_pictures import save
 
-PROG = "python -m benchmarks.scaling"
+PROG = "python -m benchmarks.sharded_scaling"
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "images" / "scaling.png"
 WIDTH = 1200  # pixels
 RANKS = tuple(2**exponent for exponent in range(13))
