@@ -6,6 +6,7 @@ Colours are Okabe and Ito's, which remain distinct with colour-blindness; every 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import re
@@ -72,9 +73,9 @@ def _pyplot():
     return pyplot
 
 
-def new_figure(count: int, rows: int):
+def new_figure(count: int, rows: int, panel: tuple[float, float] = PANEL):
     return _pyplot().subplots(
-        rows, count, figsize=(PANEL[0] * count, PANEL[1] * rows + 0.7), squeeze=False, constrained_layout=True
+        rows, count, figsize=(panel[0] * count, panel[1] * rows + 0.7), squeeze=False, constrained_layout=True
     )
 
 
@@ -125,6 +126,13 @@ def svg(panel: Panel, height: float = PANEL[1]) -> str:
     text = written.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor").replace(FAINT, "var(--faint)")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    # A page has many: ids that nothing refers to are dropped, the others get a prefix of this one's content.
+    prefix = "p" + hashlib.sha256(text.encode()).hexdigest()[:8]
+    referred = set(re.findall(r"[\"(]#([^\")]+)", text))
+    text = re.sub(
+        r' id="([^"]+)"', lambda match: f' id="{prefix}{match[1]}"' if match[1] in referred else "", text
+    )
+    text = re.sub(r"([\"(])#([^\")]+)", lambda match: f"{match[1]}#{prefix}{match[2]}", text)
     # Text is set in the page's font; anchors keep it in place where that is narrower than matplotlib's.
     text = re.sub(r"'DejaVu Sans'[^;\"]*", "inherit", text)
     return re.sub(r' width="[^"]*pt" height="[^"]*pt"| height="[^"]*pt"| width="[^"]*pt"', "", text, count=2)
@@ -226,7 +234,7 @@ def wrapped(text: str) -> str:
 KINDS = {"forward": "forward", "forward_backward": "forward + backward"}
 
 
-def time_panel(key: tuple, entries: list[dict], kind: str) -> Panel:
+def time_panel(key: tuple, entries: list[dict], kind: str, named: bool = True) -> Panel:
     """Milliseconds over N, with the number at the end of each line."""
 
     def draw(ax) -> None:
@@ -246,8 +254,7 @@ def time_panel(key: tuple, entries: list[dict], kind: str) -> Panel:
         _size_axis(ax, {entry["positions"]: size_label(entry["height"], entry["width"]) for entry in entries})
         _log_numbers(ax.yaxis, low, high)
         _end_numbers(ax, ends)
-        ax.set_title(wrapped(title(*key)) + f": {KINDS[kind]}", loc="left")
-        ax.set_ylabel("ms")
+        ax.set_title(f"{wrapped(title(*key))}: {KINDS[kind]}, ms" if named else f"{KINDS[kind]}, ms", loc="left")
 
     return draw
 
@@ -275,6 +282,10 @@ def bytes_label(value: float) -> str:
         if value >= size:
             return f"{_short(value / size)} {unit}"
     return f"{value:.0f} B"
+
+
+def seconds_label(seconds: float) -> str:
+    return f"{_short(seconds)} s" if seconds >= 1 else f"{_short(seconds * 1e3)} ms"
 
 
 def _by_formula(entries: list[dict]) -> tuple[list[int], list[float]]:
@@ -338,7 +349,7 @@ def memory_panel(key: tuple, entries: list[dict], cards: Sequence[int] = CARDS, 
             )
         _bytes_axis(ax.yaxis, low, high)
         _end_numbers(ax, ends)
-        ax.set_title(wrapped(title(*key)) if named else "", loc="left")
+        ax.set_title(wrapped(title(*key)) if named else "extra memory of forward + backward", loc="left")
 
     return draw
 
@@ -424,7 +435,7 @@ def roofline_cells(records: list[dict], dtype: str) -> list[dict]:
     return chosen
 
 
-def ratio_panel(rows: list[tuple[str, list[tuple[str, float, str]]]], xlabel: str) -> Panel:
+def ratio_panel(rows: list[tuple[str, list[tuple[str, float, str]]]], heading: str) -> Panel:
     """Bars from 1, on a log axis: rows of (label, [(rival, its figure over the fused one, text)])."""
 
     def draw(ax) -> None:
@@ -452,7 +463,7 @@ def ratio_panel(rows: list[tuple[str, list[tuple[str, float, str]]]], xlabel: st
         ax.tick_params(axis="y", length=0)
         ax.axvline(1, color=COLOURS["fused"], linewidth=2.2, zorder=4)
         _log_numbers(ax.xaxis, low, high)
-        ax.set_xlabel(xlabel)
+        ax.set_title(heading, loc="left", x=-0.15)
 
     return draw
 

@@ -14,14 +14,14 @@ NOTES = {
 Milliseconds are medians of interleaved rounds; *forward* runs in evaluation mode under no_grad, *forward + backward*
 includes the gradients of inputs and parameters. *Extra memory* is the peak over forward + backward in a separate
 process, minus inputs, parameters, output and gradients. GFLOP are those of the forward, as torch counts them for the
-rival: 2 x multiply-accumulates, convolutions included. In brackets: the figure over that of segattn_ops, with a verdict
-where the rounds suffice for one.""",
+rival: 2 x multiply-accumulates, convolutions included. In brackets: the rival's figure over that of segattn_ops, and
+whether the rival is faster, level or slower, where the interval of the rounds' ratios allows a verdict.""",
     "model": """\
 Images a second are the batch over the median of interleaved rounds; *inference* runs in evaluation mode under no_grad,
 a *training step* is forward, loss, backward, and SGD with momentum. *Memory* is the peak of the process above what it
 held before the network existed, less the input: weights, momentum, activations and gradients. All rivals have the same
 weights; only the attention blocks differ. In brackets: how many times as long the rival takes, or as much memory it
-needs, with a verdict where the rounds suffice for one.""",
+needs, and whether it is faster, level or slower, where the interval of the rounds' ratios allows a verdict.""",
 }
 COLUMNS = {
     "module": ("size", "", "GFLOP", "forward ms", "forward + backward ms", "extra memory MiB", "error"),
@@ -55,12 +55,17 @@ def memory_of(kind: str, cell: dict, which: str) -> int | None:
     return cell["memory"][which] + (cell["state_bytes"] if kind == "model" else 0)
 
 
+# Of a rival's row, where statistics.ratio has a verdict on this package.
+RIVALS_VERDICT = {"faster": ", slower", "level": ", level", "slower": ", faster", "unclear": ""}
+
+
 def _against(cell: dict, ours: dict | None, which: str) -> str:
     if not ours or cell is ours or which not in ours or which not in cell:
         return ""
-    found = statistics.ratio(ours[which]["times"], cell[which]["times"])
-    verdict = f", {found['verdict']}" if found["verdict"] != "unclear" else ""
-    return f" ({report._ratio(cell[which]['median'], ours[which]['median'])}x{verdict})"
+    mine, theirs = ours[which], cell[which]
+    paired = len(mine["times"]) == len(theirs["times"])
+    verdict = statistics.ratio(mine["times"], theirs["times"])["verdict"] if paired else "unclear"
+    return f" ({report._ratio(theirs['median'], mine['median'])}x{RIVALS_VERDICT[verdict]})"
 
 
 def _time(kind: str, cell: dict, ours: dict | None, which: str) -> str:
