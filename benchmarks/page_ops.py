@@ -70,7 +70,7 @@ def summary(content: dict) -> list[str]:
         counted = ", ".join(f"{word} in {counts[word]}" for word in statistics.VERDICTS if counts[word])
         lines.append(f"Of {total} comparisons with rivals (every size, each pass), segattn_ops is {counted}.")
     if losses:
-        lines.append(f"Slower: {'; '.join(losses)}.")
+        lines.append(f"Where it is slower: {'; '.join(losses)}.")
     return lines
 
 
@@ -80,9 +80,9 @@ def _nearest(ours: dict, others: dict[str, dict]) -> str:
 
 
 def verdicts(records: list[dict]) -> tuple[Counter, list[str]]:
-    """How often each verdict fell, and where it was "slower"."""
+    """How often each verdict fell, and where it was "slower": a phrase for each op and rival."""
     counts: Counter = Counter()
-    losses = []
+    losses: dict[tuple, list[tuple[str, float]]] = {}
     fused = {_place(entry): entry for entry in records if entry["rival"] == "fused" and entry["status"] == "measured"}
     for entry in records:
         ours = fused.get(_place(entry))
@@ -94,11 +94,15 @@ def verdicts(records: list[dict]) -> tuple[Counter, list[str]]:
             found = compared(ours, entry, kind)
             counts[found["verdict"]] += 1
             if found["verdict"] == "slower":
-                losses.append(
-                    f"{entry['op']} {size_of(entry)} {entry['dtype']} {KINDS[kind]}, "
-                    f"{rivals.TITLES[entry['rival']]} takes {found['median']:.2f} of the time"
-                )
-    return counts, losses
+                key = entry["op"], entry["dtype"], entry["rival"], kind
+                losses.setdefault(key, []).append((size_of(entry), found["median"]))
+    phrases = []
+    for (op, dtype, rival, kind), places in losses.items():
+        low, high = min(ratio for _, ratio in places), max(ratio for _, ratio in places)
+        span = f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
+        sizes = ", ".join(size for size, _ in places)
+        phrases.append(f"{rivals.TITLES[rival]} needs {span} of the time for {op} {dtype} {KINDS[kind]} at {sizes}")
+    return counts, phrases
 
 
 def _place(entry: dict) -> tuple:
@@ -189,7 +193,8 @@ def _curves(content: dict) -> list:
     if blocks:
         blocks[0].caption = (
             "Numbers are those of the largest size. Memory: dashed lines are the memories of common GPUs; hollow markers "
-            "are eager by formula (the bytes of its attention maps) at sizes where it was not measured."
+            "are eager by formula (the bytes of its attention maps) where it was not measured, up to "
+            f"{plots.BEYOND[-1][0]}x{plots.BEYOND[-1][1]}."
         )
     return blocks
 

@@ -18,7 +18,7 @@ from tools.compilers import files
 
 from . import rivals, workloads
 from .ceilings import flop_ceiling
-from .report import MIB, groups, size_of, title
+from .report import MIB, groups, size_of
 from .workloads import Workload
 
 _FIXED = {
@@ -37,9 +37,10 @@ COLOURS = {name: colour for name, (colour, _) in _FIXED.items()} | {
 MARKERS = {name: marker for name, (_, marker) in _FIXED.items()} | {
     name: _OTHER_MARKERS[index % len(_OTHER_MARKERS)] for index, name in enumerate(_OTHERS)
 }
-INK, FAINT = "#1b1f24", "#c9ced4"  # of text and of grids; the page puts its own colours in their place
+INK, FAINT, PAPER = "#1b1f24", "#c9ced4", "#fefefe"  # of text, grids and what is behind; a page puts in its own
 PANEL = (4.4, 3.3)  # inches
 LEGEND_COLUMN = 1.8
+NUMBER_HEIGHT = 11.5  # points, of a number at the end of a line
 GIB = 2**30
 CARDS = (8, 24, 80)  # GB of common GPUs, marked in the plots of memory
 BEYOND = ((128, 256), (256, 256), (256, 512))  # sizes at which a formula continues a curve of memory
@@ -124,7 +125,7 @@ def svg(panel: Panel, height: float = PANEL[1]) -> str:
         figure.savefig(written, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         pyplot.close(figure)
     text = written.getvalue()
-    text = text[text.index("<svg") :].replace(INK, "currentColor").replace(FAINT, "var(--faint)")
+    text = text[text.index("<svg") :].replace(INK, "currentColor").replace(FAINT, "var(--faint)").replace(PAPER, "var(--back)")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     # A page has many: ids that nothing refers to are dropped, the others get a prefix of this one's content.
     prefix = "p" + hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -142,16 +143,21 @@ def size_label(height: int, width: int) -> str:
     return f"{height}²" if height == width else f"{height}x{width}"
 
 
-def _size_axis(ax, sizes: dict[int, str]) -> None:
-    """A logarithmic axis of positions with the sizes' names, as many as do not overlap, the largest first."""
+def _size_axis(ax, sizes: dict[int, str], beyond: dict[int, str] | None = None) -> None:
+    """A logarithmic axis of positions with the sizes' names, as many as do not overlap, the largest first, those
+    ``beyond`` the measured ones last."""
+    order = sorted(sizes, reverse=True) + sorted((beyond or {}).keys() - sizes.keys(), reverse=True)
+    sizes = (beyond or {}) | sizes
     ax.set_xscale("log", base=2)
     low, high = min(sizes), max(sizes)
     octaves = max(math.log2(high / low), 1.0)
     per_octave = 0.66 * PANEL[0] / octaves  # inches
     keep: list[int] = []
-    for n in sorted(sizes, reverse=True):
-        needed = 0.085 * (len(sizes[n]) + (len(sizes[keep[-1]]) if keep else 0)) / 2 + 0.06
-        if not keep or math.log2(keep[-1] / n) * per_octave >= needed:
+    for n in order:
+        if all(
+            abs(math.log2(other / n)) * per_octave >= 0.085 * (len(sizes[n]) + len(sizes[other])) / 2 + 0.06
+            for other in keep
+        ):
             keep.append(n)
     ax.set_xticks(keep, [sizes[n] for n in keep])
     ax.set_xticks(sorted(sizes), minor=True)
@@ -177,22 +183,24 @@ def _log_numbers(axis, low: float, high: float, format=lambda value: f"{value:g}
 
 
 def _end_numbers(ax, ends: list[tuple[float, float, str, bool]]) -> None:
-    """Writes each (x, y, text, bold) to the right of its point, moved up where two would overlap."""
-    figure = ax.get_figure()
-    last = -math.inf
-    for x, y, text, bold in sorted(ends, key=lambda end: ax.transData.transform((end[0], end[1]))[1]):
-        at = ax.transData.transform((x, y))[1] * 72 / figure.dpi
-        shift = max(0.0, last + 11 - at)
-        last = at + shift
-        ax.annotate(
-            text,
-            (x, y),
-            xytext=(6, shift),
-            textcoords="offset points",
-            va="center",
-            fontweight="bold" if bold else "normal",
-            annotation_clip=False,
-        )
+    """Writes each (x, y, text, bold) to the right of its point; texts that would overlap are spread about their
+    middle."""
+    points = 72 / ax.get_figure().dpi
+    ends = sorted(ends, key=lambda end: end[1])
+    wanted = [ax.transData.transform((x, y))[1] * points for x, y, *_ in ends]
+    clusters: list[list[int]] = []
+    places = list(wanted)
+    for index in range(len(ends)):
+        cluster = [index]
+        while clusters and places[clusters[-1][-1]] + NUMBER_HEIGHT > places[cluster[0]]:
+            cluster = clusters.pop() + cluster
+            middle = sum(wanted[i] for i in cluster) / len(cluster)
+            for order, i in enumerate(cluster):
+                places[i] = middle + (order - (len(cluster) - 1) / 2) * NUMBER_HEIGHT
+        clusters.append(cluster)
+    for (x, y, text, bold), place, own in zip(ends, places, wanted, strict=True):
+        weight = "bold" if bold else "normal"
+        ax.annotate(text, (x, y), xytext=(7, place - own), textcoords="offset points", va="center", fontweight=weight)
 
 
 def _line(ax, name: str, xs: list[float], ys: list[float], **style) -> None:
@@ -225,10 +233,9 @@ def _short(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def wrapped(text: str) -> str:
-    """A title in two lines, broken before its brackets."""
-    head, separator, tail = text.partition(" (")
-    return f"{head}\n({tail}" if separator else text
+def heading(op: str, dtype: str, batch: int) -> str:
+    """Of a panel: the op, and on the next line what is said of it."""
+    return f"{workloads.TITLES[op]}\n{dtype}{f', batch {batch}' if batch > 1 else ''}: "
 
 
 KINDS = {"forward": "forward", "forward_backward": "forward + backward"}
@@ -239,8 +246,8 @@ def time_panel(key: tuple, entries: list[dict], kind: str, named: bool = True) -
 
     def draw(ax) -> None:
         ax.set_yscale("log")
-        ends = []
-        values = []
+        ends, values = [], []
+        largest = max(entry["positions"] for entry in entries if entry["status"] == "measured")
         for name in _names(entries):
             cells = _of_rival(entries, name)
             if not cells:
@@ -248,13 +255,14 @@ def time_panel(key: tuple, entries: list[dict], kind: str, named: bool = True) -
             ys = [cell[kind]["median"] * 1e3 for cell in cells]
             _line(ax, name, [cell["positions"] for cell in cells], ys)
             values += ys
-            ends.append((cells[-1]["positions"], ys[-1], _short(ys[-1]), name == "fused"))
-        low, high = min(values) / 1.5, max(values) * 1.6
+            if cells[-1]["positions"] == largest:
+                ends.append((largest, ys[-1], _short(ys[-1]), name == "fused"))
+        low, high = min(values) / 1.5, max(values) * 2.5
         ax.set_ylim(low, high)
         _size_axis(ax, {entry["positions"]: size_label(entry["height"], entry["width"]) for entry in entries})
         _log_numbers(ax.yaxis, low, high)
         _end_numbers(ax, ends)
-        ax.set_title(f"{wrapped(title(*key))}: {KINDS[kind]}, ms" if named else f"{KINDS[kind]}, ms", loc="left")
+        ax.set_title(f"{heading(*key)}{KINDS[kind]}, ms" if named else f"{KINDS[kind]}, ms", loc="left")
 
     return draw
 
@@ -306,12 +314,12 @@ def _by_formula(entries: list[dict]) -> tuple[list[int], list[float]]:
     return sorted(found), [found[n] for n in sorted(found)]
 
 
-def memory_panel(key: tuple, entries: list[dict], cards: Sequence[int] = CARDS, named: bool = True) -> Panel:
+def memory_panel(key: tuple, entries: list[dict], named: bool = True) -> Panel:
     """Extra memory of forward + backward over N, and the memories of GPUs. Hollow, dotted: eager by formula."""
 
     def draw(ax) -> None:
         ax.set_yscale("log")
-        ends, values = [], []
+        numbers, values, beyond = [], [], {}
         sizes = {entry["positions"]: size_label(entry["height"], entry["width"]) for entry in entries}
         for name in _names(entries):
             cells = [cell for cell in _of_rival(entries, name) if cell["memory"]]
@@ -320,7 +328,8 @@ def memory_panel(key: tuple, entries: list[dict], cards: Sequence[int] = CARDS, 
             ys = [max(cell["memory"]["forward_backward"], 2**14) for cell in cells]
             _line(ax, name, [cell["positions"] for cell in cells], ys)
             values += ys
-            ends.append((cells[-1]["positions"], ys[-1], bytes_label(ys[-1]), name == "fused"))
+            if name in ("fused", "eager"):
+                numbers.append((cells[-1]["positions"], ys[-1], name == "fused"))
         xs, ys = _by_formula(entries)
         if xs:
             before = [cell for cell in _of_rival(entries, "eager") if cell["memory"]][-1:]
@@ -336,20 +345,29 @@ def memory_panel(key: tuple, entries: list[dict], cards: Sequence[int] = CARDS, 
                 label="eager, by formula",
             )
             values += ys
-            sizes |= {height * width: size_label(height, width) for height, width in BEYOND}
-            ends = [end for end in ends if end[2]]
-        limits = [card * GIB for card in cards]
-        low, high = min(values) / 2, max(*values, *limits) * 1.6 if limits else max(values) * 2
+            beyond = {height * width: size_label(height, width) for height, width in BEYOND}
+        limits = [card * GIB for card in CARDS]
+        low, high = min(values) / 2, max(*values, *limits) * 4
         ax.set_ylim(low, high)
-        _size_axis(ax, sizes)
-        for card, limit in zip(cards, limits, strict=True):
+        _size_axis(ax, sizes, beyond)
+        for card, limit in zip(CARDS, limits, strict=True):
             ax.axhline(limit, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=2)
             ax.annotate(
                 f"{card} GB", (ax.get_xlim()[0], limit), xytext=(3, 2), textcoords="offset points", va="bottom"
             )
         _bytes_axis(ax.yaxis, low, high)
-        _end_numbers(ax, ends)
-        ax.set_title(wrapped(title(*key)) if named else "extra memory of forward + backward", loc="left")
+        for x, y, bold in numbers:  # below their lines, which rise
+            ax.annotate(
+                bytes_label(y),
+                (x, y),
+                xytext=(8, -10),
+                textcoords="offset points",
+                va="center",
+                fontweight="bold" if bold else "normal",
+                bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.6},
+                zorder=5,
+            )
+        ax.set_title(f"{heading(*key) if named else ''}extra memory of forward + backward", loc="left")
 
     return draw
 
@@ -366,7 +384,7 @@ def _bytes_axis(axis, low: float, high: float) -> None:
     axis.set_minor_locator(FixedLocator([]))
 
 
-def draw_memory(records: list[dict], path: Path, heading: str = "Extra memory of forward + backward") -> Path | None:
+def draw_memory(records: list[dict], path: Path, heading: str = "Extra memory of forward + backward (lower is better)") -> Path | None:
     """A panel for each op."""
     panels = [
         memory_panel(key, entries)

@@ -180,7 +180,7 @@ class TestVerdicts:
         cells = [cell("position", 32, 32, "fused", 1.0), cell("position", 32, 32, "sdpa", 0.5)]
         counts, losses = page_ops.verdicts(cells)
         assert counts == {"slower": 2}
-        assert losses[0] == "position 32x32 float32 forward, SDPA takes 0.50 of the time"
+        assert losses[0] == "SDPA needs 0.50 of the time for position float32 forward at 32x32"
 
     def test_single_passes_have_none(self):
         ours, theirs = cell("position", 32, 32, "fused", 1.0), cell("position", 32, 32, "sdpa", 2.0)
