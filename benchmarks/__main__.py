@@ -13,7 +13,10 @@ MAIN_JOB = "ops"
 # The modules of this package, each with SUMMARY, a line for --help, and main(arguments), which returns the exit status.
 SUBCOMMANDS = {
     "ops": "ops",
+    "modules": "modules",
+    "models": "models",
     "papers": "papers",
+    "report": "page",
 }
 
 

@@ -35,6 +35,9 @@ class CellSpec:
     def as_dict(self) -> dict:
         return asdict(self)
 
+    def make(self) -> Cell:
+        return Cell(self)
+
 
 def save_inputs(path: str, workload: Workload, leaves: dict, grad_output: torch.Tensor, seed: int = 0) -> None:
     """Writes the operands and the float64 reference of every rival."""

@@ -66,7 +66,7 @@ def grown(ranks: int) -> tuple[int, int]:
 def draw() -> None:
     from PIL import Image
 
-    figure, axes = plots.new_figure(len(COSTS), 2)
+    figure, axes = plots.new_figure(len(COSTS), 2, panel=(3.5, 3.3))
     rows = (
         (f"one map of {STRONG[0]} x {STRONG[1]} positions", lambda ranks: STRONG),
         (f"{WEAK[0]} x {WEAK[1]} positions a rank", grown),
