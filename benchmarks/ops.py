@@ -16,7 +16,7 @@ import torch
 import segattn_ops
 from tools.compilers import files
 
-from . import command_line, features, measure, picture, plots, report, rivals, workloads
+from . import ceilings, command_line, features, measure, picture, plots, report, rivals, workloads
 from .command_line import Refused
 from .processes import CellFailed, start_server
 from .run import Options, Runner, not_run
@@ -337,6 +337,7 @@ def measured(
             records,
             kind,
             features=described,
+            ceilings=ceilings.reached(torch.device(arguments.device), repeats=5),
             memory_measured=arguments.device != "cpu" or measure.host_memory_is_measurable(),
             finished=False,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -13,7 +12,6 @@ SIGNS = {
     "o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "<": "◀", ">": "▶", "P": "✚", "X": "✖", "p": "⬟", "*": "★", "h": "⬢",
 }  # fmt: skip
 _NUMBER = re.compile(r"^[<~]?-?[0-9.]+(e-?[0-9]+)?( |%|$)")
-FLAGS = ("--resume", "--dry-run")  # options without a value
 
 
 @dataclass
@@ -34,7 +32,9 @@ class Table:
         found = []
         for index in range(len(self.columns)):
             cells = [row[index] for row in self.rows if row[index] not in ("", "-")]
-            found.append(bool(cells) and index > 0 and 2 * sum(bool(_NUMBER.match(cell)) for cell in cells) > len(cells))
+            found.append(
+                bool(cells) and index > 0 and 2 * sum(bool(_NUMBER.match(cell)) for cell in cells) > len(cells)
+            )
         return found
 
 
@@ -74,24 +74,6 @@ def legend(names: Iterable[str]) -> list[tuple[str, str, str]]:
         for name in rivals.TITLES
         if name in present
     ]
-
-
-def reproduce(command: str, **options: str) -> str:
-    """``command`` with these options in the place of its own, without what is only about its files and its time."""
-    dropped = {f"--{name.replace('_', '-')}" for name in options} | {"--output", "--budget"}
-    words, kept = iter(shlex.split(command)), []
-    for word in words:
-        name, _, value = word.partition("=")
-        if name in FLAGS:
-            continue
-        if name in dropped:
-            if not value:
-                next(words, None)
-            continue
-        kept.append(word)
-    for name, value in options.items():
-        kept += [f"--{name.replace('_', '-')}", value]
-    return shlex.join([*kept, "--budget", "0"])
 
 
 def plain_table(content: dict) -> Section:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from . import plots, report, rivals, statistics
-from .page_blocks import Figures, Section, Table, legend, reproduce
+from . import command_line, plots, report, rivals, statistics
+from .page_blocks import Figures, Section, Table, legend
 from .report import groups, size_of, title
 
 KINDS = plots.KINDS
@@ -55,11 +55,9 @@ def summary(content: dict) -> list[str]:
         parts = []
         for name in dict.fromkeys(["eager", _nearest(ours, cells)]):
             if name in cells:
-                forward, both = (compared(ours, cells[name], kind) for kind in KINDS)
+                forward, both = (compared(ours, cells[name], kind) for kind in KINDS)  # eager and the nearest have both
                 speed = _speed(both["median"], both["verdict"])
-                parts.append(
-                    f"{speed} {rivals.TITLES[name]} forward + backward ({_factor(forward['median'])} forward)"
-                )
+                parts.append(f"{speed} {rivals.TITLES[name]} forward + backward ({_factor(forward['median'])} forward)")
         memory, theirs = ours["memory"], cells.get("eager", {}).get("memory")
         if memory and theirs:
             mine, other = memory["forward_backward"], theirs["forward_backward"]
@@ -76,7 +74,8 @@ def summary(content: dict) -> list[str]:
 
 def _nearest(ours: dict, others: dict[str, dict]) -> str:
     """The fastest rival forward + backward."""
-    return min(others, key=lambda name: others[name]["forward_backward"]["median"]) if others else ""
+    seconds = {name: cell["forward_backward"]["median"] for name, cell in others.items() if "forward_backward" in cell}
+    return min(seconds, key=lambda name: seconds[name], default="")
 
 
 def verdicts(records: list[dict]) -> tuple[Counter, list[str]]:
@@ -112,7 +111,7 @@ def _place(entry: dict) -> tuple:
 def command_of(content: dict, entries: list[dict]) -> str:
     """The command that measures these cells."""
     names = {entry["rival"] for entry in entries}
-    return reproduce(
+    return command_line.reproduce(
         content["command"],
         ops=",".join(dict.fromkeys(entry["op"] for entry in entries)),
         sizes=",".join(dict.fromkeys(size_of(entry) for entry in entries)),
@@ -167,7 +166,7 @@ def _ratio_rows(records: list[dict], kind: str) -> list[tuple[str, list[tuple[st
         ours = cells.pop("fused")
         bars = []
         for name in rivals.TITLES:
-            if name in cells:
+            if name in cells and kind in cells[name]:
                 ratio = cells[name][kind]["median"] / ours[kind]["median"]
                 bars.append((name, ratio, f"{ratio:.2f}  ({plots.seconds_label(cells[name][kind]['median'])})"))
         label = f"{op}\n{size_of(ours)}" + (f"\n{dtype} B={batch}" if several else "")
@@ -182,7 +181,10 @@ def _curves(content: dict) -> list:
         if len({entry["positions"] for entry in entries if entry["status"] == "measured"}) < 2:
             continue
         figures = [
-            (f"{title(*key)}: time of {KINDS[kind]} over size", plots.svg(plots.time_panel(key, entries, kind, named=False)))
+            (
+                f"{title(*key)}: time of {KINDS[kind]} over size",
+                plots.svg(plots.time_panel(key, entries, kind, named=False)),
+            )
             for kind in KINDS
         ]
         if any(entry.get("memory") for entry in entries):
@@ -213,7 +215,9 @@ def _roofline(content: dict) -> Section:
             continue
         used += cells
         shown = [cell for cell in cells if cell["rival"] in ("fused", "eager", "sdpa")]
-        figures.append((f"Roofline of the ops in {dtype}", plots.svg(plots.roofline_panel(shown, ceilings, dtype), 4.0)))
+        figures.append(
+            (f"Roofline of the ops in {dtype}", plots.svg(plots.roofline_panel(shown, ceilings, dtype), 4.0))
+        )
         for cell in cells:
             reached, roof = cell["flop"]["forward"] / cell["forward"]["median"], plots.roof(cell, ceilings)
             limit = "bandwidth" if roof < plots.flop_ceiling(ceilings, dtype) else "product"
@@ -260,4 +264,3 @@ def _tables(content: dict, records: list[dict]) -> list[Table]:
             )
         )
     return found
-

@@ -125,14 +125,17 @@ def svg(panel: Panel, height: float = PANEL[1]) -> str:
         figure.savefig(written, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         pyplot.close(figure)
     text = written.getvalue()
-    text = text[text.index("<svg") :].replace(INK, "currentColor").replace(FAINT, "var(--faint)").replace(PAPER, "var(--back)")
+    text = (
+        text[text.index("<svg") :]
+        .replace(INK, "currentColor")
+        .replace(FAINT, "var(--faint)")
+        .replace(PAPER, "var(--back)")
+    )
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     # A page has many: ids that nothing refers to are dropped, the others get a prefix of this one's content.
     prefix = "p" + hashlib.sha256(text.encode()).hexdigest()[:8]
     referred = set(re.findall(r"[\"(]#([^\")]+)", text))
-    text = re.sub(
-        r' id="([^"]+)"', lambda match: f' id="{prefix}{match[1]}"' if match[1] in referred else "", text
-    )
+    text = re.sub(r' id="([^"]+)"', lambda match: f' id="{prefix}{match[1]}"' if match[1] in referred else "", text)
     text = re.sub(r"([\"(])#([^\")]+)", lambda match: f"{match[1]}#{prefix}{match[2]}", text)
     # Text is set in the page's font; anchors keep it in place where that is narrower than matplotlib's.
     text = re.sub(r"'DejaVu Sans'[^;\"]*", "inherit", text)
@@ -170,7 +173,9 @@ def _log_numbers(axis, low: float, high: float, format=lambda value: f"{value:g}
     from matplotlib.ticker import FixedLocator, NullFormatter
 
     decades = math.log10(high / low)
-    digits = (1,) if decades > 3.2 else (1, 3) if decades > 2 else (1, 2, 5) if decades > 0.7 else (1, 1.5, 2, 3, 4, 5, 7)
+    digits = (
+        (1,) if decades > 3.2 else (1, 3) if decades > 2 else (1, 2, 5) if decades > 0.7 else (1, 1.5, 2, 3, 4, 5, 7)
+    )
     ticks = [
         digit * 10.0**exponent
         for exponent in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -249,7 +254,7 @@ def time_panel(key: tuple, entries: list[dict], kind: str, named: bool = True) -
         ends, values = [], []
         largest = max(entry["positions"] for entry in entries if entry["status"] == "measured")
         for name in _names(entries):
-            cells = _of_rival(entries, name)
+            cells = [cell for cell in _of_rival(entries, name) if kind in cell]
             if not cells:
                 continue
             ys = [cell[kind]["median"] * 1e3 for cell in cells]
@@ -279,7 +284,10 @@ def measured_panels(records: list[dict]) -> dict[tuple, list[dict]]:
 def draw_time(records: list[dict], path: Path) -> Path | None:
     """A row for each op: forward, and forward + backward."""
     panels = [
-        time_panel(key, entries, kind) for key, entries in measured_panels(records).items() for kind in KINDS
+        time_panel(key, entries, kind)
+        for key, entries in measured_panels(records).items()
+        for kind in KINDS
+        if any(kind in entry for entry in entries)
     ]
     return grid(panels, path, "Time against the size of the feature map, ms (lower is better)")
 
@@ -322,7 +330,7 @@ def memory_panel(key: tuple, entries: list[dict], named: bool = True) -> Panel:
         numbers, values, beyond = [], [], {}
         sizes = {entry["positions"]: size_label(entry["height"], entry["width"]) for entry in entries}
         for name in _names(entries):
-            cells = [cell for cell in _of_rival(entries, name) if cell["memory"]]
+            cells = [cell for cell in _of_rival(entries, name) if "forward_backward" in (cell["memory"] or {})]
             if not cells:
                 continue
             ys = [max(cell["memory"]["forward_backward"], 2**14) for cell in cells]
@@ -352,9 +360,7 @@ def memory_panel(key: tuple, entries: list[dict], named: bool = True) -> Panel:
         _size_axis(ax, sizes, beyond)
         for card, limit in zip(CARDS, limits, strict=True):
             ax.axhline(limit, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=2)
-            ax.annotate(
-                f"{card} GB", (ax.get_xlim()[0], limit), xytext=(3, 2), textcoords="offset points", va="bottom"
-            )
+            ax.annotate(f"{card} GB", (ax.get_xlim()[0], limit), xytext=(3, 2), textcoords="offset points", va="bottom")
         _bytes_axis(ax.yaxis, low, high)
         for x, y, bold in numbers:  # below their lines, which rise
             ax.annotate(
@@ -384,7 +390,9 @@ def _bytes_axis(axis, low: float, high: float) -> None:
     axis.set_minor_locator(FixedLocator([]))
 
 
-def draw_memory(records: list[dict], path: Path, heading: str = "Extra memory of forward + backward (lower is better)") -> Path | None:
+def draw_memory(
+    records: list[dict], path: Path, heading: str = "Extra memory of forward + backward (lower is better)"
+) -> Path | None:
     """A panel for each op."""
     panels = [
         memory_panel(key, entries)
@@ -417,17 +425,38 @@ def roofline_panel(cells: list[dict], ceilings: dict, dtype: str) -> Panel:
         low, high = min(*xs, product / copy) / 3, max(xs) * 3
         ax.plot([low, product / copy, high], [low * copy / 1e9, product / 1e9, product / 1e9], color=INK, linewidth=1.6)
         ax.annotate(
-            f"product: {product / 1e9:.0f} GFLOP/s", (high, product / 1e9), xytext=(0, 4), textcoords="offset points", ha="right"
+            f"product: {product / 1e9:.0f} GFLOP/s",
+            (high, product / 1e9),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="right",
         )
         values = []
         for name in _names(cells):
-            points = [(intensity(cell), cell["flop"]["forward"] / cell["forward"]["median"] / 1e9) for cell in _of_rival(cells, name)]
+            points = [
+                (intensity(cell), cell["flop"]["forward"] / cell["forward"]["median"] / 1e9)
+                for cell in _of_rival(cells, name)
+            ]
             values += [y for _, y in points]
-            _line(ax, name, *map(list, zip(*points, strict=True)), linestyle="none", markersize=8 if name == "fused" else 6)
+            _line(
+                ax,
+                name,
+                *map(list, zip(*points, strict=True)),
+                linestyle="none",
+                markersize=8 if name == "fused" else 6,
+            )
         for cell in _of_rival(cells, "fused"):
             y = cell["flop"]["forward"] / cell["forward"]["median"]
             text = f"{cell['op']}\n{100 * y / roof(cell, ceilings):.0f}%"
-            ax.annotate(text, (intensity(cell), y / 1e9), xytext=(0, 9), textcoords="offset points", ha="center", va="bottom", linespacing=1.0)
+            ax.annotate(
+                text,
+                (intensity(cell), y / 1e9),
+                xytext=(0, 9),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                linespacing=1.0,
+            )
         bottom, top = min(*values, low * copy / 1e9 * 2) / 2, product / 1e9 * 2.2
         ax.set_xlim(low, high)
         ax.set_ylim(bottom, top)
@@ -445,7 +474,9 @@ def roofline_cells(records: list[dict], dtype: str) -> list[dict]:
     for (_, of_dtype, _), entries in groups(records).items():
         measured = [entry for entry in entries if entry["status"] == "measured"]
         fused = {size_of(e): e["positions"] for e in measured if e["rival"] == "fused"}
-        both = {size: n for size, n in fused.items() if any(e["rival"] == "eager" and size_of(e) == size for e in measured)}
+        both = {
+            size: n for size, n in fused.items() if any(e["rival"] == "eager" and size_of(e) == size for e in measured)
+        }
         if of_dtype == dtype and fused:
             candidates = both or fused
             size = max(candidates, key=candidates.__getitem__)
