@@ -115,7 +115,9 @@ class NetworkCell:
         """Bytes of weights, statistics, and of a model's momentum, which exists after :meth:`warm_up`."""
         tensors = [*self.network.parameters(), *self.network.buffers()]
         if self.optimizer:
-            tensors += [value for state in self.optimizer.state.values() for value in state.values() if value is not None]
+            tensors += [
+                value for state in self.optimizer.state.values() for value in state.values() if value is not None
+            ]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def warm_up(self) -> int:

@@ -142,9 +142,7 @@ def write(contents: Files, path: Path) -> Path:
 
 
 def main(argv: list[str]) -> int:
-    parser = command_line.Parser(
-        prog=PROG, description=SUMMARY, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = command_line.Parser(prog=PROG, description=SUMMARY, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="JSON of the other subcommands")
     parser.add_argument("--output", type=Path, help="the page; report.html beside the first file if not given")
     arguments = parser.parse_args(argv)

@@ -34,7 +34,9 @@ class Table:
         found = []
         for index in range(len(self.columns)):
             cells = [row[index] for row in self.rows if row[index] not in ("", "-")]
-            found.append(bool(cells) and index > 0 and 2 * sum(bool(_NUMBER.match(cell)) for cell in cells) > len(cells))
+            found.append(
+                bool(cells) and index > 0 and 2 * sum(bool(_NUMBER.match(cell)) for cell in cells) > len(cells)
+            )
         return found
 
 

@@ -57,9 +57,7 @@ def summary(content: dict) -> list[str]:
             if name in cells:
                 forward, both = (compared(ours, cells[name], kind) for kind in KINDS)
                 speed = _speed(both["median"], both["verdict"])
-                parts.append(
-                    f"{speed} {rivals.TITLES[name]} forward + backward ({_factor(forward['median'])} forward)"
-                )
+                parts.append(f"{speed} {rivals.TITLES[name]} forward + backward ({_factor(forward['median'])} forward)")
         memory, theirs = ours["memory"], cells.get("eager", {}).get("memory")
         if memory and theirs:
             mine, other = memory["forward_backward"], theirs["forward_backward"]
@@ -182,7 +180,10 @@ def _curves(content: dict) -> list:
         if len({entry["positions"] for entry in entries if entry["status"] == "measured"}) < 2:
             continue
         figures = [
-            (f"{title(*key)}: time of {KINDS[kind]} over size", plots.svg(plots.time_panel(key, entries, kind, named=False)))
+            (
+                f"{title(*key)}: time of {KINDS[kind]} over size",
+                plots.svg(plots.time_panel(key, entries, kind, named=False)),
+            )
             for kind in KINDS
         ]
         if any(entry.get("memory") for entry in entries):
@@ -213,7 +214,9 @@ def _roofline(content: dict) -> Section:
             continue
         used += cells
         shown = [cell for cell in cells if cell["rival"] in ("fused", "eager", "sdpa")]
-        figures.append((f"Roofline of the ops in {dtype}", plots.svg(plots.roofline_panel(shown, ceilings, dtype), 4.0)))
+        figures.append(
+            (f"Roofline of the ops in {dtype}", plots.svg(plots.roofline_panel(shown, ceilings, dtype), 4.2))
+        )
         for cell in cells:
             reached, roof = cell["flop"]["forward"] / cell["forward"]["median"], plots.roof(cell, ceilings)
             limit = "bandwidth" if roof < plots.flop_ceiling(ceilings, dtype) else "product"
@@ -260,4 +263,3 @@ def _tables(content: dict, records: list[dict]) -> list[Table]:
             )
         )
     return found
-

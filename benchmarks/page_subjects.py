@@ -34,7 +34,12 @@ def summary(content: dict) -> list[str]:
             if kind == "model" and ours and ours["status"] == "measured":
                 lines.append(_sentence(key, ours, eager))
     if kind == "module":
-        ratios = [ratio for which in subjects.PASSES for _, bars in ratio_rows(kind, content["cells"], which) for _, ratio, _ in bars]
+        ratios = [
+            ratio
+            for which in subjects.PASSES
+            for _, bars in ratio_rows(kind, content["cells"], which)
+            for _, ratio, _ in bars
+        ]
         if ratios:
             lines.append(
                 f"Blocks with their convolutions: the rivals take {min(ratios):.2f} to {max(ratios):.2f} times as long "

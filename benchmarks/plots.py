@@ -125,14 +125,17 @@ def svg(panel: Panel, height: float = PANEL[1]) -> str:
         figure.savefig(written, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         pyplot.close(figure)
     text = written.getvalue()
-    text = text[text.index("<svg") :].replace(INK, "currentColor").replace(FAINT, "var(--faint)").replace(PAPER, "var(--back)")
+    text = (
+        text[text.index("<svg") :]
+        .replace(INK, "currentColor")
+        .replace(FAINT, "var(--faint)")
+        .replace(PAPER, "var(--back)")
+    )
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     # A page has many: ids that nothing refers to are dropped, the others get a prefix of this one's content.
     prefix = "p" + hashlib.sha256(text.encode()).hexdigest()[:8]
     referred = set(re.findall(r"[\"(]#([^\")]+)", text))
-    text = re.sub(
-        r' id="([^"]+)"', lambda match: f' id="{prefix}{match[1]}"' if match[1] in referred else "", text
-    )
+    text = re.sub(r' id="([^"]+)"', lambda match: f' id="{prefix}{match[1]}"' if match[1] in referred else "", text)
     text = re.sub(r"([\"(])#([^\")]+)", lambda match: f"{match[1]}#{prefix}{match[2]}", text)
     # Text is set in the page's font; anchors keep it in place where that is narrower than matplotlib's.
     text = re.sub(r"'DejaVu Sans'[^;\"]*", "inherit", text)
@@ -170,7 +173,9 @@ def _log_numbers(axis, low: float, high: float, format=lambda value: f"{value:g}
     from matplotlib.ticker import FixedLocator, NullFormatter
 
     decades = math.log10(high / low)
-    digits = (1,) if decades > 3.2 else (1, 3) if decades > 2 else (1, 2, 5) if decades > 0.7 else (1, 1.5, 2, 3, 4, 5, 7)
+    digits = (
+        (1,) if decades > 3.2 else (1, 3) if decades > 2 else (1, 2, 5) if decades > 0.7 else (1, 1.5, 2, 3, 4, 5, 7)
+    )
     ticks = [
         digit * 10.0**exponent
         for exponent in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -278,9 +283,7 @@ def measured_panels(records: list[dict]) -> dict[tuple, list[dict]]:
 
 def draw_time(records: list[dict], path: Path) -> Path | None:
     """A row for each op: forward, and forward + backward."""
-    panels = [
-        time_panel(key, entries, kind) for key, entries in measured_panels(records).items() for kind in KINDS
-    ]
+    panels = [time_panel(key, entries, kind) for key, entries in measured_panels(records).items() for kind in KINDS]
     return grid(panels, path, "Time against the size of the feature map, ms (lower is better)")
 
 
@@ -352,9 +355,7 @@ def memory_panel(key: tuple, entries: list[dict], named: bool = True) -> Panel:
         _size_axis(ax, sizes, beyond)
         for card, limit in zip(CARDS, limits, strict=True):
             ax.axhline(limit, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=2)
-            ax.annotate(
-                f"{card} GB", (ax.get_xlim()[0], limit), xytext=(3, 2), textcoords="offset points", va="bottom"
-            )
+            ax.annotate(f"{card} GB", (ax.get_xlim()[0], limit), xytext=(3, 2), textcoords="offset points", va="bottom")
         _bytes_axis(ax.yaxis, low, high)
         for x, y, bold in numbers:  # below their lines, which rise
             ax.annotate(
@@ -384,7 +385,9 @@ def _bytes_axis(axis, low: float, high: float) -> None:
     axis.set_minor_locator(FixedLocator([]))
 
 
-def draw_memory(records: list[dict], path: Path, heading: str = "Extra memory of forward + backward (lower is better)") -> Path | None:
+def draw_memory(
+    records: list[dict], path: Path, heading: str = "Extra memory of forward + backward (lower is better)"
+) -> Path | None:
     """A panel for each op."""
     panels = [
         memory_panel(key, entries)
@@ -406,37 +409,53 @@ def roof(entry: dict, ceilings: dict) -> float | None:
 
 
 def roofline_panel(cells: list[dict], ceilings: dict, dtype: str) -> Panel:
-    """GFLOP/s of each op's forward over its FLOP a byte, below the roof of the machine; one point for each op and
-    rival, at its largest measured size, with the share of the roof that the fused op reaches."""
+    """GFLOP/s of each op's forward over its FLOP a byte, below the roof of the machine: a point for each cell. Above the
+    roof are the ops' names and the share of the roof that the fused op reaches."""
 
     def draw(ax) -> None:
         ax.set_xscale("log")
         ax.set_yscale("log")
         product, copy = flop_ceiling(ceilings, dtype), ceilings["copy_bytes_per_second"]
         xs = [intensity(cell) for cell in cells]
-        low, high = min(*xs, product / copy) / 3, max(xs) * 3
-        ax.plot([low, product / copy, high], [low * copy / 1e9, product / 1e9, product / 1e9], color=INK, linewidth=1.6)
-        ax.annotate(
-            f"product: {product / 1e9:.0f} GFLOP/s", (high, product / 1e9), xytext=(0, 4), textcoords="offset points", ha="right"
-        )
-        values = []
+        left, right = min(*xs, product / copy) / 4, max(xs) * 4
+        ys = {id(cell): cell["flop"]["forward"] / cell["forward"]["median"] / 1e9 for cell in cells}
+        top = max(product / 1e9, *ys.values())
+        low, high = min(ys.values()) / 2, top * 1.3
+        fused = sorted(_of_rival(cells, "fused"), key=intensity)
+        levels = _levels([math.log(intensity(cell) / left) / math.log(right / left) for cell in fused])
+        decades = math.log10(high / low)
+        step = 0.13 * decades / (1 - 0.13 * (1 + max(levels, default=0)))  # decades, of a name's height
+        ax.plot([left, product / copy, right], [left * copy / 1e9, *[product / 1e9] * 2], color=INK, linewidth=1.6)
         for name in _names(cells):
-            points = [(intensity(cell), cell["flop"]["forward"] / cell["forward"]["median"] / 1e9) for cell in _of_rival(cells, name)]
-            values += [y for _, y in points]
-            _line(ax, name, *map(list, zip(*points, strict=True)), linestyle="none", markersize=8 if name == "fused" else 6)
-        for cell in _of_rival(cells, "fused"):
-            y = cell["flop"]["forward"] / cell["forward"]["median"]
-            text = f"{cell['op']}\n{100 * y / roof(cell, ceilings):.0f}%"
-            ax.annotate(text, (intensity(cell), y / 1e9), xytext=(0, 9), textcoords="offset points", ha="center", va="bottom", linespacing=1.0)
-        bottom, top = min(*values, low * copy / 1e9 * 2) / 2, product / 1e9 * 2.2
-        ax.set_xlim(low, high)
-        ax.set_ylim(bottom, top)
-        _log_numbers(ax.xaxis, low, high)
-        _log_numbers(ax.yaxis, bottom, top)
+            points = [(intensity(cell), ys[id(cell)]) for cell in _of_rival(cells, name)]
+            size = 8 if name == "fused" else 6
+            _line(ax, name, *map(list, zip(*points, strict=True)), linestyle="none", markersize=size)
+        for cell, level in zip(fused, levels, strict=True):
+            x, y = intensity(cell), ys[id(cell)]
+            at = high * 10 ** (step * level)
+            ax.plot([x, x], [y, at], color=FAINT, linewidth=1.0, zorder=1)
+            share = f"{100 * y * 1e9 / roof(cell, ceilings):.0f}%"
+            ax.annotate(f"{cell['op']}\n{share}", (x, at), ha="center", va="bottom", linespacing=1.0)
+        ax.set_xlim(left, right)
+        ax.set_ylim(low, high * 10 ** (step * (1 + max(levels, default=0))))
+        _log_numbers(ax.xaxis, left, right)
+        _log_numbers(ax.yaxis, low, top * 1.1)
+        ax.set_title(f"{dtype}, GFLOP/s; product {product / 1e9:.0f}, copy {copy / 1e9:.0f} GB/s", loc="left")
         ax.set_xlabel("FLOP a byte of inputs and output")
-        ax.set_ylabel("GFLOP/s")
 
     return draw
+
+
+def _levels(places: list[float]) -> list[int]:
+    """For names centred on sorted ``places`` in [0, 1] of a panel's width: the lowest level at which each overlaps no
+    other."""
+    ends: list[float] = []
+    levels = []
+    for place in places:
+        level = next((index for index, end in enumerate(ends) if place - end >= 0.27), len(ends))
+        ends[level : level + 1] = [place]
+        levels.append(level)
+    return levels
 
 
 def roofline_cells(records: list[dict], dtype: str) -> list[dict]:
@@ -445,7 +464,9 @@ def roofline_cells(records: list[dict], dtype: str) -> list[dict]:
     for (_, of_dtype, _), entries in groups(records).items():
         measured = [entry for entry in entries if entry["status"] == "measured"]
         fused = {size_of(e): e["positions"] for e in measured if e["rival"] == "fused"}
-        both = {size: n for size, n in fused.items() if any(e["rival"] == "eager" and size_of(e) == size for e in measured)}
+        both = {
+            size: n for size, n in fused.items() if any(e["rival"] == "eager" and size_of(e) == size for e in measured)
+        }
         if of_dtype == dtype and fused:
             candidates = both or fused
             size = max(candidates, key=candidates.__getitem__)

@@ -162,7 +162,14 @@ class _progress:
 
     def __init__(self, planned: list[Subject], options: network_run.Options):
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         self.console = Console(width=None if sys.stdout.isatty() else 110)
         cells = sum(len(network_run.applicable(options.rivals, subject)) for subject in planned)

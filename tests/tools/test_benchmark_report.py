@@ -45,7 +45,9 @@ def ops_content(ops: tuple[str, ...] = ("position", "channel", "criss_cross"), s
                     continue
                 if op == "position" and (height, width) == (128, 256) and rival == "eager":
                     workload = Workload(op, height, width)
-                    cells.append(run.record(workload, rival, "skipped", "would not fit: needs 16.5 GiB, 9.0 GiB available"))
+                    cells.append(
+                        run.record(workload, rival, "skipped", "would not fit: needs 16.5 GiB, 9.0 GiB available")
+                    )
                 else:
                     cells.append(cell(op, height, width, rival, factor))
     return {
@@ -137,7 +139,10 @@ class TestPage:
         assert summary[0] in " ".join(Reader(text).text)
         counted = next(line for line in summary if line.startswith("Of "))
         # two passes of eager in 11 cells and of SDPA in 4; compile in 12 is level
-        assert counted == "Of 54 comparisons with rivals (every size, each pass), segattn_ops is faster in 30, level in 24."
+        assert (
+            counted
+            == "Of 54 comparisons with rivals (every size, each pass), segattn_ops is faster in 30, level in 24."
+        )
 
     def test_a_file_of_another_program_is_refused(self, tmp_path, capsys):
         path = tmp_path / "other.json"
@@ -153,7 +158,10 @@ class TestPage:
         assert main(["report", str(tmp_path / "missing.json")]) == 2
 
     def test_a_kind_without_sections_of_its_own_has_a_table(self, tmp_path):
-        content = ops_content() | {"kind": "other", "cells": [{"name": "a", "value": 1.5}, {"name": "b", "value": None}]}
+        content = ops_content() | {
+            "kind": "other",
+            "cells": [{"name": "a", "value": 1.5}, {"name": "b", "value": None}],
+        }
         words = Reader(page.render([(tmp_path / "other.json", content)])).text
         assert "1.5" in words and "b" in words
 
