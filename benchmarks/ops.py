@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import os
+import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,14 +19,19 @@ from tools.compilers import files
 from . import command_line, features, measure, picture, plots, report, rivals, workloads
 from .command_line import Refused
 from .processes import CellFailed, start_server
-from .run import Options, Runner
+from .run import Options, Runner, not_run
 from .schedule import Schedule
 from .validate import WrongResult
 from .workloads import Workload
 
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.console import Console
+
 PROG = "python -m benchmarks ops"
 SUMMARY = "each attention on the features of a photograph: time, peak memory, attention maps, against the alternatives"
 WRITTEN = ("report.json", "report.md", "time.png", "memory.png", "attention.png")
+DEFAULT_RIVALS = "fused,eager,sdpa,compile,eager_onednn,mmcv,onnxruntime,onnx_attention"
 SIZES = "16x16,32x32,64x64,97x97,128x128,128x256"
 
 
@@ -45,9 +53,9 @@ def _points(text: str) -> tuple[tuple[float, float], ...]:
     return points
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
     p = command_line.Parser(
-        prog=PROG,
+        prog=prog,
         description="Runs the attention of DANet, CCNet and Non-local on the features of a photograph, fused "
         "(segattn_ops) against eager PyTorch, scaled_dot_product_attention and torch.compile: time, peak memory, "
         "attention maps. Writes report.json, report.md and pictures into the output folder.",
@@ -63,8 +71,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--rivals",
         type=command_line.names(rivals.RIVALS),
-        default="fused,eager,sdpa,compile",
-        help="formulations; also: flex (FlexAttention)",
+        default=DEFAULT_RIVALS,
+        help=f"formulations, of {', '.join(rivals.RIVALS)}",
     )
     p.add_argument("--dtypes", type=command_line.names(tuple(workloads.DTYPES)), default="float32", help="dtypes")
     p.add_argument("--batch", type=command_line.whole(), default=1, help="batch size")
@@ -113,10 +121,16 @@ def parser() -> argparse.ArgumentParser:
         default="native",
         help="of the fused ops; reference measures the plain PyTorch fallback",
     )
+    p.add_argument("--dry-run", action="store_true", help="list the cells with predicted time and bytes; run nothing")
+    p.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the interrupted run of the same command and sources in the output folder",
+    )
     return p
 
 
-def _check(arguments: argparse.Namespace, planned: list[Workload]) -> None:
+def check(arguments: argparse.Namespace, planned: list[Workload]) -> None:
     """Raises Refused if the run cannot start."""
     device = torch.device(arguments.device)
     command_line.visible(device)
@@ -169,8 +183,9 @@ def workloads_of(arguments: argparse.Namespace) -> list[Workload]:
     ]
 
 
-def _command(argv: list[str]) -> str:
-    return " ".join([PROG, *argv])
+def command_of(prog: str, argv: list[str]) -> str:
+    """The command that a report names: a resumed run continues that of the same line without the option."""
+    return shlex.join([*prog.split(), *(word for word in argv if word != "--resume")])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -181,69 +196,157 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str], arguments: argparse.Namespace) -> int:
     planned = workloads_of(arguments)
-    _check(arguments, planned)
+    check(arguments, planned)
+    if arguments.dry_run:
+        return dry_run(arguments, planned)
+    photograph, extractor = pictures_and_weights(arguments)
+    path = command_line.writable_folder(arguments.output) / "report.json"
+    earlier = resumed(path, command_of(PROG, argv)) if arguments.resume else None
+    if earlier is None:
+        _keep_earlier(arguments.output)
+    try:
+        result, source, console = measured("ops", PROG, argv, arguments, planned, photograph, extractor, path, earlier)
+        with segattn_ops.use_backend(arguments.backend):
+            pictures = _draw(result["cells"], source, arguments, extractor.description)
+    except (WrongResult, CellFailed) as error:
+        return command_line.fail(PROG, error, 1)
+    result["pictures"] = [picture.name for picture in pictures]
+    report.write_json(result, path)
+    files.write_text(arguments.output / "report.md", report.markdown(result))
+    report.print_tables(result, console)
+    written = ", ".join(["report.json", "report.md", *result["pictures"]])
+    console.print(f"{result['seconds']:.0f} s; {arguments.output}/: {written}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def pictures_and_weights(arguments: argparse.Namespace) -> tuple[np.ndarray, features.Extractor]:
     try:
         photograph = features.load_photograph(arguments.photograph)
-        extractor = features.Extractor(arguments.channels, arguments.weights, arguments.seed)
+        return photograph, features.Extractor(arguments.channels, arguments.weights, arguments.seed)
     except (ValueError, ImportError) as error:  # safetensors may be missing
         raise Refused(error) from error
-    _keep_earlier(command_line.writable_folder(arguments.output))
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    console = Console(width=None if sys.stdout.isatty() else 110)
-    schedule = Schedule(arguments.budget or None, arguments.device)
-    threads = arguments.threads or torch.get_num_threads()
-    torch.set_num_threads(threads)
-    start_server()
-    options = Options(
+
+def resumed(path: Path, command: str) -> dict:
+    """The unfinished report of the same command and sources. Raises Refused for another one."""
+    try:
+        earlier = json.loads(path.read_text())
+        finished, found = earlier["finished"], {name: earlier[name] for name in ("command", "sources", "cells")}
+    except FileNotFoundError as error:
+        raise Refused(f"--resume: there is no {path}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise Refused(f"--resume: {path} is no report of this version ({error!r})") from error
+    if finished:
+        raise Refused(f"--resume: the run of {path} is complete")
+    for name, mine in (("command", command), ("sources", report.sources())):
+        if found[name] != mine:
+            raise Refused(f"--resume: the {name} of {path} must be that of this run, {mine} (got {found[name]})")
+    return earlier
+
+
+def options_of(arguments: argparse.Namespace) -> Options:
+    return Options(
         tuple(name for name in rivals.RIVALS if name in arguments.rivals),
         arguments.device,
-        threads,
+        arguments.threads or torch.get_num_threads(),
         arguments.backend,
         arguments.compile_from,
         arguments.repeats,
     )
-    cells = sum(len(rivals.applicable(options.rivals, workload)) for workload in planned)
-    bar = Progress(
-        TextColumn("{task.description:<58}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
-    )
+
+
+def cells_of(options: Options, planned: list[Workload]) -> list[tuple[Workload, str]]:
+    return [(workload, name) for workload in planned for name in rivals.applicable(options.rivals, workload)]
+
+
+def dry_run(arguments: argparse.Namespace, planned: list[Workload]) -> int:
+    """Lists the cells; the rates are those of the report in the output folder, if there is one."""
+    options = options_of(arguments)
+    schedule = Schedule(arguments.budget or None, arguments.device, options.rivals)
+    path = arguments.output / "report.json"
     try:
-        with bar:
-            task = bar.add_task("features of the photograph", total=cells)
-            source = features.FeatureSource(photograph, arguments.sizes, extractor, arguments.seed)
-            described = f"{arguments.photograph}, dilated ResNet-50 with {extractor.description}"
-            del extractor.backbone
-
-            def on_cell(label: str, done: bool) -> None:
-                bar.update(task, advance=int(done), description=label)
-                if done and not console.is_terminal:
-                    console.print(f"{schedule.elapsed:6.1f} s  {label}", highlight=False)
-
-            records: list[dict] = []
-            result = report.build(
-                _command(argv),
-                arguments.device,
-                threads,
-                records,
-                features=described,
-                memory_measured=arguments.device != "cpu" or measure.host_memory_is_measurable(),
-            )
-            for of_workload in Runner(options, schedule, on_cell).run(planned, source):
-                records += of_workload
-                report.write_json(result, arguments.output / "report.json")
-            bar.update(task, description="drawing")
-            with segattn_ops.use_backend(arguments.backend):
-                pictures = _draw(records, source, arguments, extractor.description)
-    except (WrongResult, CellFailed) as error:
-        return command_line.fail(PROG, error, 1)
-    result |= {"pictures": [path.name for path in pictures], "seconds": round(schedule.elapsed, 1)}
-    report.write_json(result, arguments.output / "report.json")
-    files.write_text(arguments.output / "report.md", report.markdown(result))
-    report.print_tables(result, console)
-    written = ", ".join(["report.json", "report.md", *result["pictures"]])
-    console.print(f"{schedule.elapsed:.0f} s; {arguments.output}/: {written}", highlight=False, soft_wrap=True)
+        known = schedule.learn_from(json.loads(path.read_text())["cells"])
+    except (OSError, ValueError, KeyError, TypeError):
+        known = 0
+    available = measure.available_bytes(arguments.device)
+    table = []
+    cells = cells_of(options, planned)
+    for workload, name in cells:
+        status, reason = not_run(options, schedule, workload, name, available) or ("runs", "")
+        once, total = schedule.predict(workload, name), schedule.cost(workload, name)
+        needed = rivals.needed_bytes(workload, name, arguments.device) / 2**30
+        outcome = f"{status}: {reason}" if reason else status
+        row = [workload.label, rivals.TITLES[name], f"{once:.3g}", f"{total:.1f}", f"{needed:.2f}", outcome]
+        table.append(row)
+    print(report.markdown_table(("op", "", "seconds a pass", "seconds in all", "GiB needed", ""), table))
+    runs = [cell for cell in cells if not not_run(options, schedule, *cell, available)]
+    rates = f"rates of {known} cells of {path}" if known else f"guessed rates: there is no report in {arguments.output}"
+    print(f"\n{len(cells)} cells, {len(runs)} run, about {schedule.left(runs):.0f} s beside the features; {rates}")
     return 0
+
+
+def measured(
+    kind: str,
+    prog: str,
+    argv: list[str],
+    arguments: argparse.Namespace,
+    planned: list[Workload],
+    photograph: np.ndarray,
+    extractor: features.Extractor,
+    path: Path,
+    earlier: dict | None,
+) -> tuple[dict, features.FeatureSource, Console]:
+    """Measures what ``earlier`` lacks of the planned workloads, and writes each into ``path``. Returns the report, the
+    features and the console."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    options = options_of(arguments)
+    schedule = Schedule(arguments.budget or None, arguments.device, options.rivals)
+    torch.set_num_threads(options.threads)
+    if arguments.device == "cpu":
+        measure.pin(options.threads)
+    start_server()
+    records: list[dict] = earlier["cells"] if earlier else []
+    if earlier:
+        schedule.started -= earlier["seconds"]
+        schedule.learn_from(records)
+    done = {Workload.of(entry) for entry in records}
+    left = cells_of(options, [workload for workload in planned if workload not in done])
+    columns = TextColumn("{task.description:<58}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, TextColumn("{task.fields[left]}"), console=console) as bar:
+        total = len(cells_of(options, planned))
+        task = bar.add_task("features of the photograph", total=total, completed=total - len(left), left="")
+        source = features.FeatureSource(photograph, arguments.sizes, extractor, arguments.seed)
+        described = f"{arguments.photograph}, dilated ResNet-50 with {extractor.description}"
+        del extractor.backbone
+
+        def on_cell(label: str, done: bool) -> None:
+            if done:
+                left.pop(0)
+            about = f"about {schedule.left(left):.0f} s left"
+            bar.update(task, advance=int(done), description=label, left=about)
+            if done and not console.is_terminal:
+                console.print(f"{schedule.elapsed:6.1f} s  {label}; {about}", highlight=False)
+
+        result = report.build(
+            command_of(prog, argv),
+            arguments.device,
+            options.threads,
+            records,
+            kind,
+            features=described,
+            memory_measured=arguments.device != "cpu" or measure.host_memory_is_measurable(),
+            finished=False,
+        )
+        for of_workload in Runner(options, schedule, on_cell).run([w for w in planned if w not in done], source):
+            records += of_workload
+            result["seconds"] = round(schedule.elapsed, 1)
+            report.write_json(result, path)
+        bar.update(task, description="drawing", left="")
+    result |= {"seconds": round(schedule.elapsed, 1), "finished": True}
+    return result, source, console
 
 
 def _draw(
