@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import network_run, plots, report, subject_tables, subjects
+from . import network_run, plots, subject_tables, subjects
 from .page_blocks import Figures, Section, Table, legend, reproduce
 from .report import size_of
 from .subject_tables import PASS_TITLES

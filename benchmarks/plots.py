@@ -225,8 +225,14 @@ def _line(ax, name: str, xs: list[float], ys: list[float], **style) -> None:
     )
 
 
-def _of_rival(entries: list[dict], name: str) -> list[dict]:
-    return [entry for entry in entries if entry["rival"] == name and entry["status"] == "measured"]
+def _of_rival(entries: list[dict], name: str, kind: str = "forward") -> list[dict]:
+    """Its measured cells that have this pass."""
+    return [e for e in entries if e["rival"] == name and e["status"] == "measured" and e.get(kind)]
+
+
+def extra_bytes(cell: dict) -> int | None:
+    """Of forward + backward; None where it was not measured, or the rival has no backward."""
+    return (cell["memory"] or {}).get("forward_backward")
 
 
 def _names(entries: list[dict]) -> list[str]:
@@ -254,7 +260,7 @@ def time_panel(key: tuple, entries: list[dict], kind: str, named: bool = True) -
         ends, values = [], []
         largest = max(entry["positions"] for entry in entries if entry["status"] == "measured")
         for name in _names(entries):
-            cells = _of_rival(entries, name)
+            cells = _of_rival(entries, name, kind)
             if not cells:
                 continue
             ys = [cell[kind]["median"] * 1e3 for cell in cells]
@@ -325,20 +331,20 @@ def memory_panel(key: tuple, entries: list[dict], named: bool = True) -> Panel:
         numbers, values, beyond = [], [], {}
         sizes = {entry["positions"]: size_label(entry["height"], entry["width"]) for entry in entries}
         for name in _names(entries):
-            cells = [cell for cell in _of_rival(entries, name) if cell["memory"]]
+            cells = [cell for cell in _of_rival(entries, name) if extra_bytes(cell) is not None]
             if not cells:
                 continue
-            ys = [max(cell["memory"]["forward_backward"], 2**14) for cell in cells]
+            ys = [max(extra_bytes(cell), 2**14) for cell in cells]
             _line(ax, name, [cell["positions"] for cell in cells], ys)
             values += ys
             if name in ("fused", "eager"):
                 numbers.append((cells[-1]["positions"], ys[-1], name == "fused"))
         xs, ys = _by_formula(entries)
         if xs:
-            before = [cell for cell in _of_rival(entries, "eager") if cell["memory"]][-1:]
+            before = [cell for cell in _of_rival(entries, "eager") if extra_bytes(cell)][-1:]
             ax.plot(
                 [cell["positions"] for cell in before] + xs,
-                [cell["memory"]["forward_backward"] for cell in before] + ys,
+                [extra_bytes(cell) for cell in before] + ys,
                 color=COLOURS["eager"],
                 marker=MARKERS["eager"],
                 markerfacecolor="none",
@@ -385,6 +391,9 @@ def _bytes_axis(axis, low: float, high: float) -> None:
     axis.set_minor_locator(FixedLocator([]))
 
 
+MEMORY_HEADING = "Extra memory of forward + backward (lower is better)"
+
+
 def draw_memory(
     records: list[dict], path: Path, heading: str = "Extra memory of forward + backward (lower is better)"
 ) -> Path | None:
@@ -392,7 +401,7 @@ def draw_memory(
     panels = [
         memory_panel(key, entries)
         for key, entries in groups(records).items()
-        if any(entry.get("memory") for entry in entries)
+        if any(entry.get("memory") and extra_bytes(entry) for entry in entries)
     ]
     return grid(panels, path, heading)
 
@@ -409,8 +418,8 @@ def roof(entry: dict, ceilings: dict) -> float | None:
 
 
 def roofline_panel(cells: list[dict], ceilings: dict, dtype: str) -> Panel:
-    """GFLOP/s of each op's forward over its FLOP a byte, below the roof of the machine: a point for each cell. Above the
-    roof are the ops' names and the share of the roof that the fused op reaches."""
+    """GFLOP/s of each op's forward over its FLOP a byte, below the roof of the machine: a point for each cell. Above
+    the roof are the ops' names and the share of the roof that the fused op reaches."""
 
     def draw(ax) -> None:
         ax.set_xscale("log")
@@ -463,10 +472,9 @@ def roofline_cells(records: list[dict], dtype: str) -> list[dict]:
     chosen: list[dict] = []
     for (_, of_dtype, _), entries in groups(records).items():
         measured = [entry for entry in entries if entry["status"] == "measured"]
-        fused = {size_of(e): e["positions"] for e in measured if e["rival"] == "fused"}
-        both = {
-            size: n for size, n in fused.items() if any(e["rival"] == "eager" and size_of(e) == size for e in measured)
-        }
+        fused = {size_of(entry): entry["positions"] for entry in measured if entry["rival"] == "fused"}
+        eager = {size_of(entry) for entry in measured if entry["rival"] == "eager"}
+        both = {size: n for size, n in fused.items() if size in eager}
         if of_dtype == dtype and fused:
             candidates = both or fused
             size = max(candidates, key=candidates.__getitem__)
