@@ -391,9 +391,6 @@ def _bytes_axis(axis, low: float, high: float) -> None:
     axis.set_minor_locator(FixedLocator([]))
 
 
-MEMORY_HEADING = "Extra memory of forward + backward (lower is better)"
-
-
 def draw_memory(
     records: list[dict], path: Path, heading: str = "Extra memory of forward + backward (lower is better)"
 ) -> Path | None:
