@@ -15,7 +15,9 @@ SUBCOMMANDS = {
     "ops": "ops",
     "modules": "modules",
     "models": "models",
+    "scaling": "scaling",
     "papers": "papers",
+    "compare": "compare",
     "report": "page",
 }
 

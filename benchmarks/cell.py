@@ -108,8 +108,8 @@ class Cell:
         return time.perf_counter() - start
 
     def first_pass(self) -> dict:
-        """One forward + backward: peak memory beyond output and gradients, time, and the results' errors. None for
-        what the rival cannot compute."""
+        """One forward + backward: peak memory beyond output and gradients, time, and the results' errors. Of a
+        rival that has no backward, one forward."""
         if "forward_backward" not in self.passes:
             return self._first_forward()
         leaves = tuple(self.leaves.values())
@@ -147,9 +147,9 @@ class Cell:
         found = validate.errors(self.workload, self.leaves, self.grad_output, self.reference, output, None)
         memory = None
         if meter:
-            memory = {"forward": max(peak - output.numel() * output.element_size(), 0), "forward_backward": None}
+            memory = {"forward": max(peak - output.numel() * output.element_size(), 0)}
         measure.keep_freed_memory()
-        return {"errors": found, "memory": memory, "forward": seconds, "forward_backward": None}
+        return {"errors": found, "memory": memory, "forward": seconds}
 
     def timed_pass(self, kind: str) -> float:
         """Seconds of one ``"forward"`` or ``"forward_backward"``.

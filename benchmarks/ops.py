@@ -211,7 +211,6 @@ def _run(argv: list[str], arguments: argparse.Namespace) -> int:
     except (WrongResult, CellFailed) as error:
         return command_line.fail(PROG, error, 1)
     result["pictures"] = [picture.name for picture in pictures]
-    result["ceilings"] = ceilings.reached(torch.device(arguments.device))
     report.write_json(result, path)
     files.write_text(arguments.output / "report.md", report.markdown(result))
     page.write([(path, result)], arguments.output / "report.html")
@@ -339,6 +338,7 @@ def measured(
             records,
             kind,
             features=described,
+            ceilings=ceilings.reached(torch.device(arguments.device), repeats=5),
             memory_measured=arguments.device != "cpu" or measure.host_memory_is_measurable(),
             finished=False,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -11,7 +10,6 @@ from . import plots, rivals
 
 SIGNS = dict(zip("os^Dv<>PXp*h", "●■▲◆▼◀▶✚✖⬟★⬢", strict=True))  # of matplotlib's markers
 _NUMBER = re.compile(r"^[<~]?-?[0-9.]+(e-?[0-9]+)?( |%|$)")
-FLAGS = ("--resume", "--dry-run")  # options without a value
 
 
 @dataclass
@@ -74,24 +72,6 @@ def legend(names: Iterable[str]) -> list[tuple[str, str, str]]:
         for name in rivals.TITLES
         if name in present
     ]
-
-
-def reproduce(command: str, **options: str) -> str:
-    """``command`` with these options in the place of its own, without what is only about its files and its time."""
-    dropped = {f"--{name.replace('_', '-')}" for name in options} | {"--output", "--budget"}
-    words, kept = iter(shlex.split(command)), []
-    for word in words:
-        name, _, value = word.partition("=")
-        if name in FLAGS:
-            continue
-        if name in dropped:
-            if not value:
-                next(words, None)
-            continue
-        kept.append(word)
-    for name, value in options.items():
-        kept += [f"--{name.replace('_', '-')}", value]
-    return shlex.join([*kept, "--budget", "0"])
 
 
 def plain_table(content: dict) -> Section:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from . import plots, report, rivals, statistics
-from .page_blocks import Figures, Section, Table, legend, reproduce
+from . import command_line, plots, report, rivals, statistics
+from .page_blocks import Figures, Section, Table, legend
 from .report import groups, size_of, title
 
 KINDS = plots.KINDS
@@ -31,7 +31,7 @@ def _speed(median: float, verdict: str) -> str:
         return "level with"
     if median >= 1:
         return f"{_factor(median)} times as fast as"
-    return f"{_factor(1 / median)} times slower than"
+    return f"takes {_factor(1 / median)} times as long as"
 
 
 def summary(content: dict) -> list[str]:
@@ -67,7 +67,7 @@ def summary(content: dict) -> list[str]:
 
 def _fastest(others: dict[str, dict], kind: str) -> str:
     """The rival that is fastest in this pass; empty if none has it."""
-    having = [name for name in others if others[name][kind]]
+    having = [name for name in others if others[name].get(kind)]
     return min(having, key=lambda name: others[name][kind]["median"], default="")
 
 
@@ -93,7 +93,7 @@ def verdicts(records: list[dict]) -> tuple[Counter, list[str]]:
 def command_of(content: dict, entries: list[dict]) -> str:
     """The command that measures these cells."""
     names = {entry["rival"] for entry in entries}
-    return reproduce(
+    return command_line.reproduce(
         content["command"],
         ops=",".join(dict.fromkeys(entry["op"] for entry in entries)),
         sizes=",".join(dict.fromkeys(size_of(entry) for entry in entries)),
@@ -112,6 +112,15 @@ def sections(content: dict) -> list[Section]:
     found.append(_roofline(content))
     found.append(Section("Every op in numbers", [_clean(report.NOTES)], _tables(content, records)))
     return found
+
+
+def scaling(content: dict) -> list[Section]:
+    """The sections of ``scaling``: the fitted exponents, and the curves."""
+    from . import scaling as fitted
+
+    rows = fitted.rows(content["fits"])
+    table = Table(list(fitted.COLUMNS), rows, command=content["command"], ours=_ours(rows, 1))
+    return [Section("How time and memory grow", [_clean(fitted.NOTES)], [table, *_curves(content)])]
 
 
 def _clean(markdown: str) -> str:
@@ -148,7 +157,7 @@ def _ratio_rows(records: list[dict], kind: str) -> list[tuple[str, list[tuple[st
         ours = cells.pop("fused")
         bars = []
         for name in rivals.TITLES:
-            if name in cells and cells[name][kind]:
+            if name in cells and cells[name].get(kind):
                 ratio = cells[name][kind]["median"] / ours[kind]["median"]
                 bars.append((name, ratio, f"{ratio:.2f}  ({plots.seconds_label(cells[name][kind]['median'])})"))
         label = f"{op}\n{size_of(ours)}" + (f"\n{dtype} B={batch}" if several else "")

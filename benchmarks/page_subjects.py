@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from . import network_run, plots, subject_tables, subjects
-from .page_blocks import Figures, Section, Table, legend, reproduce
+from . import command_line, network_run, plots, subject_tables, subjects
+from .page_blocks import Figures, Section, Table, legend
 from .report import size_of
 from .subject_tables import PASS_TITLES
 
@@ -20,7 +20,7 @@ def command_of(content: dict, cells: list[dict]) -> str:
         "rivals": ",".join(name for name in network_run.TITLES if name in names),
         "threads": str(content["machine"]["threads"]),
     }
-    return reproduce(content["command"], **options)
+    return command_line.reproduce(content["command"], **options)
 
 
 def summary(content: dict) -> list[str]:

@@ -289,7 +289,12 @@ def measured_panels(records: list[dict]) -> dict[tuple, list[dict]]:
 
 def draw_time(records: list[dict], path: Path) -> Path | None:
     """A row for each op: forward, and forward + backward."""
-    panels = [time_panel(key, entries, kind) for key, entries in measured_panels(records).items() for kind in KINDS]
+    panels = [
+        time_panel(key, entries, kind)
+        for key, entries in measured_panels(records).items()
+        for kind in KINDS
+        if any(entry.get(kind) for entry in entries)
+    ]
     return grid(panels, path, "Time against the size of the feature map, ms (lower is better)")
 
 

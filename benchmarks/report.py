@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import platform
-import shlex
+import re
 import subprocess
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 
 from tools.compilers import files
 
-from . import rivals, statistics, validate, workloads
+from . import command_line, rivals, statistics, validate, workloads
 
 MIB = 2**20
 SCHEMA = 2
@@ -162,8 +162,8 @@ def rows(records: list[dict]) -> list[list[str]]:
             continue
         ours = fused.get(size) if entry["rival"] != "fused" else None
         for kind in PASSES:
-            row += [_time(entry[kind]), verdict(entry["ratio"].get(kind))]
-        longest = PASSES[entry["forward_backward"] is not None]
+            row += [_time(entry.get(kind)), verdict(entry["ratio"].get(kind))]
+        longest = PASSES["forward_backward" in entry]
         row.append(f"{entry['flop'][longest] / entry[longest]['median'] / 1e9:.0f}")
         row.append(_memory(entry, ours))
         row.append(f"{validate.worst(entry['errors']):.0e}")
@@ -193,7 +193,7 @@ def verdict(ratio: dict | None) -> str:
 def _memory(entry: dict, ours: dict | None) -> str:
     if not entry["memory"]:
         return "not measured"
-    kind = PASSES[entry["forward_backward"] is not None]
+    kind = PASSES["forward_backward" in entry]
     theirs = entry["memory"][kind]
     mine = ours["memory"][kind] if ours and ours["memory"] else 0
     factor = f" ({_factor(theirs / mine)}x)" if mine >= MIB else ""
@@ -227,7 +227,7 @@ def _milliseconds(seconds: float) -> str:
 
 
 def _factor(value: float) -> str:
-    return f"{value:.2f}" if value < 9.995 else f"{value:.0f}"
+    return f"{value:.0f}" if value >= 9.995 else f"{value:.2f}" if value >= 0.095 else f"{value:.2g}"
 
 
 def _others(records: list[dict]) -> list[str]:
@@ -282,19 +282,6 @@ def markdown_table(columns: list[str] | tuple[str, ...], table: list[list[str]])
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in table])
 
 
-def command_for(command: str, op: str, dtype: str, batch: int) -> str:
-    """The command that measures one table of ``command``'s report, and no more, without its budget."""
-    kept: list[str] = []
-    words = shlex.split(command)
-    names = ("--ops", "--dtypes", "--batch", "--budget", "--output")
-    skip = False
-    for word in words:
-        if not skip and word.partition("=")[0] not in names:
-            kept.append(word)
-        skip = not skip and word in names
-    return shlex.join([*kept, "--ops", op, "--dtypes", dtype, "--batch", str(batch), "--budget", "0"])
-
-
 def where(report: dict) -> str:
     """The machine in one line."""
     facts = report["machine"]
@@ -320,7 +307,9 @@ def markdown(report: dict) -> str:
     parts += [f"![{Path(name).stem}]({name})" for name in report.get("pictures", [])]
     for key, entries in groups(records).items():
         parts += [f"## {title(*key)}", markdown_table(COLUMNS, rows(entries))]
-        parts.append(f"Again: `{command_for(report['command'], *key)}`")
+        op, dtype, batch = key
+        again = command_line.reproduce(report["command"], ops=op, dtypes=dtype, batch=str(batch))
+        parts.append(f"`{again}`")
         if remarks(entries):
             parts.append("\n".join(f"- {line}" for line in remarks(entries)))
     return "\n\n".join(parts) + "\n"
@@ -346,6 +335,7 @@ def print_tables(report: dict, console) -> None:
                 table.add_section()
             shown = ["", "", *row[2:]] if row[0] == last else row
             last = row[0]
+            shown = [re.sub(r" \([^)]*-[^)]*\)", "", text) for text in shown]  # intervals are in report.md
             table.add_row(*shown, style="bold green" if row[2] == rivals.TITLES["fused"] else None)
         console.print(table)
         for line in remarks(entries):

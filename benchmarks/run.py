@@ -181,7 +181,7 @@ class Runner:
                     if counted:
                         times.append(passed)
         for name, kinds in seconds.items():
-            records[name] |= {"forward": None, "forward_backward": None, "rounds": rounds, "ratio": {}, "drift": {}}
+            records[name] |= {"rounds": rounds, "ratio": {}, "drift": {}}
             for kind, times in kinds.items():
                 records[name][kind] = statistics.summary(times or [records[name]["first_pass"][kind]])
                 records[name]["drift"][kind] = statistics.drift(times)

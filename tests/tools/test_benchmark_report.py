@@ -6,7 +6,20 @@ import re
 
 import pytest
 
-from benchmarks import ceilings, page, page_blocks, page_ops, plots, report, rivals, run, statistics, workloads
+from benchmarks import (
+    ceilings,
+    command_line,
+    page,
+    page_blocks,
+    page_ops,
+    plots,
+    report,
+    rivals,
+    run,
+    scaling,
+    statistics,
+    workloads,
+)
 from benchmarks.__main__ import main
 from benchmarks.ops import parser as ops_parser
 from benchmarks.workloads import Workload
@@ -172,9 +185,16 @@ class TestPage:
         assert "1.5" in words and "b" in words
 
 
+    def test_fits_have_a_table_and_curves(self, tmp_path):
+        content = ops_content() | {"kind": "scaling"}
+        content["fits"] = scaling.fits(content["cells"])
+        words = " ".join(Reader(page.render([(tmp_path / "scaling.json", content)])).text)
+        assert "How time and memory grow" in words and "2.00 (2.00 to 2.00)" in words
+
+
 class TestCommands:
     def test_options_are_replaced(self):
-        command = page_blocks.reproduce(
+        command = command_line.reproduce(
             "python -m benchmarks --sizes 1x1 --output=a --seed 3 --resume", sizes="2x2", key_channels="8"
         )
         assert command == "python -m benchmarks --seed 3 --sizes 2x2 --key-channels 8 --budget 0"
@@ -200,9 +220,9 @@ class TestVerdicts:
         content = ops_content(("position",))
         for entry in content["cells"]:
             if entry["rival"] == "compile":
-                entry |= {"rival": "onnxruntime", "forward_backward": None}
-                entry["memory"]["forward_backward"] = None
-                del entry["ratio"]["forward_backward"]
+                entry["rival"] = "onnxruntime"
+                for figures in (entry, entry["memory"], entry["ratio"]):
+                    del figures["forward_backward"]
         (line, *_) = page_ops.summary(content)
         assert "level with ONNX Runtime forward" in line and "(1 forward)" not in line
         words = " ".join(Reader(page.render([(tmp_path / "report.json", content)])).text)

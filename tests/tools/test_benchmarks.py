@@ -300,10 +300,37 @@ class TestSchedule:
 
     def test_short_workloads_repeat_more(self):
         plan = schedule.Schedule(None)
-        assert [plan.rounds(seconds, []) for seconds in (0.001, 1.0, 10.0, 100.0)] == [schedule.ROUNDS[1], 5, 3, 0]
-        assert schedule.Schedule(25.0).rounds(10.0, []) == 1  # no time for more
-        assert schedule.Schedule(100.0).rounds(0.1, [Workload("position", 256, 256)]) == 9  # cheap: always
-        assert schedule.Schedule(5.0).rounds(10.0, []) == 0
+        small = Workload("position", 32, 32)
+        rounds = [plan.rounds(small, seconds, []) for seconds in (0.001, 1.0, 10.0, 100.0)]
+        assert rounds == [schedule.ROUNDS[1], 5, 3, 0]
+        assert schedule.Schedule(25.0).rounds(small, 10.0, []) == 1  # no time for more
+        assert schedule.Schedule(100.0).rounds(small, 0.1, [Workload("position", 256, 256)]) == 9  # cheap: always
+        assert schedule.Schedule(5.0).rounds(small, 10.0, []) == 0
+
+    def test_the_papers_size_is_repeated_whatever_the_budget(self):
+        """At 97 x 97 eager and SDPA run and are repeated; time for them is kept back at smaller sizes."""
+        plan = schedule.Schedule(100.0, rivals=("fused", "eager", "sdpa", "compile"))
+        small, focus = Workload("position", 64, 64), Workload("position", 97, 97)
+        for name in plan.rivals:
+            plan.learn(focus, name, 3.0)
+        assert plan.least(focus) == pytest.approx(sum(plan.cost(focus, name) for name in ("fused", "eager", "sdpa")))
+        assert plan.spare([focus]) == pytest.approx(100 - plan.least(focus), abs=1)
+        assert plan.least(focus) > 3 * 3 * 4
+        plan.started -= 90
+        assert "over the time budget" in plan.verdict(small, "eager", 2**40, [focus] * 2)
+        assert plan.verdict(focus, "eager", 2**40, []) is None
+        assert "over the time budget" in plan.verdict(focus, "compile", 2**40, [])
+        assert plan.rounds(focus, 30.0, []) == schedule.ROUNDS[0]
+        assert plan.verdict(focus, "eager", 2**20, []).startswith("would not fit")
+
+    def test_a_forward_alone_takes_a_third(self):
+        plan = schedule.Schedule(None)
+        workload = Workload("position", 64, 64)
+        plan.learn(workload, "onnxruntime", 1.0)
+        assert plan.predict(workload, "onnxruntime") == pytest.approx(1.0)
+        assert plan.predict(workload, "sdpa") == pytest.approx(3 * plan.predict(workload, "onnx_attention"))
+        assert plan.left([(workload, "onnxruntime")]) == plan.cost(workload, "onnxruntime")
+        assert plan.cost(workload, "xformers") == 0.0  # is not available on a CPU
 
 
 class FakeCell:
@@ -353,7 +380,10 @@ class TestRunner:
         one_round = [(r, k) for r in ("eager", "fused", "sdpa") for k in ("forward", "forward_backward")]
         assert timed == one_round * 3  # the first round is discarded
         assert [entry["rival"] for entry in records] == ["fused", "eager", "sdpa"]
-        assert records[0]["forward"] == {"median": 0.5, "spread": 0.0, "seconds": [0.5, 0.5]}
+        assert records[0]["forward"] == {"times": [0.5, 0.5], "median": 0.5, "low": 0.5, "high": 0.5}
+        assert records[0]["ratio"] == {}
+        for entry in records[1:]:
+            assert entry["ratio"]["forward"]["verdict"] == "level"
         assert sum(name == "close" for _, name, *_ in fake_cells.log) == 3
 
     def test_a_wrong_fused_result_stops_the_run(self, fake_cells, monkeypatch):
@@ -382,6 +412,7 @@ class TestRunner:
         monkeypatch.setattr(FakeCell, "call", call)
         records = self.run(small("position", dtype="float32"), repeats=1)
         assert [entry["status"] for entry in records] == ["measured", "measured", "failed"]
+        assert report.rows(records)[-1][:4] == ["9x11", "99", "SDPA", "failed"]
         assert any("sdpa" in line.lower() and "killed" in line for line in report.remarks(records))
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as dispatcher
-from benchmarks import command_line, features, ops, papers, processes, readme_pictures, report, run
+from benchmarks import ceilings, command_line, features, measure, ops, papers, processes, readme_pictures, report, run
 from benchmarks.validate import WrongResult
 
 SMALL = ("--sizes", "4x4", "--ops", "position", "--channels", "8", "--threads", "1", "--backend", "reference")
@@ -139,6 +139,8 @@ def quick(monkeypatch):
     monkeypatch.setattr(features, "load_photograph", lambda name: np.zeros((8, 8, 3), np.uint8))
     monkeypatch.setattr(features, "Extractor", extractor)
     monkeypatch.setattr(features, "FeatureSource", lambda *arguments: Source())
+    monkeypatch.setattr(ceilings, "reached", lambda device, repeats: {})
+    monkeypatch.setattr(measure, "pin", lambda threads: None)
     monkeypatch.setattr(ops, "start_server", lambda: None)
     monkeypatch.setattr(ops, "_draw", lambda records, source, arguments, weights: [])
     monkeypatch.setattr(run.Runner, "run", lambda self, planned, source: iter([[]]))
