@@ -214,7 +214,7 @@ def small_errors(make: Callable[[], torch_nn.Module], rival: str, *inputs: Tenso
         results[name] = dict(zip(names, (output.detach(), *gradients), strict=True))
     exact, got = results["eager"], results[rival]
     largest = max(float(value.norm()) for value in exact.values())
-    # A gradient that is zero in exact arithmetic (a bias before a batch norm) is rounding alone: relative to the others.
+    # A gradient that is zero in exact arithmetic (a bias before a batch norm) is rounding: relative to the others.
     return {
         name: float((got[name] - value).norm() / max(float(value.norm()), 1e-6 * largest))
         for name, value in exact.items()

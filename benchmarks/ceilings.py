@@ -9,7 +9,7 @@ import torch
 
 from . import measure
 
-REPEATS = 15
+REPEATS = 9
 SIZES = {  # (elements of the copied tensor, side of the multiplied matrices)
     "cuda": (2**29, 8192),
     "cpu": (2**26, 2048),

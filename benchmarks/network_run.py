@@ -183,9 +183,9 @@ class Runner:
             useful = of_eager is not None and of_eager < validate.GROSS
             allowed = 2 * of_eager + floor if useful else LARGE_ERRORS[subject.dtype]
             if name == "fused" and not error <= allowed:
-                where = path or subject.name
                 raise validate.WrongResult(
-                    f"{subject.label}: the output of {where} is wrong: relative error {error:.3g}, allowed {allowed:.3g}"
+                    f"{subject.label}: the output of {path or subject.name} is wrong: relative error {error:.3g}, "
+                    f"allowed {allowed:.3g}"
                 )
         result, error = max(found["small"].items(), key=lambda item: item[1])
         if not error <= SMALL_ERROR:
@@ -211,10 +211,16 @@ class Runner:
                     if number:
                         times[name][kind].append(seconds)
         for name in cells:
+            records[name] |= {"rounds": rounds, "ratio": {}, "drift": {}}
             for kind in passes[name]:
                 figures = times[name][kind] or [records[name]["first_pass"][kind]]
                 records[name][kind] = statistics.summary(figures)
-            records[name]["rounds"] = rounds
+                records[name]["drift"][kind] = statistics.drift(times[name][kind])
+        for name in cells.keys() - {"fused"} if "fused" in cells else ():
+            for kind in passes[name]:
+                if kind in passes["fused"]:
+                    ours, theirs = (records[of][kind]["times"] for of in ("fused", name))
+                    records[name]["ratio"][kind] = statistics.ratio(ours, theirs)
 
 
 def applicable(rivals: tuple[str, ...], subject: Subject) -> list[str]:

@@ -16,7 +16,7 @@ import torch
 import segattn_ops
 from tools.compilers import files
 
-from . import ceilings, command_line, features, measure, picture, plots, report, rivals, workloads
+from . import ceilings, command_line, features, measure, page, picture, plots, report, rivals, workloads
 from .command_line import Refused
 from .processes import CellFailed, start_server
 from .run import Options, Runner, not_run
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 PROG = "python -m benchmarks ops"
 SUMMARY = "each attention on the features of a photograph: time, peak memory, attention maps, against the alternatives"
-WRITTEN = ("report.json", "report.md", "time.png", "memory.png", "attention.png")
+WRITTEN = ("report.json", "report.md", "report.html", "time.png", "memory.png", "attention.png")
 DEFAULT_RIVALS = "fused,eager,sdpa,compile,eager_onednn,mmcv,onnxruntime,onnx_attention"
 SIZES = "16x16,32x32,64x64,97x97,128x128,128x256"
 
@@ -142,7 +142,7 @@ def check(arguments: argparse.Namespace, planned: list[Workload]) -> None:
         )
     if not any(rivals.applicable(arguments.rivals, workload) for workload in planned):
         raise Refused(f"none of the rivals {', '.join(arguments.rivals)} computes {', '.join(arguments.ops)}")
-    command_line.require("rich", "matplotlib", "PIL", "torchvision", "skimage")
+    command_line.require("rich", "matplotlib", "PIL", "torchvision", "skimage", "jinja2")
     height, width = (max(size[axis] for size in arguments.sizes) for axis in (0, 1))
     operands = max(planned, key=Workload.operand_bytes)
     available = measure.available_bytes()
@@ -213,8 +213,9 @@ def _run(argv: list[str], arguments: argparse.Namespace) -> int:
     result["pictures"] = [picture.name for picture in pictures]
     report.write_json(result, path)
     files.write_text(arguments.output / "report.md", report.markdown(result))
+    page.write([(path, result)], arguments.output / "report.html")
     report.print_tables(result, console)
-    written = ", ".join(["report.json", "report.md", *result["pictures"]])
+    written = ", ".join(["report.json", "report.md", "report.html", *result["pictures"]])
     console.print(f"{result['seconds']:.0f} s; {arguments.output}/: {written}", highlight=False, soft_wrap=True)
     return 0
 

@@ -28,6 +28,7 @@ Files = list[tuple[Path, dict]]
 # By the JSON's kind: the sections of one file, and the sentences for the summary.
 KINDS = {
     "ops": (page_ops.sections, page_ops.summary),
+    "scaling": (page_ops.scaling, lambda content: []),
     "modules": (page_subjects.sections, page_subjects.summary),
     "models": (page_subjects.sections, page_subjects.summary),
 }
@@ -103,16 +104,18 @@ def _inlined(path: Path) -> str:
 def sections(contents: Files) -> list[Section]:
     found = [_runs(contents)]
     for _, content in contents:
-        of_kind, _ = KINDS.get(kind_of(content), (lambda content: [plain_table(content)], None))
-        found += of_kind(content)
+        if kind_of(content) in KINDS:
+            found += KINDS[kind_of(content)][0](content)
+        else:
+            found.append(plain_table(content))
     return found + _pictures(contents)
 
 
 def summary(contents: Files) -> list[str]:
     lines = []
     for _, content in contents:
-        _, of_kind = KINDS.get(kind_of(content), (None, None))
-        lines += of_kind(content) if of_kind else []
+        if kind_of(content) in KINDS:
+            lines += KINDS[kind_of(content)][1](content)
     return lines
 
 

@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 
 from . import plots, rivals
 
-SIGNS = {
-    "o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "<": "◀", ">": "▶", "P": "✚", "X": "✖", "p": "⬟", "*": "★", "h": "⬢",
-}  # fmt: skip
+SIGNS = dict(zip("os^Dv<>PXp*h", "●■▲◆▼◀▶✚✖⬟★⬢", strict=True))  # of matplotlib's markers
 _NUMBER = re.compile(r"^[<~]?-?[0-9.]+(e-?[0-9]+)?( |%|$)")
 
 

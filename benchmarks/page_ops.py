@@ -11,14 +11,6 @@ from .report import groups, size_of, title
 KINDS = plots.KINDS
 
 
-def compared(ours: dict, theirs: dict, kind: str) -> dict:
-    """The ratio of two cells of one run, as ``statistics.ratio``; of one pass each without a verdict."""
-    mine, other = ours[kind]["times"], theirs[kind]["times"]
-    if len(mine) != len(other):
-        return {"median": theirs[kind]["median"] / ours[kind]["median"], "verdict": "unclear"}
-    return statistics.ratio(mine, other)
-
-
 def chosen(entries: list[dict]) -> dict[str, dict]:
     """The measured cells by rival, at the largest of the sizes at which most rivals ran; empty without ours."""
     by_size: dict[str, dict[str, dict]] = {}
@@ -39,7 +31,7 @@ def _speed(median: float, verdict: str) -> str:
         return "level with"
     if median >= 1:
         return f"{_factor(median)} times as fast as"
-    return f"{_factor(1 / median)} times slower than"
+    return f"takes {_factor(1 / median)} times as long as"
 
 
 def summary(content: dict) -> list[str]:
@@ -53,14 +45,15 @@ def summary(content: dict) -> list[str]:
         image = f"an image of {8 * ours['height']} x {8 * ours['width']}"
         sentence = f"{title(op, dtype, batch)}, {ours['height']} x {ours['width']} positions ({image}): "
         parts = []
-        for name in dict.fromkeys(["eager", _nearest(ours, cells)]):
+        for name in dict.fromkeys(["eager", *(_fastest(cells, kind) for kind in reversed(KINDS))]):
             if name in cells:
-                forward, both = (compared(ours, cells[name], kind) for kind in KINDS)  # eager and the nearest have both
-                speed = _speed(both["median"], both["verdict"])
-                parts.append(f"{speed} {rivals.TITLES[name]} forward + backward ({_factor(forward['median'])} forward)")
-        memory, theirs = ours["memory"], cells.get("eager", {}).get("memory")
-        if memory and theirs:
-            mine, other = memory["forward_backward"], theirs["forward_backward"]
+                ratios = cells[name]["ratio"]
+                longest = list(ratios)[-1]
+                speed = _speed(ratios[longest]["median"], ratios[longest]["verdict"])
+                also = f" ({_factor(ratios['forward']['median'])} forward)" if longest != "forward" else ""
+                parts.append(f"{speed} {rivals.TITLES[name]} {KINDS[longest]}{also}")
+        mine, other = (plots.extra_bytes(cell) for cell in (ours, cells.get("eager", {"memory": None})))
+        if mine and other:
             parts.append(f"{plots.bytes_label(mine)} of extra memory against {plots.bytes_label(other)} of eager")
         lines.append(sentence + "; ".join(parts) + ".")
     counts, losses = verdicts(content["cells"])
@@ -72,25 +65,18 @@ def summary(content: dict) -> list[str]:
     return lines
 
 
-def _nearest(ours: dict, others: dict[str, dict]) -> str:
-    """The fastest rival forward + backward."""
-    seconds = {name: cell["forward_backward"]["median"] for name, cell in others.items() if "forward_backward" in cell}
-    return min(seconds, key=lambda name: seconds[name], default="")
+def _fastest(others: dict[str, dict], kind: str) -> str:
+    """The rival that is fastest in this pass; empty if none has it."""
+    having = [name for name in others if others[name].get(kind)]
+    return min(having, key=lambda name: others[name][kind]["median"], default="")
 
 
 def verdicts(records: list[dict]) -> tuple[Counter, list[str]]:
     """How often each verdict fell, and where it was "slower": a phrase for each op and rival."""
     counts: Counter = Counter()
     losses: dict[tuple, list[tuple[str, float]]] = {}
-    fused = {_place(entry): entry for entry in records if entry["rival"] == "fused" and entry["status"] == "measured"}
     for entry in records:
-        ours = fused.get(_place(entry))
-        if entry["rival"] == "fused" or entry["status"] != "measured" or ours is None:
-            continue
-        for kind in KINDS:
-            if kind not in entry or kind not in ours:
-                continue
-            found = compared(ours, entry, kind)
+        for kind, found in entry.get("ratio", {}).items():
             counts[found["verdict"]] += 1
             if found["verdict"] == "slower":
                 key = entry["op"], entry["dtype"], entry["rival"], kind
@@ -102,10 +88,6 @@ def verdicts(records: list[dict]) -> tuple[Counter, list[str]]:
         sizes = ", ".join(size for size, _ in places)
         phrases.append(f"{rivals.TITLES[rival]} needs {span} of the time for {op} {dtype} {KINDS[kind]} at {sizes}")
     return counts, phrases
-
-
-def _place(entry: dict) -> tuple:
-    return tuple(entry[name] for name in ("op", "dtype", "batch", "height", "width"))
 
 
 def command_of(content: dict, entries: list[dict]) -> str:
@@ -130,6 +112,15 @@ def sections(content: dict) -> list[Section]:
     found.append(_roofline(content))
     found.append(Section("Every op in numbers", [_clean(report.NOTES)], _tables(content, records)))
     return found
+
+
+def scaling(content: dict) -> list[Section]:
+    """The sections of ``scaling``: the fitted exponents, and the curves."""
+    from . import scaling as fitted
+
+    rows = fitted.rows(content["fits"])
+    table = Table(list(fitted.COLUMNS), rows, command=content["command"], ours=_ours(rows, 1))
+    return [Section("How time and memory grow", [_clean(fitted.NOTES)], [table, *_curves(content)])]
 
 
 def _clean(markdown: str) -> str:
@@ -166,11 +157,12 @@ def _ratio_rows(records: list[dict], kind: str) -> list[tuple[str, list[tuple[st
         ours = cells.pop("fused")
         bars = []
         for name in rivals.TITLES:
-            if name in cells and kind in cells[name]:
+            if name in cells and cells[name].get(kind):
                 ratio = cells[name][kind]["median"] / ours[kind]["median"]
                 bars.append((name, ratio, f"{ratio:.2f}  ({plots.seconds_label(cells[name][kind]['median'])})"))
         label = f"{op}\n{size_of(ours)}" + (f"\n{dtype} B={batch}" if several else "")
-        rows.append((label, bars))
+        if bars:
+            rows.append((label, bars))
     return rows
 
 
@@ -180,22 +172,20 @@ def _curves(content: dict) -> list:
     for key, entries in plots.measured_panels(content["cells"]).items():
         if len({entry["positions"] for entry in entries if entry["status"] == "measured"}) < 2:
             continue
-        figures = [
-            (
-                f"{title(*key)}: time of {KINDS[kind]} over size",
-                plots.svg(plots.time_panel(key, entries, kind, named=False)),
-            )
-            for kind in KINDS
-        ]
-        if any(entry.get("memory") for entry in entries):
+        figures = []
+        for kind in KINDS:
+            if any(entry.get(kind) for entry in entries):
+                panel = plots.time_panel(key, entries, kind, named=False)
+                figures.append((f"{title(*key)}: time of {KINDS[kind]} over size", plots.svg(panel)))
+        if any(entry.get("memory") and plots.extra_bytes(entry) for entry in entries):
             panel = plots.memory_panel(key, entries, named=False)
             figures.append((f"{title(*key)}: extra memory over size", plots.svg(panel)))
         used = [entry["rival"] for entry in entries if entry["status"] == "measured"]
         blocks.append(Figures(figures, title(*key), legend=legend(used), command=command_of(content, entries)))
     if blocks:
         blocks[0].caption = (
-            "Numbers are those of the largest size. Memory: dashed lines are the memories of common GPUs; hollow markers "
-            "are eager by formula (the bytes of its attention maps) where it was not measured, up to "
+            "Numbers are those of the largest size. Memory: dashed lines are the memories of common GPUs; hollow "
+            "markers are eager by formula (the bytes of its attention maps) where it was not measured, up to "
             f"{plots.BEYOND[-1][0]}x{plots.BEYOND[-1][1]}."
         )
     return blocks
@@ -216,7 +206,7 @@ def _roofline(content: dict) -> Section:
         used += cells
         shown = [cell for cell in cells if cell["rival"] in ("fused", "eager", "sdpa")]
         figures.append(
-            (f"Roofline of the ops in {dtype}", plots.svg(plots.roofline_panel(shown, ceilings, dtype), 4.0))
+            (f"Roofline of the ops in {dtype}", plots.svg(plots.roofline_panel(shown, ceilings, dtype), 4.2))
         )
         for cell in cells:
             reached, roof = cell["flop"]["forward"] / cell["forward"]["median"], plots.roof(cell, ceilings)

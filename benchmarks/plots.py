@@ -225,8 +225,14 @@ def _line(ax, name: str, xs: list[float], ys: list[float], **style) -> None:
     )
 
 
-def _of_rival(entries: list[dict], name: str) -> list[dict]:
-    return [entry for entry in entries if entry["rival"] == name and entry["status"] == "measured"]
+def _of_rival(entries: list[dict], name: str, kind: str = "forward") -> list[dict]:
+    """Its measured cells that have this pass."""
+    return [e for e in entries if e["rival"] == name and e["status"] == "measured" and e.get(kind)]
+
+
+def extra_bytes(cell: dict) -> int | None:
+    """Of forward + backward; None where it was not measured, or the rival has no backward."""
+    return (cell["memory"] or {}).get("forward_backward")
 
 
 def _names(entries: list[dict]) -> list[str]:
@@ -254,7 +260,7 @@ def time_panel(key: tuple, entries: list[dict], kind: str, named: bool = True) -
         ends, values = [], []
         largest = max(entry["positions"] for entry in entries if entry["status"] == "measured")
         for name in _names(entries):
-            cells = [cell for cell in _of_rival(entries, name) if kind in cell]
+            cells = _of_rival(entries, name, kind)
             if not cells:
                 continue
             ys = [cell[kind]["median"] * 1e3 for cell in cells]
@@ -287,7 +293,7 @@ def draw_time(records: list[dict], path: Path) -> Path | None:
         time_panel(key, entries, kind)
         for key, entries in measured_panels(records).items()
         for kind in KINDS
-        if any(kind in entry for entry in entries)
+        if any(entry.get(kind) for entry in entries)
     ]
     return grid(panels, path, "Time against the size of the feature map, ms (lower is better)")
 
@@ -330,20 +336,20 @@ def memory_panel(key: tuple, entries: list[dict], named: bool = True) -> Panel:
         numbers, values, beyond = [], [], {}
         sizes = {entry["positions"]: size_label(entry["height"], entry["width"]) for entry in entries}
         for name in _names(entries):
-            cells = [cell for cell in _of_rival(entries, name) if "forward_backward" in (cell["memory"] or {})]
+            cells = [cell for cell in _of_rival(entries, name) if extra_bytes(cell) is not None]
             if not cells:
                 continue
-            ys = [max(cell["memory"]["forward_backward"], 2**14) for cell in cells]
+            ys = [max(extra_bytes(cell), 2**14) for cell in cells]
             _line(ax, name, [cell["positions"] for cell in cells], ys)
             values += ys
             if name in ("fused", "eager"):
                 numbers.append((cells[-1]["positions"], ys[-1], name == "fused"))
         xs, ys = _by_formula(entries)
         if xs:
-            before = [cell for cell in _of_rival(entries, "eager") if cell["memory"]][-1:]
+            before = [cell for cell in _of_rival(entries, "eager") if extra_bytes(cell)][-1:]
             ax.plot(
                 [cell["positions"] for cell in before] + xs,
-                [cell["memory"]["forward_backward"] for cell in before] + ys,
+                [extra_bytes(cell) for cell in before] + ys,
                 color=COLOURS["eager"],
                 marker=MARKERS["eager"],
                 markerfacecolor="none",
@@ -397,7 +403,7 @@ def draw_memory(
     panels = [
         memory_panel(key, entries)
         for key, entries in groups(records).items()
-        if any(entry.get("memory") for entry in entries)
+        if any(entry.get("memory") and extra_bytes(entry) for entry in entries)
     ]
     return grid(panels, path, heading)
 
@@ -414,58 +420,53 @@ def roof(entry: dict, ceilings: dict) -> float | None:
 
 
 def roofline_panel(cells: list[dict], ceilings: dict, dtype: str) -> Panel:
-    """GFLOP/s of each op's forward over its FLOP a byte, below the roof of the machine; one point for each op and
-    rival, at its largest measured size, with the share of the roof that the fused op reaches."""
+    """GFLOP/s of each op's forward over its FLOP a byte, below the roof of the machine: a point for each cell. Above
+    the roof are the ops' names and the share of the roof that the fused op reaches."""
 
     def draw(ax) -> None:
         ax.set_xscale("log")
         ax.set_yscale("log")
         product, copy = flop_ceiling(ceilings, dtype), ceilings["copy_bytes_per_second"]
         xs = [intensity(cell) for cell in cells]
-        low, high = min(*xs, product / copy) / 3, max(xs) * 3
-        ax.plot([low, product / copy, high], [low * copy / 1e9, product / 1e9, product / 1e9], color=INK, linewidth=1.6)
-        ax.annotate(
-            f"product: {product / 1e9:.0f} GFLOP/s",
-            (high, product / 1e9),
-            xytext=(0, 4),
-            textcoords="offset points",
-            ha="right",
-        )
-        values = []
+        left, right = min(*xs, product / copy) / 4, max(xs) * 4
+        ys = {id(cell): cell["flop"]["forward"] / cell["forward"]["median"] / 1e9 for cell in cells}
+        top = max(product / 1e9, *ys.values())
+        low, high = min(ys.values()) / 2, top * 1.3
+        fused = sorted(_of_rival(cells, "fused"), key=intensity)
+        levels = _levels([math.log(intensity(cell) / left) / math.log(right / left) for cell in fused])
+        decades = math.log10(high / low)
+        step = 0.13 * decades / (1 - 0.13 * (1 + max(levels, default=0)))  # decades, of a name's height
+        ax.plot([left, product / copy, right], [left * copy / 1e9, *[product / 1e9] * 2], color=INK, linewidth=1.6)
         for name in _names(cells):
-            points = [
-                (intensity(cell), cell["flop"]["forward"] / cell["forward"]["median"] / 1e9)
-                for cell in _of_rival(cells, name)
-            ]
-            values += [y for _, y in points]
-            _line(
-                ax,
-                name,
-                *map(list, zip(*points, strict=True)),
-                linestyle="none",
-                markersize=8 if name == "fused" else 6,
-            )
-        for cell in _of_rival(cells, "fused"):
-            y = cell["flop"]["forward"] / cell["forward"]["median"]
-            text = f"{cell['op']}\n{100 * y / roof(cell, ceilings):.0f}%"
-            ax.annotate(
-                text,
-                (intensity(cell), y / 1e9),
-                xytext=(0, 9),
-                textcoords="offset points",
-                ha="center",
-                va="bottom",
-                linespacing=1.0,
-            )
-        bottom, top = min(*values, low * copy / 1e9 * 2) / 2, product / 1e9 * 2.2
-        ax.set_xlim(low, high)
-        ax.set_ylim(bottom, top)
-        _log_numbers(ax.xaxis, low, high)
-        _log_numbers(ax.yaxis, bottom, top)
+            points = [(intensity(cell), ys[id(cell)]) for cell in _of_rival(cells, name)]
+            size = 8 if name == "fused" else 6
+            _line(ax, name, *map(list, zip(*points, strict=True)), linestyle="none", markersize=size)
+        for cell, level in zip(fused, levels, strict=True):
+            x, y = intensity(cell), ys[id(cell)]
+            at = high * 10 ** (step * level)
+            ax.plot([x, x], [y, at], color=FAINT, linewidth=1.0, zorder=1)
+            share = f"{100 * y * 1e9 / roof(cell, ceilings):.0f}%"
+            ax.annotate(f"{cell['op']}\n{share}", (x, at), ha="center", va="bottom", linespacing=1.0)
+        ax.set_xlim(left, right)
+        ax.set_ylim(low, high * 10 ** (step * (1 + max(levels, default=0))))
+        _log_numbers(ax.xaxis, left, right)
+        _log_numbers(ax.yaxis, low, top * 1.1)
+        ax.set_title(f"{dtype}, GFLOP/s; product {product / 1e9:.0f}, copy {copy / 1e9:.0f} GB/s", loc="left")
         ax.set_xlabel("FLOP a byte of inputs and output")
-        ax.set_ylabel("GFLOP/s")
 
     return draw
+
+
+def _levels(places: list[float]) -> list[int]:
+    """For names centred on sorted ``places`` in [0, 1] of a panel's width: the lowest level at which each overlaps no
+    other."""
+    ends: list[float] = []
+    levels = []
+    for place in places:
+        level = next((index for index, end in enumerate(ends) if place - end >= 0.27), len(ends))
+        ends[level : level + 1] = [place]
+        levels.append(level)
+    return levels
 
 
 def roofline_cells(records: list[dict], dtype: str) -> list[dict]:
@@ -473,10 +474,9 @@ def roofline_cells(records: list[dict], dtype: str) -> list[dict]:
     chosen: list[dict] = []
     for (_, of_dtype, _), entries in groups(records).items():
         measured = [entry for entry in entries if entry["status"] == "measured"]
-        fused = {size_of(e): e["positions"] for e in measured if e["rival"] == "fused"}
-        both = {
-            size: n for size, n in fused.items() if any(e["rival"] == "eager" and size_of(e) == size for e in measured)
-        }
+        fused = {size_of(entry): entry["positions"] for entry in measured if entry["rival"] == "fused"}
+        eager = {size_of(entry) for entry in measured if entry["rival"] == "eager"}
+        both = {size: n for size, n in fused.items() if size in eager}
         if of_dtype == dtype and fused:
             candidates = both or fused
             size = max(candidates, key=candidates.__getitem__)

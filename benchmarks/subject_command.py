@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import torch
 import segattn_ops
 from tools.compilers import files
 
-from . import command_line, features, measure, network_run, report, subject_tables, subjects
+from . import command_line, features, measure, network_run, ops, page, report, subject_tables, subjects
 from .command_line import Refused
 from .processes import CellFailed, start_server
 from .subjects import Subject
@@ -118,14 +117,13 @@ def _run(command: Command, argv: list[str], arguments: argparse.Namespace) -> in
     path = folder / f"{command.name}.json"
     threads = arguments.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
-    line = " ".join([command.prog, *(argument for argument in argv if argument != "--resume")])
-    result = report.build(line, device, threads, [], memory_measured=measure.host_memory_is_measurable())
-    result |= {"kind": command.name}
-    subjects_to_run = planned(command, arguments)
-    if arguments.resume:
-        result["cells"] = _earlier(path, result)
-        done = {subjects.of_record(cell) for cell in result["cells"]}
-        subjects_to_run = [subject for subject in subjects_to_run if subject not in done]
+    line = ops.command_of(command.prog, argv)
+    records = ops.resumed(path, line)["cells"] if arguments.resume else []
+    if device == "cpu":
+        measure.pin(threads)
+    result = report.build(line, device, threads, records, command.name, finished=False)
+    done = {subjects.of_record(cell) for cell in records}
+    subjects_to_run = [subject for subject in planned(command, arguments) if subject not in done]
     start_server()
     options = network_run.Options(
         arguments.rivals, device, threads, arguments.backend, arguments.rounds, arguments.budget or None
@@ -133,28 +131,12 @@ def _run(command: Command, argv: list[str], arguments: argparse.Namespace) -> in
     try:
         with _progress(subjects_to_run, options) as (on_cell, on_round):
             runner = network_run.Runner(options, photograph, on_cell, on_round)
-            for records in runner.run(subjects_to_run):
-                result["cells"] += records
+            for of_subject in runner.run(subjects_to_run):
+                records += of_subject
                 report.write_json(result, path)
     except (WrongResult, CellFailed) as error:
         return command_line.fail(command.prog, error, 1)
-    return _write(command, result, path)
-
-
-def _earlier(path: Path, result: dict) -> list[dict]:
-    """The cells of a run of the same command on the same commit and machine."""
-    try:
-        earlier = json.loads(path.read_text())
-    except FileNotFoundError:
-        return []
-    except ValueError as error:
-        raise Refused(f"{path} cannot be resumed: it is no JSON ({error})") from error
-    for name in ("command", "commit", "machine"):
-        if earlier.get(name) != result[name]:
-            raise Refused(
-                f"{path} cannot be resumed: its {name} is {earlier.get(name)!r}, and that of this run {result[name]!r}"
-            )
-    return earlier["cells"]
+    return _write(result | {"finished": True}, path)
 
 
 class _progress:
@@ -207,11 +189,9 @@ def _dry_run(command: Command, arguments: argparse.Namespace, device: str) -> in
     return 0
 
 
-def _write(command: Command, result: dict, path: Path) -> int:
+def _write(result: dict, path: Path) -> int:
     report.write_json(result, path)
     files.write_text(path.with_suffix(".md"), subject_tables.markdown(result))
-    from . import page
-
     written = [path, path.with_suffix(".md"), page.write([(path, result)], path.with_suffix(".html"))]
     print(subject_tables.markdown(result))
     print(f"{', '.join(str(name) for name in written)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import network_run, report, statistics, subjects
+from . import network_run, report, subjects
 from .report import MIB
 
 PASS_TITLES = {
@@ -14,18 +14,24 @@ NOTES = {
 Milliseconds are medians of interleaved rounds; *forward* runs in evaluation mode under no_grad, *forward + backward*
 includes the gradients of inputs and parameters. *Extra memory* is the peak over forward + backward in a separate
 process, minus inputs, parameters, output and gradients. GFLOP are those of the forward, as torch counts them for the
-rival: 2 x multiply-accumulates, convolutions included. In brackets: the rival's figure over that of segattn_ops, and
-whether the rival is faster, level or slower, where the interval of the rounds' ratios allows a verdict.""",
+rival: 2 x multiply-accumulates, convolutions included. *segattn_ops is*: the rival's time over that of segattn_ops in
+the same rounds, its interval, and a verdict; "unclear" where the interval does not allow one.""",
     "model": """\
 Images a second are the batch over the median of interleaved rounds; *inference* runs in evaluation mode under no_grad,
 a *training step* is forward, loss, backward, and SGD with momentum. *Memory* is the peak of the process above what it
 held before the network existed, less the input: weights, momentum, activations and gradients. All rivals have the same
-weights; only the attention blocks differ. In brackets: how many times as long the rival takes, or as much memory it
-needs, and whether it is faster, level or slower, where the interval of the rounds' ratios allows a verdict.""",
+weights; only the attention blocks differ. *segattn_ops is*: the rival's time over that of segattn_ops in the same
+rounds, its interval, and a verdict; "unclear" where the interval does not allow one.""",
 }
 COLUMNS = {
-    "module": ("size", "", "GFLOP", "forward ms", "forward + backward ms", "extra memory MiB", "error"),
-    "model": ("size", "", "inference images/s", "training images/s", "inference MiB", "training MiB", "error"),
+    "module": (
+        *("size", "", "GFLOP", "forward ms", "segattn_ops is", "forward + backward ms", "segattn_ops is"),
+        *("extra memory MiB", "error"),
+    ),
+    "model": (
+        *("size", "", "inference images/s", "segattn_ops is", "training images/s", "segattn_ops is"),
+        *("inference MiB", "training MiB", "error"),
+    ),
 }
 
 
@@ -55,25 +61,13 @@ def memory_of(kind: str, cell: dict, which: str) -> int | None:
     return cell["memory"][which] + (cell["state_bytes"] if kind == "model" else 0)
 
 
-# Of a rival's row, where statistics.ratio has a verdict on this package.
-RIVALS_VERDICT = {"faster": ", slower", "level": ", level", "slower": ", faster", "unclear": ""}
-
-
-def _against(cell: dict, ours: dict | None, which: str) -> str:
-    if not ours or cell is ours or which not in ours or which not in cell:
-        return ""
-    mine, theirs = ours[which], cell[which]
-    paired = len(mine["times"]) == len(theirs["times"])
-    verdict = statistics.ratio(mine["times"], theirs["times"])["verdict"] if paired else "unclear"
-    return f" ({report._ratio(theirs['median'], mine['median'])}x{RIVALS_VERDICT[verdict]})"
-
-
-def _time(kind: str, cell: dict, ours: dict | None, which: str) -> str:
+def _time(kind: str, cell: dict, which: str) -> list[str]:
+    """The figure of a pass, and what segattn_ops is beside this rival."""
     if which not in cell:
-        return "not run"
+        return ["not run", ""]
     median = cell[which]["median"]
     figure = report._milliseconds(median) if kind == "module" else f"{cell['batch'] / median:.3g}"
-    return figure + _against(cell, ours, which)
+    return [figure, report.verdict(cell["ratio"].get(which))]
 
 
 def _bytes(kind: str, cell: dict, ours: dict | None, which: str) -> str:
@@ -81,7 +75,7 @@ def _bytes(kind: str, cell: dict, ours: dict | None, which: str) -> str:
     if mine is None:
         return "not run" if which in cell.get("not_run", {}) else "not measured"
     theirs = memory_of(kind, ours, which) if ours and ours is not cell else None
-    ratio = f" ({report._ratio(mine, theirs)}x)" if theirs and theirs >= MIB else ""
+    ratio = f" ({report._factor(mine / theirs)}x)" if theirs and theirs >= MIB else ""
     return f"{mine / MIB:.0f}{ratio}"
 
 
@@ -100,7 +94,7 @@ def rows(kind: str, cells: list[dict]) -> list[list[str]]:
             table.append([*row, f"{cell['status']}: {cell['reason']}", *[""] * (len(COLUMNS[kind]) - 3)])
             continue
         ours = fused.get(size)
-        times = [_time(kind, cell, ours, which) for which in subjects.PASSES]
+        times = [text for which in subjects.PASSES for text in _time(kind, cell, which)]
         if kind == "module":
             row += [f"{cell['flop']['forward'] / 1e9:.3g}", *times, _bytes(kind, cell, ours, "forward_backward")]
         else:
@@ -113,6 +107,11 @@ def remarks(kind: str, cells: list[dict]) -> list[str]:
     """A line for every pass that did not run in a cell that did, and for figures without rounds."""
     lines = []
     for cell in cells:
+        for which, found in cell.get("drift", {}).items():
+            if found and found["noted"]:
+                name = network_run.TITLES.get(cell["rival"], cell["rival"])
+                change = f"{found['change']:+.0%} ({found['low']:+.0%} to {found['high']:+.0%})"
+                lines.append(f"{report.size_of(cell)} {name}, {PASS_TITLES[kind][which]}: drifted by {change}")
         for which, reason in cell.get("not_run", {}).items():
             if cell["status"] == "measured":
                 name, title = network_run.TITLES.get(cell["rival"], cell["rival"]), PASS_TITLES[kind][which]

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
-from segattn_ops import models, nn
+from segattn_ops import nn
 
 from . import blocks
 from .workloads import DTYPES
@@ -36,6 +36,18 @@ class Kind:
     inputs: tuple[int, ...]
 
 
+def _network(builder: str) -> torch.nn.Module:
+    from segattn_ops import models  # here: it needs torchvision, which --help does not
+
+    return getattr(models, builder)(CLASSES)
+
+
+def _loss(outputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+    from segattn_ops import models
+
+    return models.segmentation_loss(outputs, labels)
+
+
 # The channels of the papers' networks on a ResNet of 2048 channels.
 MODULES = {
     "pam": Kind("DANet's PAM", lambda: nn.PositionAttention(512), (512,)),
@@ -46,10 +58,10 @@ MODULES = {
     "apnb": Kind("ANN's APNB", lambda: nn.APNB(512, 512, 256, 256), (512,)),
 }
 MODELS = {
-    "danet": Kind("DANet", lambda: models.danet_resnet50(CLASSES), (3,)),
-    "ccnet": Kind("CCNet", lambda: models.ccnet_resnet50(CLASSES), (3,)),
-    "ann": Kind("ANN", lambda: models.ann_resnet50(CLASSES), (3,)),
-    "nonlocal": Kind("Non-local network", lambda: models.nonlocal_resnet50(CLASSES), (3,)),
+    "danet": Kind("DANet", lambda: _network("danet_resnet50"), (3,)),
+    "ccnet": Kind("CCNet", lambda: _network("ccnet_resnet50"), (3,)),
+    "ann": Kind("ANN", lambda: _network("ann_resnet50"), (3,)),
+    "nonlocal": Kind("Non-local network", lambda: _network("nonlocal_resnet50"), (3,)),
 }
 KINDS = {"module": MODULES, "model": MODELS}
 
@@ -110,7 +122,7 @@ def out_of(output: Tensor | dict[str, Tensor]) -> Tensor:
 
 def training_step(network: torch.nn.Module, optimizer: torch.optim.Optimizer, image: Tensor, labels: Tensor) -> None:
     """Forward, the loss of all outputs, backward, and a step of SGD with momentum."""
-    models.segmentation_loss(network(image), labels).backward()
+    _loss(network(image), labels).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -167,7 +179,7 @@ def predicted(subject: Subject, rival: str) -> dict[str, Cost]:
                 labels = torch.zeros(subject.batch, subject.height, subject.width, dtype=torch.long)
                 tracker.track_external(labels)
                 with counter, tracker:
-                    models.segmentation_loss(network.train()(*inputs), labels).backward()
+                    _loss(network.train()(*inputs), labels).backward()
             else:
                 leaves = [x.requires_grad_() for x in inputs]
                 with counter, tracker:

@@ -16,6 +16,7 @@ from benchmarks import (
     report,
     rivals,
     run,
+    scaling,
     statistics,
     workloads,
 )
@@ -45,6 +46,12 @@ def cell(op: str, height: int, width: int, rival: str, factor: float, dtype: str
     for kind, median in zip(("forward", "forward_backward"), seconds, strict=True):
         entry[kind] = statistics.summary([median * (1 + 0.005 * i) for i in range(6)])
     maps = workloads.attention_map_bytes(workload) if rival == "eager" else MIB
+    if rival != "fused":
+        low, high = 0.99 * factor, 1.01 * factor
+        found = {"median": factor, "low": low, "high": high, "verdict": statistics.verdict(low, high)}
+        entry["ratio"] = dict.fromkeys(plots.KINDS, found)
+    else:
+        entry["ratio"] = {}
     return entry | {"memory": {"forward": MIB, "forward_backward": 4 * maps}}
 
 
@@ -178,6 +185,13 @@ class TestPage:
         assert "1.5" in words and "b" in words
 
 
+    def test_fits_have_a_table_and_curves(self, tmp_path):
+        content = ops_content() | {"kind": "scaling"}
+        content["fits"] = scaling.fits(content["cells"])
+        words = " ".join(Reader(page.render([(tmp_path / "scaling.json", content)])).text)
+        assert "How time and memory grow" in words and "2.00 (2.00 to 2.00)" in words
+
+
 class TestCommands:
     def test_options_are_replaced(self):
         command = command_line.reproduce(
@@ -202,12 +216,17 @@ class TestVerdicts:
         assert counts == {"slower": 2}
         assert losses[0] == "SDPA needs 0.50 of the time for position float32 forward at 32x32"
 
-    def test_single_passes_have_none(self):
-        ours, theirs = cell("position", 32, 32, "fused", 1.0), cell("position", 32, 32, "sdpa", 2.0)
-        for entry in (ours, theirs):
-            entry["forward"] = statistics.summary(entry["forward"]["times"][:1])
-        assert page_ops.compared(ours, theirs, "forward")["verdict"] == "unclear"
-        assert page_ops.compared(ours, theirs, "forward_backward")["verdict"] == "faster"
+    def test_a_rival_without_a_backward_is_shown(self, tmp_path):
+        content = ops_content(("position",))
+        for entry in content["cells"]:
+            if entry["rival"] == "compile":
+                entry["rival"] = "onnxruntime"
+                for figures in (entry, entry["memory"], entry["ratio"]):
+                    del figures["forward_backward"]
+        (line, *_) = page_ops.summary(content)
+        assert "level with ONNX Runtime forward" in line and "(1 forward)" not in line
+        words = " ".join(Reader(page.render([(tmp_path / "report.json", content)])).text)
+        assert words.count("ONNX Runtime") >= 4 + len(SIZES)
 
 
 class TestPlots:
