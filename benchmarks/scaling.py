@@ -25,8 +25,6 @@ SUMMARY = "exponents of time and memory over the number of positions, fitted to 
 SIZES = "32x32,45x45,64x64,90x90"
 LEAST_SIZES = 3  # two points fit any line
 FIGURES = ("forward", "forward_backward", "memory")
-# Of the definition's FLOP on square maps: criss-cross attention has H + W - 1 keys, that is 2 sqrt(N).
-EXPONENTS = {"position": 2.0, "non_local": 2.0, "channel": 1.0, "criss_cross": 1.5, "rcca": 1.5, "ann": 1.0}
 
 
 def exponent(positions: Sequence[int], values: Sequence[float]) -> dict:
@@ -67,7 +65,8 @@ def fits(cells: list[dict]) -> list[dict]:
                 if len({n for n, _ in points}) >= LEAST_SIZES:
                     fit[figure] = exponent(*zip(*points, strict=True))
             if any(figure in fit for figure in FIGURES):
-                found.append(fit)
+                flop = [(entry["positions"], entry["flop"]["forward"]) for entry in mine]
+                found.append(fit | {"definition": exponent(*zip(*flop, strict=True))})
     return found
 
 
@@ -87,7 +86,7 @@ def rows(found: list[dict]) -> list[list[str]]:
         [
             report.title(fit["op"], fit["dtype"], fit["batch"]),
             rivals.TITLES[fit["rival"]],
-            f"{EXPONENTS[fit['op']]:g}",
+            f"{fit['definition']['exponent']:.2f}",
             *(_text(fit.get(figure)) for figure in FIGURES),
         ]
         for fit in found
@@ -100,9 +99,10 @@ def _text(fit: dict | None) -> str:
 
 NOTES = f"""\
 Exponents of time and extra memory over the number of positions N, least squares of the logarithms over the measured
-sizes, with the {statistics.CONFIDENCE:.0%} interval of the slope. *definition* is the exponent of the op's FLOP on
-square maps. Below it a figure has a share that grows more slowly, such as a call's fixed cost at small sizes; above it
-larger sizes lose a cache. A dash: fewer than {LEAST_SIZES} sizes were measured, or the extra memory is below 1 MiB."""
+sizes, with the {statistics.CONFIDENCE:.0%} interval of the slope. *definition* is the same fit of the
+definition's FLOP. Below it a figure has a share that grows more slowly, such as a call's fixed cost at small sizes;
+above it larger sizes lose a cache. A dash: fewer than {LEAST_SIZES} sizes were measured, or the extra memory is below
+1 MiB."""
 
 
 def markdown(result: dict) -> str:

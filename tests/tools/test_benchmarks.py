@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import features, measure, ops, papers, plots, report, rivals, run, schedule, validate, workloads
+from benchmarks import features, measure, ops, plots, report, rivals, run, schedule, validate, workloads
 from benchmarks.cell import CellSpec, save_inputs
 from benchmarks.processes import CellFailed, CellProcess
 from benchmarks.workloads import Workload
@@ -523,21 +523,3 @@ def test_main_job_writes_a_report(tmp_path, capsys):
         picture = imread(folder / name)
         assert min(picture.shape[:2]) > 200
         assert picture[..., :3].std() > 0.02
-
-
-class TestPapers:
-    @pytest.mark.parametrize("row", papers.ccnet_rows() + papers.ann_rows(), ids=lambda row: row.name)
-    def test_formulas_match_the_published_costs(self, row):
-        digits = f"{row.published:g}".partition(".")[2]
-        assert row.formula == pytest.approx(row.published, abs=0.6 * 10 ** -len(digits))
-        if row.name.startswith("APNB"):
-            assert row.counted < row.formula
-        else:
-            assert row.counted == pytest.approx(row.formula, rel=2.5e-3)  # no biases, no residual
-
-    def test_apnb_executes_less(self):
-        channels, inner = papers.ANN_CHANNELS
-        for (height, width), row in zip(papers.ANN_PUBLISHED, papers.ann_rows()[1::2], strict=True):
-            n, keys = height * width, papers.ANN_KEYS
-            macs = n * channels * inner + keys * channels * inner + 2 * n * keys * inner
-            assert row.counted == pytest.approx(macs / 1e9, rel=1e-6)

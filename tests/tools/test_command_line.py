@@ -14,6 +14,7 @@ import torch
 from benchmarks import __main__ as dispatcher
 from benchmarks import ceilings, command_line, features, measure, ops, papers, processes, readme_pictures, report, run
 from benchmarks.validate import WrongResult
+from benchmarks.workloads import Workload
 
 SMALL = ("--sizes", "4x4", "--ops", "position", "--channels", "8", "--threads", "1", "--backend", "reference")
 
@@ -227,10 +228,54 @@ def test_readme_pictures_refuse_other_folders(capsys, tmp_path, monkeypatch):
     assert not (tmp_path / "images").exists()
 
 
-def test_papers_say_what_is_missing(capsys, monkeypatch):
+def test_papers_say_what_is_wrong(capsys, tmp_path):
     assert "argument --backend: invalid choice: 'cuda'" in refused(papers.main, ["--backend", "cuda"], capsys)
-    monkeypatch.setitem(sys.modules, "rich", None)
-    assert "needs rich" in refused(papers.main, [], capsys)
+    (tmp_path / "file").write_text("")
+    assert "cannot be made" in refused(papers.main, ["--output", tmp_path / "file"], capsys)
+
+
+def test_a_dry_run_lists_the_cells(capsys, tmp_path):
+    """With guessed rates, then with those of an earlier report; nothing is written."""
+    arguments = ["--sizes", "16x16,97x97", "--ops", "position,channel", "--rivals", "fused,eager,compile,xformers"]
+    arguments += ["--backend", "reference", "--output", str(tmp_path), "--dry-run"]
+    assert ops.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    assert "14 cells, 10 run" in printed and "guessed rates" in printed
+    assert "| position 16x16 float32 | compile |" in printed and "skipped: not compiled below 8192 positions" in printed
+    assert "| position 97x97 float32 | xFormers |" in printed and "not available: only for cuda" in printed
+    (guess,) = (line for line in printed.splitlines() if line.startswith("| position 97x97 float32 | eager |"))
+    entry = run.record(Workload("position", 64, 64), "eager", "measured")
+    entry["forward_backward"] = {"median": 0.5}
+    report.write_json({"cells": [entry]}, tmp_path / "report.json")
+    assert ops.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "rates of 1 cells of" in printed and guess not in printed
+    assert f"| position 97x97 float32 | eager | {0.5 * 97**4 / 64**4:.3g} |" in printed
+
+
+def test_a_resumed_run_measures_what_is_missing(quick, capsys, tmp_path, monkeypatch):
+    """The first workload is kept, and only the second one is run."""
+    arguments = [*SMALL, "--sizes", "3x4,4x4", "--repeats", "1", "--output", str(tmp_path)]
+    planned = ops.workloads_of(ops.parser().parse_args(arguments))
+    groups = [[run.record(workload, "eager", "skipped", "a test")] for workload in planned]
+
+    def interrupted(self, left, source):
+        yield groups[0]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.Runner, "run", interrupted)
+    assert refused(ops.main, arguments, capsys, 130).endswith("interrupted")
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert (written["finished"], len(written["cells"])) == (False, 1)
+    asked = []
+    monkeypatch.setattr(run.Runner, "run", lambda self, left, source: asked.append(left) or iter(groups[1:]))
+    assert ops.main([*arguments, "--resume"]) == 0
+    assert asked == [planned[1:]]
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert (written["finished"], [cell["width"] for cell in written["cells"]]) == (True, [4, 4])
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]  # nothing was put aside
+    assert "is complete" in refused(ops.main, [*arguments, "--resume"], capsys)
 
 
 def test_help_is_no_error(capsys):
