@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import dataclasses
 import io
 import json
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from tools.compilers import files
 
-from . import command_line, page_ops, page_subjects, report, statistics
+from . import command_line, page_ops, page_subjects, papers, report, statistics
 from .command_line import Refused
 from .page_blocks import Picture, Section, Table, plain_table
 
@@ -24,14 +25,6 @@ SUMMARY = "one HTML page from the JSON files of the other subcommands, with tabl
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 LARGEST_PICTURE = 1600  # pixels of its width on the page
 Files = list[tuple[Path, dict]]
-
-# By the JSON's kind: the sections of one file, and the sentences for the summary.
-KINDS = {
-    "ops": (page_ops.sections, page_ops.summary),
-    "scaling": (page_ops.scaling, lambda content: []),
-    "modules": (page_subjects.sections, page_subjects.summary),
-    "models": (page_subjects.sections, page_subjects.summary),
-}
 
 
 def read(path: Path) -> dict:
@@ -72,6 +65,15 @@ def _runs(contents: Files) -> Section:
     return Section("What was run", lead, [table])
 
 
+def _papers(content: dict) -> list[Section]:
+    """The section of ``papers``: its table, and a note for each row that differs."""
+    names = [field.name for field in dataclasses.fields(papers.Row)]
+    rows = [papers.Row(**{name: cell[name] for name in names}) for cell in content["cells"]]
+    notes = [f"{row.paper} {row.name}, {row.unit}: {row.note}" for row in rows if row.note != "As above."]
+    table = Table(list(papers.COLUMNS), [papers.cells(row) for row in rows], notes=notes, command=content["command"])
+    return [Section("The papers' costs", [papers.NOTES.replace("*", "").replace("\n", " ")], [table])]
+
+
 def _measured(content: dict) -> str:
     measured = sum(cell.get("status", "measured") == "measured" for cell in content["cells"])
     return f"{measured} of {len(content['cells'])}"
@@ -99,6 +101,16 @@ def _inlined(path: Path) -> str:
     written = io.BytesIO()
     image.save(written, format="JPEG", quality=88, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(written.getvalue()).decode()
+
+
+# By the JSON's kind: the sections of one file, and the sentences for the summary.
+KINDS = {
+    "ops": (page_ops.sections, page_ops.summary),
+    "scaling": (page_ops.scaling, lambda content: []),
+    "papers": (_papers, lambda content: []),
+    "modules": (page_subjects.sections, page_subjects.summary),
+    "models": (page_subjects.sections, page_subjects.summary),
+}
 
 
 def sections(contents: Files) -> list[Section]:

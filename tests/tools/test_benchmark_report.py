@@ -1,5 +1,6 @@
 """The page of `python -m benchmarks report`, and the plots: from files with known figures."""
 
+import dataclasses
 import html.parser
 import json
 import re
@@ -12,6 +13,7 @@ from benchmarks import (
     page,
     page_blocks,
     page_ops,
+    papers,
     plots,
     report,
     rivals,
@@ -184,12 +186,18 @@ class TestPage:
         words = Reader(page.render([(tmp_path / "other.json", content)])).text
         assert "1.5" in words and "b" in words
 
-
     def test_fits_have_a_table_and_curves(self, tmp_path):
         content = ops_content() | {"kind": "scaling"}
         content["fits"] = scaling.fits(content["cells"])
         words = " ".join(Reader(page.render([(tmp_path / "scaling.json", content)])).text)
         assert "How time and memory grow" in words and "2.00 (2.00 to 2.00)" in words
+
+    def test_papers_have_their_table_and_notes(self, tmp_path):
+        rows = papers.ccnet_rows()
+        content = ops_content() | {"kind": "papers", "cells": [dataclasses.asdict(row) for row in rows]}
+        words = " ".join(Reader(page.render([(tmp_path / "papers.json", content)])).text)
+        assert "The papers' costs" in words and "1411" in words
+        assert all(row.note in words for row in rows if row.note != "As above.")
 
 
 class TestCommands:
