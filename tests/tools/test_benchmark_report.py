@@ -165,6 +165,13 @@ class TestPage:
             == "Of 54 comparisons with rivals (every size, each pass), segattn_ops is faster in 30, level in 24."
         )
 
+    def test_a_figure_of_one_pass_is_about(self):
+        content = ops_content(("position",), sizes=((97, 97),))
+        for entry in content["cells"]:
+            for found in entry["ratio"].values():
+                found |= {"low": None, "high": None, "verdict": "unclear"}
+        assert "about 3 times as fast as eager" in page_ops.summary(content)[0]
+
     def test_a_file_of_another_program_is_refused(self, tmp_path, capsys):
         path = tmp_path / "other.json"
         path.write_text("[]")
