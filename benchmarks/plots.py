@@ -99,7 +99,7 @@ def finish(figure, axes, path: Path, heading: str) -> Path:
     if handles:
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
     with files.replacing(path) as part:
-        figure.savefig(part, dpi=110)
+        figure.savefig(part, dpi=150)
     _pyplot().close(figure)
     return path
 
