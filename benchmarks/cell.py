@@ -70,9 +70,11 @@ class Cell:
         self.time = measure.DeviceTimer(self.device) if self.on_device else measure.time_host
 
     def _operands(self, leaves: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """What the function takes: the leaves, or for a runtime their conversions, which are not timed."""
-        runtime = self.spec.rival in rivals.RUNTIMES
-        return tuple(runtimes.tokens(leaf) if runtime else leaf for leaf in leaves.values())
+        """What the function takes: the leaves, detached where there is no backward (FlexAttention refuses others), or
+        for a runtime their conversions, which are not timed."""
+        if self.spec.rival in rivals.RUNTIMES:
+            return tuple(runtimes.tokens(leaf) for leaf in leaves.values())
+        return tuple(leaf if "forward_backward" in self.passes else leaf.detach() for leaf in leaves.values())
 
     def forward(self):
         with torch.no_grad():

@@ -204,18 +204,20 @@ def remarks(records: list[dict]) -> list[str]:
     """A line for every cell that did not run, with the reason, and for every figure with a note."""
     lines = []
     reasons: dict[tuple[str, str], list[str]] = {}
+    notes: dict[tuple[str, str], list[str]] = {}
     for entry in records:
         name = rivals.TITLES[entry["rival"]]
         if entry["status"] != "measured":
             reasons.setdefault((name, entry["reason"] or entry["status"]), []).append(size_of(entry))
         if entry.get("note"):
-            lines.append(f"{size_of(entry)} {name}: {entry['note']}")
+            notes.setdefault((name, entry["note"]), []).append(size_of(entry))
         for kind, found in entry.get("drift", {}).items():
             if found and found["noted"]:
                 ends = f"{found['change']:+.0%} ({found['low']:+.0%} to {found['high']:+.0%})"
                 which = kind.replace("_", " + ")
                 lines.append(f"{size_of(entry)} {name}: {which} drifted by {ends} from the first round to the last")
-    lines = [f"{', '.join(sizes)} {name}: not run, {reason}" for (name, reason), sizes in reasons.items()] + lines
+    refused = [f"{', '.join(sizes)} {name}: not run, {reason}" for (name, reason), sizes in reasons.items()]
+    lines = [*refused, *(f"{', '.join(sizes)} {name}: {note}" for (name, note), sizes in notes.items()), *lines]
     once = dict.fromkeys(size_of(e) for e in records if e["status"] == "measured" and e.get("rounds") == 0)
     if once:
         lines.append(f"{', '.join(once)}: one pass each, not repeated")

@@ -316,6 +316,14 @@ def passes(rival: str, device: str | torch.device) -> tuple[str, ...]:
     return ("forward",) if forward_only else ("forward", "forward_backward")
 
 
+def limit(rival: str, device: str | torch.device) -> str | None:
+    """What a measured rival does not do, for its row; None if it does all."""
+    if passes(rival, device) != ("forward",):
+        return None
+    why = "; its layout conversions are not timed" if rival in RUNTIMES else ": no backward on a CPU"
+    return f"forward only{why}"
+
+
 def applicable(rivals: tuple[str, ...], workload: Workload) -> list[str]:
     return [rival for rival in rivals if workload.op in APPLICABLE[rival]]
 

@@ -152,6 +152,8 @@ class Runner:
             "warm_up_seconds": warm_up,
             "first_pass": {kind: first[kind] for kind in passes},
         }
+        if limit := rivals.limit(name, self.options.device):
+            entry["note"] = limit
         if name == "fused":
             try:
                 validate.check(workload, rivals.TITLES[name], first["errors"], eager_errors)
