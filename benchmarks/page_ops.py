@@ -12,13 +12,9 @@ KINDS = plots.KINDS
 
 
 def chosen(entries: list[dict]) -> dict[str, dict]:
-    """The measured cells by rival, at the largest of the sizes at which most rivals ran; empty without ours."""
-    by_size: dict[str, dict[str, dict]] = {}
-    for entry in entries:
-        if entry["status"] == "measured":
-            by_size.setdefault(size_of(entry), {})[entry["rival"]] = entry
-    candidates = [cells for cells in by_size.values() if "fused" in cells]
-    return max(candidates, key=lambda cells: (len(cells), cells["fused"]["positions"]), default={})
+    """The measured cells by rival, at the size of :func:`report.summary`; empty without ours."""
+    size = report.summary_size(entries)
+    return {e["rival"]: e for e in entries if e["status"] == "measured" and size_of(e) == size}
 
 
 def _factor(value: float) -> str:
@@ -29,9 +25,10 @@ def _speed(median: float, verdict: str) -> str:
     """``median``: theirs over ours."""
     if verdict == "level":
         return "level with"
+    about = "about " if verdict == "unclear" else ""
     if median >= 1:
-        return f"{_factor(median)} times as fast as"
-    return f"takes {_factor(1 / median)} times as long as"
+        return f"{about}{_factor(median)} times as fast as"
+    return f"takes {about}{_factor(1 / median)} times as long as"
 
 
 def summary(content: dict) -> list[str]:
@@ -141,7 +138,8 @@ def _short(content: dict) -> list:
     if figures:
         caption = "Right of the line the rival takes longer. Numbers: the factor, and the rival's time."
         blocks.append(Figures(figures, caption=caption, legend=legend({"fused"} | names)))
-    table = Table(report.summary_columns(records), report.summary(records))
+    notes = ['A question mark: the interval of the rounds allows no verdict. "=": level.']
+    table = Table(report.summary_columns(records), report.summary(records), notes=notes)
     table.command = command_of(content, used) if used else ""
     return [*blocks, table]
 

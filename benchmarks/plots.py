@@ -27,9 +27,14 @@ _FIXED = {
     "sdpa": ("#009E73", "^"),
     "compile": ("#E69F00", "D"),
     "flex": ("#CC79A7", "v"),
+    "onnxruntime": ("#56B4E9", ">"),
+    "onnx_attention": ("#5D3A9B", "<"),
+    "eager_onednn": ("#7F7F7F", "P"),
+    "sdpa_onednn": ("#8C6D1F", "X"),
+    "mmcv": ("#A8A000", "*"),
 }
 _OTHER_COLOURS = ("#56B4E9", "#7F7F7F", "#8C6D1F", "#5D3A9B")
-_OTHER_MARKERS = ("<", ">", "P", "X", "p", "*", "h")
+_OTHER_MARKERS = ("p", "h", "v", "P", "<")
 _OTHERS = [name for name in rivals.TITLES if name not in _FIXED]
 COLOURS = {name: colour for name, (colour, _) in _FIXED.items()} | {
     name: _OTHER_COLOURS[index % len(_OTHER_COLOURS)] for index, name in enumerate(_OTHERS)
@@ -39,7 +44,7 @@ MARKERS = {name: marker for name, (_, marker) in _FIXED.items()} | {
 }
 INK, FAINT, PAPER = "#1b1f24", "#c9ced4", "#fefefe"  # of text, grids and what is behind; a page puts in its own
 PANEL = (4.4, 3.3)  # inches
-LEGEND_COLUMN = 1.8
+LEGEND_COLUMN = 2.0  # inches
 NUMBER_HEIGHT = 11.5  # points, of a number at the end of a line
 GIB = 2**30
 CARDS = (8, 24, 80)  # GB of common GPUs, marked in the plots of memory
@@ -94,7 +99,7 @@ def finish(figure, axes, path: Path, heading: str) -> Path:
     if handles:
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
     with files.replacing(path) as part:
-        figure.savefig(part, dpi=110)
+        figure.savefig(part, dpi=150)
     _pyplot().close(figure)
     return path
 

@@ -242,22 +242,31 @@ def summary_columns(records: list[dict]) -> list[str]:
     return ["op", "size", "forward ms", *ratios, "forward + backward ms", *ratios, "extra memory MiB", "x eager"]
 
 
+def summary_size(entries: list[dict]) -> str | None:
+    """Of one group: the largest of the sizes at which this package and most rivals of :func:`_others` ran; None
+    without this package."""
+    ran: dict[str, set[str]] = {}
+    for entry in entries:
+        if entry["status"] == "measured":
+            ran.setdefault(size_of(entry), set()).add(entry["rival"])
+    plain = set(_others(entries))
+    positions = {size_of(entry): entry["positions"] for entry in entries}
+    return max(
+        (size for size, names in ran.items() if "fused" in names),
+        key=lambda size: (len(ran[size] & plain), positions[size]),
+        default=None,
+    )
+
+
 def summary(records: list[dict]) -> list[list[str]]:
-    """One line per op and dtype, at the largest of the sizes at which most rivals ran. A ratio whose interval does not
-    exclude 1 has a question mark, or "=" where it is level."""
+    """One line per op and dtype, at :func:`summary_size`. A ratio whose interval does not exclude 1 has a question
+    mark, or "=" where it is level."""
     lines = []
     for (op, dtype, batch), entries in groups(records).items():
-        measured: dict[str, dict[str, dict]] = {}
-        for entry in entries:
-            if entry["status"] == "measured":
-                measured.setdefault(size_of(entry), {})[entry["rival"]] = entry
-        candidates = [
-            (len(cells), cells["fused"]["positions"], size) for size, cells in measured.items() if "fused" in cells
-        ]
-        if not candidates:
+        size = summary_size(entries)
+        if size is None:
             continue
-        size = max(candidates)[2]
-        others = dict(measured[size])
+        others = {e["rival"]: e for e in entries if e["status"] == "measured" and size_of(e) == size}
         ours = others.pop("fused")
         several = len({entry["dtype"] for entry in records}) > 1
         line = [op + (f" {dtype}" if several else "") + (f" B={batch}" if batch > 1 else ""), size]
