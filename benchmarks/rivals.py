@@ -331,7 +331,7 @@ def applicable(rivals: tuple[str, ...], workload: Workload) -> list[str]:
 _PACKAGES = {"onnxruntime": ("onnxruntime", "onnx"), "onnx_attention": ("onnxruntime", "onnx")}
 _PACKAGES |= {"xformers": ("xformers",), "flash_attn": ("flash_attn",)}
 _DTYPES = {**dict.fromkeys((*RUNTIMES, *ONEDNN), ("float32",)), "flash_attn": ("float16", "bfloat16")}
-_DEVICES = dict.fromkeys((*RUNTIMES, *ONEDNN), "cpu") | dict.fromkeys(("xformers", "flash_attn", "sdpa_cudnn"), "cuda")
+_DEVICES = dict.fromkeys((*RUNTIMES, *ONEDNN), "cpu") | dict.fromkeys(("xformers", "flash_attn"), "cuda")
 
 
 def unavailable(workload: Workload, rival: str, device: str | torch.device) -> str | None:

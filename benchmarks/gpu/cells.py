@@ -162,6 +162,8 @@ def _has_batch(workload: Workload, name: str) -> bool:
 def cell_record(workload: Workload, rival: str, cell: Callable[[], DeviceCell], device: torch.device) -> dict:
     """The record of one rival in the cell that ``cell()`` makes: measured, failed or wrong, with the reason."""
     entry = run.record(workload, rival, "measured", device=device)
+    if reason := rivals.unavailable(workload, rival, device):
+        return entry | {"status": "skipped", "reason": reason}
     try:
         return entry | cell().measure(rival)
     except native.NotNative:
