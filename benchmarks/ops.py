@@ -32,7 +32,7 @@ PROG = "python -m benchmarks ops"
 SUMMARY = "each attention on the features of a photograph: time, peak memory, attention maps, against the alternatives"
 WRITTEN = ("report.json", "report.md", "report.html", "time.png", "memory.png", "attention.png")
 DEFAULT_RIVALS = "fused,eager,sdpa,compile,eager_onednn,mmcv,onnxruntime,onnx_attention"
-SIZES = "16x16,32x32,64x64,97x97,128x128,128x256"
+SIZES = "32x32,64x64,97x97,128x128,128x256"
 
 
 def _sizes(text: str) -> list[tuple[int, int]]:

@@ -243,17 +243,18 @@ def summary_columns(records: list[dict]) -> list[str]:
 
 
 def summary_size(entries: list[dict]) -> str | None:
-    """Of one group: the largest of the sizes at which this package and most rivals of :func:`_others` ran; None
-    without this package."""
+    """Of one group: the largest of the sizes at which this package and most rivals of :func:`_others` ran, repeatedly
+    if that is so anywhere; None without this package."""
     ran: dict[str, set[str]] = {}
     for entry in entries:
         if entry["status"] == "measured":
             ran.setdefault(size_of(entry), set()).add(entry["rival"])
     plain = set(_others(entries))
     positions = {size_of(entry): entry["positions"] for entry in entries}
+    repeated = {size_of(entry) for entry in entries if entry.get("rounds")}
     return max(
         (size for size, names in ran.items() if "fused" in names),
-        key=lambda size: (len(ran[size] & plain), positions[size]),
+        key=lambda size: (len(ran[size] & plain), size in repeated, positions[size]),
         default=None,
     )
 

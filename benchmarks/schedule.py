@@ -24,7 +24,7 @@ TIMED_SECONDS = 5.0  # for the repeats of one workload, with at least three roun
 ROUNDS = (3, 9)
 SINGLE_SECONDS = 18.0  # a round longer than this is not repeated
 FOCUS = (97, 97)  # the papers' size, which every op is judged at
-REQUIRED = ("fused", "eager", "sdpa")  # of the rivals of a run, there
+REQUIRED = ("fused", "eager", "sdpa", "eager_onednn", "mmcv", "onnxruntime")  # of the rivals of a run, there
 
 
 @dataclass
@@ -68,8 +68,10 @@ class Schedule:
 
     def required(self, workload: Workload) -> list[str]:
         """The rivals that run whatever the budget, if they fit."""
-        at_focus = (workload.height, workload.width) == FOCUS
-        return applicable(tuple(name for name in REQUIRED if name in self.rivals), workload) if at_focus else ["fused"]
+        if (workload.height, workload.width) != FOCUS:
+            return ["fused"]
+        chosen = applicable(tuple(name for name in REQUIRED if name in self.rivals), workload)
+        return [name for name in chosen if not unavailable(workload, name, self.device)]
 
     def _repeats(self, workload: Workload, rival: str, rounds: int) -> float:
         several = len(passes(rival, self.device)) > 1  # forward alone, then forward and backward
