@@ -164,7 +164,8 @@ def ann_rows() -> list[Row]:
     mebibytes = [counted_mebibytes(name, backward=False) for name in ("NB", "APNB")]
     note = (
         "The formula has one attention map and the four maps of 256 channels, near the paper's figure; counted and "
-        "measured include input and output of 2048 channels, which both blocks need, and a second attention map."
+        "measured include input and output of 2048 channels, which both blocks need, and a second attention map. "
+        "segattn_ops stores a map in neither block."
     )
     rows.append(Row("ANN", "NB / APNB, memory", "x", ANN_SMALLER, ratio, mebibytes[0] / mebibytes[1], note))
     return rows
