@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from . import measure, rivals, validate
+from . import measure, rivals, runtimes, validate
 from .workloads import DTYPES, Workload
 
 WARMUP_SIZE = 16
@@ -34,6 +34,9 @@ class CellSpec:
 
     def as_dict(self) -> dict:
         return asdict(self)
+
+    def make(self) -> Cell:
+        return Cell(self)
 
 
 def save_inputs(path: str, workload: Workload, leaves: dict, grad_output: torch.Tensor, seed: int = 0) -> None:
@@ -56,13 +59,26 @@ class Cell:
         self.reference = stored["reference"]
         gc.collect()
         gc.freeze()  # so that collecting before each pass does not traverse all of torch
-        self.function = rivals.formulation(spec.rival, self.workload.op)
+        self.passes = rivals.passes(spec.rival, self.device)
+        if spec.rival in rivals.RUNTIMES:
+            self.function = runtimes.Session(spec.rival, *self.workload.widths, torch.get_num_threads())
+        else:
+            rivals.configure(spec.rival)
+            self.function = rivals.formulation(spec.rival, self.workload.op)
+        self.operands = self._operands(self.leaves)
         self.on_device = self.device.type == "cuda"
         self.time = measure.DeviceTimer(self.device) if self.on_device else measure.time_host
 
+    def _operands(self, leaves: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """What the function takes: the leaves, detached where there is no backward (FlexAttention refuses others), or
+        for a runtime their conversions, which are not timed."""
+        if self.spec.rival in rivals.RUNTIMES:
+            return tuple(runtimes.tokens(leaf) for leaf in leaves.values())
+        return tuple(leaf if "forward_backward" in self.passes else leaf.detach() for leaf in leaves.values())
+
     def forward(self):
         with torch.no_grad():
-            return self.function(*self.leaves.values())
+            return self.function(*self.operands)
 
     def forward_backward(self):
         leaves = tuple(self.leaves.values())
@@ -74,8 +90,8 @@ class Cell:
         one."""
         start = time.perf_counter()
         if rivals.uses_compiler(self.spec.rival):
-            self.forward()
-            self.forward_backward()
+            for kind in self.passes:
+                getattr(self, kind)()
         else:
             small = replace(
                 self.workload,
@@ -83,16 +99,21 @@ class Cell:
                 width=min(WARMUP_SIZE, self.workload.width),
             )
             dtype = DTYPES[small.dtype]
-            leaves = [
-                torch.randn(shape, dtype=dtype, device=self.device, requires_grad=True)
-                for shape in small.leaves().values()
-            ]
-            grad_output = torch.randn(small.output_shape(), dtype=dtype, device=self.device)
-            torch.autograd.grad(self.function(*leaves), leaves, grad_output)
+            leaves = {
+                name: torch.randn(shape, dtype=dtype, device=self.device, requires_grad=True)
+                for name, shape in small.leaves().items()
+            }
+            output = self.function(*self._operands(leaves))
+            if "forward_backward" in self.passes:
+                grad_output = torch.randn(small.output_shape(), dtype=dtype, device=self.device)
+                torch.autograd.grad(output, list(leaves.values()), grad_output)
         return time.perf_counter() - start
 
     def first_pass(self) -> dict:
-        """One forward + backward: peak memory beyond output and gradients, time, and the results' errors."""
+        """One forward + backward: peak memory beyond output and gradients, time, and the results' errors. Of a
+        rival that has no backward, one forward."""
+        if "forward_backward" not in self.passes:
+            return self._first_forward()
         leaves = tuple(self.leaves.values())
         meter = self._memory_meter()
         start = time.perf_counter()
@@ -116,6 +137,21 @@ class Cell:
             }
         measure.keep_freed_memory()  # only time is measured from here on
         return {"errors": found, "memory": memory, "forward": forward_seconds, "forward_backward": seconds}
+
+    def _first_forward(self) -> dict:
+        meter = self._memory_meter()
+        start = time.perf_counter()
+        output = self.forward()
+        seconds = time.perf_counter() - start
+        peak = meter.peak() if meter else None
+        if self.spec.rival in rivals.RUNTIMES:
+            output = runtimes.feature_map(output, self.grad_output.shape[2:])
+        found = validate.errors(self.workload, self.leaves, self.grad_output, self.reference, output, None)
+        memory = None
+        if meter:
+            memory = {"forward": max(peak - output.numel() * output.element_size(), 0)}
+        measure.keep_freed_memory()
+        return {"errors": found, "memory": memory, "forward": seconds}
 
     def timed_pass(self, kind: str) -> float:
         """Seconds of one ``"forward"`` or ``"forward_backward"``.

@@ -7,6 +7,7 @@ import argparse
 import importlib.util
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from .workloads import parse_size
 
 INTERRUPTED = 130
 MOST = 10**9  # of a count on the command line
+FLAGS = ("--resume", "--dry-run")  # options without a value
 
 
 class Refused(Exception):
@@ -157,3 +159,21 @@ def writable_folder(path: Path) -> Path:
     if not os.access(path, os.W_OK | os.X_OK):
         raise Refused(f"the folder {path} is not writable")
     return path
+
+
+def reproduce(command: str, **options: str) -> str:
+    """``command`` with these options in the place of its own, without what is only about its files and its time."""
+    dropped = {f"--{name.replace('_', '-')}" for name in options} | {"--output", "--budget"}
+    words, kept = iter(shlex.split(command)), []
+    for word in words:
+        name, _, value = word.partition("=")
+        if name in FLAGS:
+            continue
+        if name in dropped:
+            if not value:
+                next(words, None)
+            continue
+        kept.append(word)
+    for name, value in options.items():
+        kept += [f"--{name.replace('_', '-')}", value]
+    return shlex.join([*kept, "--budget", "0"])

@@ -21,7 +21,7 @@ from .workloads import DTYPES, PYRAMID, Workload
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")  # inside scikit-image's wheel
 STRIDE = 8
 CHANNELS = 2048
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def load_photograph(name: str) -> np.ndarray:
@@ -127,7 +127,7 @@ class Extractor(nn.Module):
     def forward(self, photograph: np.ndarray) -> Tensor:
         """(H, W, 3) uint8 -> (1, channels, ceil(H / 8), ceil(W / 8)) float32."""
         image = torch.tensor(photograph).permute(2, 0, 1).float().div_(255).unsqueeze(0)
-        image = (image - torch.tensor(_MEAN).view(1, 3, 1, 1)) / torch.tensor(_STD).view(1, 3, 1, 1)
+        image = (image - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
         image = image.contiguous(memory_format=torch.channels_last)
         self.to(memory_format=torch.channels_last)
         self.backbone.train(not self.trained)

@@ -12,10 +12,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -198,20 +196,11 @@ class DeviceTimer:
         return start.elapsed_time(end) / 1e3
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Repeats of one figure, in seconds."""
-
-    seconds: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-    @property
-    def spread(self) -> float:
-        """(max - min) / median; smaller differences are noise."""
-        return (max(self.seconds) - min(self.seconds)) / self.median if self.median else 0.0
-
-    def as_dict(self) -> dict:
-        return {"median": self.median, "spread": self.spread, "seconds": list(self.seconds)}
+def pin(threads: int) -> list[int] | None:
+    """Keeps this process, and those it starts, on the first ``threads`` of its processors, and returns them; None where
+    the system cannot."""
+    if not hasattr(os, "sched_setaffinity"):
+        return None
+    chosen = sorted(os.sched_getaffinity(0))[:threads]
+    os.sched_setaffinity(0, chosen)
+    return chosen

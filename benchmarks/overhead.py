@@ -8,6 +8,7 @@ other processes on the machine count as little as possible. The garbage collecto
 from __future__ import annotations
 
 import gc
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -18,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import command_line, rivals
-from .measure import Timing
 
 PROG = "python -m benchmarks.overhead"
 MODES = ("forward", "forward + backward")
@@ -116,8 +116,8 @@ def check(case: Case) -> None:
 
 def measure(
     run: dict[tuple[str, str, str], Callable[[], object]], rounds: int, batch: int
-) -> dict[tuple[str, str, str], Timing]:
-    """Seconds of one call of each, over the rounds. The keys are case, formulation and mode."""
+) -> dict[tuple[str, str, str], float]:
+    """Median seconds of one call of each over the rounds. The keys are case, formulation and mode."""
     seconds: dict[tuple[str, str, str], list[float]] = {key: [] for key in run}
     gc.collect()
     gc.disable()
@@ -133,14 +133,14 @@ def measure(
                     seconds[key].append((end - start) / batch)
     finally:
         gc.enable()
-    return {key: Timing(tuple(times)) for key, times in seconds.items()}
+    return {key: statistics.median(times) for key, times in seconds.items()}
 
 
-def table(chosen: list[Case], timings: dict[tuple[str, str, str], Timing]) -> str:
+def table(chosen: list[Case], timings: dict[tuple[str, str, str], float]) -> str:
     lines = ["| op | | " + " | ".join(f"{mode}, us" for mode in MODES) + " |", "|---|---|" + "---|" * len(MODES)]
     for case in chosen:
         for title in case.formulations:
-            figures = " | ".join(f"{timings[case.name, title, mode].median * 1e6:.1f}" for mode in MODES)
+            figures = " | ".join(f"{timings[case.name, title, mode] * 1e6:.1f}" for mode in MODES)
             lines.append(f"| {case.name} | {title} | {figures} |")
     return "\n".join(lines)
 

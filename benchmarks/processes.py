@@ -13,7 +13,7 @@ import signal
 import traceback
 
 from . import measure
-from .cell import Cell, CellSpec, backend
+from .cell import CellSpec, backend
 
 _PRELOAD = ["benchmarks.preload"]
 
@@ -28,7 +28,7 @@ def _serve(connection, spec: CellSpec) -> None:
         if spec.device == "cpu":
             measure.return_freed_memory_at_once()
         with backend(spec):
-            cell = Cell(spec)
+            cell = spec.make()
             connection.send(("ok", None))
             while (request := connection.recv()) is not None:
                 name, arguments = request
@@ -53,7 +53,7 @@ def start_server() -> None:
 
 
 class CellProcess:
-    """The caller's side of a cell: calls methods of :class:`Cell` by name, with a time limit."""
+    """The caller's side of a cell: calls methods of what ``spec.make()`` returns by name, with a time limit."""
 
     def __init__(self, spec: CellSpec, timeout: float = 60.0):
         context = multiprocessing.get_context("forkserver")

@@ -6,10 +6,14 @@ einsum with -inf on the column's diagonal (in mmcv this form replaced slower han
 ``torch.compile`` of ``eager``, at fixed shapes. ``sdpa`` is ``scaled_dot_product_attention`` with one head;
 ``sdpa_flash`` and so on force that backend. ``sdpa_flash_split`` splits a value that is too wide for the flash backend
 into heads that share the query and the key. ``flex`` is FlexAttention, with a row-or-column mask for criss-cross.
+``mmcv`` is criss-cross attention as in mmcv. ``eager_onednn`` and ``sdpa_onednn`` are ``eager`` and ``sdpa`` with
+oneDNN's products in float32 instead of MKL's. ``onnxruntime`` and ``onnx_attention`` are operators of ONNX Runtime
+(``benchmarks/runtimes.py``); ``xformers`` and ``flash_attn`` are the packages' functions, for GPUs.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from functools import lru_cache, partial
 
@@ -24,7 +28,12 @@ SDPA_BACKENDS = {
     "sdpa_efficient": "EFFICIENT_ATTENTION",
     "sdpa_cudnn": "CUDNN_ATTENTION",
 }
-RIVALS = ("fused", "eager", "sdpa", "compile", "flex", *SDPA_BACKENDS, "sdpa_flash_split")
+ONEDNN = {"eager_onednn": "eager", "sdpa_onednn": "sdpa"}  # with the switch of torch.backends.mkldnn
+RUNTIMES = ("onnxruntime", "onnx_attention")
+RIVALS = (
+    *("fused", "eager", "sdpa", "compile", *ONEDNN, "mmcv", *RUNTIMES),
+    *("flex", *SDPA_BACKENDS, "sdpa_flash_split", "xformers", "flash_attn"),
+)
 # On a GPU whose position attention takes another engine: the package's kernels with mma.sync (benchmarks/gpu).
 FUSED_BY_MMA = "fused_mma"
 APPLICABLE = {
@@ -36,6 +45,10 @@ APPLICABLE = {
     **dict.fromkeys(SDPA_BACKENDS, PAIRWISE),
     "sdpa_flash_split": PAIRWISE,
     "flex": (*PAIRWISE, "criss_cross", "rcca"),
+    "eager_onednn": OPS,
+    "sdpa_onednn": PAIRWISE,
+    "mmcv": ("criss_cross", "rcca"),
+    **dict.fromkeys((*RUNTIMES, "xformers", "flash_attn"), PAIRWISE),
 }
 TITLES = {
     "fused": "segattn_ops",
@@ -48,6 +61,13 @@ TITLES = {
     "sdpa_efficient": "SDPA efficient",
     "sdpa_cudnn": "SDPA cuDNN",
     "sdpa_flash_split": "SDPA flash, split",
+    "eager_onednn": "eager, oneDNN",
+    "sdpa_onednn": "SDPA, oneDNN",
+    "mmcv": "mmcv",
+    "onnxruntime": "ONNX Runtime",
+    "onnx_attention": "ONNX Attention",
+    "xformers": "xFormers",
+    "flash_attn": "flash-attn",
 }
 
 
@@ -78,6 +98,19 @@ def eager_criss_cross(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return output + torch.einsum("bchj,bhwj->bchw", value, attention[..., height:])
 
 
+def mmcv_criss_cross(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The same as mmcv computes it: the column's energies in the order of its batched product, and one sum in place.
+    The mask has the query's dtype, without which mmcv's code fails in 16 bits."""
+    height = query.shape[2]
+    mask = torch.diag(torch.full((height,), float("-inf"), dtype=query.dtype, device=query.device))
+    column = (torch.einsum("bchw,bciw->bwhi", query, key) + mask).transpose(1, 2)
+    row = torch.einsum("bchw,bchj->bhwj", query, key)
+    attention = torch.softmax(torch.cat([column, row], dim=-1), dim=-1)
+    output = torch.einsum("bciw,bhwi->bchw", value, attention[..., :height])
+    output += torch.einsum("bchj,bhwj->bchw", value, attention[..., height:])
+    return output.contiguous()
+
+
 def _tokens(operand: Tensor) -> Tensor:
     """(B,C,*S) -> (B,1,N,C), contiguous: no fused backend of SDPA accepts strided channels."""
     return operand.flatten(2).transpose(1, 2).unsqueeze(1).contiguous()
@@ -101,22 +134,50 @@ def sdpa_position_by(backend: str, query: Tensor, key: Tensor, value: Tensor) ->
 def sdpa_position_split(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """The same with SDPA's flash backend, which needs query, key and value of one width of at most 256 channels.
 
-    The value's channels are split into heads of at most 256. All heads share the query and the key, zero-padded to the
-    width of a head. One call iterates over the keys once per head. The scale is that of the unpadded query. Raises
-    RuntimeError if the backend does not support the operands, ValueError if the query has more than 256 channels.
+    Raises RuntimeError if the backend does not support the operands, ValueError if the query has more than 256
+    channels.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return _in_heads(partial(F.scaled_dot_product_attention, scale=1.0), query, key, value)
+
+
+def _in_heads(attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Position attention through ``attend(query, key, value)`` on (B,heads,N,width) of one width of at most 256.
+
+    The value's channels are split into heads of at most 256. All heads share the query and the key, zero-padded to the
+    width of a head. One call iterates over the keys once per head. The scale is that of the unpadded query.
+    """
     channels, key_channels = value.shape[1], query.shape[1]
     parts, width = split_heads(key_channels, channels)
     shared = (F.pad(_tokens(operand), (0, width - key_channels)).expand(-1, parts, -1, -1) for operand in (query, key))
     part = -(-channels // parts)
     values = F.pad(value.flatten(2), (0, 0, 0, parts * part - channels)).unflatten(1, (parts, part))
     values = F.pad(values.transpose(2, 3), (0, width - part)).contiguous()  # (B,parts,N,width)
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        output = F.scaled_dot_product_attention(*shared, values, scale=1.0)
+    output = attend(*shared, values)
     output = output[..., :part].transpose(2, 3).flatten(1, 2)[:, :channels]
     return output.unflatten(2, query.shape[2:])
+
+
+def xformers_position(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The same with xFormers' ``memory_efficient_attention``, which takes values of another width; xFormers chooses
+    the kernel."""
+    from xformers.ops import memory_efficient_attention
+
+    tokens = (_tokens(operand).transpose(1, 2) for operand in (query, key, value))  # (B,N,1,C)
+    output = memory_efficient_attention(*tokens, scale=1.0)
+    return output.squeeze(2).transpose(1, 2).unflatten(2, query.shape[2:])
+
+
+def flash_attn_position(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """:func:`sdpa_position_split` with the package flash-attn, which has the same limits."""
+    from flash_attn import flash_attn_func
+
+    def attend(*heads: Tensor) -> Tensor:
+        return flash_attn_func(*(head.transpose(1, 2) for head in heads), softmax_scale=1.0).transpose(1, 2)
+
+    return _in_heads(attend, query, key, value)
 
 
 def fused_position(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -214,6 +275,9 @@ _FORMULATIONS = {
     **{name: {"position": partial(sdpa_position_by, backend)} for name, backend in SDPA_BACKENDS.items()},
     "sdpa_flash_split": {"position": sdpa_position_split},
     "flex": {"position": flex_attention, "criss_cross": partial(flex_attention, criss_cross=True)},
+    "mmcv": {"criss_cross": mmcv_criss_cross},
+    "xformers": {"position": xformers_position},
+    "flash_attn": {"position": flash_attn_position},
 }
 
 
@@ -223,8 +287,12 @@ def formulation(rival: str, op: str) -> Callable[..., Tensor]:
         raise ValueError(f"rival must be one of {', '.join(RIVALS)} (got {rival})")
     if op not in APPLICABLE[rival]:
         raise ValueError(f"{rival} has no formulation of {op}")
+    if rival in RUNTIMES:
+        raise ValueError(f"{rival} takes other tensors: benchmarks.runtimes.Session")
     if rival == "compile":
         return torch.compile(formulation("eager", op), dynamic=False)
+    if rival in ONEDNN:
+        return formulation(ONEDNN[rival], op)
     if op == "rcca":
         return partial(recurrent_block, _FORMULATIONS[rival]["criss_cross"])
     return _FORMULATIONS[rival]["position" if op in PAIRWISE else op]
@@ -235,8 +303,46 @@ def uses_compiler(rival: str) -> bool:
     return rival in ("compile", "flex")
 
 
+def configure(rival: str) -> None:
+    """Sets what the rival needs in its own process, for forward and backward. oneDNN's float32 products are behind the
+    switch that also allows it bfloat16 inside them: it uses that on processors with AMX, and the error says so."""
+    if rival in ONEDNN:
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+
+
+def passes(rival: str, device: str | torch.device) -> tuple[str, ...]:
+    """What the rival can compute: "forward" and "forward_backward", or the former alone."""
+    forward_only = rival in RUNTIMES or (rival == "flex" and torch.device(device).type == "cpu")
+    return ("forward",) if forward_only else ("forward", "forward_backward")
+
+
+def limit(rival: str, device: str | torch.device) -> str | None:
+    """What a measured rival does not do, for its row; None if it does all."""
+    if passes(rival, device) != ("forward",):
+        return None
+    why = "; its layout conversions are not timed" if rival in RUNTIMES else ": no backward on a CPU"
+    return f"forward only{why}"
+
+
 def applicable(rivals: tuple[str, ...], workload: Workload) -> list[str]:
     return [rival for rival in rivals if workload.op in APPLICABLE[rival]]
+
+
+_PACKAGES = {"onnxruntime": ("onnxruntime", "onnx"), "onnx_attention": ("onnxruntime", "onnx")}
+_PACKAGES |= {"xformers": ("xformers",), "flash_attn": ("flash_attn",)}
+_DTYPES = {**dict.fromkeys((*RUNTIMES, *ONEDNN), ("float32",)), "flash_attn": ("float16", "bfloat16")}
+_DEVICES = dict.fromkeys((*RUNTIMES, *ONEDNN), "cpu") | dict.fromkeys(("xformers", "flash_attn"), "cuda")
+
+
+def unavailable(workload: Workload, rival: str, device: str | torch.device) -> str | None:
+    """Why the rival cannot run here at all, or None."""
+    kind = torch.device(device).type
+    if _DEVICES.get(rival, kind) != kind:
+        return f"only for {_DEVICES[rival]}"
+    if workload.dtype not in _DTYPES.get(rival, DTYPES):
+        return f"only for {' and '.join(_DTYPES[rival])}"
+    missing = [name for name in _PACKAGES.get(rival, ()) if importlib.util.find_spec(name) is None]
+    return f"{' and '.join(missing)} not installed" if missing else None
 
 
 @lru_cache(maxsize=64)
@@ -263,6 +369,7 @@ def sdpa_backend(workload: Workload, device: str | torch.device) -> str:
 def needed_bytes(workload: Workload, rival: str, device: str | torch.device = "cpu") -> int:
     """:func:`~benchmarks.workloads.peak_bytes` on ``device``: ``sdpa`` is charged for attention maps only if PyTorch
     chooses its math path there."""
-    if rival == "sdpa":
-        return peak_bytes(workload, rival, sdpa_backend(workload, device))
-    return peak_bytes(workload, rival)
+    of = ONEDNN.get(rival, rival)
+    if of == "sdpa":
+        return peak_bytes(workload, of, sdpa_backend(workload, device))
+    return peak_bytes(workload, of)

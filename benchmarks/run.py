@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from . import measure, rivals, validate
+from . import measure, rivals, statistics, validate
 from .cell import CellSpec, save_inputs
 from .features import FeatureSource, grad_output
 from .processes import CellFailed, CellProcess
@@ -57,6 +57,24 @@ def record(
         "needed_bytes": needed,
         "needed_extra_bytes": needed - workload.operand_bytes() - workload.result_bytes(),
     }
+
+
+def not_run(
+    options: Options,
+    schedule: Schedule,
+    workload: Workload,
+    rival: str,
+    available: int,
+    to_come: Sequence[Workload] = (),
+) -> tuple[str, str] | None:
+    """The status and the reason of a cell that does not run; None if it does."""
+    reason = rivals.unavailable(workload, rival, options.device)
+    if reason:
+        return "not available", reason
+    if rivals.uses_compiler(rival) and workload.positions * workload.batch < options.compile_from:
+        return "skipped", f"not compiled below {options.compile_from} positions"
+    reason = schedule.verdict(workload, rival, available, to_come)
+    return ("skipped", reason) if reason else None
 
 
 class Runner:
@@ -108,13 +126,10 @@ class Runner:
 
     def _start(self, workload, name, path, to_come, eager_errors) -> tuple[dict, CellProcess | None]:
         """The record of a cell and the cell, checked and its memory measured; None if it does not run."""
-        if rivals.uses_compiler(name) and workload.positions * workload.batch < self.options.compile_from:
-            reason = f"not compiled below {self.options.compile_from} positions"
-            return self._record(workload, name, "skipped", reason), None
         available = measure.available_bytes(self.options.device)
-        reason = self.schedule.verdict(workload, name, available, to_come)
-        if reason:
-            return self._record(workload, name, "skipped", reason), None
+        found = not_run(self.options, self.schedule, workload, name, available, to_come)
+        if found:
+            return self._record(workload, name, *found), None
         spec = CellSpec(workload, name, path, self.options.device, self.options.threads, self.options.backend)
         limit = 120 + 10 * self.schedule.predict(workload, name)
         cell = None
@@ -128,14 +143,17 @@ class Runner:
             if name == "fused":
                 raise
             return self._record(workload, name, "failed", str(failure)), None
-        self.schedule.learn(workload, name, first["forward_backward"])
+        passes = rivals.passes(name, self.options.device)
+        self.schedule.learn(workload, name, first[passes[-1]])
         entry = self._record(workload, name, "measured") | {
             "errors": first["errors"],
             "memory": first["memory"],
             "available_bytes": available,
             "warm_up_seconds": warm_up,
-            "first_pass": {"forward": first["forward"], "forward_backward": first["forward_backward"]},
+            "first_pass": {kind: first[kind] for kind in passes},
         }
+        if limit := rivals.limit(name, self.options.device):
+            entry["note"] = limit
         if name == "fused":
             try:
                 validate.check(workload, rivals.TITLES[name], first["errors"], eager_errors)
@@ -152,13 +170,11 @@ class Runner:
         The first round is discarded: the memory measurement before it returned all memory to the system, which made a
         recurrent criss-cross block take 310 ms instead of 120.
         """
-        round_seconds = sum(
-            sum(records[name]["first_pass"][kind] for kind in ("forward", "forward_backward")) for name in cells
-        )
+        seconds = {name: {kind: [] for kind in records[name]["first_pass"]} for name in cells}
+        round_seconds = sum(records[name]["first_pass"][kind] for name, kinds in seconds.items() for kind in kinds)
         rounds = self.options.repeats
         if rounds is None:
-            rounds = self.schedule.rounds(round_seconds, to_come)
-        seconds = {name: {"forward": [], "forward_backward": []} for name in cells}
+            rounds = self.schedule.rounds(workload, round_seconds, to_come)
         limit = 120 + 10 * round_seconds
         for counted in [False, *[True] * rounds] if rounds else []:
             for name, cell in cells.items():
@@ -167,8 +183,12 @@ class Runner:
                     if counted:
                         times.append(passed)
         for name, kinds in seconds.items():
+            records[name] |= {"rounds": rounds, "ratio": {}, "drift": {}}
             for kind, times in kinds.items():
-                figures = times or [records[name]["first_pass"][kind]]
-                records[name][kind] = measure.Timing(tuple(figures)).as_dict()
-            records[name]["rounds"] = rounds
-            self.schedule.learn(workload, name, records[name]["forward_backward"]["median"])
+                records[name][kind] = statistics.summary(times or [records[name]["first_pass"][kind]])
+                records[name]["drift"][kind] = statistics.drift(times)
+            self.schedule.learn(workload, name, records[name][list(kinds)[-1]]["median"])
+        for name in seconds.keys() - {"fused"} if "fused" in seconds else ():
+            for kind in seconds[name]:
+                ours, theirs = (records[of][kind]["times"] for of in ("fused", name))
+                records[name]["ratio"][kind] = statistics.ratio(ours, theirs)

@@ -1,127 +1,160 @@
-"""Attention of a sharded feature map over the number of ranks, from the formulas of segattn_ops.distributed.plan:
+"""``python -m benchmarks scaling``: how time and memory of each op and rival grow with the number of positions N.
 
-python -m benchmarks.scaling     # writes docs/images/scaling.png
-
-Above a scene of one size (strong scaling), below one that grows with the ranks (weak scaling). Nothing is measured.
+Measured as by ``ops``, on square feature maps; ``--report`` fits the cells of a report that exists instead. An exponent
+is the slope of the logarithms over that of N, by least squares, with its interval.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import math
 import sys
-import tempfile
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
-from segattn_ops.distributed import plan
+from tools.compilers import files
 
-from . import command_line, plots
-from .readme_pictures import save
+from . import command_line, ops, report, rivals, statistics
+from .command_line import Refused
+from .processes import CellFailed
+from .validate import WrongResult
 
-PROG = "python -m benchmarks.scaling"
-PICTURE = Path(__file__).resolve().parent.parent / "docs" / "images" / "scaling.png"
-WIDTH = 1200  # pixels
-RANKS = tuple(2**exponent for exponent in range(13))
-CHANNELS, KEY_CHANNELS, DTYPE, DEVICE, LINK = 512, 64, "bfloat16", "h100", "infiniband400"
-STRONG = 1250, 1250  # 10,000 x 10,000 pixels at stride 8
-WEAK = 128, 128  # of a rank
-STYLES = {
-    ("position", "ring"): ("position, ring", "#d1495b", "o", "-"),
-    ("position", "gather"): ("position, gather", "#d1495b", "s", ":"),
-    ("criss_cross", ""): ("criss-cross", "#30638e", "^", "-"),
-    ("channel", ""): ("channel", "#7a9e35", "D", "-"),
-}
-COSTS: dict[str, Callable[[plan.Estimate], float]] = {
-    "memory of a rank, GiB": lambda found: found.memory.peak / 2**30,
-    "sent by a rank, GB": lambda found: found.sent.total / 1e9,
-    "forward + backward, ms at least": lambda found: found.seconds.total * 1e3,
-}
+PROG = "python -m benchmarks scaling"
+SUMMARY = "exponents of time and memory over the number of positions, fitted to several sizes"
+SIZES = "32x32,45x45,64x64,90x90"
+LEAST_SIZES = 3  # two points fit any line
+FIGURES = ("forward", "forward_backward", "memory")
 
 
-def estimates(ranks: int, height: int, width: int) -> dict[tuple[str, str], plan.Estimate]:
-    """The best mesh of each op and method."""
-    found = plan.plan(
-        height=height,
-        width=width,
-        channels=CHANNELS,
-        key_channels=KEY_CHANNELS,
-        ranks=ranks,
-        dtype=DTYPE,
-        device=DEVICE,
-        link=LINK,
-    )
-    best: dict[tuple[str, str], plan.Estimate] = {}
-    for estimate in found.estimates:
-        best.setdefault((estimate.op, estimate.method), estimate)
-    return best
+def exponent(positions: Sequence[int], values: Sequence[float]) -> dict:
+    """``{"exponent", "low", "high", "residual", "sizes"}`` of values ~ positions ** exponent. ``residual`` is the
+    largest factor by which a value departs from the fit.
+
+    Raises:
+        ValueError: there are fewer than LEAST_SIZES values, or one is not positive.
+    """
+    if len(set(positions)) < LEAST_SIZES or min(values) <= 0:
+        raise ValueError(f"at least {LEAST_SIZES} sizes with positive values are needed (got {list(values)})")
+    from scipy import stats
+
+    xs, ys = ([math.log(value) for value in column] for column in (positions, values))
+    fit = stats.linregress(xs, ys)
+    reach = float(stats.t.ppf((1 + statistics.CONFIDENCE) / 2, len(xs) - 2) * fit.stderr)
+    residual = max(abs(y - fit.intercept - fit.slope * x) for x, y in zip(xs, ys, strict=True))
+    slope = float(fit.slope)
+    return {
+        "exponent": slope,
+        "low": slope - reach,
+        "high": slope + reach,
+        "residual": math.exp(residual),
+        "sizes": len(xs),
+    }
 
 
-def grown(ranks: int) -> tuple[int, int]:
-    """The map of so many parts of WEAK, as square as can be."""
-    rows = 1
-    while rows * rows * 4 <= ranks * 2:
-        rows *= 2
-    return WEAK[0] * rows, WEAK[1] * (ranks // rows)
+def fits(cells: list[dict]) -> list[dict]:
+    """The fits of each op, dtype, batch and rival of which enough sizes were measured."""
+    found = []
+    for (op, dtype, batch), entries in report.groups(cells).items():
+        for rival in dict.fromkeys(entry["rival"] for entry in entries):
+            mine = [entry for entry in entries if entry["rival"] == rival and entry["status"] == "measured"]
+            fit = {"op": op, "dtype": dtype, "batch": batch, "rival": rival}
+            for figure in FIGURES:
+                points = [(entry["positions"], _value(entry, figure)) for entry in mine]
+                points = [(n, value) for n, value in points if value]
+                if len({n for n, _ in points}) >= LEAST_SIZES:
+                    fit[figure] = exponent(*zip(*points, strict=True))
+            if any(figure in fit for figure in FIGURES):
+                flop = [(entry["positions"], entry["flop"]["forward"]) for entry in mine]
+                found.append(fit | {"definition": exponent(*zip(*flop, strict=True))})
+    return found
 
 
-def draw() -> None:
-    from PIL import Image
-
-    figure, axes = plots.new_figure(len(COSTS), 2)
-    rows = (
-        (f"one map of {STRONG[0]} x {STRONG[1]} positions", lambda ranks: STRONG),
-        (f"{WEAK[0]} x {WEAK[1]} positions a rank", grown),
-    )
-    limit = plan.machine(DEVICE, 1).memory
-    for row, (name, size) in enumerate(rows):
-        curves = {ranks: estimates(ranks, *size(ranks)) for ranks in RANKS}
-        for column, (cost, of) in enumerate(COSTS.items()):
-            ax = axes[row, column]
-            for key, (label, colour, marker, line) in STYLES.items():
-                points = [(ranks, of(found[key])) for ranks, found in curves.items() if of(found[key]) > 0]
-                ax.plot(
-                    *zip(*points, strict=True),
-                    color=colour,
-                    marker=marker,
-                    markersize=4,
-                    linestyle=line,
-                    markerfacecolor="none" if line == ":" else colour,
-                    label=label,
-                )
-            if column == 0 and limit is not None:
-                ax.axhline(limit / 2**30, color="black", linewidth=0.8, linestyle="--", label="memory of an H100")
-                ax.set_ylabel(name, fontsize=9)
-            ax.set_xscale("log", base=2)
-            ax.set_xlim(RANKS[0] / 1.3, RANKS[-1] * 1.3)
-            ax.set_yscale("log")
-            ax.set_xticks(RANKS[::3], [f"{ranks}" for ranks in RANKS[::3]])
-            ax.set_xticks(RANKS, minor=True)
-            ax.xaxis.set_minor_formatter("")
-            ax.yaxis.set_major_formatter("{x:g}")
-            ax.tick_params(labelsize=8)
-            if row == 0:
-                ax.set_title(cost, fontsize=10)
-            else:
-                ax.set_xlabel("ranks", fontsize=9)
-    rate = plan.LINKS[LINK][0] / 1e9
-    heading = (
-        f"Attention of a sharded map, by formula: C = {CHANNELS}, E = {KEY_CHANNELS}, {DTYPE}, H100, {rate:g} GB/s"
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        save(Image.open(plots.finish(figure, axes, Path(folder) / PICTURE.name, heading)), PICTURE, WIDTH)
+def _value(entry: dict, figure: str) -> float | None:
+    """Seconds, or extra bytes from a MiB on: less is a few pages, whatever the size."""
+    if figure != "memory":
+        return entry[figure]["median"] if figure in entry else None
+    found = (entry["memory"] or {}).get(report.PASSES["forward_backward" in entry])
+    return found if found and found >= report.MIB else None
 
 
-def _run() -> int:
-    command_line.require("matplotlib", "PIL")
-    command_line.writable_folder(PICTURE.parent)
-    draw()
-    return 0
+COLUMNS = ("op", "", "definition", "forward", "forward + backward", "extra memory")
+
+
+def rows(found: list[dict]) -> list[list[str]]:
+    return [
+        [
+            report.title(fit["op"], fit["dtype"], fit["batch"]),
+            rivals.TITLES[fit["rival"]],
+            f"{fit['definition']['exponent']:.2f}",
+            *(_text(fit.get(figure)) for figure in FIGURES),
+        ]
+        for fit in found
+    ]
+
+
+def _text(fit: dict | None) -> str:
+    return f"{fit['exponent']:.2f} ({fit['low']:.2f} to {fit['high']:.2f})" if fit else "-"
+
+
+NOTES = f"""\
+Exponents of time and extra memory over the number of positions N, least squares of the logarithms over the measured
+sizes, with the {statistics.CONFIDENCE:.0%} interval of the slope. *definition* is the same fit of the
+definition's FLOP. Below it a figure has a share that grows more slowly, such as a call's fixed cost at small sizes;
+above it larger sizes lose a cache. A dash: fewer than {LEAST_SIZES} sizes were measured, or the extra memory is below
+1 MiB."""
+
+
+def markdown(result: dict) -> str:
+    head = f"`{result['command']}`, {result['date']}, commit {result['commit'] or 'unknown'}, {report.where(result)}."
+    table = report.markdown_table(COLUMNS, rows(result["fits"]))
+    return "\n\n".join(["# How time and memory grow", head, NOTES, table]) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = command_line.Parser(prog=PROG, description="Draws docs/images/scaling.png.")
-    parser.parse_args(argv)
-    return command_line.run(PROG, _run)
+    argv = sys.argv[1:] if argv is None else argv
+    parser = ops.parser(PROG)
+    parser.description = f"Prints {SUMMARY}; writes scaling.json and scaling.md. Without --report it measures."
+    parser.set_defaults(sizes=SIZES, rivals="fused,eager,sdpa", budget=0.0)
+    parser.add_argument("--report", type=Path, help="fit the cells of this report.json and measure nothing")
+    arguments = parser.parse_args(argv)
+    return command_line.run(PROG, lambda: _run(argv, arguments))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _run(argv: list[str], arguments: argparse.Namespace) -> int:
+    folder = arguments.output
+    if arguments.report:
+        result = _read(arguments.report) | {"kind": "scaling"}
+    else:
+        planned = ops.workloads_of(arguments)
+        if len({workload.positions for workload in planned}) < LEAST_SIZES:
+            raise Refused(f"--sizes must have at least {LEAST_SIZES} numbers of positions (got {len(arguments.sizes)})")
+        ops.check(arguments, planned)
+        if arguments.dry_run:
+            return ops.dry_run(arguments, planned)
+        inputs = ops.pictures_and_weights(arguments)
+        path = command_line.writable_folder(folder) / "scaling.json"
+        earlier = ops.resumed(path, ops.command_of(PROG, argv)) if arguments.resume else None
+        try:
+            result, *_ = ops.measured("scaling", PROG, argv, arguments, planned, *inputs, path, earlier)
+        except (WrongResult, CellFailed) as error:
+            return command_line.fail(PROG, error, 1)
+    result["fits"] = fits(result["cells"])
+    if not result["fits"]:
+        raise Refused(f"no op and rival was measured at {LEAST_SIZES} sizes or more")
+    command_line.writable_folder(folder)
+    report.write_json(result, folder / "scaling.json")
+    files.write_text(folder / "scaling.md", markdown(result))
+    print(markdown(result), end="")
+    return 0
+
+
+def _read(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text())
+        if content["schema"] != report.SCHEMA:
+            raise Refused(f"{path} must be of schema {report.SCHEMA} (got {content['schema']})")
+        report.groups(content["cells"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise Refused(f"{path} is no report of the benchmarks ({error!r})") from error
+    return content

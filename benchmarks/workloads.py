@@ -167,7 +167,8 @@ def recomputing_flops(workload: Workload) -> int:
 # Eager: the attention map, its gradient, that gradient made contiguous for softmax's backward, the energies' gradient.
 # torch.compile fuses softmax's backward with that copy. SDPA's math path keeps the attention map and both gradients.
 # Measured at 97 x 97 (float32, MiB, attention maps of 338): eager 1369, torch.compile 990, SDPA 1026.
-LIVE_ATTENTION_MAPS = {"eager": 4.0, "compile": 3.0, "sdpa": 3.1}
+# mmcv's form is eager's; ONNX's Attention has only a forward, and keeps the energies beside the weights.
+LIVE_ATTENTION_MAPS = {"eager": 4.0, "compile": 3.0, "sdpa": 3.1, "mmcv": 4.0, "onnx_attention": 2.0}
 
 
 def attention_map_bytes(workload: Workload, rival: str = "eager") -> int:
@@ -224,7 +225,7 @@ def peak_bytes(workload: Workload, rival: str, sdpa_backend: str = "MATH") -> in
     if rival == "sdpa" and sdpa_backend != "MATH":
         maps = 0.0
     activations = workload.operand_bytes() + workload.result_bytes()
-    if rival == "sdpa_flash_split":
+    if rival in ("sdpa_flash_split", "flash_attn"):
         return activations + split_bytes(workload)
     if workload.op == "rcca":
         activations *= 1 + RECURRENCE

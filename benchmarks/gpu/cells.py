@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from .. import features, measure, rivals, run, validate
+from .. import features, measure, rivals, run, statistics, validate
 from ..workloads import DTYPES, Workload
 from . import native
 from .selection import OURS
@@ -114,7 +114,7 @@ class DeviceCell:
         timings, exposed = {}, []
         for kind, repeat in kinds.items():
             self.hidden = True
-            timings[kind] = measure.Timing(tuple(repeat())).as_dict()
+            timings[kind] = statistics.summary(repeat())
             exposed += [] if self.hidden else [kind]
         return {"errors": found, "memory": memory, "host_exposed": exposed} | timings
 
@@ -162,6 +162,8 @@ def _has_batch(workload: Workload, name: str) -> bool:
 def cell_record(workload: Workload, rival: str, cell: Callable[[], DeviceCell], device: torch.device) -> dict:
     """The record of one rival in the cell that ``cell()`` makes: measured, failed or wrong, with the reason."""
     entry = run.record(workload, rival, "measured", device=device)
+    if reason := rivals.unavailable(workload, rival, device):
+        return entry | {"status": "skipped", "reason": reason}
     try:
         return entry | cell().measure(rival)
     except native.NotNative:

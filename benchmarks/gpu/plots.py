@@ -12,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .. import command_line, rivals, workloads
+from ..ceilings import flop_ceiling
 from ..command_line import Refused
 from ..plots import COLOURS, MARKERS, finish
 from ..report import size_of
@@ -51,17 +52,6 @@ def flop(entry: dict, kind: str) -> int:
 def throughput(entry: dict, kind: str) -> float:
     """TFLOP/s of the definition."""
     return flop(entry, kind) / seconds(entry, kind) / 1e12
-
-
-def flop_ceiling(ceilings: dict, dtype: str) -> float | None:
-    """FLOP/s that products of ``dtype`` reach on the device, as the suite measured them; None if not measured.
-
-    A product with float32 accuracy uses float32 units or three TF32 products, whichever is faster.
-    """
-    measured = [ceilings.get(f"matmul_{dtype}_flop_per_second")]
-    if dtype == "float32":
-        measured.append(ceilings.get("matmul_tf32_flop_per_second", 0) / 3)
-    return max((value for value in measured if value), default=None)
 
 
 def bound(entry: dict, kind: str, ceilings: dict) -> tuple[float, str] | None:

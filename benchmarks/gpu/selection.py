@@ -19,7 +19,9 @@ ONCE = ("rcca", "non_local", "ann")  # CCNet's whole block, Non-local's channels
 COMPILED = tuple(name for name in rivals.RIVALS if rivals.uses_compiler(name))
 OURS = ("fused", rivals.FUSED_BY_MMA)
 # Eager first: the fused op's error is compared with its error. Compilers last: they take longest to start.
-RIVALS = ("eager", *OURS, *(name for name in rivals.RIVALS if name not in ("eager", "fused", *COMPILED)), *COMPILED)
+_OF_CPUS = (*rivals.ONEDNN, *rivals.RUNTIMES)
+_LAST = tuple(name for name in rivals.RIVALS if name not in ("eager", "fused", *COMPILED, *_OF_CPUS))
+RIVALS = ("eager", *OURS, *_LAST, *COMPILED)
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import __main__ as main_job
-from benchmarks import command_line, features, papers, processes, readme_pictures, report, run
+from benchmarks import __main__ as dispatcher
+from benchmarks import ceilings, command_line, features, measure, ops, papers, processes, readme_pictures, report, run
 from benchmarks.validate import WrongResult
+from benchmarks.workloads import Workload
 
 SMALL = ("--sizes", "4x4", "--ops", "position", "--channels", "8", "--threads", "1", "--backend", "reference")
 
@@ -63,8 +64,24 @@ def refused(main, arguments: list[str], capsys, status: int = 2) -> str:
 )
 def test_bad_arguments_are_named(arguments, message, capsys, tmp_path):
     given = [*SMALL, *arguments, "--output", tmp_path / "report"]
-    assert message in refused(main_job.main, given, capsys)
+    assert message in refused(ops.main, given, capsys)
     assert not (tmp_path / "report").exists()
+
+
+def test_the_dispatcher(capsys, monkeypatch):
+    """Every subcommand is described in --help and gets the arguments after its name; without one it is the main job."""
+    assert dispatcher.main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    for number, name in enumerate(dispatcher.SUBCOMMANDS):
+        module = dispatcher.module(name)
+        assert f"  {name}" in printed and module.SUMMARY in printed
+        monkeypatch.setattr(module, "main", lambda arguments, number=number: (number, arguments))
+        assert dispatcher.main([name, "--help"]) == (number, ["--help"])
+    main_job = list(dispatcher.SUBCOMMANDS).index("ops")
+    assert dispatcher.main([]) == (main_job, [])
+    assert dispatcher.main(["--sizes", "4x4"]) == (main_job, ["--sizes", "4x4"])
+    line = refused(dispatcher.main, ["op"], capsys)
+    assert "the subcommand must be one of ops, " in line and "(got 'op'" in line
 
 
 def test_names_and_sizes_are_taken_once():
@@ -87,7 +104,7 @@ def test_files_that_are_not_what_they_should_be(capsys, tmp_path):
         ("--weights", "other.pth", "is not a ResNet-50: size mismatch"),
         ("--weights", "", "no such file"),
     ]:
-        line = refused(main_job.main, [*SMALL, option, tmp_path / name, "--output", tmp_path / "report"], capsys)
+        line = refused(ops.main, [*SMALL, option, tmp_path / name, "--output", tmp_path / "report"], capsys)
         assert message in line, name
     assert not (tmp_path / "report").exists()
 
@@ -95,15 +112,15 @@ def test_files_that_are_not_what_they_should_be(capsys, tmp_path):
 def test_outputs_that_cannot_be_written(capsys, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     for output in (tmp_path / "file", tmp_path / "file" / "report"):
-        assert "cannot be made" in refused(main_job.main, [*SMALL, "--output", output], capsys)
+        assert "cannot be made" in refused(ops.main, [*SMALL, "--output", output], capsys)
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
-    assert "is not writable" in refused(main_job.main, [*SMALL, "--output", tmp_path], capsys)
+    assert "is not writable" in refused(ops.main, [*SMALL, "--output", tmp_path], capsys)
 
 
 @pytest.mark.parametrize("missing", ["matplotlib", "rich"])
 def test_missing_extras_are_named_before_anything_runs(missing, capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
-    line = refused(main_job.main, [*SMALL, "--output", tmp_path / "report"], capsys)
+    line = refused(ops.main, [*SMALL, "--output", tmp_path / "report"], capsys)
     assert f"needs {missing}: pip install 'segattn_ops[bench]'" in line
     assert not (tmp_path / "report").exists()
 
@@ -123,8 +140,10 @@ def quick(monkeypatch):
     monkeypatch.setattr(features, "load_photograph", lambda name: np.zeros((8, 8, 3), np.uint8))
     monkeypatch.setattr(features, "Extractor", extractor)
     monkeypatch.setattr(features, "FeatureSource", lambda *arguments: Source())
-    monkeypatch.setattr(main_job, "start_server", lambda: None)
-    monkeypatch.setattr(main_job, "_draw", lambda records, source, arguments, weights: [])
+    monkeypatch.setattr(ceilings, "reached", lambda device, repeats: {})
+    monkeypatch.setattr(measure, "pin", lambda threads: None)
+    monkeypatch.setattr(ops, "start_server", lambda: None)
+    monkeypatch.setattr(ops, "_draw", lambda records, source, arguments, weights: [])
     monkeypatch.setattr(run.Runner, "run", lambda self, planned, source: iter([[]]))
 
 
@@ -134,15 +153,16 @@ def test_an_earlier_report_is_kept(quick, capsys, tmp_path):
     (tmp_path / "time.png").write_bytes(b"a picture")
     (tmp_path / "notes.txt").write_text("mine")
     os.utime(tmp_path / "report.json", (1_700_000_000, 1_700_000_000))
-    assert main_job.main(arguments) == 0
+    assert ops.main(arguments) == 0
     (kept,) = (path for path in tmp_path.iterdir() if path.is_dir())
     assert f"The earlier report is kept in {kept}/" in capsys.readouterr().out
     assert {path.name for path in kept.iterdir()} == {"report.json", "time.png"}
     assert (kept / "report.json").read_text() == "of the first run"
-    assert {path.name for path in tmp_path.iterdir()} == {kept.name, "notes.txt", "report.json", "report.md"}
+    files = {"report.json", "report.md", "report.html"}
+    assert {path.name for path in tmp_path.iterdir()} == {kept.name, "notes.txt", *files}
     os.utime(tmp_path / "report.json", (1_700_000_000, 1_700_000_000))  # two reports of one second
     second = json.loads((tmp_path / "report.json").read_text())
-    assert main_job.main(arguments) == 0
+    assert ops.main(arguments) == 0
     assert json.loads((tmp_path / f"{kept.name}_2" / "report.json").read_text()) == second
     assert (kept / "report.json").read_text() == "of the first run"
 
@@ -166,8 +186,8 @@ def raising(error: BaseException):
 )
 def test_a_run_that_stops_says_why_in_a_line(error, status, message, quick, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(run.Runner, "run", raising(error))
-    line = refused(main_job.main, [*SMALL, "--output", tmp_path], capsys, status)
-    assert line.startswith("python -m benchmarks: ") and message in line
+    line = refused(ops.main, [*SMALL, "--output", tmp_path], capsys, status)
+    assert line.startswith("python -m benchmarks ops: ") and message in line
 
 
 def test_the_server_of_the_cells_ignores_interrupts(monkeypatch):
@@ -209,14 +229,58 @@ def test_readme_pictures_refuse_other_folders(capsys, tmp_path, monkeypatch):
     assert not (tmp_path / "images").exists()
 
 
-def test_papers_say_what_is_missing(capsys, monkeypatch):
+def test_papers_say_what_is_wrong(capsys, tmp_path):
     assert "argument --backend: invalid choice: 'cuda'" in refused(papers.main, ["--backend", "cuda"], capsys)
-    monkeypatch.setitem(sys.modules, "rich", None)
-    assert "needs rich" in refused(papers.main, [], capsys)
+    (tmp_path / "file").write_text("")
+    assert "cannot be made" in refused(papers.main, ["--output", tmp_path / "file"], capsys)
+
+
+def test_a_dry_run_lists_the_cells(capsys, tmp_path):
+    """With guessed rates, then with those of an earlier report; nothing is written."""
+    arguments = ["--sizes", "16x16,97x97", "--ops", "position,channel", "--rivals", "fused,eager,compile,xformers"]
+    arguments += ["--backend", "reference", "--output", str(tmp_path), "--dry-run"]
+    assert ops.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    assert "14 cells, 10 run" in printed and "guessed rates" in printed
+    assert "| position 16x16 float32 | compile |" in printed and "skipped: not compiled below 8192 positions" in printed
+    assert "| position 97x97 float32 | xFormers |" in printed and "not available: only for cuda" in printed
+    (guess,) = (line for line in printed.splitlines() if line.startswith("| position 97x97 float32 | eager |"))
+    entry = run.record(Workload("position", 64, 64), "eager", "measured")
+    entry["forward_backward"] = {"median": 0.5}
+    report.write_json({"cells": [entry]}, tmp_path / "report.json")
+    assert ops.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "rates of 1 cells of" in printed and guess not in printed
+    assert f"| position 97x97 float32 | eager | {0.5 * 97**4 / 64**4:.3g} |" in printed
+
+
+def test_a_resumed_run_measures_what_is_missing(quick, capsys, tmp_path, monkeypatch):
+    """The first workload is kept, and only the second one is run."""
+    arguments = [*SMALL, "--sizes", "3x4,4x4", "--repeats", "1", "--output", str(tmp_path)]
+    planned = ops.workloads_of(ops.parser().parse_args(arguments))
+    groups = [[run.record(workload, "eager", "skipped", "a test")] for workload in planned]
+
+    def interrupted(self, left, source):
+        yield groups[0]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.Runner, "run", interrupted)
+    assert refused(ops.main, arguments, capsys, 130).endswith("interrupted")
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert (written["finished"], len(written["cells"])) == (False, 1)
+    asked = []
+    monkeypatch.setattr(run.Runner, "run", lambda self, left, source: asked.append(left) or iter(groups[1:]))
+    assert ops.main([*arguments, "--resume"]) == 0
+    assert asked == [planned[1:]]
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert (written["finished"], [cell["width"] for cell in written["cells"]]) == (True, [4, 4])
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]  # nothing was put aside
+    assert "is complete" in refused(ops.main, [*arguments, "--resume"], capsys)
 
 
 def test_help_is_no_error(capsys):
-    for main in (main_job.main, papers.main, readme_pictures.main):
+    for main in (dispatcher.main, ops.main, papers.main, readme_pictures.main):
         with contextlib.suppress(SystemExit):
             main(["--help"])
         printed = capsys.readouterr()

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from benchmarks import measure, rivals, run
-from benchmarks.gpu import ceilings, plots
+from benchmarks import ceilings, measure, rivals, run
+from benchmarks.gpu import plots
 from benchmarks.gpu.selection import FAMILIES
 from benchmarks.workloads import OPS, Workload
 
@@ -93,7 +93,7 @@ class TestFigures:
         monkeypatch.setattr(measure, "DeviceTimer", lambda device: lambda function: function() is None or 1.0)
         randn = torch.randn
         monkeypatch.setattr(torch, "randn", lambda *shape, device: randn([2] * len(shape)))
-        found = ceilings.reached(torch.device("cpu"))
+        found = ceilings.reached(torch.device("cpu"), "small")
         for dtype in ("bfloat16", "float16", "float32"):
             assert plots.flop_ceiling(found, dtype)
         assert set(found) == set(CEILINGS)
