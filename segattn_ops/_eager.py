@@ -5,8 +5,8 @@ output alone."""
 import torch
 from torch import Tensor
 
-from .ops.channel import channel_factors
 from .ops._check import Argument
+from .ops.channel import channel_factors
 from .reference import _insert_self, _skip_self
 
 
@@ -23,13 +23,15 @@ def position_attention(query: Tensor, key: Tensor, value: Tensor, scale: float =
     :func:`segattn_ops.position_attention`."""
     energy = torch.bmm(query.flatten(2).transpose(1, 2), key.flatten(2))
     attention = _softmax(energy if scale == 1 else scale * energy, -1)
-    return torch.bmm(value.flatten(2), attention.transpose(1, 2)).unflatten(2, query.shape[2:])
+    output: Tensor = torch.bmm(value.flatten(2), attention.transpose(1, 2)).unflatten(2, query.shape[2:])
+    return output
 
 
 def channel_attention(query: Tensor, key: Tensor, value: Tensor, scale: float = -1.0) -> Tensor:
     """Shapes as :func:`segattn_ops.channel_attention`."""
     energy = torch.bmm(query.flatten(2), key.flatten(2).transpose(1, 2))
-    return torch.bmm(_softmax(scale * energy, -1), value.flatten(2)).unflatten(2, value.shape[2:])
+    output: Tensor = torch.bmm(_softmax(scale * energy, -1), value.flatten(2)).unflatten(2, value.shape[2:])
+    return output
 
 
 def residual_channel_attention(input: Tensor, gamma: Tensor | float, scale: float = -1.0) -> Tensor:

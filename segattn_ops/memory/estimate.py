@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +40,7 @@ MODELS = tuple(
 OPTIMIZERS = tuple(_OPTIMIZERS)
 PARTS = (WEIGHTS, GRADIENTS, OPTIMIZER, INPUT, ATTENTION, OUTPUTS, WORKSPACE)  # beside the network's own
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LARGEST = 2**16  # of a side of the image and of the batch
+_MOST = 2**34  # pixels of a batch; PyTorch counts the bytes of a tensor in 63 bits
 
 
 @dataclass(frozen=True)
@@ -160,8 +162,11 @@ def estimate(
     """
     sizes = {"height": height, "width": width, "batch": batch}
     for name, value in sizes.items():
-        if positive_int("memory.estimate", name, value) > _LARGEST:
-            raise ValueError(f"memory.estimate: {name} must be at most {_LARGEST} (got {value})")
+        positive_int("memory.estimate", name, value)
+    if height * width * batch > _MOST:
+        raise ValueError(
+            f"memory.estimate: a batch must have at most {_MOST} pixels (got {batch} x {height} x {width})"
+        )
     if dtype not in _DTYPES:
         raise ValueError(f"memory.estimate: dtype must be torch.float32, torch.bfloat16 or torch.float16 (got {dtype})")
     if optimizer not in OPTIMIZERS:
@@ -198,24 +203,47 @@ def estimate(
     )
 
 
-def _builder(model: str | nn.Module, num_classes: int, options: dict[str, Any]) -> Callable[[], nn.Module]:
-    """Makes the network, or a copy of it, of fake tensors within a FakeTensorMode."""
+def _builder(
+    model: str | nn.Module, num_classes: int, options: dict[str, Any]
+) -> Callable[[FakeTensorMode], nn.Module]:
+    """Makes the network, or a copy of it, of fake tensors."""
     if isinstance(model, str):
         if model not in MODELS:
             raise ValueError(f"memory.estimate: model must be a module or one of {', '.join(MODELS)} (got {model!r})")
         from .. import models
 
-        build: Any = getattr(models, model)
-        return lambda: build(num_classes, **options)  # type: ignore[no-any-return]
+        build: Callable[..., nn.Module] = getattr(models, model)
+
+        def made(fake: FakeTensorMode) -> nn.Module:
+            with fake:
+                return build(num_classes, **options)
+
+        return made
     if not isinstance(model, nn.Module):
         raise TypeError(f"memory.estimate: model must be a name or a torch.nn.Module (got {type(model).__name__})")
     if options:
         raise TypeError(f"memory.estimate: {', '.join(options)}: only a model given by name has options")
-    return lambda: copy.deepcopy(model)
+
+    def copied(fake: FakeTensorMode) -> nn.Module:
+        with FakeCopyMode(fake):
+            return copy.deepcopy(model)
+
+    return copied
+
+
+@contextmanager
+def _without_logs() -> Iterator[None]:
+    """What fails on fake tensors raises; PyTorch also logs it, with its traceback."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _count(
-    build: Callable[[], nn.Module],
+    build: Callable[[FakeTensorMode], nn.Module],
     sizes: tuple[int, int, int],
     dtype: torch.dtype,
     optimizer: str | None,
@@ -231,8 +259,8 @@ def _count(
     height, width, batch = sizes
     count = Count()
     fake = FakeTensorMode()
-    with use_backend("native"), fake, FakeCopyMode(fake), Attention(fused, count):
-        model = build().train(optimizer is not None)
+    model = build(fake).train(optimizer is not None)
+    with use_backend("native"), fake, Attention(fused, count), _without_logs():
         count.parameters_of(model)
         for name, child in model.named_children():
             count.follow(child, name)
@@ -243,9 +271,14 @@ def _count(
             with count.part(INPUT):
                 image = torch.empty(batch, 3, height, width)
                 target = None if optimizer is None else torch.empty(batch, height, width, dtype=torch.int64)
-            if stepping is None or target is None:
-                with count.part(OUTPUTS):
-                    inference(model, image, dtype)
-            else:
-                training(model, stepping, image, target, loss, dtype, count)
+            try:
+                if stepping is None or target is None:
+                    with count.part(OUTPUTS):
+                        inference(model, image, dtype)
+                else:
+                    training(model, stepping, image, target, loss, dtype, count)
+            except (RuntimeError, ValueError) as error:
+                raise ValueError(
+                    f"memory.estimate: the network does not run on images of shape {tuple(image.shape)}: {error}"
+                ) from error
     return count.events

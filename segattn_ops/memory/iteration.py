@@ -70,14 +70,14 @@ def default_loss(outputs: Any, target: Tensor) -> Tensor:
         outputs = [outputs]
     if not (isinstance(outputs, (list, tuple)) and all(isinstance(one, Tensor) and one.dim() == 4 for one in outputs)):
         raise ValueError(
-            "memory.estimate: the network must return logits (B, classes, H, W), alone or in a mapping or a sequence; "
+            "the network must return logits (B, classes, H, W), alone or in a mapping or a sequence; "
             f"for other outputs pass loss (got {type(outputs).__name__})"
         )
     total = target.new_zeros((), dtype=torch.float32)
     for logits in outputs:
         if logits.shape[2:] != target.shape[1:]:
             raise ValueError(
-                f"memory.estimate: the logits must have the size of the image, {tuple(target.shape[1:])}, or pass loss "
+                f"the logits must have the size of the image, {tuple(target.shape[1:])}, or pass loss "
                 f"(got {tuple(logits.shape[2:])})"
             )
         total = total + F.cross_entropy(logits.float(), target, ignore_index=255)
@@ -97,7 +97,7 @@ def training(
     with nullcontext() if count is None else count.part(OUTPUTS), autocast(dtype):
         outputs = model(image)
         value = loss(outputs, target)
-    value.backward()  # type: ignore[no-untyped-call]
+    value.backward()
     optimizer.step()
     optimizer.zero_grad()
 
