@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from tools.site import layouts
+
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FOLDERS = ("benchmarks", "csrc", "docs", "examples", "requirements", "segattn_ops", "tests", "tools")
 SUFFIXES = ("md", "py", "h", "cuh", "cu", "cpp", "txt", "png", "svg", "yml")
 # What readers have of their own.
-INPUTS = {"model", "head", "image", "batch", "x"}
+INPUTS = {"model", "head", "image", "batch", "x", "SelfAttention"}
 PUBLISHED = {"official_pam", "official_cca", "PAM_Module", "CAM_Module", "CrissCrossAttention", "AFNB", "APNB"}
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
@@ -57,3 +59,8 @@ def test_named_commands_exist(document):
 def test_pictures_are_small():
     sizes = {path.name: path.stat().st_size for path in (ROOT / "docs" / "images").iterdir()}
     assert sizes and max(sizes.values()) < 200_000, sizes
+
+
+@pytest.mark.parametrize("name", layouts.PICTURES)
+def test_layouts_are_drawn_by_their_program(name):
+    assert (ROOT / "docs" / "images" / f"layout_{name}.svg").read_text() == layouts.picture(name)

@@ -1,4 +1,4 @@
-"""The site: it builds without warnings, loads nothing from other servers, and its reference names all that is public."""
+"""The site: it builds without warnings, loads nothing from other servers, and its reference names what is public."""
 
 import importlib
 import importlib.util
