@@ -19,7 +19,7 @@ test: build $(VENV)/.interop $(VENV)/.docs build/torch_headers/.complete
 
 # The site, into build/site; its warnings are errors. The variable turns off a notice about other software.
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # What is too long for `make test`. Each writes its records and docs/reliability.md; `make reliability` is all of it.
 fuzz sanitize mutate: build
