@@ -50,3 +50,32 @@ def test_the_reference_names_all_that_is_public(site, module):
     reference = "".join(page for name, page in site.items() if name.startswith("api/"))
     missing = [name for name in set(package.__all__) - modules if f'id="segattn_ops{module}.{name}"' not in reference]
     assert missing == []
+
+
+def test_docstrings_become_markdown():
+    markdown = pytest.importorskip("tools.site.docstrings", exc_type=ImportError).markdown
+    docstring = """As :func:`~segattn_ops.convert`, first::
+
+    call()
+
+Args:
+    height, width: of the image,
+        in pixels.
+
+Returns:
+    (B, C), in the dtype of the input: a result.
+"""
+    expected = """As `segattn_ops.convert`, first:
+
+    call()
+
+Args:
+    height: of the image,
+        in pixels.
+    width: of the image,
+        in pixels.
+
+Returns:
+    (B, C), in the dtype of the input&#58; a result.
+"""
+    assert markdown(docstring) == expected

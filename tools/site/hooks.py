@@ -13,11 +13,11 @@ BLOCK = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.DOTA
 
 CELL = re.compile(r"<t[dh]\b.*?</t[dh]>", re.DOTALL)
 CODE = re.compile(r"<code>[^<]*</code>")
-PART = re.compile(r"(?<=\w)([_./(=])(?=\w)")
+PART = re.compile(r"(?<=\w)[_./(=](?=\w)|(?<=[a-z])(?=[A-Z])")
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    content = CELL.sub(lambda cell: CODE.sub(lambda code: PART.sub(r"\1<wbr>", code[0]), cell[0]), content)
+    content = CELL.sub(lambda cell: CODE.sub(lambda code: PART.sub(r"\g<0><wbr>", code[0]), cell[0]), content)
     content = INLINE.sub(lambda match: convert(html.unescape(match[1])), content)
     return BLOCK.sub(lambda match: f'<div class="equation">{_display(match[1])}</div>', content)
 
