@@ -1,6 +1,7 @@
-"""Computes every op, forward and backward, in every dtype, at odd shapes, on this machine's devices, and compares the
-results with the definitions in float64. Prints this installation's description, a table and a verdict, for bug reports;
-the exit status is 1 if a result is wrong. It takes less than a minute."""
+"""Computes every op, forward and backward, in every dtype, at odd shapes, on this
+machine's devices, and compares the results with the definitions in float64.
+Prints a description of this installation, a table and a verdict, for bug
+reports; the exit status is 1 if a result is wrong. It takes less than a minute."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Draws the attention of a trained network over an image: what chosen points attend to, or, with --channels, the
-channel attention of DANet. The network is built from the checkpoint (see convert-checkpoint), which may have the
-names of any known repository."""
+"""Draws the attention of a trained network over an image: what chosen points
+attend to, or, with --channels, the channel attention of DANet. The network is
+built from the checkpoint, which may have the names of any known repository
+(see convert-checkpoint)."""
 
 from __future__ import annotations
 
