@@ -73,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.attention != "eager" and not LIBRARIES.serves("cpu"):
         raise Refused(f"--attention eager alone can be counted here: {LIBRARIES.why_not('cpu')}")
+    budgets = [(budget, _usable(budget, arguments.headroom)) for budget in arguments.budget]
     options = {"aux_loss": arguments.aux_loss}
     if arguments.output_stride is not None:
         options["output_stride"] = arguments.output_stride
@@ -91,7 +92,6 @@ def run(arguments: argparse.Namespace) -> int:
         )
         for kind in (("fused", "eager") if arguments.attention == "both" else (arguments.attention,))
     }
-    budgets = [(budget, _usable(budget, arguments.headroom)) for budget in arguments.budget]
     if arguments.json:
         facts = {
             kind: one.as_dict() | {"largest_batch": {str(budget): one.largest_batch(free) for budget, free in budgets}}

