@@ -120,6 +120,5 @@ def _verdict(results: list[Results]) -> str:
     if wrong:
         ops = ", ".join(dict.fromkeys(failure.op for failure in wrong))
         return f"FAILED: {len(wrong)} of {count} results are wrong ({ops})"
-    where = "; ".join(f"{one.device} by {one.served_by}" for one in results)
-    verdict = f"passed: {count} results, {where}"
-    return verdict if all(one.native for one in results) else f"{verdict}. No kernels were tested there"
+    where = (f"{one.device} ({one.served_by if one.native else 'the reference: no kernels'})" for one in results)
+    return f"passed: {count} results on {', '.join(where)}"
