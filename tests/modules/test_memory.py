@@ -7,10 +7,12 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import segattn_ops
 from segattn_ops import _selection, memory, models
 from segattn_ops import nn as segnn
 from segattn_ops.memory import iteration
 from tests.modules.memory_measured import in_a_process
+from tests.peers.blocks import PAM_Module
 
 SIDE, POSITIONS, CHANNELS = 64, 1024, 64
 
@@ -93,6 +95,17 @@ def test_eager_attention_has_maps_and_fused_has_none(dtype, maps):
     )
     assert fused < one_map / 4
     assert (maps - 0.6) * one_map < eager < (maps + 0.2) * one_map
+
+
+def test_converted_blocks_count_with_the_fused_op():
+    block = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), PAM_Module(16))
+    original = memory.estimate(block, 48, 48)
+    segattn_ops.convert(block)
+    converted = memory.estimate(block, 48, 48)
+    one_map = 48**4 * 4
+    assert original.total > 2 * one_map and "attention" not in original.parts
+    assert converted.total < one_map / 4
+    assert converted.parts["attention"] >= 16 * 48 * 48 * 4
 
 
 def test_a_model_stays_as_it_is():

@@ -134,7 +134,7 @@ SIZE = ("--height", 64, "--width", 64)
         ),
         (
             ["visualize", "picture.png", "--checkpoint", "head.pth", "--points", "0,0"],
-            "head.pth holds a head without its backbone",
+            "head.pth has no backbone with the names of a ResNet",
         ),
         (
             ["visualize", "picture.png", "--checkpoint", "ann.safetensors", "--channels"],
@@ -251,6 +251,15 @@ def test_the_self_test_passes(capsys):
     public = {name for name in segattn_ops.__all__ if "attention" in name or "criss_cross" in name}
     assert public <= tested
     assert {"criss_cross_rows", "criss_cross_columns", "channel_energy", "channel_apply"} <= tested
+
+
+@pytest.mark.parametrize("case", [case for case in self_test_cases.CASES if case.eager is not None], ids=str)
+def test_the_eager_formulas_are_the_definitions(case):
+    """The self-test allows twice their error."""
+    exact, eager = (self_test_cases._results(function, case.inputs()) for function in (case.exact, case.eager))
+    assert exact.keys() == eager.keys()
+    for name, expected in exact.items():
+        torch.testing.assert_close(eager[name], expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.fixture
