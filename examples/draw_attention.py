@@ -4,7 +4,7 @@
     python -m examples.draw_attention --out docs/images    # the pictures of README.md and docs/systems.md
 
 The networks are the small DANet and CCNet with the weights of examples/weights. The points are the centres of
-fragments, one of each kind: attention has to find the whole shapes of the fragment's colour.
+fragments: attention has to find the whole shapes of the fragment's colour.
 
 - attention.png: one point: DANet's position attention, and CCNet's criss-cross attention with R = 1 and R = 2.
 - attention_points.png: the same for several points.
@@ -28,12 +28,14 @@ from segattn_ops.models import SegmentationModel
 from .shapes import CLASSES, scene, trained_network
 
 PROG = "python -m examples.draw_attention"
-MOST_COLOURS = 256  # of a picture that is committed
+MARGIN = 12  # pixels between a point and the border, so that its row and column are seen on both sides
+DRAWN = 3  # points of attention_points.png
 NAMES = ("attention.png", "attention_points.png", "attention_channels.png")
 
 
 def fragment_points(labels: np.ndarray, fragments: np.ndarray) -> dict[str, tuple[int, int]]:
-    """For each kind, the (y, x) of the centre of its fragment that is farthest from any whole shape of the kind.
+    """For each kind, the (y, x) of the centre of a fragment: of those that are not near the border, the one that is
+    farthest from any whole shape of the kind.
 
     Args:
         labels, fragments: (H, W), of a scene.
@@ -43,6 +45,11 @@ def fragment_points(labels: np.ndarray, fragments: np.ndarray) -> dict[str, tupl
         whole = np.argwhere((labels == kind) & ~fragments)
         regions = measure.regionprops(measure.label((labels == kind) & fragments))
         centres = [tuple(round(c) for c in region.centroid) for region in regions]
+        centres = [
+            c
+            for c in centres
+            if all(MARGIN <= at < length - MARGIN for at, length in zip(c, labels.shape, strict=True))
+        ]
         if centres and len(whole):
             chosen[name] = max(centres, key=lambda c: np.hypot(*(whole - np.array(c)).T).min())
     return chosen
@@ -81,11 +88,11 @@ def attended_share(weights: Tensor, mask: np.ndarray) -> float:
 
 
 def shrink(path: Path, width: int) -> None:
-    """The picture at ``path``, at most ``width`` pixels wide and of MOST_COLOURS colours."""
+    """The picture at ``path``, at most ``width`` pixels wide and of 256 colours, for a small file."""
     picture = Image.open(path).convert("RGB")
     width = min(width, picture.width)
     size = (width, round(picture.height * width / picture.width))
-    picture.resize(size, Image.Resampling.LANCZOS).quantize(MOST_COLOURS).save(path, optimize=True)
+    picture.resize(size, Image.Resampling.LANCZOS).quantize(256, Image.Quantize.FASTOCTREE).save(path, optimize=True)
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
@@ -93,24 +100,26 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     shapes of that kind, and the share of the scene that these cover."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = command_line.Parser(prog=PROG, description=__doc__, formatter_class=formatter)
-    parser.add_argument("--seed", type=command_line.whole(0), default=5, help="of the scene (default 5)")
+    parser.add_argument("--seed", type=command_line.whole(0), default=12, help="of the scene (default 12)")
     parser.add_argument("--size", type=command_line.size, default=(96, 160), help="of the scene (default 96x160)")
     parser.add_argument("--out", type=Path, default=Path("report/examples"))
     options = parser.parse_args(argv)
     command_line.writable_folder(options.out)
     image, labels, fragments = scene(options.seed, *options.size)
     points = fragment_points(labels, fragments)
+    areas = {name: ((labels == CLASSES.index(name)) & ~fragments).sum() for name in points}
+    points = {name: points[name] for name in sorted(points, key=areas.__getitem__, reverse=True)}
     if not points:
         size = "x".join(map(str, options.size))
         parser.error(f"--seed {options.seed} --size {size} has no fragment of a kind of which there is a whole shape")
     networks = {name: trained_network(name) for name in ("danet", "ccnet")}
     maps, channels = maps_of(networks, image, list(points.values()))
-    first = {title: rows[:1] for title, rows in maps.items()}
     one, several, responses = (options.out / name for name in NAMES)
-    visualize.draw_attention(image, first, list(points.values())[:1], one, units="pixels", columns=2)
-    visualize.draw_attention(image, maps, list(points.values()), several, units="pixels")
+    for path, count, columns in ((one, 1, 2), (several, DRAWN, None)):
+        drawn = {title: rows[:count] for title, rows in maps.items()}
+        visualize.draw_attention(image, drawn, list(points.values())[:count], path, units="pixels", columns=columns)
     visualize.draw_channel_attention(image, channels, path=responses, columns=3)
-    for path, width in ((one, 900), (several, 1600), (responses, 1200)):
+    for path, width in ((one, 900), (several, 1400), (responses, 1200)):
         shrink(path, width)
         print(path)
     shares: dict[str, dict[str, float]] = {}

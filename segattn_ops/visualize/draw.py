@@ -46,8 +46,8 @@ def overlay(
         attention: (h, w), not negative, of any size, any real dtype and device. It is interpolated to the image's size.
         opacity: of the hottest colour, in [0, 1].
         colormap: of matplotlib, by name.
-        top: how many times uniform attention gets the hottest colour; if None, the 99th percentile of the map's
-            positive values, from 8 to 256.
+        top: how many times uniform attention gets the hottest colour; if None, the value above which a
+            tenth of the map's attention lies, from 8 to 256.
 
     Returns:
         (H, W, 3) uint8.

@@ -128,11 +128,13 @@ def test_weights_are_small() -> None:
 
 def test_points_on_fragments_attend_to_whole_shapes_of_their_kind(tmp_path) -> None:
     shares = draw_attention.main(["--out", str(tmp_path)])
-    assert len(shares) >= 3
+    assert set(shares) == set(shapes.CLASSES[1:])
     for name, share in shares.items():
-        assert share["DANet, position attention"] > 0.5, name
-        assert share["CCNet, R = 2"] > 3 * share["of the scene"], name
-        assert share["CCNet, R = 1"] < 0.5 * share["CCNet, R = 2"], name
+        assert share["of the scene"] < 0.05
+        assert share["DANet, position attention"] > 0.5 and share["CCNet, R = 2"] > 0.5, name
+    # Of a fragment that shares neither row nor column with a whole shape of its kind, the second pass finds them.
+    (unreached, *_) = shares.values()
+    assert unreached["CCNet, R = 1"] < 0.1 and unreached["CCNet, R = 2"] > 0.9
     for name in draw_attention.NAMES:
         picture = tmp_path / name
         assert picture.stat().st_size < 200_000 and io.imread(picture).std() > 20, name
