@@ -24,10 +24,12 @@ PALETTE = np.array([(40, 40, 46), (214, 69, 50), (55, 126, 205), (245, 190, 60),
 WEIGHTS = Path(__file__).parent / "weights"
 STRIDE = 4  # of the small backbone
 PREPROCESSING = Preprocessing("RGB", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), 1 / 255)
-EXCHANGED = 0.7  # share of the scenes whose colours are dealt to the kinds at random; in the others they are PALETTE's
+# Share of the scenes whose colours are dealt to the kinds at random; in the others they are PALETTE's. With 1 a colour
+# says nothing by itself, the features do not keep it, and attention has nothing to compare: in a trial 23% of the
+# fragments were right after 1400 steps, against 96% after 1200 with 0.7.
+EXCHANGED = 0.7
 AREA = 380  # pixels of a scene for each shape
 KEY_CHANNELS = 16
-GAMMA = 0.5  # of the attention between positions, at the start of a training
 
 
 def scene(seed: int, height: int, width: int, shapes: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -136,12 +138,8 @@ class SmallBackbone(nn.Module):
 
 
 def small_network(system: str) -> SegmentationModel:
-    """DANet or CCNet with the small backbone, at the start of a training.
-
-    The attention starts as similarity: the projections of query and key are the same, and gamma is GAMMA. With the
-    papers' start, gamma 0 and independent projections, it learns nothing from these scenes in some thousand steps: the
-    gradient that would make it useful is a product of factors that are all small then.
-    """
+    """DANet or CCNet with the small backbone. Query and key have KEY_CHANNELS channels, more than the eighth of the
+    published networks, which would be 4 here."""
     networks = {"danet": DANet, "ccnet": CCNet}
     if system not in networks:
         raise ValueError(f"small_network: system must be danet or ccnet (got {system!r})")
@@ -153,9 +151,6 @@ def small_network(system: str) -> SegmentationModel:
         head = CCNetHead(channels, classes, inter_channels=inner)
         head.cca = RecurrentCrissCrossAttention(inner, key_channels=KEY_CHANNELS)
     model = networks[system](SmallBackbone(), head, FCNHead(channels, classes))
-    attention = attention_of(model)
-    attention.key_conv.load_state_dict(attention.query_conv.state_dict())
-    nn.init.constant_(attention.gamma, GAMMA)
     model.preprocessing = PREPROCESSING
     return model
 

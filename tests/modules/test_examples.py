@@ -57,7 +57,7 @@ def test_resumed_training_is_the_uninterrupted_one(trained, tmp_path, capsys) ->
     assert resumed.validation == runs["danet"]["eager"].validation
     # What would be another run is refused.
     for other, message in (
-        (["--steps", "6", "--size", "64", "--lr", "0.1"], "danet_eager.pt has --size 48, --lr 0.05 (got 64, 0.1)"),
+        (["--steps", "6", "--size", "64", "--lr", "0.1"], "danet_eager.pt has --size 48, --lr 0.002 (got 64, 0.1)"),
         (["--steps", "5"], "danet_eager.pt is after step 6 (got --steps 5)"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
@@ -320,4 +320,4 @@ def test_score_and_networks() -> None:
     assert segattn_ops.convert(shapes.small_network("danet")).already == ["classifier.sa", "classifier.sc"]
     for system in ("danet", "ccnet"):
         attention = shapes.attention_of(shapes.small_network(system))
-        assert torch.equal(attention.query_conv.weight, attention.key_conv.weight) and attention.gamma.item() == 0.5
+        assert attention.key_conv.out_channels == 16 and attention.gamma.item() == 0
