@@ -30,6 +30,7 @@ PREPROCESSING = Preprocessing("RGB", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), 1 / 25
 EXCHANGED = 0.7
 AREA = 380  # pixels of a scene for each shape
 KEY_CHANNELS = 16
+GAMMA = 0.5  # of the attention between positions, at the start of a training
 
 
 def scene(seed: int, height: int, width: int, shapes: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -138,8 +139,13 @@ class SmallBackbone(nn.Module):
 
 
 def small_network(system: str) -> SegmentationModel:
-    """DANet or CCNet with the small backbone. Query and key have KEY_CHANNELS channels, more than the eighth of the
-    published networks, which would be 4 here."""
+    """DANet or CCNet with the small backbone, at the start of a training.
+
+    The attention starts as similarity: the projections of query and key are the same, and gamma is GAMMA. With the
+    papers' start, independent projections and gamma 0, DANet learns the task too (84% of the fragments are right after
+    1800 steps), but in a way that is hard to read: gamma became -0.3, and most points attended to other kinds than
+    their own. Query and key have KEY_CHANNELS channels: an eighth of the features' channels would be 4.
+    """
     networks = {"danet": DANet, "ccnet": CCNet}
     if system not in networks:
         raise ValueError(f"small_network: system must be danet or ccnet (got {system!r})")
@@ -151,6 +157,9 @@ def small_network(system: str) -> SegmentationModel:
         head = CCNetHead(channels, classes, inter_channels=inner)
         head.cca = RecurrentCrissCrossAttention(inner, key_channels=KEY_CHANNELS)
     model = networks[system](SmallBackbone(), head, FCNHead(channels, classes))
+    attention = attention_of(model)
+    attention.key_conv.load_state_dict(attention.query_conv.state_dict())
+    nn.init.constant_(attention.gamma, GAMMA)
     model.preprocessing = PREPROCESSING
     return model
 

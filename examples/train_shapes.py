@@ -8,8 +8,8 @@ both calls if the first stops early with --steps. --amp trains in bfloat16 (floa
 
 The weights in examples/weights, with which other examples draw attention, are those of
 
-    python -m examples.train_shapes --systems danet --backends fused --steps 1800 --weights examples/weights
-    python -m examples.train_shapes --systems ccnet --backends fused --steps 900 --weights examples/weights \\
+    python -m examples.train_shapes --systems danet --backends fused --steps 2400 --weights examples/weights
+    python -m examples.train_shapes --systems ccnet --backends fused --steps 1200 --weights examples/weights \\
         --start examples/weights/danet.safetensors
 
 CCNet starts from what DANet has learned: from nothing it found no use for its attention in 1800 steps.
