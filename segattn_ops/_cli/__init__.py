@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     """The exit status: 1 if the self-test fails, 2 with a line on stderr for what cannot run."""
     parser = Parser(
         prog=PROG,
-        description="Attention for segmentation networks without attention maps. Without a command: info.",
+        description="Attention for segmentation networks without attention maps.\nWithout a command: info.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"{PROG} COMMAND --help lists the options of a command.",
     )

@@ -44,14 +44,17 @@ def guarded(prog: str, command: Callable[[], int]) -> int:
         return command()
     except (Refused, OSError, ValueError, TypeError, ImportError) as error:
         return _fail(prog, error, 2)
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):  # that of torch's allocators
+            raise
         return _fail(prog, f"there is not enough memory: {error}", 2)
     except KeyboardInterrupt:
         return _fail(prog, "interrupted", INTERRUPTED)
 
 
 def _fail(prog: str, reason: object, status: int) -> int:
-    print(f"{prog}: {_line(reason)}", file=sys.stderr)
+    command = prog.split()[-1]
+    print(f"{prog}: {_line(reason).removeprefix(f'{command}: ')}", file=sys.stderr)
     return status
 
 

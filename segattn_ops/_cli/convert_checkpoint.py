@@ -1,11 +1,13 @@
-"""Converts a checkpoint of DANet, CCNet, ANN, a non-local network or DFN, or of its head, between the names of:
+"""Converts a checkpoint of DANet, CCNet, ANN, a non-local network or DFN, or of
+its head, to the names of:
 
   segattn_ops     this package's models: classifier., backbone., aux_classifier.
   official        the authors' repositories: DANet, CCNet, ANN, dfn_seg
   mmsegmentation  DAHead, CCHead, ANNHead, NLHead and their EncoderDecoder
 
-IN is recognised by its names, those of Tramac's too: a state dict, or a file of a training script with one in
-it, as torch.save or safetensors wrote it. No pickled code is run. OUT is safetensors if its name ends so."""
+IN is recognised by its names, those of Tramac's DANet too: a state dict, or a
+file of a training script with one in it, as torch.save or safetensors wrote it.
+No pickled code is run. OUT is safetensors if its name ends so."""
 
 from __future__ import annotations
 
@@ -19,6 +21,7 @@ from . import network
 from .command_line import Refused, input_file, lines, listed, output_file
 
 SUMMARY = "renames the weights of a network for another repository"
+EXAMPLES = 4  # of names that change
 FORMATS = {
     "segattn_ops": lambda module: dict(module.state_dict()),
     "official": checkpoints.to_official,
@@ -70,7 +73,8 @@ def _changes(loaded: network.Loaded, state: dict[str, Tensor]) -> list[tuple[str
     ours: dict[int, list[str]] = {}  # by storage, which an export shares with the module
     for name, value in loaded.module.state_dict().items():
         ours.setdefault(value.data_ptr(), []).append(name)
-    renamed, kept, added, computed = [], [], [], []
+    renamed: list[tuple[str, str]] = []
+    kept, added, computed = [], [], []
     exported = set()
     for name, value in state.items():
         names = ours.get(value.data_ptr())
@@ -85,10 +89,11 @@ def _changes(loaded: network.Loaded, state: dict[str, Tensor]) -> list[tuple[str
         elif theirs == name:
             kept.append(name)
         else:
-            renamed.append(f"{theirs} -> {name}")
-    auxiliary = [name for name in source if name.startswith("aux_classifier.") and name not in exported]
+            renamed.append((theirs, name))
+    left = (name for name in loaded.module.state_dict() if name in source and name not in exported)
+    auxiliary = [name for name in left if name.startswith("aux_classifier.")]  # others are computed under new names
     dropped = [*report.left_out, *report.ignored, *(source[name] for name in auxiliary)]
-    rows = [("renamed", f"{len(renamed)}: {listed(renamed, 3)}")] if renamed else []
+    rows = [("renamed", f"{len(renamed)}, such as {'; '.join(_examples(renamed))}")] if renamed else []
     rows += [("same name", str(len(kept)))] if kept else []
     rows += [("added", f"{len(added)}, which IN does not have: {listed(added)}")] if added else []
     rows += (
@@ -99,6 +104,14 @@ def _changes(loaded: network.Loaded, state: dict[str, Tensor]) -> list[tuple[str
     if report.preprocessing is not None:
         rows.append(("pictures", f"{report.preprocessing}; state dicts do not store this"))
     return rows
+
+
+def _examples(renamed: list[tuple[str, str]]) -> list[str]:
+    """One for each part of the network."""
+    found: dict[str, str] = {}
+    for theirs, name in renamed:
+        found.setdefault(name.split(".")[0], f"{theirs} -> {name}")
+    return list(found.values())[:EXAMPLES]
 
 
 def _sources(loaded: network.Loaded) -> dict[str, str]:

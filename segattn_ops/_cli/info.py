@@ -1,4 +1,5 @@
-"""`python -m segattn_ops info`: describes this installation, for bug reports."""
+"""Describes this installation: versions, kernels built, loaded and usable, GPUs.
+Paste it into bug reports."""
 
 import argparse
 import json
@@ -16,7 +17,7 @@ from .._library import HOW_TO_BUILD
 from .._ops import ops
 from .._position_engine import VARIABLE
 
-SUMMARY = "describes this installation: versions, kernels built, loaded and usable, GPUs; for bug reports"
+SUMMARY = "describes this installation, for bug reports"
 WIDTH = 100
 POSITION_ENGINES = {
     "wgmma": "wgmma for 16-bit types with at most 128 channels of query and key, mma.sync otherwise",

@@ -1,5 +1,6 @@
-"""Predicts the memory of training or inference at its peak, by parts, with and without attention maps, and says which
-batch fits a budget. The network runs on tensors without values: it takes some seconds, and no GPU."""
+"""Predicts the memory of training or inference at its peak, by parts, with and
+without attention maps, and says which batch fits a budget. The network runs on
+tensors without values: it takes some seconds, and no GPU."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import math
 import torch
 
 from .. import memory
+from .._backend import LIBRARIES
 from .command_line import Refused, whole
 
 SUMMARY = "predicts the memory of a network: will it fit?"
@@ -69,6 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.attention != "eager" and not LIBRARIES.serves("cpu"):
+        raise Refused(f"--attention eager alone can be counted here: {LIBRARIES.why_not('cpu')}")
+    budgets = [(budget, _usable(budget, arguments.headroom)) for budget in arguments.budget]
     options = {"aux_loss": arguments.aux_loss}
     if arguments.output_stride is not None:
         options["output_stride"] = arguments.output_stride
@@ -87,7 +92,6 @@ def run(arguments: argparse.Namespace) -> int:
         )
         for kind in (("fused", "eager") if arguments.attention == "both" else (arguments.attention,))
     }
-    budgets = [(budget, _usable(budget, arguments.headroom)) for budget in arguments.budget]
     if arguments.json:
         facts = {
             kind: one.as_dict() | {"largest_batch": {str(budget): one.largest_batch(free) for budget, free in budgets}}
@@ -122,7 +126,7 @@ def _page(found: dict[str, memory.Estimate], budgets: list[tuple[float, int]], h
     ]
     rows.append(("total", [each.total for each in found.values()]))
     indent = max(len(name) for name, _ in rows) + 2
-    lines = [f"{one.model}, {images}, {how}, {what}: GiB at the peak", ""]
+    lines = [f"{one.model}, {images}, {how},", f"{what}: GiB at the moment of the peak", ""]
     lines.append(" " * indent + "".join(f"{kind:>12}" for kind in found))
     lines += [f"{name:<{indent}}" + "".join(f"{size / GIB:>12.3f}" for size in sizes) for name, sizes in rows]
     lines += ["", f"{'budget':<12}" + "".join(f"{kind:<34}" for kind in found).rstrip()]
@@ -132,10 +136,12 @@ def _page(found: dict[str, memory.Estimate], budgets: list[tuple[float, int]], h
             fits = "fits" if each.total <= usable else "tight" if each.total <= budget * GIB else "does not fit"
             answers.append(f"{fits}, largest batch {each.largest_batch(usable)}")
         lines.append(f"{f'{budget:g} GiB':<12}" + "".join(f"{answer:<34}" for answer in answers).rstrip())
+    lines.append("")
+    if "eager" in found:
+        lines.append("eager: attention as the papers' code computes it, with attention maps.")
     lines += [
-        "",
-        "eager: attention as the papers' code computes it, with attention maps." if "eager" in found else "",
-        "Not counted: workspaces inside cuDNN and other kernels, memory that the allocator",
-        f"cannot use, the CUDA context. {headroom} % of a budget are left for them (--headroom).",
+        "Not counted: workspaces inside cuDNN and other kernels, memory that the",
+        f"allocator cannot use, the CUDA context. {headroom} % of a budget are left for them",
+        "(--headroom).",
     ]
     return "\n".join(lines)

@@ -85,7 +85,8 @@ def _build(translation: Translation, backbone: str | None) -> nn.Module:
         head: nn.Module = head_class(*inputs, classes, **settings)
         return head
     hidden = translation.state.get("aux_classifier.0.weight")
-    options = {"weights": None, "output_stride": 32 if system == "dfn" else 8, "stem": _stem_of(translation)}
+    dilated = system != "dfn" and backbone not in ("resnet18", "resnet34")  # which torchvision does not dilate
+    options = {"weights": None, "output_stride": 8 if dilated else 32, "stem": _stem_of(translation)}
     network: nn.Module = _assemble(
         getattr(models, "NonLocalNet" if system == "non_local" else name),
         backbone,

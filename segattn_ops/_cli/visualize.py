@@ -1,6 +1,7 @@
-"""Draws the attention of a trained network over an image: what chosen points attend to, or, with --channels, the
-channel attention of DANet. The network is built from the checkpoint (see convert-checkpoint), which may have the
-names of any known repository."""
+"""Draws the attention of a trained network over an image: what chosen points
+attend to, or, with --channels, the channel attention of DANet. The network is
+built from the checkpoint, which may have the names of any known repository
+(see convert-checkpoint)."""
 
 from __future__ import annotations
 
@@ -52,14 +53,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     require("matplotlib", "PIL")
     from ..visualize.images import as_image
+    from ..visualize.points import fractions
 
     if arguments.channels == (arguments.points is not None):
         raise Refused("pass either --points or --channels")
     output = output_file(arguments.output, arguments.force)
     picture = as_image(input_file(arguments.image))
+    if arguments.points is not None:  # before the network is built
+        fractions(arguments.points, 2, arguments.units, _size(picture, arguments.units))
     loaded = network.load(input_file(arguments.checkpoint), arguments.prefix)
     if loaded.backbone is None:
-        raise Refused(f"{arguments.checkpoint} holds a head without its backbone")
+        raise Refused(f"{arguments.checkpoint} has no backbone with the names of a ResNet")
     on = arguments.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = loaded.module.eval().to(on)
     x = _input(model, picture, arguments.longest).to(on)
@@ -82,6 +86,11 @@ def _input(model: Any, picture: np.ndarray, longest: int) -> Tensor:
     return F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=True)
 
 
+def _size(picture: np.ndarray, units: str) -> tuple[int, ...] | None:
+    """That of the picture whose pixels are counted."""
+    return picture.shape[:2] if units == "pixels" else None
+
+
 def _run(model: nn.Module, x: Tensor, recording: AbstractContextManager[dict[str, Any]]) -> dict[str, Any]:
     with torch.no_grad(), recording as maps:
         model(x)
@@ -94,8 +103,7 @@ def _draw_points(
     from ..visualize import draw_attention, record_attention
 
     points, units = arguments.points, arguments.units
-    size = picture.shape[:2] if units == "pixels" else None
-    maps = _run(model, x, record_attention(model, points, units=units, size=size))
+    maps = _run(model, x, record_attention(model, points, units=units, size=_size(picture, units)))
     shown = {name: _over_positions(one[0], x) for name, one in maps.items()}
     draw_attention(picture, shown, points, output, units=units, columns=4)
     return list(shown)

@@ -46,8 +46,8 @@ def overlay(
         attention: (h, w), not negative, of any size, any real dtype and device. It is interpolated to the image's size.
         opacity: of the hottest colour, in [0, 1].
         colormap: of matplotlib, by name.
-        top: how many times uniform attention gets the hottest colour; if None, the 99th percentile of the map's
-            positive values, from 8 to 256.
+        top: how many times uniform attention gets the hottest colour; if None, the value above which a
+            tenth of the map's attention lies, from 8 to 256.
 
     Returns:
         (H, W, 3) uint8.
@@ -200,6 +200,7 @@ class _Figure:
             from matplotlib import colormaps
             from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
+            from matplotlib.layout_engine import ConstrainedLayoutEngine
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(_NEEDS, name=error.name) from error
 
@@ -214,8 +215,8 @@ class _Figure:
         aspect = picture.shape[0] / picture.shape[1]
         lines = self.lines * rows
         height = (_PANEL * aspect + 0.06) * lines + 0.27 * (lines if self.wraps else 1) + (0.35 if caption else 0.1)
-        self.figure = Figure(figsize=(_PANEL * self.columns + 0.8, height), layout="constrained", dpi=_DPI)
-        self.figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
+        layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
+        self.figure = Figure(figsize=(_PANEL * self.columns + 0.8, height), layout=layout, dpi=_DPI)
         FigureCanvasAgg(self.figure)
         self.axes = self.figure.subplots(rows * self.lines, self.columns, squeeze=False)
         for axis in self.axes.flat:

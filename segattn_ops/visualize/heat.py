@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 LEAST_TOP = 8.0  # of a scale: uniform attention is then at a third of it, and a nearly uniform map looks uniform
 MOST_TOP = 256.0  # uniform attention is then at an eighth of it, and does not vanish beside a single peak
+_BEYOND = 0.1  # share of a map's attention that may be beyond the scale
 _GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 _DARKENED = 0.55  # brightness of the image below the heat
 
@@ -22,13 +23,13 @@ def in_units_of_uniform(weights: Tensor) -> Tensor:
 
 
 def top_of(maps: list[Tensor]) -> float:
-    """The end of the scale of maps in units of uniform attention: the largest of their 99th percentiles over what is
-    attended at all, from LEAST_TOP to MOST_TOP."""
+    """The end of the scale of maps in units of uniform attention: the value above which a tenth of a map's attention
+    lies, the largest of all maps, from LEAST_TOP to MOST_TOP."""
     tops = [LEAST_TOP]
     for weights in maps:
-        attended = weights[weights > 0]
-        if attended.numel():
-            tops.append(float(attended.quantile(0.99) if attended.numel() <= 2**24 else attended.max()))
+        values = weights.flatten().double().sort().values
+        below = values.cumsum(0)
+        tops.append(float(values[int((below < (1 - _BEYOND) * below[-1]).sum())]))
     return min(max(tops), MOST_TOP)
 
 
