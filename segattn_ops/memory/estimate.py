@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,7 +73,10 @@ class Estimate:
     fused: bool
     optimizer: str | None
     parts: dict[str, int]
-    # Bytes after every allocation with this batch, and how much more with one image more.
+    # Bytes at the peak with one image, None where the network does not run on one. For others: bytes after every
+    # allocation with `_base` images, and how much more with one image more.
+    _one: int | None = field(repr=False, compare=False)
+    _base: int = field(repr=False, compare=False)
     _bytes: np.ndarray = field(repr=False, compare=False)
     _growth: np.ndarray = field(repr=False, compare=False)
 
@@ -84,26 +87,29 @@ class Estimate:
 
     def at_batch(self, batch: int) -> int:
         """Bytes at the peak with another batch. Every tensor has a size of the form a + b * batch, and the same tensors
-        exist whatever the batch is: the peak is the largest of these sums.
+        exist in every batch of at least two: the peak is the largest of these sums. One image is counted by itself.
 
         Raises:
-            TypeError, ValueError: for a batch that is not a whole number of at least 1.
+            TypeError, ValueError: for a batch that is not a whole number of at least 1; for one image, if the network
+                does not train on one.
         """
-        more = positive_int("Estimate.at_batch", "batch", batch) - self.batch
-        return int((self._bytes + more * self._growth).max())
+        if positive_int("Estimate.at_batch", "batch", batch) > 1:
+            return int((self._bytes + (batch - self._base) * self._growth).max())
+        if self._one is None:
+            raise ValueError(f"Estimate.at_batch: {self.model} does not run on one image of this size")
+        return self._one
 
     def largest_batch(self, budget: int) -> int:
-        """The largest batch whose peak is at most ``budget`` bytes; 0 if one image does not fit.
+        """The largest batch whose peak is at most ``budget`` bytes; 0 if none fits.
 
         Args:
             budget: bytes, less than the device has: docs/memory.md says what is not counted.
         """
         growing = self._growth > 0
-        fixed = self._bytes[~growing]
-        if len(fixed) and fixed.max() > budget:
-            return 0
-        more = (budget - self._bytes[growing]) // self._growth[growing]
-        return max(self.batch + int(more.min()), 0)
+        more = int(((budget - self._bytes[growing]) // self._growth[growing]).min())
+        if self._base + more >= 2 and self._bytes[~growing].max(initial=0) <= budget:
+            return self._base + more
+        return int(self._one is not None and self._one <= budget)
 
     def as_dict(self) -> dict[str, Any]:
         """What was counted, the parts and the total, for JSON."""
@@ -177,17 +183,28 @@ def estimate(
             f"{LIBRARIES.why_not('cpu')}; build it with {HOW_TO_BUILD}, or pass fused=False"
         )
     build = _builder(model, num_classes, options)
-    runs = [
-        _count(build, (height, width, images), dtype, optimizer if train else None, fused, loss or default_loss)
-        for images in (batch, batch + 1)
+
+    def count(images: int) -> list[dict[str, int]]:
+        sizes = height, width, images
+        return _count(build, sizes, dtype, optimizer if train else None, fused, loss or default_loss)
+
+    base = max(batch, 2)  # with one image some operators take other ways (einsum leaves out products)
+    events, one = count(batch), None
+    if batch == 1:
+        one = max(map(_sum, events))
+    else:
+        with suppress(ValueError):  # batch norm of pooled features needs two
+            one = max(map(_sum, count(1)))
+    totals = [
+        np.array([_sum(event) for event in run], dtype=np.int64)
+        for run in (events if batch == base else count(base), count(base + 1))
     ]
-    totals = [np.array([sum(event.values()) for event in events], dtype=np.int64) for events in runs]
     if len(totals[0]) != len(totals[1]):
         raise ValueError(
             "memory.estimate: the network runs other operators for another batch, so that its memory has no formula in "
-            f"the batch ({len(totals[0])} tensors for {batch} images, {len(totals[1])} for {batch + 1})"
+            f"the batch ({len(totals[0])} tensors for {base} images, {len(totals[1])} for {base + 1})"
         )
-    peak = runs[0][int(totals[0].argmax())]
+    peak = max(events, key=_sum)
     return Estimate(
         model=model if isinstance(model, str) else type(model).__name__,
         height=height,
@@ -198,9 +215,15 @@ def estimate(
         fused=fused,
         optimizer=optimizer if train else None,
         parts={name: size for name, size in peak.items() if size},
+        _one=one,
+        _base=base,
         _bytes=totals[0],
         _growth=totals[1] - totals[0],
     )
+
+
+def _sum(event: dict[str, int]) -> int:
+    return sum(event.values())
 
 
 def _builder(

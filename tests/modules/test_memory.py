@@ -56,6 +56,7 @@ def test_a_step_is_counted_as_by_torchs_tracker(fused, dtype, optimizer):
 @pytest.mark.parametrize("options", [{"fused": False}, {"train": False}, {"dtype": torch.bfloat16}])
 def test_other_batches_follow_exactly(options):
     found, five = small(1, **options), small(5, **options)
+    assert found.at_batch(2) == five.at_batch(2) == small(2, **options).total
     assert found.at_batch(1) == five.at_batch(1) == found.total
     assert found.at_batch(5) == five.total
     for budget in (2**24, 2**26, 2**28):
@@ -64,6 +65,20 @@ def test_other_batches_follow_exactly(options):
     assert found.largest_batch(found.total) == 1
     assert found.largest_batch(found.total - 1) == 0
     assert found.largest_batch(0) == 0
+
+
+def test_one_image_is_counted_by_itself():
+    """einsum, of which criss-cross attention with a map is made, takes another way."""
+    head = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), segnn.CrissCrossAttention(8))
+    one, three = (memory.estimate(head, 24, 16, batch, fused=False) for batch in (1, 3))
+    assert one.at_batch(1) == three.at_batch(1) == one.total
+    assert one.at_batch(3) == three.total
+    assert len({three.at_batch(batch + 1) - three.at_batch(batch) for batch in (1, 2, 3)}) > 1
+    pooled = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4), nn.Upsample((8, 8)))
+    found = memory.estimate(pooled, 8, 8, 2)
+    assert found.largest_batch(found.total) == 2 and found.largest_batch(found.total - 1) == 0
+    with pytest.raises(ValueError, match="Sequential does not run on one image"):
+        found.at_batch(1)
 
 
 def test_parts_follow_formulas():
