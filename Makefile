@@ -7,21 +7,25 @@ export MAX_JOBS
 # The CUDA kernels are built wherever nvcc is, without a GPU too: their compilation is part of what is tested.
 TEST_CUDA_ARCHITECTURES ?= 9.0
 # What is missing fails its tests instead of skipping them.
-REQUIRED = SEGATTN_REQUIRE_INTEROP=1 SEGATTN_REQUIRE_HEADERS=1 SEGATTN_REQUIRE_SANITIZERS=1
+REQUIRED = SEGATTN_REQUIRE_INTEROP=1 SEGATTN_REQUIRE_HEADERS=1 SEGATTN_REQUIRE_SANITIZERS=1 SEGATTN_REQUIRE_DOCS=1
 
-.PHONY: bench test fuzz sanitize mutate reliability environment build wheels lint format clean
+.PHONY: bench test docs fuzz sanitize mutate reliability environment build wheels lint format clean
 
 bench: build
 	$(BIN)/python -m benchmarks
 
-test: build $(VENV)/.interop build/torch_headers/.complete
+test: build $(VENV)/.interop $(VENV)/.docs build/torch_headers/.complete
 	$(REQUIRED) $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+# The site, into build/site; its warnings are errors. The variable turns off a notice about other software.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # What is too long for `make test`. Each writes its records and docs/reliability.md; `make reliability` is all of it.
 fuzz sanitize mutate: build
 	$(BIN)/python -m tools.reliability run $@
 
-reliability: build $(VENV)/.interop build/torch_headers/.complete
+reliability: build $(VENV)/.interop $(VENV)/.docs build/torch_headers/.complete
 	$(REQUIRED) $(BIN)/python -m tools.reliability run
 
 $(VENV)/.environment: requirements/dev.txt pyproject.toml
@@ -33,6 +37,10 @@ $(VENV)/.environment: requirements/dev.txt pyproject.toml
 # Published implementations that the tests convert; --no-deps keeps the pinned torch and numpy.
 $(VENV)/.interop: requirements/interop.txt | $(VENV)/.environment
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements/interop.txt
+	touch $@
+
+$(VENV)/.docs: requirements/docs.txt | $(VENV)/.environment
+	$(BIN)/python -m pip install --quiet -r requirements/docs.txt
 	touch $@
 
 build/torch_headers/.complete: requirements/headers.txt tools/torch_headers.py | $(VENV)/.environment

@@ -1,6 +1,8 @@
-"""The two pictures of README.md, small enough to commit, from a report of the benchmark:
+"""The picture of the memory in README.md, small enough to commit, from a report of the benchmark:
 
-python -m benchmarks.readme_pictures report     # writes docs/images/memory.png and attention.png
+python -m benchmarks.readme_pictures report     # writes docs/images/memory.png
+
+That of the attention is drawn by ``python -m examples.draw_attention --out docs/images``.
 """
 
 import json
@@ -8,12 +10,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from . import command_line, features, picture, plots
+from . import command_line, plots
 from .command_line import Refused
 
 PROG = "python -m benchmarks.readme_pictures"
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "images"
-PHOTOGRAPH, FEATURES, SIZE = "coffee", (128, 256), (97, 194)  # the defaults of `python -m benchmarks`
 
 
 def save(image, path: Path, width: int) -> None:
@@ -32,26 +33,8 @@ def draw_memory(cells: list[dict]) -> None:
         save(Image.open(path), FOLDER / "memory.png", 520)
 
 
-def draw_attention() -> None:
-    """The first point of the photograph: the point and position attention above, criss-cross attention below."""
-    from PIL import Image, ImageOps
-
-    extractor = features.Extractor(512, None, 0)
-    source = features.FeatureSource(features.load_photograph(PHOTOGRAPH), [FEATURES], extractor)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "attention.png"
-        picture.draw(source, SIZE, picture.POINTS[PHOTOGRAPH][:1], path, caption="")
-        row = Image.open(path).convert("RGB")
-    _, top, _, bottom = ImageOps.invert(row.convert("L")).getbbox()
-    half, height = row.width // 2, bottom - top + 12
-    square = Image.new("RGB", (half, 2 * height), "white")
-    square.paste(row.crop((0, top, half, bottom)), (0, 0))
-    square.paste(row.crop((half, top, 2 * half, bottom)), (0, height))
-    save(square, FOLDER / "attention.png", 720)
-
-
 def _run(report: Path) -> int:
-    command_line.require("matplotlib", "PIL", "torchvision", "skimage")
+    command_line.require("matplotlib", "PIL")
     try:
         cells = json.loads((report / "report.json").read_text())["cells"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -61,12 +44,11 @@ def _run(report: Path) -> int:
         raise Refused(f"{report} has no memory of position attention in float32, which the picture shows")
     command_line.writable_folder(FOLDER)
     draw_memory(chosen)
-    draw_attention()
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = command_line.Parser(prog=PROG, description="Draws the two pictures of README.md into docs/images.")
+    parser = command_line.Parser(prog=PROG, description="Draws the memory's picture of README.md into docs/images.")
     parser.add_argument("report", type=Path, help="a folder that `python -m benchmarks` has written")
     arguments = parser.parse_args(argv)
     return command_line.run(PROG, lambda: _run(arguments.report))

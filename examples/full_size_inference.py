@@ -2,8 +2,8 @@
 
     python -m examples.full_size_inference
 
-The default is the small DANet of ``examples.train_shapes`` (trained first if there is no checkpoint) on a generated
-scene. At a quarter of the image's size its attention has N = 131072 positions; the N x N attention map would take
+The default is the small DANet of ``examples.train_shapes``, with the weights of examples/weights, on a generated scene.
+At a quarter of the image's size its attention has N = 131072 positions; the N x N attention map would take
 64 GiB. The picture report/examples/full_size.png shows scene, labels and prediction.
 
 --network danet_resnet50 (or any builder of segattn_ops.models) with --image and --checkpoint segments a photograph
@@ -29,25 +29,12 @@ from torch import Tensor
 from benchmarks import command_line, measure
 from segattn_ops import checkpoints, models
 
-from . import train_shapes
-from .shapes import CLASSES, PALETTE, STRIDE, mean_iou, scene, small_network
+from .shapes import CLASSES, PALETTE, STRIDE, mean_iou, scene, trained_network
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 PROG = "python -m examples.full_size_inference"
-
-
-def trained(system: str, out: Path, steps: int, console: Console) -> models.SegmentationModel:
-    """The small network with the training example's weights; trains it if there is no checkpoint."""
-    checkpoint = out / f"{system}_fused.pt"
-    if not checkpoint.exists():
-        console.print(f"{checkpoint} does not exist: training {system} for {steps} steps", soft_wrap=True)
-        options = ["--systems", system, "--backends", "fused", "--steps", str(steps), "--out", str(out)]
-        train_shapes.main(options)
-    model = small_network(system)
-    model.load_state_dict(checkpoints.read(checkpoint)["model"])
-    return model
 
 
 def photograph(path: Path | None, height: int, width: int) -> np.ndarray:
@@ -103,7 +90,6 @@ def main(argv: list[str] | None = None) -> dict[str, float | None]:
     parser.add_argument("--classes", type=whole(), help="of a ResNet network (default 19)")
     parser.add_argument("--height", type=whole(), default=1024)
     parser.add_argument("--width", type=whole(), default=2048)
-    parser.add_argument("--steps", type=whole(), default=150, help="of training, if there is no checkpoint yet")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=command_line.device, default=default)
     parser.add_argument("--out", type=Path, default=Path("report/examples"))
@@ -117,8 +103,8 @@ def main(argv: list[str] | None = None) -> dict[str, float | None]:
     console = Console()
     size = options.height, options.width
     if small:
-        model = trained(options.network, options.out, options.steps, console)
-        image, labels = scene(7, *size)
+        model = trained_network(options.network)
+        image, labels, _ = scene(7, *size)
     else:
         model = getattr(models, options.network)(options.classes or 19, stem=options.stem or "torchvision")
         if options.checkpoint is not None:

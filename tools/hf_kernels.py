@@ -12,8 +12,8 @@ the libraries use no symbol of Python at all.
 `build` compiles each instruction set into its own library, as the wheel. kernel-builder links one library, whose CPU
 kernels are the baseline's.
 
-The Hub allows a kernel no import but Python's and torch's, so that `models` (torchvision) and `visualize` (numpy,
-matplotlib) stay out.
+The Hub allows a kernel no import but Python's and torch's, so that `models` (torchvision), `visualize` (numpy,
+matplotlib), `memory` (numpy) and the command line, which needs them, stay out.
 """
 
 import argparse
@@ -36,7 +36,11 @@ FOLDER = ROOT / "build" / "hf_kernels"
 NAME, MODULE = "segattn-ops", "segattn_ops"
 VERSION = 0  # the Hub's convention before a first stable release
 TORCH = "2.10"
-LEFT_OUT = ("models", "visualize", "__main__.py", "_build_tools.py", "_build_info.json", "__pycache__", "*.so")
+LEFT_OUT = ("models", "visualize", "memory", "_cli", "_eager.py", "__main__.py", "_build_tools.py") + (
+    "_build_info.json",
+    "__pycache__",
+    "*.so",
+)
 
 OPS = """import torch
 {load}

@@ -1,4 +1,4 @@
-"""Attention maps over images, for chosen points of an image.
+"""Attention maps over images, for chosen points of an image, and the maps of channel attention.
 
 The fused ops do not store the attention map. Only its rows for the chosen points are computed::
 
@@ -6,16 +6,27 @@ The fused ops do not store the attention map. Only its rows for the chosen point
     with record_attention(model, points) as maps:
         model(batch)
     draw_attention("photograph.jpg", {name: m[0] for name, m in maps.items()}, points, "attention.png")
+
+Points in pixels are given with ``units="pixels"``. Channel attention has one map for the whole image::
+
+    with record_channel_attention(model) as maps:
+        model(batch)
+    draw_channel_attention("photograph.jpg", maps["classifier.sc"].image(0), path="channels.png")
 """
 
-from .draw import draw_attention, overlay
-from .record import attention_maps, grid_positions, record_attention, spread_pooled
+from .channels import ChannelMaps, record_channel_attention
+from .draw import draw_attention, draw_channel_attention, overlay
+from .points import grid_positions
+from .record import attention_maps, record_attention, spread_pooled
 
 __all__ = [
+    "ChannelMaps",
     "attention_maps",
     "draw_attention",
+    "draw_channel_attention",
     "grid_positions",
     "overlay",
     "record_attention",
+    "record_channel_attention",
     "spread_pooled",
 ]

@@ -36,22 +36,27 @@ def as_image(image: Image) -> np.ndarray:
     return np.ascontiguousarray(colour, dtype=np.float32)
 
 
-def as_map(attention: Any, name: str = "attention", rank: int = 2) -> Tensor:
-    """(h, w), or (P, h, w) for rank 3: float32 on the CPU.
+def as_map(attention: Any, name: str = "attention", names: str = "(h, w)") -> Tensor:
+    """Weights as float32 on the CPU, with the dimensions ``names``.
 
     Raises:
         TypeError: for what is not an array or a tensor of real numbers.
         ValueError: for another rank, an empty map, and values that are negative or not finite.
     """
-    weights = torch.from_numpy(_array(name, attention).astype(np.float32))
-    if weights.dim() != rank or weights.numel() == 0:
-        expected = "(h, w)" if rank == 2 else "(P, h, w)"
-        raise ValueError(f"visualize: {name} must be {expected}, not empty (got shape {list(weights.shape)})")
-    if not bool(torch.isfinite(weights).all()):
-        raise ValueError(f"visualize: {name} must be finite (got {int((~torch.isfinite(weights)).sum())} NaN or inf)")
+    weights = as_response(attention, name, names)
     if bool((weights < 0).any()):
         raise ValueError(f"visualize: {name} must not be negative: weights, not energies (got {weights.min():.3g})")
     return weights
+
+
+def as_response(given: Any, name: str = "response", names: str = "(C, h, w)") -> Tensor:
+    """As :func:`as_map`, of either sign."""
+    values = torch.from_numpy(_array(name, given).astype(np.float32))
+    if values.dim() != names.count(",") + 1 or values.numel() == 0:
+        raise ValueError(f"visualize: {name} must be {names}, not empty (got shape {list(values.shape)})")
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(f"visualize: {name} must be finite (got {int((~torch.isfinite(values)).sum())} NaN or inf)")
+    return values
 
 
 def _open(path: Path) -> Any:

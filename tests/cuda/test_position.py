@@ -288,7 +288,7 @@ def test_every_device_and_channel_count_has_a_kernel(emulator, architecture, key
     ids=str,
 )
 def test_largest_key_channels_on_tensor_cores(emulator, dtype, architecture, forward, backward):
-    """The bounds that README and docs/decisions.md state. grad_value has the bound of the forward pass."""
+    """The bounds that docs/limits.md and docs/decisions.md state. grad_value has the bound of the forward pass."""
     emulator.set_device(architecture)
     emulator.set_blocks_at_ends(0)
     for key_channels in (backward, backward + 1, forward, forward + 1):

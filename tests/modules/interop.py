@@ -5,6 +5,7 @@ import os
 import sys
 import types
 import warnings
+from importlib.machinery import ModuleSpec
 
 import pytest
 
@@ -13,6 +14,10 @@ class _NoExtension(types.ModuleType):
     """Stands in for mmcv's compiled extension, which mmcv-lite lacks and none of the heads under test calls."""
 
     __all__: list[str] = []
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__spec__ = ModuleSpec(name, None)  # mmengine asks for its loader
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):

@@ -187,9 +187,104 @@ def test_overlay_is_hot_where_attention_is():
 
 
 def test_options_of_overlay_are_checked():
-    for options, message in [({"opacity": 1.5}, "opacity must be in"), ({"colormap": "heat"}, "colormap must be one")]:
+    for options, message in [
+        ({"opacity": 1.5}, "opacity must be in"),
+        ({"colormap": "heat"}, "colormap must be one"),
+        ({"top": 0}, r"top must be a positive number of times uniform attention \(got 0\)"),
+        ({"top": float("inf")}, "top must be a positive number"),
+    ]:
         with pytest.raises(ValueError, match=f"overlay: {message}"):
             visualize.overlay(PIXELS, torch.ones(2, 2), **options)
+
+
+def near(shape: tuple[int, int], low: float, high: float) -> torch.Tensor:
+    """Weights between low and high times uniform attention, both of which are there."""
+    return torch.linspace(low, high, shape[0] * shape[1]).view(shape)
+
+
+def test_a_nearly_uniform_map_looks_nearly_uniform():
+    """And like uniform attention: at a third of the scale, whatever its sum."""
+    grey = np.full((40, 60, 3), 128, dtype=np.uint8)
+    uniform = visualize.overlay(grey, torch.full((4, 6), 1 / 24)).astype(int)
+    assert np.ptp(uniform, axis=(0, 1)).max() == 0
+    for total in (1.0, 24.0):
+        drawn = visualize.overlay(grey, near((4, 6), 0.9, 1.08) * total / 24).astype(int)
+        assert abs(drawn - uniform).max() <= 8
+    peak = torch.ones(4, 6)
+    peak[1, 4] = 30
+    drawn = visualize.overlay(grey, peak).astype(int)
+    assert abs(drawn - uniform).max() > 100
+
+
+def test_the_scale_of_an_overlay_can_be_given():
+    grey = np.full((8, 8, 3), 128, dtype=np.uint8)
+    uniform = torch.ones(2, 2)
+    same = visualize.overlay(grey, uniform, top=8)
+    assert (visualize.overlay(grey, uniform) == same).all()
+    assert visualize.overlay(grey, uniform, top=1).sum() > same.sum() > visualize.overlay(grey, uniform, top=100).sum()
+
+
+def panels(figure) -> list:
+    """The axes of a figure but that of its colour bar, which is the last."""
+    return figure.axes[:-1]
+
+
+def scale(figure) -> tuple[list[str], bool]:
+    """The labels of the colour bar, and whether some values are beyond its end."""
+    bar = figure.axes[-1]
+    return [text.get_text() for text in bar.get_yticklabels()], bar._colorbar.extend == "max"
+
+
+def test_the_colour_bar_is_in_units_of_uniform_attention():
+    image, centre = np.full((20, 20, 3), 128, np.uint8), [(0.5, 0.5)]
+    mild = visualize.draw_attention(image, {"mild": near((10, 10), 0.5, 1.5)[None]}, centre)
+    assert scale(mild) == (["0", "1", "2", "4", "8"], False)
+    assert mild.axes[-1].get_ylabel() == "times uniform attention"
+    peak = torch.zeros(1, 10, 10)
+    peak[0, 5, 5] = 1  # a hundred times uniform attention
+    figure = visualize.draw_attention(image, {"mild": near((10, 10), 0.5, 1.5)[None], "peak": peak}, centre)
+    assert scale(figure) == (["0", "1", "4", "16", "64"], False)
+    beyond = torch.nn.functional.pad(torch.ones(1, 1, 1), (0, 39, 0, 39))  # 1600 times
+    assert scale(visualize.draw_attention(image, {"beyond": beyond}, centre)) == (
+        ["0", "1", "4", "16", "64", "256"],
+        True,
+    )
+    # The same map looks the same in a figure with one scale for both maps as alone on that scale.
+    (axis,) = [axis for axis in panels(figure) if axis.get_title() == "mild"]
+    alone = visualize.overlay(image, near((10, 10), 0.5, 1.5), top=100)
+    assert abs(axis.images[0].get_array().astype(int) - alone).max() <= 1
+
+
+def marked(figure) -> list[tuple[float, float]]:
+    """(y, x) of the mark in the first panel of every point."""
+    lines = [axis.lines[0] for axis in panels(figure) if axis.get_title() == "point"]
+    return [(float(line.get_ydata()[0]), float(line.get_xdata()[0])) for line in lines]
+
+
+def test_points_in_pixels():
+    maps = {"a": torch.ones(1, 2, 2)}
+    for units, point in [("pixels", (11, 4)), ("fractions", (11.5 / 12, 4.5 / 9))]:
+        (at,) = marked(visualize.draw_attention(PIXELS, maps, [point], units=units))
+        assert at == pytest.approx((11, 4))
+    for units, point, message in [
+        ("pixels", (12, 4), r"\(0 to 11, 0 to 8\) \(got \[\[12\.0, 4\.0\]\]\)"),
+        ("pixels", (0.5, 0.5), "points in pixels must be whole numbers"),
+        ("percent", (50, 50), "units must be 'fractions' or 'pixels'"),
+    ]:
+        with pytest.raises(ValueError, match=f"visualize: .*{message}"):
+            visualize.draw_attention(PIXELS, maps, [point], units=units)
+
+
+def test_panels_continue_below():
+    maps = {name: torch.ones(2, 2, 2) for name in "abc"}
+    figure = visualize.draw_attention(PIXELS, maps, POINTS, columns=2)
+    titles = [axis.get_title() for axis in panels(figure)]
+    assert titles == ["point", "a", "b", "c"] * 2
+    rows = {round(axis.get_position().y0, 3) for axis in panels(figure)}
+    assert len(rows) == 4
+    for columns in (0, 1.5, True):
+        with pytest.raises(ValueError, match=r"draw_attention: columns must be a whole number of at least 1 \(got"):
+            visualize.draw_attention(PIXELS, maps, POINTS, columns=columns)
 
 
 def test_draw_attention_writes_a_picture(tmp_path):
@@ -198,7 +293,7 @@ def test_draw_attention_writes_a_picture(tmp_path):
     maps = {"first": torch.rand(2, 4, 5, dtype=torch.float64, requires_grad=True), "second": np.ones((2, 3, 3))}
     for points in (POINTS, np.array(POINTS), torch.tensor(POINTS)):
         figure = visualize.draw_attention(tmp_path / "image.png", maps, points, path, "a caption")
-        assert len(figure.axes) == 6
+        assert len(panels(figure)) == 6
     assert np.asarray(Image.open(path).convert("L")).std() > 0.05 * 255
 
 
@@ -212,7 +307,7 @@ def test_draw_attention_writes_a_picture(tmp_path):
         ({"a": torch.ones(2, 110)}, POINTS, ValueError, "see spread_pooled"),
         ({"a": [1.0]}, POINTS, TypeError, "a must be a numpy array or a tensor"),
         (torch.ones(2, 2, 2), POINTS, TypeError, "maps must be a dictionary"),
-        ({"a": torch.ones(1, 2, 2)}, [(12, 30)], ValueError, "divide pixels"),
+        ({"a": torch.ones(1, 2, 2)}, [(12, 30)], ValueError, "pixels with units='pixels'"),
     ],
 )
 def test_what_cannot_be_drawn_is_named(maps, points, error, message):

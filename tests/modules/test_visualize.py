@@ -428,13 +428,54 @@ def test_modules_without_one_map_are_refused():
         ([(0.5, 0.5), (0.1,)], TypeError, "points must be a list of"),
         ((0.5, 0.5), ValueError, "points must be a list of"),
         ([(0.5, 0.5, 0.5)], ValueError, r"\(y, x\) for a feature map of 2 dimensions"),
-        ([(0.5, 1.5)], ValueError, "fractions of the image.*divide pixels"),
+        ([(0.5, 1.5)], ValueError, "fractions of the image.*pixels with units='pixels'"),
         ([(float("nan"), 0.0)], ValueError, "fractions of the image"),
     ],
 )
 def test_bad_points_are_named(points, error, message):
     with pytest.raises(error, match=message):
         recorded(nn.PositionAttention(8), torch.randn(1, 8, 4, 4), points=points)
+
+
+def test_pixels_are_their_centres():
+    x = torch.randn(1, 16, 6, 8)
+    block = nn.PositionAttention(16)
+    # The image has twice the rows and three times the columns of the feature map.
+    pixels, size = [(0, 0), (5, 12), (11, 23)], (12, 24)
+    expected = visualize.attention_maps(block, x, [(0.0, 0.0), (0.4, 0.52), (1.0, 1.0)])
+    assert torch.equal(visualize.attention_maps(block, x, pixels, units="pixels", size=size), expected)
+    with visualize.record_attention(block, torch.tensor(pixels), units="pixels", size=size) as maps:
+        block(x)
+    assert torch.equal(maps["PositionAttention"], expected)
+    # Whole numbers alone are fractions.
+    corners = visualize.attention_maps(block, x, [(0, 1)])
+    assert torch.equal(corners, visualize.attention_maps(block, x, [(0.0, 1.0)]))
+    line, sequence = nn.NonLocal1d(8), torch.randn(1, 8, 9)
+    with visualize.record_attention(line, [(5,)], units="pixels", size=[18]) as maps:
+        line(sequence)
+    torch.testing.assert_close(maps["NonLocal1d"], visualize.attention_maps(line, sequence, [(0.3,)]))
+
+
+@pytest.mark.parametrize(
+    ("points", "options", "message"),
+    [
+        ([(3, 24)], {}, r"whole numbers within the image, \(0 to 11, 0 to 23\) \(got \[\[3\.0, 24\.0\]\]\)"),
+        ([(-1, 0)], {}, "whole numbers within the image"),
+        ([(0.4, 0.55)], {}, r"whole numbers within the image.*\(got \[\[0\.4, 0\.55\]\]\)"),
+        ([(float("nan"), 0)], {}, "whole numbers within the image"),
+        ([(3,)], {}, r"points must be a list of \(y, x\) for a feature map of 2 dimensions"),
+        ([(3, 4)], {"size": None}, r"need the size of the image, such as size=\(height, width\) \(got None\)"),
+        ([(3, 4)], {"size": (12, 0)}, r"need the size of the image.*\(got \(12, 0\)\)"),
+        ([(3, 4)], {"size": 12}, r"need the size of the image.*\(got 12\)"),
+        ([(3, 4)], {"size": ()}, r"need the size of the image.*\(got \(\)\)"),
+        ([(0.3, 0.4)], {"units": "fractions"}, r"size is for points in pixels.*\(got size \(12, 24\), 'fractions'\)"),
+        ([(3, 4)], {"units": "percent"}, r"units must be 'fractions' or 'pixels' \(got 'percent'\)"),
+    ],
+)
+def test_bad_pixels_are_named(points, options, message):
+    given = {"units": "pixels", "size": (12, 24), **options}
+    with pytest.raises(ValueError, match=f"visualize: .*{message}"):
+        visualize.record_attention(nn.PositionAttention(8), points, **given).__enter__()
 
 
 def test_tokens_without_a_grid_are_named():

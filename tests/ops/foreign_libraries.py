@@ -23,7 +23,7 @@ def described(folder: str) -> dict:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         import segattn_ops
-        from segattn_ops import __main__
+        from segattn_ops._cli import info
 
         x = torch.linspace(-1, 1, 96).view(1, 4, 4, 6).requires_grad_()
         outputs = [segattn_ops.position_attention(x, x, x) for _ in range(2)]
@@ -36,7 +36,7 @@ def described(folder: str) -> dict:
     return {
         "warnings": ours,
         "cpu": config["cpu"],
-        "page": __main__.page(__main__.describe()),
+        "page": info.page(info.describe()),
         "grad": bool(x.grad.any()),
     }
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import segattn_ops
-from segattn_ops import __main__, _backend, _library, reference
+from segattn_ops import _backend, _cli, _library, reference
+from segattn_ops._cli import info
 
 PACKAGE = Path(segattn_ops.__file__).parent
 
@@ -58,7 +59,7 @@ def test_python_m_is_a_short_page():
         check=True,
     ).stdout
     lines = printed.splitlines()
-    assert len(lines) <= 14 and max(map(len, lines)) <= __main__.WIDTH
+    assert len(lines) <= 14 and max(map(len, lines)) <= info.WIDTH
     starts = {len(line) - len(line.partition("  ")[2].lstrip()) for line in lines}
     assert len(starts) == 1, "the second column is aligned"
     config = segattn_ops.build_config()
@@ -67,7 +68,7 @@ def test_python_m_is_a_short_page():
 
 
 def test_the_page_as_json(capsys):
-    assert __main__.main(["--json"]) == 0
+    assert _cli.main(["--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["cpu"] == segattn_ops.build_config()["cpu"]
     assert len(facts["gpus"]) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
@@ -76,7 +77,7 @@ def test_the_page_as_json(capsys):
 @pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("--gpus", 2)])
 def test_the_page_has_arguments(argument, status, capsys):
     with pytest.raises(SystemExit) as stopped:
-        __main__.main([argument])
+        _cli.main([argument])
     assert stopped.value.code == status
     assert "python -m segattn_ops" in "".join(capsys.readouterr())
 
@@ -100,9 +101,9 @@ def gpu(name: str, engine: str = "wgmma", capability: str = "9.0") -> dict:
 )
 def test_the_page_tells_built_loaded_and_usable_apart(cuda, gpus, expected, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    facts = __main__.describe() | {"gpus": gpus, "driver": "580.1"}
+    facts = info.describe() | {"gpus": gpus, "driver": "580.1"}
     facts["cuda"] = {"architectures": [], "toolkit": None, "why_not": None, "position_engine": "auto"} | cuda
-    assert expected in " ".join(__main__.page(facts).split())
+    assert expected in " ".join(info.page(facts).split())
 
 
 @pytest.mark.parametrize(
@@ -123,9 +124,9 @@ def test_the_page_tells_built_loaded_and_usable_apart(cuda, gpus, expected, monk
     ],
 )
 def test_the_page_names_the_engine_of_position_attention(gpus, setting, expected):
-    facts = __main__.describe() | {"gpus": gpus}
+    facts = info.describe() | {"gpus": gpus}
     facts["cuda"] = facts["cuda"] | {"position_engine": setting}
-    line = " ".join(__main__.page(facts).split())
+    line = " ".join(info.page(facts).split())
     assert ("position attention" in line) == (expected is not None)
     assert expected is None or f"position attention {expected}" in line
 

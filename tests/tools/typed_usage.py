@@ -65,6 +65,9 @@ def systems(model: nn.Module, image: Tensor, file: Path) -> None:
         model(image)
     assert_type(maps, dict[str, Tensor])
     assert_type(visualize.overlay(image, maps["head"]), NDArray[Any])
+    with visualize.record_channel_attention(model) as channels:
+        model(image)
+    assert_type(channels["head"].image(0), visualize.ChannelMaps)
 
 
 def settings() -> None:

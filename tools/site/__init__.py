@@ -1,0 +1,1 @@
+"""What the site (`make docs`, mkdocs.yml) needs beyond MkDocs' own plugins."""
