@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,7 +46,7 @@ def check_units(units: Any, size: Any) -> None:
         if size is not None:
             raise ValueError(f"visualize: size is for points in pixels, units='pixels' (got size {size!r}, {units!r})")
         return
-    whole = isinstance(size, Sequence) and all(type(n) is int and n > 0 for n in size)
+    whole = isinstance(size, Sequence) and all(isinstance(n, int | np.integer) and n > 0 for n in size)
     if not whole or not size:
         raise ValueError(
             f"visualize: points in pixels need the size of the image, such as size=(height, width) (got {size!r})"

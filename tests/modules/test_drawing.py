@@ -216,6 +216,18 @@ def test_a_nearly_uniform_map_looks_nearly_uniform():
     assert abs(drawn - uniform).max() > 100
 
 
+def test_a_tenth_of_the_attention_may_be_beyond_the_scale():
+    """A single peak sets the scale if it is much of the attention, and not if the rest is."""
+    image = np.full((20, 20, 3), 128, np.uint8)
+    for peak, labels, beyond in [
+        (0.05, ["0", "1", "2", "4", "8"], True),
+        (0.2, ["0", "1", "4", "16", "64"], False),  # 205 times uniform attention
+    ]:
+        weights = torch.full((1, 32, 32), (1 - peak) / 1023)
+        weights[0, 3, 3] = peak
+        assert scale(visualize.draw_attention(image, {"peak": weights}, [(0.5, 0.5)])) == (labels, beyond)
+
+
 def test_the_scale_of_an_overlay_can_be_given():
     grey = np.full((8, 8, 3), 128, dtype=np.uint8)
     uniform = torch.ones(2, 2)

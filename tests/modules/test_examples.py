@@ -4,6 +4,7 @@ examples/weights attend to what the scenes are about."""
 import datetime
 import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -119,6 +120,8 @@ def test_the_trained_networks_need_their_attention(system) -> None:
     for name in ("miou", "fragments", "fragments_without_attention"):
         assert getattr(found, name) == pytest.approx(float(metadata[name]), abs=2e-3), name
     assert found.miou > 0.9 and found.fragments > 0.9 > 0.5 > found.fragments_without_attention
+    document = (Path(__file__).parents[2] / "docs" / "systems.md").read_text()
+    assert f"{found.fragments:.1%}" in document and f"{found.fragments_without_attention:.1%}" in document
     assert metadata["command"] in " ".join(train_shapes.__doc__.replace("\\", "").split())
 
 

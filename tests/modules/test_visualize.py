@@ -2,6 +2,7 @@
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -447,6 +448,8 @@ def test_pixels_are_their_centres():
     with visualize.record_attention(block, torch.tensor(pixels), units="pixels", size=size) as maps:
         block(x)
     assert torch.equal(maps["PositionAttention"], expected)
+    given = visualize.attention_maps(block, x, pixels, units="pixels", size=tuple(np.array(size)))
+    assert torch.equal(given, expected)
     # Whole numbers alone are fractions.
     corners = visualize.attention_maps(block, x, [(0, 1)])
     assert torch.equal(corners, visualize.attention_maps(block, x, [(0.0, 1.0)]))
