@@ -1,11 +1,9 @@
 """The rivals beyond plain PyTorch: ONNX Runtime's operators, oneDNN's switch, mmcv's form, xFormers and flash-attn."""
 
-import importlib.util
 import os
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +13,8 @@ from benchmarks import features, report, rivals, run, runtimes, schedule, valida
 from benchmarks.cell import CellSpec, save_inputs
 from benchmarks.processes import CellProcess
 from benchmarks.workloads import Workload
+
+from ..modules.interop import need
 
 
 def small(op: str, **changes) -> Workload:
@@ -78,13 +78,7 @@ def test_mmcv_is_criss_cross_attention(op):
 
 
 def test_mmcv_is_mmcvs_own():
-    """Its file, without mmcv.ops, which needs compiled code."""
-    package = pytest.importorskip("mmcv")
-    path = Path(package.__file__).parent / "ops" / "cc_attention.py"
-    spec = importlib.util.spec_from_file_location("cc_attention", path)
-    attention = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(attention)
-    block = attention.CrissCrossAttention(16)
+    block = need("mmcv.ops.cc_attention").CrissCrossAttention(16)
     block.gamma.scale.data.fill_(0.7)
     x = torch.randn(2, 16, 5, 7)
     with torch.no_grad():
