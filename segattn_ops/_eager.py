@@ -58,7 +58,7 @@ def criss_cross_aggregation(attention: Tensor, value: Tensor) -> Tensor:
 
 
 def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:
-    """mmcv's: one softmax over column and row, the position itself masked in the column. Shapes as
+    """In einsums, as mmcv's: one softmax over column and row, itself masked in the column. Shapes as
     :func:`segattn_ops.criss_cross_attention`."""
     height = query.shape[2]
     column = torch.einsum("bchw,bciw->bhwi", query, key)
