@@ -1,9 +1,10 @@
 """The papers' attention blocks in plain PyTorch, on the parameters of this package's modules.
 
 ``written_out(network, rival)`` puts them in the place of the modules, under the same names and with the same
-parameters: what a network computes stays the same, and how its blocks compute it is the rival's. ``eager`` has the
-attention maps that the papers' code stores. ``sdpa`` hands the products around a softmax over all positions to
-``scaled_dot_product_attention``. The scale multiplies the query, which costs an eager block less than scaling its map.
+parameters: what a network computes stays the same, and how its blocks compute it is the rival's. ``converted(network)``
+is what ``segattn_ops.convert`` makes of the eager network. ``eager`` has the attention maps that the papers' code
+stores. ``sdpa`` hands the products around a softmax over all positions to ``scaled_dot_product_attention``. The scale
+multiplies the query, which costs an eager block less than scaling its map.
 
 All but the channel and criss-cross blocks take ``queries``: the positions (B, C, K, 1) whose results are wanted, all
 without it. ``check`` needs a few rows of a map that as a whole does not fit.
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch import nn as torch_nn
 
-from segattn_ops import nn
+from segattn_ops import convert, nn
 
 from . import rivals
 
@@ -36,7 +37,7 @@ class _Written(torch_nn.Module):
             self.add_module(name, child)
         for name, parameter in block.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
-        self.scale = getattr(block, "scale", 1.0)
+        self.energy_scale = getattr(block, "scale", 1.0)
         self.attention = attention
         self.train(block.training)
 
@@ -46,11 +47,11 @@ class WrittenPosition(_Written):
 
     def forward(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
         queries = x if queries is None else queries
-        query = self.query_conv(queries) * self.scale if self.scale != 1 else self.query_conv(queries)
+        query = self.query_conv(queries) * self.energy_scale if self.energy_scale != 1 else self.query_conv(queries)
         return self.gamma * self.attention(query, self.key_conv(x), self.value_conv(x)) + queries
 
 
-class WrittenChannel(_Written):
+class WrittenChannelAttention(_Written):
     """DANet's CAM: ``gamma * softmax(rowmax(E) - E) X + x`` with E = X X^T."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,15 +59,23 @@ class WrittenChannel(_Written):
 
 
 class WrittenCrissCross(_Written):
-    """CCNet's block R times, with mmcv's einsums."""
+    """A pass of CCNet's block, with mmcv's einsums."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gamma * self.attention(self.query_conv(x), self.key_conv(x), self.value_conv(x)) + x
+
+
+class WrittenRecurrence(_Written):
+    """CCNet's block R times."""
 
     def __init__(self, block: nn.RecurrentCrissCrossAttention, attention: Attention):
-        super().__init__(block, attention)
+        super().__init__(block, attention)  # its names of the parameters come first, so they keep them
         self.recurrence = block.recurrence
+        self.once = WrittenCrissCross(block, attention)
 
     def forward(self, x: Tensor) -> Tensor:
         for _ in range(self.recurrence):
-            x = self.gamma * self.attention(self.query_conv(x), self.key_conv(x), self.value_conv(x)) + x
+            x = self.once(x)
         return x
 
 
@@ -75,25 +84,51 @@ class WrittenNonLocal(_Written):
 
     def forward(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
         queries = x if queries is None else queries
-        theta = self.theta(queries) * self.scale if self.scale != 1 else self.theta(queries)
+        theta = self.theta(queries) * self.energy_scale if self.energy_scale != 1 else self.theta(queries)
         return queries + self.W(self.attention(theta, self.phi(x), self.g(x)))
 
 
 class WrittenAsymmetric(_Written):
     """A stage of ANN as its authors wrote it: pooled after the projections; a shared projection is computed twice."""
 
-    def forward(self, low: Tensor, high: Tensor, queries: Tensor | None = None) -> Tensor:
-        query = self.f_query(high if queries is None else queries) * self.scale
+    def forward(self, low: Tensor, high: Tensor | None = None, queries: Tensor | None = None) -> Tensor:
+        high = low if high is None else high
+        query = self.f_query(high if queries is None else queries) * self.energy_scale
         return self.W(self.attention(query, self.psp(self.f_key(low)), self.psp(self.f_value(low))))
+
+
+class _Stages(torch_nn.Module):
+    """Takes over the submodules of a block of ANN."""
+
+    def __init__(self, block: torch_nn.Module):
+        super().__init__()
+        for name, child in block.named_children():
+            self.add_module(name, child)
+        self.train(block.training)
+
+
+class WrittenFusion(_Stages):
+    """ANN's AFNB around its stages."""
+
+    def forward(self, low: Tensor, high: Tensor) -> Tensor:
+        return self.conv_bn_dropout(torch.cat([sum(stage(low, high) for stage in self.stages), high], dim=1))
+
+
+class WrittenPyramid(_Stages):
+    """ANN's APNB around its stages."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv_bn_dropout(torch.cat([sum(stage(x) for stage in self.stages), x], dim=1))
 
 
 WRITTEN: dict[type[torch_nn.Module], type[_Written]] = {
     nn.PositionAttention: WrittenPosition,
-    nn.ChannelAttention: WrittenChannel,
-    nn.RecurrentCrissCrossAttention: WrittenCrissCross,
+    nn.ChannelAttention: WrittenChannelAttention,
+    nn.RecurrentCrissCrossAttention: WrittenRecurrence,
     nn.NonLocal2d: WrittenNonLocal,
     nn.AsymmetricAttention: WrittenAsymmetric,
 }
+AROUND: dict[type[torch_nn.Module], type[_Stages]] = {nn.AFNB: WrittenFusion, nn.APNB: WrittenPyramid}
 PAIRWISE = (nn.PositionAttention, nn.NonLocal2d, nn.AsymmetricAttention)  # those that SDPA computes
 ATTENTION = {"eager": rivals.eager_position, "sdpa": rivals.sdpa_position}
 
@@ -111,7 +146,7 @@ def applies(network: torch_nn.Module, rival: str) -> bool:
 def written(block: torch_nn.Module, rival: str) -> _Written:
     """One block as ``rival`` computes it. SDPA has neither criss-cross nor channel attention: those stay eager."""
     if isinstance(block, nn.RecurrentCrissCrossAttention):
-        return WrittenCrissCross(block, rivals.eager_criss_cross)
+        return WrittenRecurrence(block, rivals.eager_criss_cross)
     return WRITTEN[type(block)](block, ATTENTION[rival])
 
 
@@ -120,11 +155,28 @@ def written_out(network: torch_nn.Module, rival: str) -> torch_nn.Module:
     if rival == "fused":
         return network
     for path, block in found(network).items():
-        if not path:
-            return written(block, rival)
-        parent, _, name = path.rpartition(".")
-        setattr(network.get_submodule(parent), name, written(block, rival))
+        network = _replaced(network, path, written(block, rival))
+    for path, block in list(network.named_modules()):
+        if type(block) in AROUND:
+            network = _replaced(network, path, AROUND[type(block)](block))
     return network
+
+
+def _replaced(network: torch_nn.Module, path: str, module: torch_nn.Module) -> torch_nn.Module:
+    if not path:
+        return module
+    parent, _, name = path.rpartition(".")
+    setattr(network.get_submodule(parent), name, module)
+    return network
+
+
+def converted(network: torch_nn.Module) -> torch_nn.Module:
+    """The eager network, its blocks converted. Raises RuntimeError if one was left alone."""
+    count = len(found(network))
+    report = convert(written_out(network, "eager"))
+    if len(report.converted) != count or report.left:
+        raise RuntimeError(f"convert must convert all {count} blocks:\n{report}")
+    return report.model
 
 
 def awaken(network: torch_nn.Module) -> torch_nn.Module:
@@ -176,7 +228,7 @@ class References:
     def _error(self, reference: _Written, arguments: tuple[Tensor, ...], output: Tensor) -> float:
         inputs = [arguments[0].double(), *arguments[1:]]  # of a second map, only the picked positions are read
         result = output.double()
-        if isinstance(reference, (WrittenChannel, WrittenCrissCross)):
+        if isinstance(reference, (WrittenChannelAttention, WrittenRecurrence)):
             expected = reference(*inputs)
         else:
             count = output.shape[2] * output.shape[3]
@@ -194,12 +246,13 @@ def pick(x: Tensor, index: Tensor) -> Tensor:
     return x.flatten(2).index_select(2, index).unsqueeze(3)
 
 
-def small_errors(make: Callable[[], torch_nn.Module], rival: str, *inputs: Tensor) -> dict[str, float]:
-    """Relative errors of the output and of all gradients of ``rival`` against the eager blocks, in float64 on one small
-    input: the gradients, which at full size nothing else computes where eager does not fit."""
-    results = {}
-    for name in dict.fromkeys(("eager", rival)):
-        network = written_out(awaken(make()), name).double().train()
+def small_errors(eager: torch_nn.Module, rival: torch_nn.Module, *inputs: Tensor) -> dict[str, float]:
+    """Relative errors of the output and of all gradients of a network with a rival's blocks against the eager network
+    of the same weights, in float64 on one small input: the gradients, which at full size nothing else computes where
+    eager does not fit."""
+    results = []
+    for network in (eager, rival):
+        network.double().train()
         for module in network.modules():
             if isinstance(module, (torch_nn.Dropout, torch_nn.Dropout2d)):
                 module.p = 0.0
@@ -211,8 +264,8 @@ def small_errors(make: Callable[[], torch_nn.Module], rival: str, *inputs: Tenso
         names += [f"grad_{path}" for path, _ in network.named_parameters()]
         weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device).view_as(output)
         gradients = torch.autograd.grad(output, [*leaves, *network.parameters()], weights, materialize_grads=True)
-        results[name] = dict(zip(names, (output.detach(), *gradients), strict=True))
-    exact, got = results["eager"], results[rival]
+        results.append(dict(zip(names, (output.detach(), *gradients), strict=True)))
+    exact, got = results
     largest = max(float(value.norm()) for value in exact.values())
     # A gradient that is zero in exact arithmetic (a bias before a batch norm) is rounding: relative to the others.
     return {

@@ -151,24 +151,16 @@ class FeatureSource:
         self.height, self.width = (max(size[axis] for size in sizes) for axis in (0, 1))
         if self.height * self.width == 1:
             self.width = 2  # batch normalisation needs more than one position
-        self.photograph = fit(photograph, self.height * STRIDE, self.width * STRIDE)
-        self.features = extractor(self.photograph).clone()  # out of inference mode
+        photograph = fit(photograph, self.height * STRIDE, self.width * STRIDE)
+        self.features = extractor(photograph).clone()  # out of inference mode
         self.seed = seed
-
-    def _window(self, height: int, width: int) -> tuple[int, int]:
-        if height > self.height or width > self.width:
-            raise ValueError(f"features go up to {self.height}x{self.width} (got {height}x{width})")
-        return (self.height - height) // 2, (self.width - width) // 2
 
     def window(self, height: int, width: int) -> Tensor:
         """(1, C, height, width): the centre of the features."""
-        top, left = self._window(height, width)
+        if height > self.height or width > self.width:
+            raise ValueError(f"features go up to {self.height}x{self.width} (got {height}x{width})")
+        top, left = (self.height - height) // 2, (self.width - width) // 2
         return self.features[:, :, top : top + height, left : left + width].contiguous()
-
-    def picture(self, height: int, width: int) -> np.ndarray:
-        """The part of the photograph under :meth:`window`, (8 height, 8 width, 3)."""
-        top, left = (STRIDE * offset for offset in self._window(height, width))
-        return self.photograph[top : top + STRIDE * height, left : left + STRIDE * width]
 
     def leaves(self, workload: Workload) -> dict[str, Tensor]:
         """The workload's operands: the features, or their seeded 1 x 1 projections, in its dtype.

@@ -6,7 +6,7 @@ import sys
 
 from . import subject_command
 
-SUMMARY = "DANet, CCNet, ANN and Non-local networks end to end: images a second and peak memory, fused and eager"
+SUMMARY = "DANet, CCNet, ANN and Non-local networks end to end: images a second and peak memory, eager and converted"
 COMMAND = subject_command.Command(
     kind="model",
     prog="python -m benchmarks models",

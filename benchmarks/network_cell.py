@@ -83,7 +83,7 @@ class NetworkCell:
         network.load_state_dict(stored["state"])
         network.to(self.device, dtype)
         self.references: blocks.References | None = blocks.References(network)
-        self.network = blocks.written_out(network, spec.rival)
+        self.network = self.subject.computed(network, spec.rival)
         self.inputs = [x.to(dtype) for x in stored["inputs"]]
         self.target = stored["target"] if self.is_model else stored["target"].to(dtype)
         self.optimizer = subjects.new_optimizer(self.network) if self.is_model else None
@@ -106,7 +106,8 @@ class NetworkCell:
         generator = torch.Generator().manual_seed(0)
         inputs = [torch.randn(shape, generator=generator).to(self.device) for shape in small.shapes()]
         with torch.random.fork_rng():
-            small_errors = blocks.small_errors(lambda: small.make().to(self.device), self.spec.rival, *inputs)
+            networks = [small.network(name).to(self.device) for name in ("eager", self.spec.rival)]
+            small_errors = blocks.small_errors(*networks, *inputs)
         found = {"blocks": self.references.errors(self.network, *self.inputs), "small": small_errors}
         self.references = None
         return found

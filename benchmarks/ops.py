@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 
 import segattn_ops
+from examples import draw_attention
 from tools.compilers import files
 
-from . import ceilings, command_line, features, measure, page, picture, plots, report, rivals, workloads
+from . import ceilings, command_line, features, measure, page, plots, report, rivals, workloads
 from .command_line import Refused
 from .processes import CellFailed, start_server
 from .run import Options, Runner, not_run
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 PROG = "python -m benchmarks ops"
 SUMMARY = "each attention on the features of a photograph: time, peak memory, attention maps, against the alternatives"
-WRITTEN = ("report.json", "report.md", "report.html", "time.png", "memory.png", "attention.png")
+WRITTEN = ("report.json", "report.md", "report.html", "time.png", "memory.png", *draw_attention.NAMES)
 DEFAULT_RIVALS = "fused,eager,sdpa,compile,eager_onednn,mmcv,onnxruntime,onnx_attention"
 SIZES = "32x32,64x64,97x97,128x128,128x256"
 
@@ -41,16 +42,6 @@ def _sizes(text: str) -> list[tuple[int, int]]:
 
 def _device(text: str) -> str:
     return str(command_line.device(text))
-
-
-def _points(text: str) -> tuple[tuple[float, float], ...]:
-    try:
-        points = tuple(tuple(float(value) for value in pair.split(",")) for pair in text.split(";"))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"points are y,x;y,x (got {text!r})") from error
-    if any(len(point) != 2 or not all(0 <= value <= 1 for value in point) for point in points):
-        raise argparse.ArgumentTypeError(f"points are y,x;y,x as fractions of the picture in [0, 1] (got {text!r})")
-    return points
 
 
 def parser(prog: str = PROG) -> argparse.ArgumentParser:
@@ -103,9 +94,6 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--photograph", default="coffee", help=f"{', '.join(features.PHOTOGRAPHS)}, or the path of an image file"
-    )
-    p.add_argument(
-        "--points", type=_points, help="two points y,x;y,x of the attention map, as fractions of the picture"
     )
     p.add_argument("--weights", help="ResNet-50 state dict (.pth, .safetensors); torch's cache or random if not given")
     p.add_argument("--seed", type=command_line.whole(0), default=0, help="of random weights and projections")
@@ -205,12 +193,10 @@ def _run(argv: list[str], arguments: argparse.Namespace) -> int:
     if earlier is None:
         _keep_earlier(arguments.output)
     try:
-        result, source, console = measured("ops", PROG, argv, arguments, planned, photograph, extractor, path, earlier)
-        with segattn_ops.use_backend(arguments.backend):
-            pictures = _draw(result["cells"], source, arguments, extractor.description)
+        result, console = measured("ops", PROG, argv, arguments, planned, photograph, extractor, path, earlier)
     except (WrongResult, CellFailed) as error:
         return command_line.fail(PROG, error, 1)
-    result["pictures"] = [picture.name for picture in pictures]
+    result |= _draw(result["cells"], arguments)
     report.write_json(result, path)
     files.write_text(arguments.output / "report.md", report.markdown(result))
     page.write([(path, result)], arguments.output / "report.html")
@@ -296,9 +282,9 @@ def measured(
     extractor: features.Extractor,
     path: Path,
     earlier: dict | None,
-) -> tuple[dict, features.FeatureSource, Console]:
-    """Measures what ``earlier`` lacks of the planned workloads, and writes each into ``path``. Returns the report, the
-    features and the console."""
+) -> tuple[dict, Console]:
+    """Measures what ``earlier`` lacks of the planned workloads, and writes each into ``path``. Returns the report and
+    the console."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -348,20 +334,14 @@ def measured(
             report.write_json(result, path)
         bar.update(task, description="drawing", left="")
     result |= {"seconds": round(schedule.elapsed, 1), "finished": True}
-    return result, source, console
+    return result, console
 
 
-def _draw(
-    records: list[dict], source: features.FeatureSource, arguments: argparse.Namespace, weights: str
-) -> list[Path]:
+def _draw(records: list[dict], arguments: argparse.Namespace) -> dict:
+    """The report's pictures, and the captions of those of the attention."""
     folder = arguments.output
     paths = [plots.draw_time(records, folder / "time.png"), plots.draw_memory(records, folder / "memory.png")]
-    size = min((source.height, source.width), (97, round(97 * source.width / source.height)))
-    points = arguments.points or picture.POINTS.get(arguments.photograph, ((0.5, 0.5), (0.2, 0.2)))
-    key_channels = arguments.key_channels or max(arguments.channels // 8, 1)
-    caption = (
-        f"{size[0]} x {size[1]} positions of a dilated ResNet-50 with {weights}; the projections are random: "
-        "this shows the reach of each attention, not the attention of a trained network."
-    )
-    paths.append(picture.draw(source, size, points, folder / "attention.png", caption, key_channels))
-    return [path for path in paths if path]
+    with segattn_ops.use_backend(arguments.backend):
+        draw_attention.draw(folder)
+    pictures = [path.name for path in paths if path] + list(draw_attention.NAMES)
+    return {"pictures": pictures, "captions": dict(zip(draw_attention.NAMES, draw_attention.CAPTIONS, strict=True))}

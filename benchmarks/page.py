@@ -85,7 +85,7 @@ def _pictures(contents: Files) -> list[Section]:
     for path, content in contents:
         for picture in sorted(path.parent.glob("attention*.png")):
             caption = content.get("captions", {}).get(picture.name)
-            found[picture.resolve()] = caption or f"Attention over the photograph ({picture.stem})."
+            found[picture.resolve()] = caption or picture.stem
     if not found:
         return []
     return [Section("Attention", [], [Picture(_inlined(path), caption) for path, caption in found.items()])]

@@ -136,7 +136,7 @@ def _run(argv: list[str], arguments: argparse.Namespace) -> int:
         path = command_line.writable_folder(folder) / "scaling.json"
         earlier = ops.resumed(path, ops.command_of(PROG, argv)) if arguments.resume else None
         try:
-            result, *_ = ops.measured("scaling", PROG, argv, arguments, planned, *inputs, path, earlier)
+            result, _ = ops.measured("scaling", PROG, argv, arguments, planned, *inputs, path, earlier)
         except (WrongResult, CellFailed) as error:
             return command_line.fail(PROG, error, 1)
     result["fits"] = fits(result["cells"])

@@ -20,8 +20,9 @@ the same rounds, its interval, and a verdict; "unclear" where the interval does 
 Images a second are the batch over the median of interleaved rounds; *inference* runs in evaluation mode under no_grad,
 a *training step* is forward, loss, backward, and SGD with momentum. *Memory* is the peak of the process above what it
 held before the network existed, less the input: weights, momentum, activations and gradients. All rivals have the same
-weights; only the attention blocks differ. *segattn_ops is*: the rival's time over that of segattn_ops in the same
-rounds, its interval, and a verdict; "unclear" where the interval does not allow one.""",
+weights; only the attention blocks differ: segattn_ops is the eager network after `segattn_ops.convert`. *segattn_ops
+is*: the rival's time over that of segattn_ops in the same rounds, its interval, and a verdict; "unclear" where the
+interval does not allow one.""",
 }
 COLUMNS = {
     "module": (

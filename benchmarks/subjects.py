@@ -6,6 +6,7 @@ computes and needs, before anything is allocated.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -106,8 +107,15 @@ class Subject:
             torch.manual_seed(seed)
             return blocks.awaken(self.of.make())
 
+    def computed(self, network: torch.nn.Module, rival: str) -> torch.nn.Module:
+        """A network of :meth:`make` with the rival's blocks, on its parameters. ``fused`` is the block of this package,
+        and of a model the eager network converted."""
+        if rival == "fused" and self.kind == "model":
+            return blocks.converted(network)
+        return blocks.written_out(network, rival)
+
     def network(self, rival: str) -> torch.nn.Module:
-        return blocks.written_out(self.make(), rival)
+        return self.computed(self.make(), rival)
 
 
 def of_record(record: dict) -> Subject:
@@ -137,16 +145,6 @@ def gradients(network: torch.nn.Module, inputs: list[Tensor], grad_output: Tenso
     return output, torch.autograd.grad(output, [*inputs, *network.parameters()], grad_output)
 
 
-def _made_in(dtype: torch.dtype, make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
-    """Fake parameters cannot change their dtype."""
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        return make()
-    finally:
-        torch.set_default_dtype(usual)
-
-
 @dataclass(frozen=True)
 class Cost:
     """Of one pass: FLOP as torch counts them, and bytes of all tensors at the peak, with weights and inputs."""
@@ -164,10 +162,12 @@ def predicted(subject: Subject, rival: str) -> dict[str, Cost]:
     dtype = DTYPES[subject.dtype]
     costs = {}
     eager = predicted(subject, "eager") if rival == "sdpa" else None
+    real = subject.computed(subject.of.make(), rival).to(dtype)
     for kind in PASSES:
-        with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the tracker's, about hooks on modules that it sees twice
-            network = blocks.written_out(_made_in(dtype, subject.of.make), rival)
+            with FakeCopyMode(mode):
+                network = copy.deepcopy(real)
             inputs = [torch.empty(shape, dtype=dtype) for shape in subject.shapes()]
             tracker, counter = MemTracker(), FlopCounterMode(display=False)
             tracker.track_external(network, *inputs)

@@ -31,6 +31,13 @@ PROG = "python -m examples.draw_attention"
 MARGIN = 12  # pixels between a point and the border, so that its row and column are seen on both sides
 DRAWN = 3  # points of attention_points.png
 NAMES = ("attention.png", "attention_points.png", "attention_channels.png")
+CAPTIONS = (
+    "What a cross attends to in trained networks, on a generated scene. The fragment under it belongs to the kind that "
+    "has its colour, which only the whole shapes tell. CCNet's first pass (R = 1) sees the row and the column alone.",
+    "The same for several points.",
+    "DANet's channel attention in the same scene: the responses of some channels, and the channel map.",
+)
+SEED, SIZE = 12, (96, 160)  # of the scene
 
 
 def fragment_points(labels: np.ndarray, fragments: np.ndarray) -> dict[str, tuple[int, int]]:
@@ -95,39 +102,53 @@ def shrink(path: Path, width: int) -> None:
     picture.resize(size, Image.Resampling.LANCZOS).quantize(256, Image.Quantize.FASTOCTREE).save(path, optimize=True)
 
 
-def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
-    """Draws the pictures. Returns, for each kind of fragment and each map, the share of its weights that lies on whole
-    shapes of that kind, and the share of the scene that these cover."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = command_line.Parser(prog=PROG, description=__doc__, formatter_class=formatter)
-    parser.add_argument("--seed", type=command_line.whole(0), default=12, help="of the scene (default 12)")
-    parser.add_argument("--size", type=command_line.size, default=(96, 160), help="of the scene (default 96x160)")
-    parser.add_argument("--out", type=Path, default=Path("report/examples"))
-    options = parser.parse_args(argv)
-    command_line.writable_folder(options.out)
-    image, labels, fragments = scene(options.seed, *options.size)
+def draw(folder: Path, seed: int = SEED, size: tuple[int, int] = SIZE) -> dict[str, dict[str, float]]:
+    """Draws the three pictures of a scene into a folder.
+
+    Returns, for each kind of fragment and each map, the share of its weights that lies on whole shapes of that kind,
+    and the share of the scene that these cover. Raises ValueError for a scene without a fragment to draw.
+    """
+    image, labels, fragments = scene(seed, *size)
     points = fragment_points(labels, fragments)
     areas = {name: ((labels == CLASSES.index(name)) & ~fragments).sum() for name in points}
     points = {name: points[name] for name in sorted(points, key=areas.__getitem__, reverse=True)}
     if not points:
-        size = "x".join(map(str, options.size))
-        parser.error(f"--seed {options.seed} --size {size} has no fragment of a kind of which there is a whole shape")
+        shown = "x".join(map(str, size))
+        raise ValueError(f"scene {seed} of {shown} has no fragment of a kind of which there is a whole shape")
     networks = {name: trained_network(name) for name in ("danet", "ccnet")}
     maps, channels = maps_of(networks, image, list(points.values()))
-    one, several, responses = (options.out / name for name in NAMES)
+    one, several, responses = (folder / name for name in NAMES)
     for path, count, columns in ((one, 1, 2), (several, DRAWN, None)):
         drawn = {title: rows[:count] for title, rows in maps.items()}
         visualize.draw_attention(image, drawn, list(points.values())[:count], path, units="pixels", columns=columns)
     visualize.draw_channel_attention(image, channels, path=responses, columns=3)
     for path, width in ((one, 900), (several, 1400), (responses, 1200)):
         shrink(path, width)
-        print(path)
     shares: dict[str, dict[str, float]] = {}
     for row, name in enumerate(points):
         target = (labels == CLASSES.index(name)) & ~fragments
         shares[name] = {title: attended_share(rows[row], target) for title, rows in maps.items()}
         shares[name]["of the scene"] = float(target.mean())
-        found = ", ".join(f"{title}: {share:.1%}" for title, share in shares[name].items())
+    return shares
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
+    """Draws the pictures, and prints and returns the shares of :func:`draw`."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = command_line.Parser(prog=PROG, description=__doc__, formatter_class=formatter)
+    parser.add_argument("--seed", type=command_line.whole(0), default=SEED, help=f"of the scene (default {SEED})")
+    parser.add_argument("--size", type=command_line.size, default=SIZE, help="of the scene (default 96x160)")
+    parser.add_argument("--out", type=Path, default=Path("report/examples"))
+    options = parser.parse_args(argv)
+    command_line.writable_folder(options.out)
+    try:
+        shares = draw(options.out, options.seed, options.size)
+    except ValueError as error:
+        parser.error(str(error))
+    for name in NAMES:
+        print(options.out / name)
+    for name, of_map in shares.items():
+        found = ", ".join(f"{title}: {share:.1%}" for title, share in of_map.items())
         print(f"share of a fragment's attention on the whole shapes of its kind, {name}: {found}")
     return shares
 

@@ -234,7 +234,7 @@ def test_bad_arguments_are_named_in_a_line(example, capsys, tmp_path) -> None:
         cases[-1:] = [(["--image", tmp_path / "file"], "cannot identify"), (["--image", tmp_path / "none"], "No such")]
     if example is draw_attention:
         cases[:3] = [(["--seed", "-1"], "--seed: must be a whole number"), (["--size", "96"], "--size: ")]
-        cases += [(["--size", "16x16"], "--size 16x16 has no fragment of a kind of which there is a whole shape")]
+        cases += [(["--size", "16x16"], "scene 12 of 16x16 has no fragment of a kind of which there is a whole shape")]
     for arguments, message in cases:
         given = [str(argument) for argument in arguments]
         try:

@@ -24,6 +24,7 @@ from benchmarks.processes import CellFailed, CellProcess
 from benchmarks.subjects import MODELS, MODULES, PASSES, Cost, Subject
 from benchmarks.validate import WrongResult
 from segattn_ops import use_backend
+from segattn_ops.conversion.block import FusedBlock
 
 GIB = 2**30
 PHOTOGRAPH = torch.arange(3 * 40 * 60, dtype=torch.int64).remainder(251).to(torch.uint8).view(40, 60, 3).numpy()
@@ -40,7 +41,7 @@ class TestBlocks:
         inputs = [torch.randn(shape) for shape in subject.shapes()]
         for rival in ("fused", "sdpa") if blocks.applies(subject.make(), "sdpa") else ("fused",):
             with use_backend("reference"):
-                found = blocks.small_errors(subject.make, rival, *inputs)
+                found = blocks.small_errors(subject.network("eager"), subject.network(rival), *inputs)
             assert {"output", "grad_input_0"} <= set(found)
             assert max(found.values()) < 1e-9
 
@@ -56,6 +57,23 @@ class TestBlocks:
             written = blocks.written_out(network, "eager")
             assert blocks.found(written) == {}
             torch.testing.assert_close(written(*inputs), expected, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("name", MODELS)
+    def test_models_are_converted(self, name):
+        """Every block of the eager network, on its parameters, under their names."""
+        subject = Subject("model", name, 48, 64)
+        made = subject.make()
+        names = [path for path, _ in made.named_parameters()]
+        paths = set(blocks.found(made))
+        network = subject.computed(made, "fused")
+        assert [path for path, _ in network.named_parameters()] == names
+        replaced = {path for path, module in network.named_modules() if isinstance(module, FusedBlock)}
+        assert {path.removesuffix(".once") for path in replaced} == paths
+
+    def test_a_block_that_is_not_converted_is_refused(self, monkeypatch):
+        monkeypatch.setattr(blocks.WrittenNonLocal, "forward", lambda self, x, queries=None: x)
+        with pytest.raises(RuntimeError, match="convert must convert all 1 blocks:\n *left  classifier.nl"):
+            Subject("model", "nonlocal", 48, 64).network("fused")
 
     @pytest.mark.parametrize("name", MODULES)
     def test_a_wrong_output_is_found(self, name):
@@ -81,16 +99,9 @@ class TestBlocks:
             def backward(ctx, gradient):
                 return 1.01 * gradient
 
-        made = []
-
-        def make():
-            made.append(small("pam").make())
-            if len(made) == 2:  # the rival's; the first is eager's
-                made[1].key_conv.register_forward_hook(lambda module, arguments, output: Wrong.apply(output))
-            return made[-1]
-
-        with use_backend("reference"):
-            found = blocks.small_errors(make, "sdpa", torch.randn(1, 512, 5, 6))
+        eager, rival = (small("pam").network(name) for name in ("eager", "sdpa"))
+        rival.key_conv.register_forward_hook(lambda module, arguments, output: Wrong.apply(output))
+        found = blocks.small_errors(eager, rival, torch.randn(1, 512, 5, 6))
         assert found["output"] < 1e-9 and max(found.values()) > 1e-3
 
 

@@ -15,6 +15,7 @@ from benchmarks import features, measure, ops, plots, report, rivals, run, sched
 from benchmarks.cell import CellSpec, save_inputs
 from benchmarks.processes import CellFailed, CellProcess
 from benchmarks.workloads import Workload
+from examples import draw_attention
 from segattn_ops import reference, use_backend
 from segattn_ops.ops import position
 
@@ -460,7 +461,7 @@ def test_main_job_writes_a_report(tmp_path, capsys):
     assert "In short" in printed
     from matplotlib.image import imread
 
-    for name in ("time.png", "memory.png", "attention.png"):
+    for name in ("time.png", "memory.png", *draw_attention.NAMES):
         assert f"({name})" in text
         picture = imread(folder / name)
         assert min(picture.shape[:2]) > 200

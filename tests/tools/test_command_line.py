@@ -49,8 +49,6 @@ def refused(main, arguments: list[str], capsys, status: int = 2) -> str:
         (["--seed", "-1"], "argument --seed: must be a whole number of at least 0"),
         (["--budget", "-1"], "argument --budget: must be a number of seconds"),
         (["--budget", "inf"], "argument --budget: must be a number of seconds"),
-        (["--points", "2,3"], "argument --points: points are y,x;y,x as fractions"),
-        (["--points", "nan,0"], "argument --points: points are y,x;y,x as fractions"),
         (["--device", "tpu"], "argument --device: must be cpu, cuda or cuda:N"),
         (["--device", "cpu:1"], "argument --device: must be cpu, cuda or cuda:N"),
         (["--device", "cuda:99"], "CUDA devices"),
@@ -143,7 +141,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(ceilings, "reached", lambda device, repeats: {})
     monkeypatch.setattr(measure, "pin", lambda threads: None)
     monkeypatch.setattr(ops, "start_server", lambda: None)
-    monkeypatch.setattr(ops, "_draw", lambda records, source, arguments, weights: [])
+    monkeypatch.setattr(ops, "_draw", lambda records, arguments: {"pictures": []})
     monkeypatch.setattr(run.Runner, "run", lambda self, planned, source: iter([[]]))
 
 
