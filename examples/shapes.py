@@ -196,6 +196,16 @@ def trained_network(system: str) -> SegmentationModel:
     return model.eval()
 
 
+def danet() -> SegmentationModel:
+    """For ``python -m segattn_ops visualize --network examples.shapes:danet``."""
+    return trained_network("danet")
+
+
+def ccnet() -> SegmentationModel:
+    """For ``python -m segattn_ops visualize --network examples.shapes:ccnet``."""
+    return trained_network("ccnet")
+
+
 def mean_iou(predicted: Tensor, labels: Tensor) -> float:
     """Mean intersection over union of the classes that are present; predicted and labels of one shape, int64."""
     n = len(CLASSES)

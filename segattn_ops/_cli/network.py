@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import checkpoints
+from .._files import shown
 from ..checkpoints.explain import _depth, _stem
 from ..checkpoints.translate import Translation
 from .command_line import Refused, require
@@ -58,6 +61,30 @@ def load(path: Path, prefix: str | None = None, inplace_abn: bool = False) -> Lo
         warnings.simplefilter("ignore", UserWarning)  # they are among the report's notes
         report = checkpoints.load(module, checkpoint, inplace_abn=inplace_abn, prefix=prefix)
     return Loaded(module, backbone, translation, report)
+
+
+def made_by(name: str) -> nn.Module:
+    """What the function MODULE:FUNCTION returns. Modules of the current folder are found, as by ``python -m``.
+
+    Raises:
+        Refused: for a name that is none, and a function that does not return a module.
+    """
+    module_name, _, function = name.partition(":")
+    if not module_name or not function.isidentifier():
+        raise Refused(f"--network must be MODULE:FUNCTION (got {shown(name, 80)!r})")
+    sys.path.insert(0, "")
+    try:
+        make = getattr(importlib.import_module(module_name), function, None)
+    except ImportError as error:
+        raise Refused(f"--network: {module_name} cannot be imported ({error})") from error
+    finally:
+        sys.path.remove("")
+    if not callable(make):
+        raise Refused(f"--network: {module_name} has no function {function}")
+    made = make()
+    if not isinstance(made, nn.Module):
+        raise Refused(f"--network: {name} must return a torch.nn.Module (got a {type(made).__name__})")
+    return made
 
 
 def _backbone(translation: Translation) -> str | None:

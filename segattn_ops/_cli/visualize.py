@@ -1,7 +1,7 @@
 """Draws the attention of a trained network over an image: what chosen points
 attend to, or, with --channels, the channel attention of DANet. The network is
 built from the checkpoint, which may have the names of any known repository
-(see convert-checkpoint)."""
+(see convert-checkpoint), or by a function of your own (--network)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import checkpoints
+from ..checkpoints import Preprocessing
 from . import network
 from .command_line import Refused, device, input_file, lines, output_file, require, whole
 
@@ -32,7 +34,13 @@ def _points(text: str) -> list[tuple[float, float]]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", metavar="IMAGE", help="a picture that PIL reads")
-    parser.add_argument("--checkpoint", required=True, help="weights of a whole network")
+    parser.add_argument("--checkpoint", help="weights of a whole network")
+    parser.add_argument(
+        "--network",
+        metavar="MODULE:FUNCTION",
+        help="what makes the network, called without arguments; --checkpoint is then a state dict with its names, and "
+        "may be left out if the function loads the weights",
+    )
     parser.add_argument("--points", type=_points, help='"y,x;y,x", from the upper left corner')
     parser.add_argument(
         "--units", choices=("fractions", "pixels"), default="fractions", help="of the points (default fractions)"
@@ -61,19 +69,45 @@ def run(arguments: argparse.Namespace) -> int:
     picture = as_image(input_file(arguments.image))
     if arguments.points is not None:  # before the network is built
         fractions(arguments.points, 2, arguments.units, _size(picture, arguments.units))
-    loaded = network.load(input_file(arguments.checkpoint), arguments.prefix)
-    if loaded.backbone is None:
-        raise Refused(f"{arguments.checkpoint} has no backbone with the names of a ResNet")
+    model, title = _network(arguments)
     on = arguments.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = loaded.module.eval().to(on)
+    model.eval().to(on)
     x = _input(model, picture, arguments.longest).to(on)
-    title = type(model).__name__
     drawn = _draw_channels if arguments.channels else _draw_points
     names = drawn(model, x, picture, arguments, output)
     size = f"{x.shape[2]} x {x.shape[3]} pixels of {picture.shape[0]} x {picture.shape[1]}"
-    rows = [("network", f"{title} on {loaded.backbone}"), ("input", size), ("attention", ", ".join(names))]
+    rows = [("network", title), ("input", size), ("attention", ", ".join(names))]
     print(lines([*rows, ("wrote", str(output))]))
     return 0
+
+
+def _network(arguments: argparse.Namespace) -> tuple[nn.Module, str]:
+    """The network with its weights, and what it is."""
+    if arguments.network is not None:
+        if arguments.prefix is not None:
+            raise Refused("--prefix is of checkpoints from which the network is built; pass it without --network")
+        model = network.made_by(arguments.network)
+        if not isinstance(getattr(model, "preprocessing", None), Preprocessing):
+            raise Refused(
+                f"the network of {arguments.network} does not say which input its weights expect: set its attribute "
+                "`preprocessing` to a segattn_ops.checkpoints.Preprocessing"
+            )
+        if arguments.checkpoint is not None:
+            state = checkpoints.read(input_file(arguments.checkpoint))
+            try:
+                model.load_state_dict(state)
+            except RuntimeError as error:  # torch's, for names and shapes
+                raise Refused(f"{arguments.checkpoint} is not of {arguments.network}: {error}") from error
+        return model, f"{type(model).__name__} of {arguments.network}"
+    if arguments.checkpoint is None:
+        raise Refused("pass --checkpoint, --network or both")
+    loaded = network.load(input_file(arguments.checkpoint), arguments.prefix)
+    if loaded.backbone is None:
+        raise Refused(
+            f"{arguments.checkpoint} has no backbone with the names of a ResNet; --network names a function that "
+            "makes another network"
+        )
+    return loaded.module, f"{type(loaded.module).__name__} on {loaded.backbone}"
 
 
 def _input(model: Any, picture: np.ndarray, longest: int) -> Tensor:

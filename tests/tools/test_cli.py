@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import segattn_ops
-from segattn_ops import _cli, checkpoints, memory, models, use_backend
+from examples.shapes import PREPROCESSING, WEIGHTS, trained_network
+from segattn_ops import _cli, checkpoints, memory, models, use_backend, visualize
 from segattn_ops._cli import self_test, self_test_cases
 from segattn_ops.models.networks import _assemble
 
@@ -140,6 +141,36 @@ SIZE = ("--height", 64, "--width", 64)
             ["visualize", "picture.png", "--checkpoint", "ann.safetensors", "--channels"],
             "ANN called no channel attention",
         ),
+        (["visualize", "picture.png", "--points", "0,0"], "pass --checkpoint, --network or both"),
+        (
+            ["visualize", "picture.png", "--points", "0,0", "--network", "f"],
+            "must be MODULE:FUNCTION (got 'f')",
+        ),
+        (
+            ["visualize", "picture.png", "--points", "0,0", "--network", "no_such:f"],
+            "--network: no_such cannot be imported (No module named 'no_such')",
+        ),
+        (
+            ["visualize", "picture.png", "--points", "0,0", "--network", "math:tau"],
+            "--network: math has no function tau",
+        ),
+        (
+            ["visualize", "picture.png", "--points", "0,0", "--network", "builtins:dict"],
+            "--network: builtins:dict must return a torch.nn.Module (got a dict)",
+        ),
+        (
+            ["visualize", "picture.png", "--points", "0,0", "--network", "torch.nn:Identity"],
+            "set its attribute `preprocessing` to a segattn_ops.checkpoints.Preprocessing",
+        ),
+        (
+            ["visualize", "picture.png", "--points", "0,0", "--network", "torch.nn:Identity", "--prefix", "a"],
+            "pass it without --network",
+        ),
+        (
+            ["visualize", "picture.png", "--points", "0,0", "--network", "examples.shapes:danet"]
+            + ["--checkpoint", "danet.pth"],
+            "danet.pth is not of examples.shapes:danet",
+        ),
         (["self-test", "--device", "tpu"], "argument --device: must be cpu, cuda or cuda:N"),
         (["self-test", "--device", "cuda:99"], "argument --device: torch sees"),
     ],
@@ -217,6 +248,32 @@ def test_pictures_of_attention(checkpoint, options, attention, capsys, folder, t
     with Image.open(output) as drawn:
         assert min(drawn.size) > 100
     assert "exists: --force overwrites it" in refused([*arguments, "--output", output], capsys)
+
+
+@pytest.mark.parametrize("weights", [[], ["--checkpoint", WEIGHTS / "ccnet.safetensors"]])
+def test_a_network_of_ones_own(weights, capsys, folder, tmp_path, monkeypatch):
+    """Found in the current folder, and with the weights of the checkpoint in the place of its own."""
+    from PIL import Image
+
+    (tmp_path / "mine.py").write_text(
+        "from examples import shapes\n"
+        "def network():\n"
+        f"    return shapes.{'small_network' if weights else 'trained_network'}('ccnet')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    arguments = ["visualize", folder / "picture.png", "--network", "mine:network", *weights, "--points", "5,7"]
+    printed = ran([*arguments, "--units", "pixels"], capsys)
+    sys.modules.pop("mine")
+    assert "CCNet of mine:network" in printed and "classifier.cca" in printed
+    x = PREPROCESSING(Image.open(folder / "picture.png"))
+    model = trained_network("ccnet")
+    with torch.inference_mode(), visualize.record_attention(model, [(5, 7)], units="pixels", size=x.shape[2:]) as maps:
+        model(x)
+    visualize.draw_attention(
+        folder / "picture.png", {"classifier.cca": maps["classifier.cca"][0]}, [(5, 7)], "expected.png", units="pixels"
+    )
+    assert np.array_equal(*(np.asarray(Image.open(name)) for name in ("attention.png", "expected.png")))
 
 
 def test_memory_says_what_fits(capsys):
