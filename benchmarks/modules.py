@@ -13,7 +13,7 @@ COMMAND = subject_command.Command(
     summary=SUMMARY,
     sizes="97x97,128x256",
     size_help="feature-map sizes HxW, comma-separated; 97x97 is that of CCNet's table",
-    budget=900.0,
+    budget=1200.0,
 )
 
 

@@ -27,6 +27,7 @@ SMALL_ERROR = 1e-6  # of float64 gradients, through fifty layers and batch norms
 GUESS = 60e9  # FLOP/s before anything is measured
 ROUND_SECONDS = 6.0  # for the rounds of a subject, with at least three
 ROUNDS = (3, 9)
+BEFORE_ROUNDS = 3  # times that a subject's passes take before its rounds: checks, first passes, the discarded round
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,13 @@ class Runner:
     ):
         self.options, self.photograph, self.on_cell, self.on_round = options, photograph, on_cell, on_round
         self.clock = Clock(options.budget)
+        self.later: list[Subject] = []
 
     def run(self, planned: Iterable[Subject]) -> Iterator[list[dict]]:
         """Yields the records of each subject. A wrong result raises ``validate.WrongResult``."""
-        for subject in planned:
+        self.later = list(planned)
+        while self.later:
+            subject = self.later.pop(0)
             with tempfile.TemporaryDirectory(prefix="segattn-benchmark-") as folder:
                 path = os.path.join(folder, "inputs.pt")
                 save_inputs(path, subject, self.photograph)
@@ -195,13 +199,32 @@ class Runner:
             )
         return {"blocks": found["blocks"], "small_float64": {"output": found["small"]["output"], "worst": error}}
 
+    def _rounds(self, once: float) -> int:
+        """Rounds of a subject whose passes take ``once`` seconds. The subjects that follow keep their checks, first
+        passes and as many rounds; the rest of the time is this one's where they can have ``ROUNDS[0]``."""
+        wanted = int(min(max(ROUND_SECONDS / once, ROUNDS[0]), ROUNDS[1]))
+        if self.clock.budget is None:
+            return wanted
+        left, later = self.clock.left - once, self._later_seconds()  # the first round is discarded
+        shared = (left - BEFORE_ROUNDS * later) / (once + later)
+        alone = (left - (BEFORE_ROUNDS + ROUNDS[0]) * later) / once
+        return max(0, min(wanted, int(max(shared, alone))))
+
+    def _later_seconds(self) -> float:
+        """Of one pass of each kind of all that follows."""
+        available = measure.available_bytes(self.options.device)
+        return sum(
+            self.clock.seconds(name, kind, cost.flop)
+            for subject in self.later
+            for name in applicable(self.options.rivals, subject)
+            for kind, cost in subjects.predicted(subject, name).items()
+            if fits(cost, available) is None
+        )
+
     def _time(self, subject: Subject, records: dict[str, dict], cells: dict[str, CellProcess]) -> None:
         passes = {name: list(records[name]["first_pass"]) for name in cells}
         once = sum(sum(records[name]["first_pass"].values()) for name in cells)
-        rounds = self.options.rounds
-        if rounds is None:
-            wanted = int(min(max(ROUND_SECONDS / max(once, 1e-9), ROUNDS[0]), ROUNDS[1]))
-            rounds = max(0, min(wanted, int(self.clock.left / max(once, 1e-9)) - 1)) if self.clock.budget else wanted
+        rounds = self._rounds(max(once, 1e-9)) if self.options.rounds is None else self.options.rounds
         times: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in passes[name]} for name in cells}
         for number in range(rounds + 1 if rounds else 0):  # the first is discarded, as that after measured memory
             self.on_round(f"{subject.label}: round {number} of {rounds}" if number else f"{subject.label}: settling")

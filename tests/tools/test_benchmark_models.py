@@ -241,6 +241,15 @@ class TestRunner:
         (entry, _) = run(Subject("module", "pam", 97, 97), budget=1.0)
         assert entry["status"] == "skipped" and entry["reason"].startswith("over the time budget: about 4 s")
 
+    @pytest.mark.parametrize(("budget", "rounds"), [(None, [3, 3, 3]), (100.0, [1, 3, 3]), (60.0, [0, 1, 3])])
+    def test_a_subject_leaves_time_for_those_that_follow(self, budget, rounds, fake_cells, monkeypatch):
+        """Passes of 8 s in all, of a clock that stands still."""
+        cost = dict.fromkeys(PASSES, Cost(10**9, 2**20))
+        monkeypatch.setattr(subjects, "predicted", lambda subject, rival: cost)
+        monkeypatch.setattr(network_run.Clock, "left", property(lambda clock: clock.budget or math.inf))
+        records = run(small("pam"), small("rcca"), small("non_local"), rounds=None, budget=budget)
+        assert [entry["rounds"] for entry in records if entry["rival"] == "fused"] == rounds
+
     def test_wrong_results_stop_the_run(self, fake_cells, monkeypatch):
         fake_cells.errors["fused"] = 1e-3
         with pytest.raises(WrongResult, match="the output of pam is wrong: relative error 0.001"):
