@@ -27,7 +27,7 @@ SMALL_ERROR = 1e-6  # of float64 gradients, through fifty layers and batch norms
 GUESS = 60e9  # FLOP/s before anything is measured
 ROUND_SECONDS = 6.0  # for the rounds of a subject, with at least three
 ROUNDS = (3, 9)
-BEFORE_ROUNDS = 3  # times that a subject's passes take before its rounds: checks, first passes, the discarded round
+BEFORE_ROUNDS = 2  # times that a subject's passes take before its rounds: checks and first passes
 
 
 @dataclass(frozen=True)
@@ -200,15 +200,13 @@ class Runner:
         return {"blocks": found["blocks"], "small_float64": {"output": found["small"]["output"], "worst": error}}
 
     def _rounds(self, once: float) -> int:
-        """Rounds of a subject whose passes take ``once`` seconds. The subjects that follow keep their checks, first
-        passes and as many rounds; the rest of the time is this one's where they can have ``ROUNDS[0]``."""
+        """Rounds of a subject whose passes take ``once`` seconds, as far as the subjects that follow keep the time for
+        their checks and first passes."""
         wanted = int(min(max(ROUND_SECONDS / once, ROUNDS[0]), ROUNDS[1]))
         if self.clock.budget is None:
             return wanted
-        left, later = self.clock.left - once, self._later_seconds()  # the first round is discarded
-        shared = (left - BEFORE_ROUNDS * later) / (once + later)
-        alone = (left - (BEFORE_ROUNDS + ROUNDS[0]) * later) / once
-        return max(0, min(wanted, int(max(shared, alone))))
+        left = self.clock.left - BEFORE_ROUNDS * self._later_seconds()
+        return max(0, min(wanted, int(left / once) - 1))  # the first round is discarded
 
     def _later_seconds(self) -> float:
         """Of one pass of each kind of all that follows."""
