@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from . import plots, rivals
+from . import drawing, rivals
 
 SIGNS = dict(zip("os^Dv<>PXp*h", "●■▲◆▼◀▶✚✖⬟★⬢", strict=True))  # of matplotlib's markers
 _NUMBER = re.compile(r"^[<~]?-?[0-9.]+(e-?[0-9]+)?( |%|$)")
@@ -68,7 +68,7 @@ class Section:
 def legend(names: Iterable[str]) -> list[tuple[str, str, str]]:
     present = set(names)
     return [
-        (rivals.TITLES[name], plots.COLOURS[name], SIGNS[plots.MARKERS[name]])
+        (rivals.TITLES[name], drawing.COLOURS[name], SIGNS[drawing.MARKERS[name]])
         for name in rivals.TITLES
         if name in present
     ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from . import command_line, plots, report, rivals, statistics
+from . import command_line, drawing, plots, report, rivals, roofline, statistics
+from .ceilings import flop_ceiling
 from .page_blocks import Figures, Section, Table, legend
 from .report import groups, size_of, title
 
@@ -133,7 +134,7 @@ def _short(content: dict) -> list:
         rows = _ratio_rows(records, kind)
         if rows:
             panel = plots.ratio_panel(rows, f"{KINDS[kind]}: time over that of segattn_ops")
-            figures.append((f"Times of the rivals, {KINDS[kind]}", plots.svg(panel, plots.ratio_height(rows))))
+            figures.append((f"Times of the rivals, {KINDS[kind]}", drawing.svg(panel, plots.ratio_height(rows))))
             names |= {name for _, bars in rows for name, *_ in bars}
     if figures:
         caption = "Right of the line the rival takes longer. Numbers: the factor, and the rival's time."
@@ -174,10 +175,10 @@ def _curves(content: dict) -> list:
         for kind in KINDS:
             if any(entry.get(kind) for entry in entries):
                 panel = plots.time_panel(key, entries, kind, named=False)
-                figures.append((f"{title(*key)}: time of {KINDS[kind]} over size", plots.svg(panel)))
+                figures.append((f"{title(*key)}: time of {KINDS[kind]} over size", drawing.svg(panel)))
         if any(entry.get("memory") and plots.extra_bytes(entry) for entry in entries):
             panel = plots.memory_panel(key, entries, named=False)
-            figures.append((f"{title(*key)}: extra memory over size", plots.svg(panel)))
+            figures.append((f"{title(*key)}: extra memory over size", drawing.svg(panel)))
         used = [entry["rival"] for entry in entries if entry["status"] == "measured"]
         blocks.append(Figures(figures, title(*key), legend=legend(used), command=command_of(content, entries)))
     if blocks:
@@ -198,19 +199,17 @@ def _roofline(content: dict) -> Section:
     figures, rows = [], []
     used: list[dict] = []
     for dtype in dict.fromkeys(entry["dtype"] for entry in records):
-        cells = plots.roofline_cells(records, dtype)
-        if not cells or plots.flop_ceiling(ceilings, dtype) is None:
+        cells = roofline.cells(records, dtype)
+        if not cells or flop_ceiling(ceilings, dtype) is None:
             continue
         used += cells
         shown = [cell for cell in cells if cell["rival"] in ("fused", "eager", "sdpa")]
-        figures.append(
-            (f"Roofline of the ops in {dtype}", plots.svg(plots.roofline_panel(shown, ceilings, dtype), 4.2))
-        )
+        figures.append((f"Roofline of the ops in {dtype}", drawing.svg(roofline.panel(shown, ceilings, dtype), 4.2)))
         for cell in cells:
-            reached, roof = cell["flop"]["forward"] / cell["forward"]["median"], plots.roof(cell, ceilings)
-            limit = "bandwidth" if roof < plots.flop_ceiling(ceilings, dtype) else "product"
+            reached, roof = cell["flop"]["forward"] / cell["forward"]["median"], roofline.roof(cell, ceilings)
+            limit = "bandwidth" if roof < flop_ceiling(ceilings, dtype) else "product"
             names = [cell["op"], size_of(cell), dtype, rivals.TITLES[cell["rival"]]]
-            figures_of = [f"{plots.intensity(cell):.0f}", f"{reached / 1e9:.0f}", f"{roof / 1e9:.0f}", limit]
+            figures_of = [f"{roofline.intensity(cell):.0f}", f"{reached / 1e9:.0f}", f"{roof / 1e9:.0f}", limit]
             rows.append([*names, *figures_of, f"{100 * reached / roof:.0f}%"])
     if not rows:
         return Section(heading, ["No op was measured in a dtype of which the machine's products were."], [])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import command_line, network_run, plots, subject_tables, subjects
+from . import command_line, drawing, network_run, plots, subject_tables, subjects
 from .page_blocks import Figures, Section, Table, legend
 from .report import size_of
 from .subject_tables import PASS_TITLES
@@ -104,7 +104,7 @@ def sections(content: dict) -> list[Section]:
             rows = ratio_rows(kind, cells, which, memory)
             if rows:
                 what = f"{PASS_TITLES[kind][which]}: {'memory' if memory else 'time'} over that of segattn_ops"
-                figures.append((what, plots.svg(plots.ratio_panel(rows, what), plots.ratio_height(rows))))
+                figures.append((what, drawing.svg(plots.ratio_panel(rows, what), plots.ratio_height(rows))))
     measured = {cell["rival"] for cell in cells if cell["status"] == "measured"}
     blocks: list = []
     if figures:

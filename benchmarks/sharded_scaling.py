@@ -14,7 +14,7 @@ from pathlib import Path
 
 from segattn_ops.distributed import plan
 
-from . import command_line, plots
+from . import command_line, drawing
 from .readme_pictures import save
 
 PROG = "python -m benchmarks.sharded_scaling"
@@ -66,7 +66,7 @@ def grown(ranks: int) -> tuple[int, int]:
 def draw() -> None:
     from PIL import Image
 
-    figure, axes = plots.new_figure(len(COSTS), 2, panel=(3.5, 3.3))
+    figure, axes = drawing.new_figure(len(COSTS), 2, panel=(3.5, 3.3))
     rows = (
         (f"one map of {STRONG[0]} x {STRONG[1]} positions", lambda ranks: STRONG),
         (f"{WEAK[0]} x {WEAK[1]} positions a rank", grown),
@@ -107,7 +107,7 @@ def draw() -> None:
         f"Attention of a sharded map, by formula: C = {CHANNELS}, E = {KEY_CHANNELS}, {DTYPE}, H100, {rate:g} GB/s"
     )
     with tempfile.TemporaryDirectory() as folder:
-        save(Image.open(plots.finish(figure, axes, Path(folder) / PICTURE.name, heading)), PICTURE, WIDTH)
+        save(Image.open(drawing.finish(figure, axes, Path(folder) / PICTURE.name, heading)), PICTURE, WIDTH)
 
 
 def _run() -> int:

@@ -10,6 +10,7 @@ import pytest
 from benchmarks import (
     ceilings,
     command_line,
+    drawing,
     page,
     page_blocks,
     page_ops,
@@ -17,6 +18,7 @@ from benchmarks import (
     plots,
     report,
     rivals,
+    roofline,
     run,
     scaling,
     statistics,
@@ -246,15 +248,15 @@ class TestVerdicts:
 
 class TestPlots:
     def test_every_rival_has_its_own_style(self):
-        assert set(plots.COLOURS) == set(plots.MARKERS) == set(rivals.TITLES)
-        styles = [(plots.COLOURS[name], plots.MARKERS[name]) for name in rivals.TITLES]
+        assert set(drawing.COLOURS) == set(drawing.MARKERS) == set(rivals.TITLES)
+        styles = [(drawing.COLOURS[name], drawing.MARKERS[name]) for name in rivals.TITLES]
         assert len(set(styles)) == len(styles)
-        assert set(plots.MARKERS.values()) <= set(page_blocks.SIGNS)
+        assert set(drawing.MARKERS.values()) <= set(page_blocks.SIGNS)
 
     def test_an_svg_takes_the_colours_of_the_page(self):
         entries = [entry for entry in ops_content()["cells"] if entry["op"] == "position"]
-        drawn = plots.svg(plots.memory_panel(("position", "float32", 1), entries))
-        assert plots.INK not in drawn and plots.FAINT not in drawn
+        drawn = drawing.svg(plots.memory_panel(("position", "float32", 1), entries))
+        assert drawing.INK not in drawn and drawing.FAINT not in drawn
         assert "currentColor" in drawn and "var(--faint)" in drawn
         assert all(f"{card} GB" in drawn for card in plots.CARDS)
         width = re.match(r"<svg[^>]*>", drawn)[0]
@@ -262,7 +264,7 @@ class TestPlots:
 
     def test_the_end_of_each_line_has_its_number(self):
         entries = [entry for entry in ops_content()["cells"] if entry["op"] == "channel"]
-        drawn = plots.svg(plots.time_panel(("channel", "float32", 1), entries, "forward"))
+        drawn = drawing.svg(plots.time_panel(("channel", "float32", 1), entries, "forward"))
         for rival in ("fused", "eager"):
             last = [entry for entry in entries if entry["rival"] == rival][-1]
             assert f">{last['forward']['median'] * 1e3:.0f}</text>" in drawn
@@ -282,20 +284,20 @@ class TestPlots:
         records = ops_content(ops)["cells"]
         for draw in (plots.draw_time, plots.draw_memory):
             path = draw(records, tmp_path / "picture.png")
-            assert Image.open(path).width <= 2 * plots.PANEL[0] * 150 + 1
+            assert Image.open(path).width <= 2 * drawing.PANEL[0] * 150 + 1
         assert plots.draw_time([], tmp_path / "none.png") is None
 
     def test_roof(self):
         entry = cell("position", 97, 97, "fused", 1.0)
-        assert plots.roof(entry, CEILINGS) == 3e11  # thousands of FLOP a byte
+        assert roofline.roof(entry, CEILINGS) == 3e11  # thousands of FLOP a byte
         slow = CEILINGS | {"copy_bytes_per_second": 1e6}
-        assert plots.roof(entry, slow) == pytest.approx(1e6 * plots.intensity(entry))
-        assert plots.roof(entry | {"dtype": "bfloat16"}, CEILINGS) is None
+        assert roofline.roof(entry, slow) == pytest.approx(1e6 * roofline.intensity(entry))
+        assert roofline.roof(entry | {"dtype": "bfloat16"}, CEILINGS) is None
         without = page_ops.sections({key: value for key, value in ops_content().items() if key != "ceilings"})
         assert any("did not measure" in " ".join(section.lead) for section in without)
 
     def test_roofline_cells_are_the_largest_that_both_ran(self):
-        chosen = plots.roofline_cells(ops_content()["cells"], "float32")
+        chosen = roofline.cells(ops_content()["cells"], "float32")
         sizes = {entry["op"]: report.size_of(entry) for entry in chosen if entry["rival"] == "fused"}
         assert sizes == {"position": "97x97", "channel": "128x256", "criss_cross": "128x256"}
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import features, measure, ops, plots, report, rivals, run, schedule, validate, workloads
+from benchmarks import drawing, features, measure, ops, plots, report, rivals, run, schedule, validate, workloads
 from benchmarks.cell import CellSpec, save_inputs
 from benchmarks.processes import CellFailed, CellProcess
 from benchmarks.workloads import Workload
@@ -426,7 +426,7 @@ def test_every_time_axis_has_numbers_to_read(ends, tmp_path, monkeypatch):
         for rival, milliseconds in zip(("fused", "eager"), ends, strict=True)
     ]
     figures = []
-    monkeypatch.setattr(plots, "finish", lambda figure, *_: figures.append(figure))
+    monkeypatch.setattr(drawing, "finish", lambda figure, *_: figures.append(figure))
     plots.draw_time(cells, tmp_path / "time.png")
     (figure,) = figures
     figure.canvas.draw()
