@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 
 import segattn_ops
-from examples import draw_attention
 from tools.compilers import files
 
 from . import ceilings, command_line, features, measure, page, plots, report, rivals, workloads
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
 PROG = "python -m benchmarks ops"
 SUMMARY = "each attention on the features of a photograph: time, peak memory, attention maps, against the alternatives"
-WRITTEN = ("report.json", "report.md", "report.html", "time.png", "memory.png", *draw_attention.NAMES)
 DEFAULT_RIVALS = "fused,eager,sdpa,compile,eager_onednn,mmcv,onnxruntime,onnx_attention"
 SIZES = "32x32,64x64,97x97,128x128,128x256"
 
@@ -145,6 +143,8 @@ def check(arguments: argparse.Namespace, planned: list[Workload]) -> None:
 
 def _keep_earlier(folder: Path) -> None:
     """Moves the report that is in the folder into a subfolder named by its date."""
+    from examples import draw_attention  # here: it needs scikit-image and torchvision, which --help does not
+
     if not (folder / "report.json").exists():
         return
     written = datetime.datetime.fromtimestamp((folder / "report.json").stat().st_mtime)
@@ -154,7 +154,7 @@ def _keep_earlier(folder: Path) -> None:
         number += 1
         kept = f"{name}_{number}"
     (folder / kept).mkdir()
-    for written_file in WRITTEN:
+    for written_file in ("report.json", "report.md", "report.html", "time.png", "memory.png", *draw_attention.NAMES):
         if (folder / written_file).exists():
             (folder / written_file).rename(folder / kept / written_file)
     print(f"The earlier report is kept in {folder / kept}/")
@@ -339,6 +339,8 @@ def measured(
 
 def _draw(records: list[dict], arguments: argparse.Namespace) -> dict:
     """The report's pictures, and the captions of those of the attention."""
+    from examples import draw_attention
+
     folder = arguments.output
     paths = [plots.draw_time(records, folder / "time.png"), plots.draw_memory(records, folder / "memory.png")]
     with segattn_ops.use_backend(arguments.backend):

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -80,6 +81,21 @@ def test_the_dispatcher(capsys, monkeypatch):
     assert dispatcher.main(["--sizes", "4x4"]) == (main_job, ["--sizes", "4x4"])
     line = refused(dispatcher.main, ["op"], capsys)
     assert "the subcommand must be one of ops, " in line and "(got 'op'" in line
+
+
+def test_help_needs_no_package_of_the_extra():
+    """What is missing is then named by the command, in a line."""
+    program = (
+        "import sys\n"
+        "for name in ('torchvision', 'skimage', 'scipy', 'matplotlib', 'rich', 'psutil', 'jinja2', 'PIL', 'onnx'):\n"
+        "    sys.modules[name] = None\n"
+        "from benchmarks.__main__ import main\n"
+        "main(['--help'])\n"
+        "sys.exit(main([]))\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert "ops " in ran.stdout, ran.stderr
+    assert ran.returncode == 2 and "pip install 'segattn_ops[bench]'" in ran.stderr.splitlines()[-1]
 
 
 def test_names_and_sizes_are_taken_once():
