@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -111,14 +112,16 @@ class WrittenFusion(_Stages):
     """ANN's AFNB around its stages."""
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
-        return self.conv_bn_dropout(torch.cat([sum(stage(low, high) for stage in self.stages), high], dim=1))
+        context = (stage(low, high) for stage in self.stages)
+        return self.conv_bn_dropout(torch.cat([reduce(torch.add, context), high], dim=1))
 
 
 class WrittenPyramid(_Stages):
     """ANN's APNB around its stages."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv_bn_dropout(torch.cat([sum(stage(x) for stage in self.stages), x], dim=1))
+        context = (stage(x) for stage in self.stages)
+        return self.conv_bn_dropout(torch.cat([reduce(torch.add, context), x], dim=1))
 
 
 WRITTEN: dict[type[torch_nn.Module], type[_Written]] = {

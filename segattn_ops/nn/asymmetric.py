@@ -1,6 +1,7 @@
 """Asymmetric non-local blocks of ANN: every position attends to pyramid-pooled keys."""
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import torch
@@ -126,6 +127,12 @@ def _stages(name: str, sizes: Sequence[int]) -> int:
     return len(sizes)
 
 
+def _sum_of(stages: nn.ModuleList, low: Tensor, high: Tensor) -> Tensor:
+    """Without the copy that the 0 of Python's ``sum`` makes of a single stage's result."""
+    total: Tensor = reduce(torch.add, (stage(low, high) for stage in stages))
+    return total
+
+
 class APNB(Unscripted):
     r"""ANN's asymmetric pyramid non-local block: ``conv_bn_dropout(cat[sum of stages(x), x])``.
 
@@ -186,8 +193,7 @@ class APNB(Unscripted):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, in_channels, H, W) -> (B, out_channels, H, W)."""
         feature_map("APNB", "input", x, self.in_channels)
-        context = sum(stage(x, x) for stage in self.stages)
-        y: Tensor = self.conv_bn_dropout(torch.cat([context, x], dim=1))
+        y: Tensor = self.conv_bn_dropout(torch.cat([_sum_of(self.stages, x, x), x], dim=1))
         return y
 
     if TYPE_CHECKING:
@@ -257,8 +263,7 @@ class AFNB(Unscripted):
         feature_map("AFNB", "high", high, self.high_channels)
         if not is_recorded(low, high) and low.shape[0] != high.shape[0]:
             raise ValueError(f"AFNB: low must have batch size {high.shape[0]} like high (got {low.shape[0]})")
-        context = sum(stage(low, high) for stage in self.stages)
-        y: Tensor = self.conv_bn_dropout(torch.cat([context, high], dim=1))
+        y: Tensor = self.conv_bn_dropout(torch.cat([_sum_of(self.stages, low, high), high], dim=1))
         return y
 
     if TYPE_CHECKING:
