@@ -14,7 +14,7 @@ from pathlib import Path
 from .. import command_line, rivals, workloads
 from ..ceilings import flop_ceiling
 from ..command_line import Refused
-from ..plots import COLOURS, MARKERS, finish
+from ..drawing import COLOURS, MARKERS, finish
 from ..report import size_of
 from ..workloads import Workload
 from . import state
