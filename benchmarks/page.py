@@ -80,12 +80,13 @@ def _measured(content: dict) -> str:
 
 
 def _pictures(contents: Files) -> list[Section]:
-    """The attention pictures beside the JSON files."""
+    """The attention pictures beside the JSON files, those with captions first, in their order."""
     found = {}
     for path, content in contents:
-        for picture in sorted(path.parent.glob("attention*.png")):
-            caption = content.get("captions", {}).get(picture.name)
-            found[picture.resolve()] = caption or picture.stem
+        captions = content.get("captions", {})
+        present = {picture.name for picture in path.parent.glob("attention*.png")}
+        for name in [*(name for name in captions if name in present), *sorted(present - captions.keys())]:
+            found[(path.parent / name).resolve()] = captions.get(name, Path(name).stem)
     if not found:
         return []
     return [Section("Attention", [], [Picture(_inlined(path), caption) for path, caption in found.items()])]

@@ -143,6 +143,17 @@ class TestPage:
         anchors = [value[1:] for value in reader.references if value.startswith("#")]
         assert set(anchors) <= set(reader.ids)
 
+    def test_pictures_are_in_the_order_of_their_captions(self, tmp_path):
+        from PIL import Image
+
+        content = ops_content() | {"captions": {"attention_b.png": "First.", "attention_a.png": "Second."}}
+        (tmp_path / "report.json").write_text(json.dumps(content))
+        for name in ("attention.png", "attention_a.png", "attention_b.png"):
+            Image.new("RGB", (20, 30), "white").save(tmp_path / name)
+        assert main(["report", str(tmp_path / "report.json")]) == 0
+        text = (tmp_path / "report.html").read_text()
+        assert text.index("First.") < text.index("Second.") < text.index(">attention<")
+
     def test_text_of_a_file_is_escaped(self, text):
         assert "A processor &lt;4 GHz&gt;" in text
         assert "<4 GHz>" not in text
