@@ -128,7 +128,7 @@ def check(arguments: argparse.Namespace, planned: list[Workload]) -> None:
         )
     if not any(rivals.applicable(arguments.rivals, workload) for workload in planned):
         raise Refused(f"none of the rivals {', '.join(arguments.rivals)} computes {', '.join(arguments.ops)}")
-    command_line.require("rich", "matplotlib", "PIL", "torchvision", "skimage", "jinja2")
+    command_line.require("rich", "matplotlib", "PIL", "torchvision", "skimage", "jinja2", "safetensors")
     height, width = (max(size[axis] for size in arguments.sizes) for axis in (0, 1))
     operands = max(planned, key=Workload.operand_bytes)
     available = measure.available_bytes()
