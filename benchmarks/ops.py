@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 PROG = "python -m benchmarks ops"
-SUMMARY = "each attention on the features of a photograph: time, peak memory, attention maps, against the alternatives"
+SUMMARY = "each attention on the features of a photograph: time and peak memory against the alternatives"
 DEFAULT_RIVALS = "fused,eager,sdpa,compile,eager_onednn,mmcv,onnxruntime,onnx_attention"
 SIZES = "32x32,64x64,97x97,128x128,128x256"
 
@@ -46,8 +46,8 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     p = command_line.Parser(
         prog=prog,
         description="Runs the attention of DANet, CCNet and Non-local on the features of a photograph, fused "
-        "(segattn_ops) against eager PyTorch, scaled_dot_product_attention and torch.compile: time, peak memory, "
-        "attention maps. Writes report.json, report.md and pictures into the output folder.",
+        "(segattn_ops) against eager PyTorch, scaled_dot_product_attention and torch.compile: time and peak memory. "
+        "Draws the attention of small trained networks. Writes report.json, .md, .html and pictures into a folder.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("--sizes", type=_sizes, default=SIZES, help="feature-map sizes HxW, comma-separated")

@@ -1,7 +1,7 @@
 import os
 
 # Before torch loads OpenMP. Each of two pytest-xdist workers has two threads on two cores: a thread that spins while it
-# waits takes a core from the other worker. Five files of tests/ops took 170 s, and take 83 s so.
+# waits takes a core from the other worker. Five files of the ops' tests took 170 s, and take 83 s so.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest

@@ -250,6 +250,14 @@ def test_pictures_of_attention(checkpoint, options, attention, capsys, folder, t
     assert "exists: --force overwrites it" in refused([*arguments, "--output", output], capsys)
 
 
+@pytest.mark.parametrize("name", ["danet", "ccnet"])
+def test_the_networks_of_the_examples(name, capsys, folder, tmp_path):
+    """As docs/command_line.md calls it."""
+    arguments = ["visualize", folder / "picture.png", "--network", f"examples.shapes:{name}", "--points", "0.4,0.55"]
+    printed = ran([*arguments, "--output", tmp_path / "attention.png"], capsys)
+    assert f"of examples.shapes:{name}" in printed and (tmp_path / "attention.png").exists()
+
+
 @pytest.mark.parametrize("weights", [[], ["--checkpoint", WEIGHTS / "ccnet.safetensors"]])
 def test_a_network_of_ones_own(weights, capsys, folder, tmp_path, monkeypatch):
     """Found in the current folder, and with the weights of the checkpoint in the place of its own."""
