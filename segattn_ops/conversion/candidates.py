@@ -141,10 +141,11 @@ def _dims(conv: Conv) -> int:
     return next(n for n, kind in enumerate(_CONVS, start=1) if isinstance(conv, kind))
 
 
-def _scales(view: View, key_channels: int, channels: int) -> list[tuple[str, float]]:
-    """Scales of the energies in use, with a label, the published 1 first."""
+def _scales(view: View, key_channels: int, channels: int, published: float = 1.0) -> list[tuple[str, float]]:
+    """Scales of the energies in use, the published one first, without a label."""
     usual = [
-        ("", 1.0),
+        ("", published),
+        ("1", 1.0),
         ("key_channels ** -0.5", key_channels**-0.5),
         ("channels ** -0.5", channels**-0.5),
         ("1 / key_channels", 1 / key_channels),
@@ -265,8 +266,6 @@ def _asymmetric(view: View) -> list[Candidate]:
     if view.parametrised() == {"f_key", "f_query", "f_value", "W"} and isinstance(view.get("psp"), nn.Module):
         names = {"query": "f_query", "key": "f_key", "value": "f_value", "pool": "psp", "out": "W"}
         options: dict[str, Any] = {"query_first": False}
-        if view.get("scale", 1) != 1:
-            return []
     elif all(hasattr(view.module, name) for name in ("key_downsample", "matmul_norm")) and view.get("gamma") is None:
         if view.get("query_downsample") is not None or _overrides_forward(view.module, "SelfAttentionBlock"):
             return []
@@ -281,13 +280,20 @@ def _asymmetric(view: View) -> list[Candidate]:
     query, key = view.pointwise(names["query"]), view.pointwise(names["key"])
     if query is None or key is None:
         return []
-    options.setdefault("scale", key.out_channels**-0.5)
+    scales = (
+        [("", options.pop("scale"))]
+        if "scale" in options
+        else _scales(view, key.out_channels, key.in_channels, key.out_channels**-0.5)
+    )
     low, high = key.in_channels, query.in_channels
     channels: tuple[int, ...] = (high, low) if options["query_first"] else (low, high)
     if not options["query_first"] and view.get("f_query") is view.get("f_key"):
         channels = (low,)
     names = {role: view.own(name) for role, name in names.items()}
-    return [Candidate(FusedAsymmetricAttention, names, channels, options)]
+    return [
+        Candidate(FusedAsymmetricAttention, names, channels, options | {"scale": scale}, label=label)
+        for label, scale in scales
+    ]
 
 
 def _overrides_forward(module: nn.Module, base: str) -> bool:

@@ -192,7 +192,8 @@ def _consider(
         finding = Finding(possible[0], permissive(module, possible[0]), f"not compared: it does not run here ({error})")
     except Differs as error:
         kind = possible[0].kind.fused_kind
-        return Entry(name, class_name, "left", detail=f"its layers are those of a {kind}, but {error}"), None
+        article = "an" if kind[0] in "aeiou" else "a"
+        return Entry(name, class_name, "left", detail=f"its layers are those of {article} {kind}, but {error}"), None
     action = "would convert" if dry_run else "converted"
     kind = finding.candidate.kind.fused_kind
     if finding.candidate.label:

@@ -13,7 +13,7 @@ import segattn_ops
 from segattn_ops import visualize
 from segattn_ops.conversion.block import FusedBlock
 
-from ..peers import blocks
+from ..peers import ann, blocks, randomise
 from . import convert_blocks as forks
 
 
@@ -222,6 +222,41 @@ def test_scaled_variant_is_converted_with_the_scale_that_fits(scale: float) -> N
     x = 3 * torch.randn(2, 12, 5, 4)
     torch.testing.assert_close(block(x), original(x), rtol=1e-4, atol=1e-5)
     assert list(block.state_dict()) == list(original.state_dict())
+
+
+class AnnStage(ann.SelfAttentionBlock2D):
+    """A stage of ANN under a class name of its own, whose energies have any factor."""
+
+    def __init__(self, factor: float, scale: float | None = None):
+        super().__init__(8, 8, 4, 6, 8, shared=False)
+        self.scale = factor if scale is None else scale
+        self.key_channels = factor**-2  # the forward multiplies the energies by key_channels ** -0.5
+
+
+@pytest.mark.parametrize(
+    ("factor", "label"),
+    [(4**-0.5, ""), (1.0, ", energies times 1 = 1"), (0.3, ", energies times its scale = 0.3")],
+)
+def test_ann_stage_is_converted_with_the_scale_that_fits(factor: float, label: str) -> None:
+    original = randomise(AnnStage(factor))
+    report, block = convert(original)
+    assert f"-> asymmetric attention{label} (" in str(report)
+    x = torch.randn(1, 8, 12, 10)
+    torch.testing.assert_close(block(x), original(x), rtol=1e-4, atol=1e-5)
+
+
+def test_ann_stage_with_a_pooling_factor_is_reported() -> None:
+    class Pooled(AnnStage):
+        """The authors' stage with scale > 1: attention at a lower resolution."""
+
+        def forward(self, low, high=None):
+            size = low.shape[2:]
+            low = tnn.functional.max_pool2d(low, self.scale, ceil_mode=True)
+            return tnn.functional.interpolate(super().forward(low), size, mode="bilinear", align_corners=True)
+
+    report, block = convert(randomise(Pooled(0.5, scale=2)))
+    assert report.converted == [] and type(block) is Pooled
+    assert "its layers are those of an asymmetric attention, but its result differs by" in report.left["0"]
 
 
 def test_small_weights_and_a_zero_gamma_hide_nothing() -> None:
