@@ -10,6 +10,7 @@ import torch
 from . import backends
 from .emulated import emulator, register_backend, traced, without_wgmma  # noqa: F401
 from .emulator.fixtures import emulated_library, variant  # noqa: F401
+from .lost_context import pytest_runtest_makereport  # noqa: F401
 
 
 def _parameters(names: list[str]) -> list:

@@ -12,7 +12,8 @@ from .state import Clock, State, combined
 from .steps import run_steps, shorten
 
 PROCESSES = 6  # each holds a CUDA context
-
+TEST_SECONDS = 60  # a test that takes longer hangs
+RESTARTS = 60  # of processes, which end with a test that hangs or loses the CUDA context
 
 BY_MMA = "cuda, position by mma.sync"
 
@@ -29,8 +30,11 @@ def run(state: State, clock: Clock, selection: Selection, device: str) -> bool |
         report.unlink(missing_ok=True)  # an interrupted run must not leave an earlier run's report
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
     command += ["-m", "cuda", f"--junitxml={report}", "--continue-on-collection-errors"]
+    command += ["-W", "default"]  # a warning of this machine's torch is listed, but fails no test
     if importlib.util.find_spec("xdist"):
-        command += ["-n", str(PROCESSES), "--dist", "worksteal"]
+        command += ["-n", str(PROCESSES), "--dist", "worksteal", f"--max-worker-restart={RESTARTS}"]
+        # Ends the process, from a thread that needs no Python: the main one waits for the device.
+        command += ["-o", f"faulthandler_timeout={TEST_SECONDS}", "-o", "faulthandler_exit_on_timeout=true"]
     environment = {"SEGATTN_TEST_BACKENDS": "cuda"}
     verdict = run_steps(state, "tests", {"cuda": command}, clock, environment)
     step = state.pieces.get("tests", {}).get("cuda")

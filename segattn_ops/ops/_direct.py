@@ -12,7 +12,18 @@ import torch
 from torch import Tensor
 from torch._C import _any_requires_grad, _AutoDispatchBelowAutograd
 
+from .._out_of_memory import out_of_memory
 from .._transforms import under_transform
+
+
+def _below_autograd(overload: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        with _AutoDispatchBelowAutograd():
+            return overload(*arguments)
+    except RuntimeError as error:
+        if (replacement := out_of_memory(error)) is not None:
+            raise replacement from error
+        raise
 
 
 def direct_forward(
@@ -30,8 +41,7 @@ def direct_forward(
     """
 
     def forward(ctx: Any, *arguments: Any) -> Any:
-        with _AutoDispatchBelowAutograd():
-            results = overload(*arguments)
+        results = _below_autograd(overload, *arguments)
         setup_context(ctx, arguments, results)
         return results
 
@@ -42,8 +52,7 @@ def direct_forward(
     def call(*arguments: Any) -> Any:
         if torch.is_grad_enabled() and _any_requires_grad(*arguments):
             return function.apply(*arguments)
-        with _AutoDispatchBelowAutograd():
-            return overload(*arguments)
+        return _below_autograd(overload, *arguments)
 
     return call
 
@@ -55,9 +64,9 @@ def direct_backward(overload: Callable[..., Any], twin: Callable[..., Any]) -> C
     def call(*arguments: Any) -> Any:
         if under_transform():
             return twin(*arguments)
-        if torch.is_grad_enabled() and _any_requires_grad(*arguments):
+        # Dynamo of torch 2.11 cannot trace the dispatcher's guard, which compiled autograd would meet here.
+        if torch.compiler.is_dynamo_compiling() or (torch.is_grad_enabled() and _any_requires_grad(*arguments)):
             return overload(*arguments)
-        with _AutoDispatchBelowAutograd():
-            return overload(*arguments)
+        return _below_autograd(overload, *arguments)
 
     return call

@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import segattn_ops
+from segattn_ops._out_of_memory import out_of_memory
 from segattn_ops.ops import OPERATORS
+from segattn_ops.ops._direct import direct_backward, direct_forward
 from tools.compilers import ROOT
 
 from ..families import FAMILIES
@@ -48,6 +51,51 @@ def test_every_allocation_fails_in_turn(kernels, record_property, tmp_path):
         pytest.skip("fails host memory only")
     step = {"cpu": 1, "emulated": 5}[kernels.name]
     check_allocations(record_property, tmp_path, kernels.name, "float32", SAMPLE[kernels.name], step=step)
+
+
+@pytest.mark.parametrize("operator", ["position_attention", "criss_cross_attention"])
+@pytest.mark.parametrize("needs_gradient", [False, True])
+def test_a_result_larger_than_the_memory(kernels, operator, needs_gradient):
+    """16 TiB. On a GPU the error is that of torch's ops, for callers that try a smaller batch."""
+    query = torch.zeros(1, 1, 1, 1, device=kernels.device).expand(1, 4, 1, 1 << 12).requires_grad_(needs_gradient)
+    value = torch.zeros(1, 1, 1, 1, device=kernels.device).expand(1, 1 << 30, 1, 1 << 12)
+    error, device = (torch.OutOfMemoryError, "cuda:0") if kernels.device == "cuda" else (RuntimeError, "the CPU")
+    message = rf"^segattn_ops: cannot allocate 16777216.0 MiB, shape \(1, 1073741824, 1, 4096\), on {device}: "
+    with pytest.raises(RuntimeError, match=message) as raised:
+        getattr(segattn_ops, operator)(query, query, value)
+    assert type(raised.value) is error
+
+
+def test_only_a_failed_allocation_on_a_gpu_is_out_of_memory():
+    text = "segattn_ops: cannot allocate 96.0 MiB, shape (2, 512, 97, 97), on {}: CUDA out of memory."
+    replacement = out_of_memory(RuntimeError(text.format("cuda:1")))
+    assert type(replacement) is torch.OutOfMemoryError and str(replacement) == text.format("cuda:1")
+    for other in (text.format("the CPU"), "position_attention: query must have 3 dimensions", "CUDA out of memory."):
+        assert out_of_memory(RuntimeError(other)) is None
+
+
+def test_out_of_memory_in_the_direct_call_and_its_backward():
+    """As where the operator raises what a GPU's does."""
+    message = "segattn_ops: cannot allocate 96.0 MiB, shape (2, 512, 97, 97), on cuda:0: CUDA out of memory."
+
+    def forward(x):
+        if x.numel() == 0:
+            raise RuntimeError(message)
+        return x.clone()
+
+    def backward(gradient):
+        raise RuntimeError(message)
+
+    forward.__name__ = backward.__name__ = "operator.default"
+    differentiate = direct_backward(backward, twin=backward)
+    call = direct_forward(forward, lambda ctx, inputs, output: None, lambda ctx, gradient: differentiate(gradient))
+    for failing in (
+        lambda: call(torch.zeros(0)),
+        lambda: call(torch.zeros(0, requires_grad=True)),
+        lambda: call(torch.zeros(1, requires_grad=True)).sum().backward(),
+    ):
+        with pytest.raises(torch.OutOfMemoryError, match="on cuda:0: CUDA out of memory."):
+            failing()
 
 
 def run_script(script: str, seconds: float = 120, **environment: str) -> subprocess.CompletedProcess:

@@ -17,7 +17,7 @@ namespace segattn::cpu {
 // The stable `contiguous` and `new_empty` look an operator up by its name and dispatch it: 0.3 and 0.7 us a call.
 inline void make_contiguous(Tensor& tensor) {
   if (!tensor.is_contiguous()) {
-    tensor = torch::stable::contiguous(tensor);
+    tensor = as_contiguous(tensor);
   }
 }
 
@@ -57,11 +57,13 @@ inline Tensor new_tensor(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarT
     strides[d] = stride;
     stride *= std::max<std::int64_t>(sizes[d], 1);
   }
-  AtenTensorHandle handle;
-  SEGATTN_CHECK_TORCH(aoti_torch_empty_strided(
-      static_cast<std::int64_t>(sizes.size()), sizes.data(), strides.data(), static_cast<std::int32_t>(dtype),
-      aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  return allocating(sizes, dtype, -1, [&] {
+    AtenTensorHandle handle;
+    SEGATTN_CHECK_TORCH(aoti_torch_empty_strided(
+        static_cast<std::int64_t>(sizes.size()), sizes.data(), strides.data(), static_cast<std::int32_t>(dtype),
+        aoti_torch_device_type_cpu(), 0, &handle));
+    return Tensor(handle);
+  });
 }
 
 inline Tensor new_like(const Tensor& tensor) {

@@ -41,7 +41,7 @@ Tensor transposed(const Tensor& matrix) {
 
 // (B, channels, *spatial) as (B, channels, positions); copied if not contiguous.
 Tensor matrices(const Tensor& tensor) {
-  return torch::stable::view(torch::stable::contiguous(tensor), {tensor.size(0), tensor.size(1), positions_of(tensor)});
+  return torch::stable::view(as_contiguous(tensor), {tensor.size(0), tensor.size(1), positions_of(tensor)});
 }
 
 constexpr const char* kCountRule = "must be fewer than 2^31";
@@ -162,7 +162,7 @@ Tensor sum_of_products(const LaunchContext& context, const Tensor& left, const T
 
 // matrix (B, C, K) as products of one split.
 Tensor as_products(const Tensor& matrix) {
-  return torch::stable::view(torch::stable::contiguous(matrix), {1, matrix.size(0), matrix.size(1), matrix.size(2)});
+  return torch::stable::view(as_contiguous(matrix), {1, matrix.size(0), matrix.size(1), matrix.size(2)});
 }
 
 // products (splits, B, C, K) -> weights (B, C, K), times gamma (B, C) if given. Writes logsumexp (B, C).
@@ -283,7 +283,7 @@ Pair apply(
   if (sizes.value_positions > 0) {
     multiply_into(output, weights, value);
     if (gamma.has_value() && !residual_in_weights(context)) {
-      add(context, output, torch::stable::contiguous(value));
+      add(context, output, as_contiguous(value));
     }
   }
   return {output, logsumexp};
@@ -299,7 +299,7 @@ Pair channel_self_attention(const Tensor& input, double scale, const std::option
   const ChannelSizes sizes = check_channel_self_attention(input, scale, gamma);
   const LaunchContext context("channel_self_attention", input);
   const auto energies = [&] { return products(context, input, input, Symmetry::kSymmetric); };
-  return apply(context, energies, input, sizes, scale, contiguous(gamma));
+  return apply(context, energies, input, sizes, scale, as_contiguous(gamma));
 }
 
 Tensor channel_energy(const Tensor& query, const std::optional<Tensor>& key) {
@@ -313,7 +313,7 @@ Pair channel_apply(const Tensor& energy, const Tensor& value, double scale, cons
   const ChannelSizes sizes = check_channel_apply(energy, value, scale, gamma);
   const LaunchContext context("channel_apply", value);
   context.count("channels", kCountRule, std::max(sizes.query_channels, sizes.key_channels));
-  return apply(context, [&] { return as_products(energy); }, value, sizes, scale, contiguous(gamma));
+  return apply(context, [&] { return as_products(energy); }, value, sizes, scale, as_contiguous(gamma));
 }
 
 Triple channel_attention_backward(
@@ -364,7 +364,7 @@ void multiply_map(const LaunchContext& context, const Tensor& matrix, const Tens
     return;
   }
   const int64_t batch = matrix.size(0), rows = matrix.size(1);
-  const Tensor source = torch::stable::contiguous(matrix);
+  const Tensor source = as_contiguous(matrix);
   const Tensor normalised = allocate(source, {batch, rows, source.size(2)}, context.dtype);
   const Tensor factors = allocate(source, {batch, rows}, ScalarType::Float);
   const NormaliseRowsParams params{
@@ -423,7 +423,7 @@ Triple channel_apply_backward(
     return {allocate_gradient(energy, needs_energy), grad_value, grad_gamma};
   }
   const Tensor energies = as_products(energy);
-  const std::optional<Tensor> factors = contiguous(gamma);
+  const std::optional<Tensor> factors = as_contiguous(gamma);
   Tensor weights, grad_energy;
   if (needs_energy || needs_gamma) {
     grad_energy = sum_of_products(context, grad_output, value, Symmetry::kGeneral);  // of the weights so far
@@ -440,7 +440,7 @@ Triple channel_apply_backward(
   if (needs_value && sizes.value_positions > 0) {
     multiply_into(grad_value, transposed(weights), grad_output);
     if (gamma.has_value() && !residual_in_weights(context)) {
-      add(context, grad_value, torch::stable::contiguous(grad_output));
+      add(context, grad_value, as_contiguous(grad_output));
     }
   }
   return {grad_energy, grad_value, grad_gamma};
@@ -474,7 +474,7 @@ void self_backward_cublas(const SelfBackwardCall& call) {
   bmm(transposed(weights), matrices(call.grad_output), through_values);
   bmm(symmetric, matrices(input), torch::stable::view(call.grad_input, {batch, channels, positions}));
   if (call.gamma.has_value() && !residual_in_weights(context)) {
-    add(context, call.grad_input, through_values, torch::stable::contiguous(call.grad_output));
+    add(context, call.grad_input, through_values, as_contiguous(call.grad_output));
   } else {
     add(context, call.grad_input, through_values);
   }
@@ -520,8 +520,14 @@ Pair channel_self_attention_backward(
       allocate(input, needs_gamma ? gamma_sizes : std::vector<int64_t>{0}, accumulation_dtype(context.dtype));
   if (sizes.batch > 0 && (needs_input || needs_gamma)) {
     const SelfBackwardCall call{
-        context,           grad_output, input,      scale,
-        contiguous(gamma), needs_input, grad_input, needs_gamma ? std::optional(grad_gamma) : std::nullopt};
+        context,
+        grad_output,
+        input,
+        scale,
+        as_contiguous(gamma),
+        needs_input,
+        grad_input,
+        needs_gamma ? std::optional(grad_gamma) : std::nullopt};
     uses_tensor_cores(context) ? self_backward_mma(call) : self_backward_cublas(call);
   }
   return {grad_input, grad_gamma};

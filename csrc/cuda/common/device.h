@@ -48,14 +48,11 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
 }
 #endif
 
-inline int64_t element_bytes(ScalarType dtype) {
-  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float || dtype == ScalarType::Int ? 4 : 2;
-}
-
 // Allocates every result and scratch tensor of the CUDA kernels: contiguous, uninitialised, on like's device, from
 // torch's allocator. The emulator fills it with NaN to expose elements that no kernel writes.
 inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  Tensor result = torch::stable::new_empty(like, sizes, dtype);
+  Tensor result =
+      allocating(sizes, dtype, like.get_device_index(), [&] { return torch::stable::new_empty(like, sizes, dtype); });
 #ifdef SEGATTN_EMULATED
   emulator::poison(result.mutable_data_ptr(), static_cast<size_t>(result.numel() * element_bytes(dtype)));
 #endif

@@ -30,10 +30,6 @@ inline Tensor allocate_feature_map(const Tensor& like, int64_t channels) {
   return allocate(like, sizes, like.scalar_type());
 }
 
-inline std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? std::optional(torch::stable::contiguous(*tensor)) : std::nullopt;
-}
-
 // Null where no tensor is given.
 inline const void* data_of(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
@@ -47,7 +43,7 @@ inline FeatureMap feature_map(const Tensor& tensor) {
     contiguous_positions &= tensor.size(d) == 1 || tensor.stride(d) == expected;
     expected *= tensor.size(d);
   }
-  const Tensor ready = contiguous_positions ? tensor : torch::stable::contiguous(tensor);
+  const Tensor ready = contiguous_positions ? tensor : as_contiguous(tensor);
   return {ready, operand_of(ready), positions_of(ready)};
 }
 

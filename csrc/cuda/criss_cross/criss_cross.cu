@@ -36,7 +36,7 @@ Tensor with_short_strides(const LaunchContext& context, const char* name, const 
   if (positions > kMaxLineStride) {
     fail(context.op, name, " must have fewer than 2^29 positions (got ", positions, ")");
   }
-  return torch::stable::contiguous(tensor);
+  return as_contiguous(tensor);
 }
 
 // tensor (B, channels, H, W) as rows or as columns, with short strides
@@ -421,9 +421,9 @@ Triple criss_cross_attention_backward(
     return {grad_query, grad_key, grad_value};
   }
   // All are read with the same strides.
-  const Tensor logsumexp_value = torch::stable::contiguous(logsumexp);
-  const std::optional<Tensor> logsumexp_error = contiguous(logsumexp_low),
-                              grad_of_logsumexp = contiguous(grad_logsumexp);
+  const Tensor logsumexp_value = as_contiguous(logsumexp);
+  const std::optional<Tensor> logsumexp_error = as_contiguous(logsumexp_low),
+                              grad_of_logsumexp = as_contiguous(grad_logsumexp);
   std::optional<Tensor> delta, grad_sum, mean_key;
   if (needs_query || needs_key) {
     delta = delta_of(
@@ -491,7 +491,7 @@ void clear_without_keys(const Call& call, const Tensor& output, const Tensor& lo
 
 // logsumexp (B, H, W) as the backward kernels take it, contiguous
 Tensor logsumexp_of_weights(const Call& call, const Tensor& given) {
-  const Tensor logsumexp = allocate_like(given), contiguous = torch::stable::contiguous(given);
+  const Tensor logsumexp = allocate_like(given), contiguous = as_contiguous(given);
   with_real(call.context, [&]<class Real>() {
     const LogsumexpParams<Real> params{
         static_cast<const Real*>(contiguous.const_data_ptr()), static_cast<Real*>(logsumexp.mutable_data_ptr()),
@@ -558,7 +558,7 @@ Triple differentiate_part(
     return {grad_query, grad_key, grad_value};
   }
   const Tensor logsumexp_value = logsumexp_of_weights(call, logsumexp);
-  const std::optional<Tensor> logsumexp_error = torch::stable::contiguous(logsumexp_low), given_delta = delta;
+  const std::optional<Tensor> logsumexp_error = as_contiguous(logsumexp_low), given_delta = delta;
   std::optional<Tensor> grad_sum;
   if (needs_query) {
     grad_sum = allocate_like(logsumexp_value);  // which only the correction by mean keys reads

@@ -22,7 +22,7 @@ class KeptKeys {
         keys_(static_cast<int>(sizes.keys)),
         slots_(allocate(key_padding_mask, {sizes.batch, sizes.keys}, ScalarType::Int)),
         counts_(allocate(key_padding_mask, {sizes.batch}, ScalarType::Int)) {
-    const Tensor padding = torch::stable::contiguous(key_padding_mask);
+    const Tensor padding = as_contiguous(key_padding_mask);
     const KeySlotsParams params{
         static_cast<const bool*>(padding.const_data_ptr()), static_cast<int*>(slots_.mutable_data_ptr()),
         static_cast<int*>(counts_.mutable_data_ptr()), keys_};

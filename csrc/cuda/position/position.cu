@@ -210,7 +210,7 @@ void differentiate(
 std::optional<Tensor> low_of(
     const LaunchContext& context, const Tensor& logsumexp, const std::optional<Tensor>& logsumexp_low) {
   if (is_16_bit(context.dtype) || logsumexp_low.has_value()) {
-    return contiguous(logsumexp_low);
+    return as_contiguous(logsumexp_low);
   }
   Tensor zeros = allocate_like(logsumexp);
   torch::stable::zero_(zeros);
@@ -228,8 +228,8 @@ Backward position_attention_backward(
   LaunchContext context("position_attention_backward", query);
   prepare(context, sizes);
   const QueryStatistics statistics{
-      torch::stable::contiguous(logsumexp), low_of(context, logsumexp, logsumexp_low), contiguous(grad_logsumexp),
-      keys_complete, false};
+      as_contiguous(logsumexp), low_of(context, logsumexp, logsumexp_low), as_contiguous(grad_logsumexp), keys_complete,
+      false};
   const auto delta = [&](const BackwardCall& call) {
     const std::optional<FeatureMap> low =
         output_low.has_value() ? std::optional(feature_map(*output_low)) : std::nullopt;
@@ -259,11 +259,10 @@ Backward position_attention_partial_backward(
       allocate_accumulated_gradient(key, needs_input_grad[1]),
       allocate_accumulated_gradient(value, needs_input_grad[2])};
   const QueryStatistics statistics{
-      weight_shift(context, torch::stable::contiguous(logsumexp)), torch::stable::contiguous(logsumexp_low),
-      std::nullopt, false, true};
+      weight_shift(context, as_contiguous(logsumexp)), as_contiguous(logsumexp_low), std::nullopt, false, true};
   differentiate(
       context, sizes, grad_output, query, key, value, scale, key_padding_mask, statistics,
-      [&](const BackwardCall&) { return torch::stable::contiguous(delta); }, needs_input_grad, gradients);
+      [&](const BackwardCall&) { return as_contiguous(delta); }, needs_input_grad, gradients);
   return gradients;
 }
 
