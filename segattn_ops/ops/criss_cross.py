@@ -612,17 +612,21 @@ def _part_backward(
     if grad_output is None and grad_logsumexp is None:
         return (None,) * 4
     query, key, value, output, logsumexp, logsumexp_low = ctx.saved_tensors
-    if grad_output is None:
-        grad_output, delta = torch.zeros_like(value), torch.zeros_like(logsumexp)
+    needs = list(ctx.needs_input_grad[:3])
+    inputs, needed = (query, key, value), needs
+    if grad_output is None:  # as in _backward
+        value = grad_output = value.new_zeros(value[:, :1].shape)
+        delta, needed = torch.zeros_like(logsumexp), [*needs[:2], False]
     else:
         grad_output = grad_output.to(value.dtype)  # delta of the same numbers as the kernels' dP
         delta = (grad_output.to(output.dtype) * output).sum(1)
     if grad_logsumexp is not None:
         delta = delta - grad_logsumexp
-    needs = list(ctx.needs_input_grad[:3])
-    gradients = operator(grad_output, query, key, value, logsumexp, logsumexp_low, delta, ctx.scale, needs)
+    gradients = operator(grad_output, query, key, value, logsumexp, logsumexp_low, delta, ctx.scale, needed)
     gradients = [g.to(query.dtype) for g in gradients]
-    return *wanted(gradients, needs, (query, key, value)), None
+    if needed is not needs and needs[2]:
+        gradients = [*gradients[:2], torch.zeros_like(inputs[2])]
+    return *wanted(gradients, needs, inputs), None
 
 
 def _products(shape: Sequence[int], channels: int) -> int:

@@ -553,20 +553,25 @@ def _backward_partial(
     if grad_output is None and grad_logsumexp is None:
         return (None,) * 5
     query, key, value, output, logsumexp, logsumexp_low, key_padding_mask = ctx.saved_tensors
-    if grad_output is None:
-        rounded, delta = torch.zeros_like(output, dtype=query.dtype), torch.zeros_like(logsumexp)
+    needs = list(ctx.needs_input_grad[:3])
+    inputs, needed = (query, key, value), needs
+    if grad_output is None:  # as in _backward
+        value = key.new_zeros((key.shape[0], 1, *key.shape[2:]))
+        rounded, delta = output.new_zeros(output[:, :1].shape, dtype=query.dtype), torch.zeros_like(logsumexp)
+        needed = [*needs[:2], False]
     else:
         # delta is summed from what the operator's products take, so that it fits them.
         rounded = grad_output.to(query.dtype)
         delta = (rounded * output).sum(1)
     if grad_logsumexp is not None:
         delta = delta - grad_logsumexp
-    needs = list(ctx.needs_input_grad[:3])
     gradients = operator(
-        rounded, query, key, value, logsumexp, logsumexp_low, delta, ctx.scale, needs, key_padding_mask
+        rounded, query, key, value, logsumexp, logsumexp_low, delta, ctx.scale, needed, key_padding_mask
     )
     gradients = [g.to(query.dtype) for g in gradients]
-    return *wanted(gradients, needs, (query, key, value)), None, None
+    if needed is not needs and needs[2]:
+        gradients = [*gradients[:2], torch.zeros_like(inputs[2])]
+    return *wanted(gradients, needs, inputs), None, None
 
 
 def _flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], key_padding_mask: Any = None) -> int:

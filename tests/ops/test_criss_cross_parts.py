@@ -304,6 +304,24 @@ def test_the_autograd_rule(kernels, part, dtype):
 
 
 @pytest.mark.parametrize("part", PARTS)
+def test_the_logsumexp_does_not_depend_on_the_values(backend, part):
+    """Its gradient is finite where values are not, and that of the values is 0."""
+    *tensors, _ = inputs((2, 5, 6, 7, 9), torch.float64)
+    tensors[2][0, :, 3, 4] = torch.inf
+    weight = torch.randn(2, 7, 9, dtype=torch.float64)
+
+    def gradients(function, values, device):
+        leaves = [t.detach().to(device).requires_grad_() for t in (*tensors[:2], values)]
+        logsumexp = function(*leaves, 0.5)[1]
+        return torch.autograd.grad(logsumexp, leaves, weight.to(device), materialize_grads=True)
+
+    got = gradients(getattr(ops, part), tensors[2], backend.device)
+    expected = gradients(getattr(reference, part), torch.zeros_like(tensors[2]), "cpu")
+    for g, want in zip(got, expected, strict=True):
+        torch.testing.assert_close(g.cpu(), want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("part", PARTS)
 def test_gradcheck(kernels, part):
     leaves = [t.requires_grad_() for t in inputs((1, 2, 3, 3, 4), torch.float64, kernels.device)[:3]]
     function = getattr(kernels.operators, part)

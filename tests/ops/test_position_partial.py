@@ -313,6 +313,20 @@ def test_autograd_of_one_result(backend, used):
     assert torch.autograd.gradcheck(lambda *t: call(*t)[:, :2], [t[..., :3].detach().requires_grad_() for t in leaves])
 
 
+def test_the_logsumexp_does_not_depend_on_the_values(backend):
+    """Its gradient is finite where values are not, and that of the values is 0."""
+    (query, key, value), _ = make((2, 8, 16, (5, 7), (40,)), torch.float64)
+    value[0, :, 3] = torch.inf
+    leaves = [t.to(backend.device).requires_grad_() for t in (query, key, value)]
+    weight = torch.randn(2, 5, 7, dtype=torch.float64)
+    logsumexp = position_attention_partial(*leaves, SCALE)[1]
+    got = torch.autograd.grad(logsumexp, leaves, weight.to(logsumexp), materialize_grads=True)
+    energies = SCALE * torch.einsum("bes,bet->bst", query.flatten(2), key.flatten(2))
+    expected = torch.autograd.grad(energies.logsumexp(2), (query, key), weight.flatten(1))
+    for g, want in zip(got, (*expected, torch.zeros_like(value)), strict=True):
+        torch.testing.assert_close(g.cpu(), want, rtol=1e-10, atol=1e-12)
+
+
 def test_opcheck(kernels):
     (query, key, value), (grad_output, grad_logsumexp) = make((2, 8, 6, (3, 4), (5,)), torch.float32)
     tensors = on(kernels.device, [query, key, value])
