@@ -117,7 +117,9 @@ def relu_sum(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
         overridden: Tensor = handle_torch_function(relu_sum, (a, b, g), a, b, g)
         return overridden
     tracing = torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
-    if tracing or has_tangent(a, b, g):  # PyTorch's own ops, which a trace can save and which have tangents
+    # PyTorch's own ops, which a program can save with their derivatives, and which have tangents. The backward of a
+    # Function is lost in torch.export with strict=True. Dynamo of torch 2.11 takes every compilation for an export.
+    if tracing or torch.compiler.is_exporting() or has_tangent(a, b, g):
         return _relu_sum(a, b, g, g.shape[2])
     y: Tensor = _ReluSum.apply(a, b, g, g.shape[2])
     return y
@@ -131,13 +133,24 @@ def _sum_dtype(like: Tensor) -> torch.dtype:
 def _prefix(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """The descending order of b (B, M), and for each of a (B, N) the number of b above -a."""
     a, b = a.detach(), b.detach()
-    if torch.compiler.is_exporting():  # ONNX has neither a stable sort nor searchsorted
-        queries = a.shape[1]
-        merged = torch.cat([-a, b], dim=1).argsort(dim=1, descending=True)
-        places, keys_so_far = merged.argsort(dim=1), (merged >= queries).cumsum(1)
-        return b.argsort(dim=1, descending=True), keys_so_far.gather(1, places[:, :queries])
+    if torch.compiler.is_exporting():
+        return b.argsort(dim=1, descending=True), _count_above(-a, b)
     ordered, order = b.sort(dim=-1, descending=True, stable=True)
     return order, torch.searchsorted(-ordered, a.contiguous(), right=False)
+
+
+def _count_above(a: Tensor, b: Tensor) -> Tensor:
+    """For each of a (B, N) the number of b (B, M) above it, by operators of ONNX: it has neither searchsorted nor a
+    stable sort. Both are sorted together. An a has the count of its group of equal numbers, which starts after all that
+    are larger: a clamped query equals -max_j b_j."""
+    count = a.shape[1]
+    ordered, order = torch.cat([a, b], dim=1).sort(dim=1, descending=True)
+    starts = F.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0), value=True)
+    group = starts.cumsum(1)  # from 1
+    is_b = (order >= count).to(group.dtype)
+    larger = is_b.cumsum(1) - is_b  # where a group starts; the other places write to an entry that none reads
+    of_groups = torch.zeros_like(F.pad(group, (1, 0))).scatter(1, torch.where(starts, group, 0), larger)
+    return of_groups.gather(1, group).gather(1, order.argsort(dim=1)[:, :count])
 
 
 def _prefix_sums(values: Tensor, order: Tensor, counts: Tensor) -> Tensor:

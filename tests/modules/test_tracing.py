@@ -68,6 +68,30 @@ def test_a_trace_in_float64_computes_in_float64():
     torch.testing.assert_close(traced(*other), module(*other), rtol=1e-12, atol=1e-12)
 
 
+RECORDED = {
+    "trace": torch.jit.trace,
+    "export": lambda module, inputs: torch.export.export(module, inputs).module(),
+    "strict export": lambda module, inputs: torch.export.export(module, inputs, strict=True).module(),
+}
+
+
+@each_module
+@pytest.mark.parametrize("way", RECORDED)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_recorded_program_has_the_gradients_of_the_module(name, way):
+    """torch.export with strict=True loses the backward of a torch.autograd.Function without a word."""
+    module, inputs, _ = made(name)
+    module = module.double()
+    leaves = [x.double().requires_grad_() for x in inputs]
+
+    def gradients(function):
+        output = function(*leaves)
+        return torch.autograd.grad((output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum(), leaves)
+
+    program = RECORDED[way](module, tuple(x.detach() for x in leaves))
+    torch.testing.assert_close(gradients(program), gradients(module), rtol=1e-9, atol=1e-10)
+
+
 EXPORTED = [
     *("position", "channel", "recurrent", "afnb", "compact_position", "da_module", "gating"),
     "non_local_concatenation_2d_sub1_batch_norm",
