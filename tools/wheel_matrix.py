@@ -1,7 +1,7 @@
-"""Runs the op tests on one wheel under several versions of PyTorch and Python, and writes docs/compatibility.md.
+"""Runs tests on one wheel under several versions of PyTorch and Python, and writes docs/compatibility.md.
 
     python -m tools.wheels cpu                                  # the wheel
-    python -m tools.wheel_matrix dist/segattn_ops-*cpu*.whl     # about two minutes a cell, of which one are the tests
+    python -m tools.wheel_matrix dist/segattn_ops-*cpu*.whl     # about three minutes a cell, of which two are the tests
 
 Each cell is a fresh virtual environment with the released torch of that version, numpy and pytest; the wheel itself is
 never rebuilt. The tests come from this tree, the package from the wheel. uv (requirements/wheels.txt) installs a torch
@@ -33,16 +33,20 @@ PYTHON = ("3.10", "3.11", "3.12", "3.13")
 # Every torch under one Python, every Python under one torch.
 CELLS = [*((torch, "3.12") for torch in TORCH), *(("2.14", python) for python in PYTHON if python != "3.12")]
 # What the libraries and the Python side of the operators have to do with torch: results and gradients of every op in
-# every dtype, schemas against checks, fake tensors, autograd, vmap, compile, FLOP formulas, memory layouts,
-# eager calls, backends.
+# every dtype, schemas against checks, fake tensors, autograd, torch.func, compile, FLOP formulas, memory layouts,
+# eager calls, backends; modules, compiled, traced and exported, and their gradients.
 TESTS = (
-    "test_ops.py",
-    "test_errors.py",
-    "test_layout.py",
-    "test_torch_integration.py",
-    "test_torch_function.py",
-    "test_overhead.py",
-    "test_backend.py",
+    "ops/test_ops.py",
+    "ops/test_errors.py",
+    "ops/test_layout.py",
+    "ops/test_torch_integration.py",
+    "ops/test_torch_function.py",
+    "ops/test_functorch.py",
+    "ops/test_overhead.py",
+    "ops/test_backend.py",
+    "modules/test_nn.py",
+    "modules/test_pairwise.py",
+    "modules/test_tracing.py",
 )
 # By the tests. The folder of the one file of the package is no package: the installed one is imported.
 LARGE = "64x65 or 97x97"  # sizes that take seconds and test the kernels, not what torch changes; two thirds of the time
@@ -118,7 +122,8 @@ def test(torch: str, python: str, program: Path, tree: Path) -> Cell:
     if "site-packages" not in package:
         raise RuntimeError(f"the tests would import {package}, not the wheel")
     command = [program, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "-k", f"not ({LARGE})"]
-    command += [f"tests/ops/{name}" for name in TESTS]
+    command += ["-W", "default"]  # other versions of torch warn of other things
+    command += [f"tests/{name}" for name in TESTS]
     environment = {**os.environ, "SEGATTN_TEST_BACKENDS": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
     for line in done.stdout.splitlines():
@@ -167,7 +172,7 @@ def page(wheel: Path, cells: list[Cell]) -> str:
         f"Written by `python -m tools.wheel_matrix` on {date.today().isoformat()}, at commit {commit}, with",
         f"`{wheel.name}` (sha256 {mark}).",
         "Every row installs this file beside a released torch in a fresh environment and runs",
-        f"{', '.join(f'`tests/ops/{name}`' for name in TESTS)}",
+        f"{', '.join(f'`tests/{name}`' for name in TESTS)}",
         f"without the largest sizes (`-k 'not ({LARGE})'`), on the CPU kernels with one thread.",
         "",
         "| torch | Python | versions | tests |",
