@@ -3,11 +3,11 @@
     python -m tools.wheels cpu                                  # the wheel
     python -m tools.wheel_matrix dist/segattn_ops-*cpu*.whl     # about three minutes a cell, of which two are the tests
 
-Each cell is a fresh virtual environment with the released torch of that version, numpy and pytest; the wheel itself is
-never rebuilt. The tests come from this tree, the package from the wheel. uv (requirements/wheels.txt) installs a torch
-of 5 GB in 16 s of processor time, pip in 60. All cells together download and store about 20 GB below build/, which go
-at the end. A cell that was run with the same wheel and the same tests is not run again, so that an interrupted matrix
-continues.
+Each cell is a fresh virtual environment with the released torch of that version, torchvision, numpy and pytest; the
+wheel itself is never rebuilt. The tests come from this tree, the package from the wheel. uv (requirements/wheels.txt)
+installs a torch of 5 GB in 16 s of processor time, pip in 60. All cells together download and store about 20 GB below
+build/, which go at the end. A cell that was run with the same wheel and the same tests is not run again, so that an
+interrupted matrix continues.
 """
 
 import argparse
@@ -48,10 +48,18 @@ TESTS = (
     "modules/test_pairwise.py",
     "modules/test_tracing.py",
 )
-# By the tests. The folder of the one file of the package is no package: the installed one is imported.
 LARGE = "64x65 or 97x97"  # sizes that take seconds and test the kernels, not what torch changes; two thirds of the time
-NEEDED = ("tests", "tools", "benchmarks", "csrc", "pyproject.toml", "segattn_ops/_build_tools.py")
-PACKAGES = ("numpy", "pytest", "setuptools")
+# By the tests. The folder of the two files of the package is no package: the installed one is imported.
+NEEDED = (
+    "tests",
+    "tools",
+    "benchmarks",
+    "csrc",
+    "pyproject.toml",
+    "segattn_ops/_build_tools.py",
+    "segattn_ops/_files.py",
+)
+PACKAGES = ("numpy", "pytest", "setuptools", "torchvision")
 
 
 @dataclass(frozen=True)

@@ -66,12 +66,30 @@ def test_a_result_larger_than_the_memory(kernels, operator, needs_gradient):
     assert type(raised.value) is error
 
 
-def test_only_a_failed_allocation_on_a_gpu_is_out_of_memory():
-    text = "segattn_ops: cannot allocate 96.0 MiB, shape (2, 512, 97, 97), on {}: CUDA out of memory."
-    replacement = out_of_memory(RuntimeError(text.format("cuda:1")))
-    assert type(replacement) is torch.OutOfMemoryError and str(replacement) == text.format("cuda:1")
-    for other in (text.format("the CPU"), "position_attention: query must have 3 dimensions", "CUDA out of memory."):
-        assert out_of_memory(RuntimeError(other)) is None
+@pytest.mark.parametrize(
+    ("device", "message", "responds", "is_out_of_memory"),
+    [
+        ("cuda:1", "CUDA out of memory. Tried to allocate 96.00 MiB.", False, True),
+        ("cuda:1", "CUDA error: no kernel image (originally from a call API call failed at ops.h)", True, False),
+        ("cuda:1", 'torch_call_dispatcher( "aten::new_empty") API call failed at ops.h, line 9', True, True),
+        ("cuda:1", 'torch_call_dispatcher( "aten::new_empty") API call failed at ops.h, line 9', False, False),
+        ("the CPU", "DefaultCPUAllocator: can't allocate memory", True, False),
+    ],
+)
+def test_what_is_out_of_memory(monkeypatch, device, message, responds, is_out_of_memory):
+    """torch before 2.13 passes no message on: an allocation fails there for lack of memory if the device responds."""
+
+    def mem_get_info(index):
+        assert index == 1
+        if not responds:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+    text = f"segattn_ops: cannot allocate 96.0 MiB, shape (2, 512, 97, 97), on {device}: {message}"
+    replacement = out_of_memory(RuntimeError(text))
+    assert (type(replacement) is torch.OutOfMemoryError and str(replacement) == text) == is_out_of_memory
+    assert (replacement is None) != is_out_of_memory
+    assert out_of_memory(RuntimeError("position_attention: query must have 3 dimensions, on cuda:1: ")) is None
 
 
 def test_out_of_memory_in_the_direct_call_and_its_backward():
