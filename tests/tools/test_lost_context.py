@@ -80,7 +80,7 @@ def run(folder: Path, *arguments: str, **environment: str) -> str:
 def outcomes(output: str) -> dict[str, set[str]]:
     """The tests by outcome."""
     found: dict[str, set[str]] = {}
-    for outcome, name in re.findall(r"^(PASSED|FAILED) .*::(\S+)", output, re.MULTILINE):
+    for outcome, name in re.findall(r"^(PASSED|FAILED) \S+::(\S+)", output, re.MULTILINE):
         found.setdefault(outcome, set()).add(name)
     return found
 
